@@ -1,0 +1,8 @@
+# Hard: experts above their share of importance are masked (arXiv 2204.10598).
+router = dict(
+    type='mmdet_moe.GAPRouter',
+    constraint=dict(type='mmdet_moe.RelativeImportanceConstraint', threshold=0.3),
+)
+custom_hooks = [
+    dict(type='mmdet_moe.ExpertUtilizationHook'),
+]

@@ -1,0 +1,467 @@
+"""What ``tools/train.py`` and ``tools/test.py`` share.
+
+The command line is the union of those of MMDetection and MMPretrain; the ``default_scope`` of the
+config says whose defaults apply. A mistake that a user can mend is printed as one line, with exit
+status 2; ``MMDET_MOE_TRACEBACK=1`` shows where it came from.
+"""
+
+import argparse
+import copy
+import os
+import os.path as osp
+import sys
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from mmengine.config import Config, ConfigDict, DictAction
+from mmengine.registry import RUNNERS
+from mmengine.runner import Runner
+
+from mmdet_moe.compat.distributed import check_launcher, init_cpu_group, local_rank
+from mmdet_moe.engine.explain import explain, in_one_line
+from mmdet_moe.engine.image_errors import ImageErrorHook
+from mmdet_moe.engine.preflight import check_checkpoint, check_config
+from mmdet_moe.errors import ConfigError
+
+__all__ = ['apply_data_root', 'load_config', 'run_test', 'run_train']
+
+TRACEBACK_VARIABLE = 'MMDET_MOE_TRACEBACK'
+EXIT_STATUS = 2
+_SCOPES = ('mmdet', 'mmpretrain')
+_AUTO_RESUME = 'auto'
+
+
+# Command line ------------------------------------------------------------------------------------
+
+
+def _common_parser(description: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument('config', help='config file')
+    parser.add_argument(
+        '--work-dir', help='folder for logs and results (default: work_dirs/<name of the config>)'
+    )
+    parser.add_argument(
+        '--cfg-options',
+        nargs='+',
+        action=DictAction,
+        metavar='KEY=VALUE',
+        help='override fields of the config, for example optim_wrapper.optimizer.lr=0.01; '
+        'data_root=DIR moves every path below the old data_root',
+    )
+    parser.add_argument(
+        '--launcher',
+        choices=['none', 'pytorch', 'slurm', 'mpi'],
+        default='none',
+        help='what started the processes of a distributed run',
+    )
+    # Both spellings exist in launchers.
+    parser.add_argument('--local_rank', '--local-rank', type=int, default=0, help=argparse.SUPPRESS)
+    return parser
+
+
+def _parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+    args = parser.parse_args(argv)
+    if args.launcher == 'pytorch':
+        os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
+    return args
+
+
+def _parse_train(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = _common_parser('Train a detector or a classifier')
+    parser.add_argument(
+        '--amp', action='store_true', help='mixed precision (bfloat16 on a CPU, float16 on a GPU)'
+    )
+    parser.add_argument(
+        '--auto-scale-lr',
+        action='store_true',
+        help="scale the learning rate from the config's base_batch_size to the actual batch size",
+    )
+    parser.add_argument(
+        '--resume',
+        nargs='?',
+        const=_AUTO_RESUME,
+        metavar='CHECKPOINT',
+        help='continue from a checkpoint, without a value from the latest one in the work dir',
+    )
+    parser.add_argument(
+        '--no-validate', action='store_true', help='do not evaluate during the training'
+    )
+    return _parse(parser, argv)
+
+
+def _parse_test(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = _common_parser('Test (and evaluate) a detector or a classifier')
+    parser.add_argument('checkpoint', help='checkpoint file or address')
+    parser.add_argument('--out', metavar='FILE.pkl', help='file for the predictions')
+    parser.add_argument('--show', action='store_true', help='show the results in a window')
+    parser.add_argument(
+        '--show-dir', help='folder for images with the results drawn in, below the work dir'
+    )
+    parser.add_argument(
+        '--wait-time', type=float, default=2, help='seconds between two images of --show'
+    )
+    parser.add_argument('--tta', action='store_true', help='test-time augmentation')
+    return _parse(parser, argv)
+
+
+# Config ------------------------------------------------------------------------------------------
+
+
+def _moved(value: Any, old: str, new: str) -> Any:
+    """``value`` with ``old`` at the start of every string replaced by ``new``."""
+    if isinstance(value, str):
+        is_below = value == old or value.startswith(old + '/')
+        return new + value[len(old) :] if is_below else value
+    if isinstance(value, dict):
+        for key in list(value):
+            item = value[key]
+            moved = _moved(item, old, new)
+            if moved is not item:
+                value[key] = moved
+        return value
+    if isinstance(value, list):
+        value[:] = [_moved(item, old, new) for item in value]
+        return value
+    # Named tuples and the like are no plain sequences of a config.
+    return tuple(_moved(item, old, new) for item in value) if type(value) is tuple else value
+
+
+def apply_data_root(cfg: Config, new_root: str) -> None:
+    """Move every path of a config that starts with its top-level ``data_root``.
+
+    MMEngine interpolates ``data_root`` when it parses the file, so that overriding the top-level
+    field alone would leave the data sets and evaluators where they are.
+
+    Args:
+        cfg: changed in place.
+        new_root: the new folder, with or without a slash at its end.
+
+    Raises:
+        ConfigError: the config has no top-level ``data_root``.
+    """
+    old_root = cfg.get('data_root')
+    if not isinstance(old_root, str) or not old_root.rstrip('/'):
+        raise ConfigError(
+            '--cfg-options data_root: the config has no top-level data_root to replace; override '
+            'the fields themselves, for example train_dataloader.dataset.data_root=DIR'
+        )
+    # An absolute root stays one if it is the root of the file system.
+    new_root = str(new_root)
+    _moved(cfg._cfg_dict, old_root.rstrip('/'), new_root.rstrip('/') or '/')
+
+
+def load_config(path: str, options: Mapping[str, Any] | None = None) -> Config:
+    """Read a config file and apply the overrides of the command line.
+
+    Args:
+        path: the file.
+        options: ``--cfg-options`` by dotted key.
+
+    Raises:
+        ConfigError: the file cannot be read, or an override does not fit it.
+    """
+    if not osp.isfile(path):
+        raise ConfigError(f"there is no config file '{path}'")
+    try:
+        cfg = Config.fromfile(path)
+    except Exception as error:
+        # A config is a program: whatever it raises is a mistake in the file or in one of its bases.
+        raise ConfigError(f"cannot read the config file '{path}': {in_one_line(error)}") from error
+    options = dict(options or {})
+    if 'data_root' in options:
+        apply_data_root(cfg, options.pop('data_root'))
+    try:
+        cfg.merge_from_dict(options)
+    except (KeyError, TypeError, IndexError) as error:
+        raise ConfigError(f'--cfg-options do not fit the config: {in_one_line(error)}') from error
+    scope = cfg.get('default_scope')
+    if scope not in _SCOPES:
+        raise ConfigError(f"default_scope must be 'mmdet' or 'mmpretrain', got {scope!r}")
+    return cfg
+
+
+def _prepare(args: argparse.Namespace) -> Config:
+    """The config with what both tools put into it."""
+    check_launcher(args.launcher)
+    cfg = load_config(args.config, args.cfg_options)
+    cfg.launcher = args.launcher
+    if args.work_dir is not None:
+        cfg.work_dir = args.work_dir
+    elif cfg.get('work_dir') is None:
+        cfg.work_dir = osp.join('work_dirs', osp.splitext(osp.basename(args.config))[0])
+    if cfg.default_scope == 'mmpretrain':
+        _set_loader_defaults(cfg)
+    return cfg
+
+
+def _set_loader_defaults(cfg: Config) -> None:
+    """MMPretrain's configs rely on its tools for these."""
+    for field in ('train_dataloader', 'val_dataloader', 'test_dataloader'):
+        loader = cfg.get(field)
+        if loader is not None:
+            loader.setdefault('pin_memory', True)
+            loader.setdefault('persistent_workers', loader.get('num_workers', 0) > 0)
+            loader.setdefault('collate_fn', dict(type='default_collate'))
+
+
+def _set_amp(cfg: Config, requested: bool) -> None:
+    """Mixed precision by ``--amp`` or by the config, in the kind that the device can do."""
+    from mmengine.device import get_device
+
+    wrapper = cfg.get('optim_wrapper')
+    type_ = wrapper.get('type', 'OptimWrapper') if wrapper is not None else None
+    if type_ not in ('OptimWrapper', 'AmpOptimWrapper'):
+        if requested:
+            raise ConfigError(
+                "--amp: optim_wrapper.type must be 'OptimWrapper' or 'AmpOptimWrapper', got "
+                f'{type_!r}'
+            )
+        return
+    if not requested and type_ == 'OptimWrapper':
+        return
+    if get_device() != 'cpu':
+        wrapper.type = 'AmpOptimWrapper'
+        wrapper.setdefault('loss_scale', 'dynamic')
+        return
+    import mmdet_moe.compat.amp  # noqa: F401  (registers the wrapper)
+
+    _note('mixed precision without a GPU: bfloat16, no loss scale')
+    wrapper.type = 'CpuAmpOptimWrapper'
+    for key in ('loss_scale', 'dtype', 'use_fsdp'):
+        wrapper.pop(key, None)
+
+
+def _set_auto_scale_lr(cfg: Config) -> None:
+    setting = cfg.get('auto_scale_lr')
+    if not isinstance(setting, Mapping) or 'base_batch_size' not in setting:
+        raise ConfigError(
+            '--auto-scale-lr needs auto_scale_lr.base_batch_size in the config: the batch size '
+            'that the learning rate is meant for'
+        )
+    cfg.auto_scale_lr.enable = True
+
+
+def _set_resume(cfg: Config, resume: str) -> None:
+    if resume != _AUTO_RESUME:
+        check_checkpoint(resume, '--resume')
+        cfg.resume, cfg.load_from = True, resume
+        return
+    latest = _latest_checkpoint(cfg.work_dir)
+    if latest is None:
+        cfg.resume = False
+        _note(f"--resume: there is nothing to resume in '{cfg.work_dir}', training starts anew")
+        return
+    cfg.resume, cfg.load_from = True, latest
+
+
+def _latest_checkpoint(work_dir: str) -> str | None:
+    """The checkpoint that MMEngine noted as its last one, also after the folder was moved."""
+    record = osp.join(work_dir, 'last_checkpoint')
+    if not osp.isfile(record):
+        return None
+    with open(record, encoding='utf-8') as file:
+        path = file.read().strip()
+    moved = osp.join(work_dir, osp.basename(path))
+    if not osp.exists(path) and osp.exists(moved):
+        path = moved
+    check_checkpoint(path, f"--resume: '{record}'")
+    return path
+
+
+def _set_visualization(cfg: Config, args: argparse.Namespace) -> None:
+    """Draw the results: the toolboxes name the same settings differently."""
+    is_detector = cfg.default_scope == 'mmdet'
+    hooks = cfg.setdefault('default_hooks', ConfigDict())
+    hook_type = 'DetVisualizationHook' if is_detector else 'VisualizationHook'
+    hook = hooks.setdefault('visualization', ConfigDict(type=hook_type))
+    hook.update(show=args.show, wait_time=args.wait_time)
+    hook['draw' if is_detector else 'enable'] = True
+    if args.show_dir:
+        hook['test_out_dir' if is_detector else 'out_dir'] = args.show_dir
+    if cfg.get('visualizer') is None:
+        cfg.visualizer = dict(
+            type='DetLocalVisualizer' if is_detector else 'UniversalVisualizer',
+            vis_backends=[dict(type='LocalVisBackend')],
+            name='visualizer',
+        )
+
+
+def _innermost_dataset(dataset: ConfigDict) -> ConfigDict:
+    while 'dataset' in dataset:
+        dataset = dataset.dataset
+    return dataset
+
+
+def _set_tta(cfg: Config) -> None:
+    """Wrap the model for test-time augmentation, by default with flipped images."""
+    is_detector = cfg.default_scope == 'mmdet'
+    dataset = _innermost_dataset(cfg.test_dataloader.dataset)
+    if 'tta_model' not in cfg:
+        cfg.tta_model = _default_tta_model(is_detector)
+    if 'tta_pipeline' not in cfg:
+        if 'pipeline' not in dataset:
+            raise ConfigError(
+                '--tta: the config needs tta_pipeline, for test_dataloader has several data sets'
+            )
+        cfg.tta_pipeline = _flip_pipeline(dataset.pipeline, is_detector)
+    dataset.pipeline = cfg.tta_pipeline
+    cfg.model = ConfigDict(**cfg.tta_model, module=cfg.model)
+
+
+def _default_tta_model(is_detector: bool) -> dict:
+    if not is_detector:
+        return dict(type='mmpretrain.AverageClsScoreTTA')
+    return dict(
+        type='DetTTAModel', tta_cfg=dict(nms=dict(type='nms', iou_threshold=0.5), max_per_img=100)
+    )
+
+
+def _flip_pipeline(pipeline: Sequence[ConfigDict], is_detector: bool) -> list:
+    """``pipeline`` with a flipped and a plain variant before its packing transform."""
+    *transforms, pack = copy.deepcopy(list(pipeline))
+    if is_detector:
+        usual = ('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor')
+        pack['meta_keys'] = (*pack.get('meta_keys', usual), 'flip', 'flip_direction')
+    flips = [dict(type='RandomFlip', prob=1.0), dict(type='RandomFlip', prob=0.0)]
+    return [*transforms, dict(type='TestTimeAug', transforms=[flips, [pack]])]
+
+
+# Running ---------------------------------------------------------------------------------------
+
+
+def _rank() -> int:
+    for variable in ('RANK', 'SLURM_PROCID', 'OMPI_COMM_WORLD_RANK'):
+        if variable in os.environ:
+            return int(os.environ[variable])
+    return 0
+
+
+def _note(sentence: str) -> None:
+    if _rank() == 0:
+        print(f'note: {sentence}', flush=True)
+
+
+def _fail(error: Exception, running: bool) -> None:
+    """Print the sentence about an error and exit, or raise it again if it is no user's mistake.
+
+    Before the run all processes meet the same mistakes, so that the first of each machine speaks
+    for them; during the run only one of them may have met it.
+    """
+    sentence = None if os.environ.get(TRACEBACK_VARIABLE) == '1' else explain(error)
+    if sentence is None:
+        raise error
+    rank = _rank()
+    if running or local_rank() == 0:
+        suffix = f' (rank {rank})' if rank else ''
+        print(f'error: {sentence}{suffix}', file=sys.stderr, flush=True)
+    raise SystemExit(EXIT_STATUS)
+
+
+def _execute(prepare: Callable[[], Runner], run: Callable[[Runner], object]) -> None:
+    running = False
+    try:
+        runner = prepare()
+        running = True
+        run(runner)
+    except Exception as error:
+        _fail(error, running)
+    _leave_group()
+
+
+def _leave_group() -> None:
+    """End the process group in order; after an error the others may never answer."""
+    import torch.distributed as dist
+
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+# Tools -------------------------------------------------------------------------------------------
+
+
+def _build_runner(cfg: Config) -> Runner:
+    # An optional package of MMDetection, which no config here uses.
+    warnings.filterwarnings('ignore', message='faster_coco_eval is not installed')
+    if cfg.default_scope == 'mmdet':
+        from mmdet.utils import setup_cache_size_limit_of_dynamo
+
+        setup_cache_size_limit_of_dynamo()
+    init_cpu_group(cfg)
+    runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
+    runner.register_hook(ImageErrorHook())
+    return runner
+
+
+def _check(cfg: Config, mode: str, checkpoint: str | None = None) -> None:
+    # One process per machine reads the annotation files; its failure ends the others.
+    if local_rank() == 0:
+        check_config(cfg, mode, checkpoint)
+
+
+def _prepare_training(args: argparse.Namespace) -> Runner:
+    cfg = _prepare(args)
+    if args.no_validate:
+        cfg.val_cfg = cfg.val_dataloader = cfg.val_evaluator = None
+    _set_amp(cfg, args.amp)
+    if args.auto_scale_lr:
+        _set_auto_scale_lr(cfg)
+    if args.resume is not None:
+        _set_resume(cfg, args.resume)
+    _check(cfg, 'train')
+    return _build_runner(cfg)
+
+
+def run_train(argv: Sequence[str] | None = None) -> None:
+    """Run ``tools/train.py``.
+
+    Args:
+        argv: arguments; those of the process if None.
+
+    Raises:
+        SystemExit: with status 2 after a mistake in the config, the data or the command line.
+    """
+    args = _parse_train(argv)
+    _execute(lambda: _prepare_training(args), lambda runner: runner.train())
+
+
+def _prepare_test(args: argparse.Namespace) -> Runner:
+    if args.out is not None and not args.out.endswith(('.pkl', '.pickle')):
+        raise ConfigError(f"--out must end in .pkl or .pickle, got '{args.out}'")
+    cfg = _prepare(args)
+    if cfg.get('test_dataloader') is None:
+        raise ConfigError('test_dataloader: the config has none, so there is nothing to test on')
+    cfg.load_from = args.checkpoint
+    cfg.resume = False
+    if args.show or args.show_dir:
+        _set_visualization(cfg, args)
+    _check(cfg, 'test', args.checkpoint)
+    if args.tta:
+        _set_tta(cfg)
+    runner = _build_runner(cfg)
+    if args.out is not None:
+        runner.test_evaluator.metrics.append(_dump_metric(cfg.default_scope, args.out))
+    return runner
+
+
+def _dump_metric(scope: str, path: str) -> Any:
+    if scope == 'mmdet':
+        from mmdet.evaluation import DumpDetResults
+
+        return DumpDetResults(out_file_path=path)
+    from mmengine.evaluator import DumpResults
+
+    return DumpResults(out_file_path=path)
+
+
+def run_test(argv: Sequence[str] | None = None) -> None:
+    """Run ``tools/test.py``.
+
+    Args:
+        argv: arguments; those of the process if None.
+
+    Raises:
+        SystemExit: with status 2 after a mistake in the config, the data or the command line.
+    """
+    args = _parse_test(argv)
+    _execute(lambda: _prepare_test(args), lambda runner: runner.test())

@@ -1,0 +1,419 @@
+"""Download, verify and unpack COCO 2017 and CIFAR-100 to where the configs look for them.
+
+A download continues where it was interrupted, in this run or an earlier one: it goes into a
+``.part`` file, which gets its name only after its MD5 is right. An archive is unpacked into a
+scratch folder, and its folders move into place only when everything in it was read and matched its
+checksums. The archives stay beside the unpacked data unless asked otherwise.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import http.client
+import os
+import re
+import shutil
+import tarfile
+import time
+import urllib.error
+import urllib.request
+import zipfile
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import IO
+
+from tqdm import tqdm
+
+from mmdet_moe.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Archive:
+    """One archive on a server.
+
+    Attributes:
+        path: its path below the server's base URL.
+        md5: MD5 of the archive, in hexadecimal.
+        num_bytes: its exact size.
+        unpacked_bytes: about what its content takes on disk.
+        provides: paths below the output folder that tell that it is unpacked. The number of files
+            for a folder, None for a file.
+    """
+
+    path: str
+    md5: str
+    num_bytes: int
+    unpacked_bytes: int
+    provides: Mapping[str, int | None]
+
+    @property
+    def name(self) -> str:
+        """File name of the archive."""
+        return PurePosixPath(self.path).name
+
+
+COCO_URL_BASE = 'http://images.cocodataset.org'
+COCO_SPLITS = {
+    'train2017': Archive(
+        path='zips/train2017.zip',
+        md5='cced6f7f71b7629ddf16f17bbcfab6b2',
+        num_bytes=19_336_861_798,
+        unpacked_bytes=19_500_000_000,
+        provides={'train2017': 118_287},
+    ),
+    'val2017': Archive(
+        path='zips/val2017.zip',
+        md5='442b8da7639aecaf257c1dceb8ba8c80',
+        num_bytes=815_585_330,
+        unpacked_bytes=830_000_000,
+        provides={'val2017': 5_000},
+    ),
+}
+COCO_ANNOTATIONS = Archive(
+    path='annotations/annotations_trainval2017.zip',
+    md5='f4bbac642086de4f52a3fdda2de5fa2c',
+    num_bytes=252_907_541,
+    unpacked_bytes=900_000_000,
+    provides={
+        'annotations/instances_train2017.json': None,
+        'annotations/instances_val2017.json': None,
+    },
+)
+
+CIFAR100_URL_BASE = 'https://www.cs.toronto.edu/~kriz'
+CIFAR100 = Archive(
+    path='cifar-100-python.tar.gz',
+    md5='eb9058c3a382ffc7106e4002c42a8d85',
+    num_bytes=169_001_437,
+    unpacked_bytes=187_000_000,
+    provides={
+        'cifar-100-python/train': None,
+        'cifar-100-python/test': None,
+        'cifar-100-python/meta': None,
+    },
+)
+
+_CHUNK_BYTES = 1 << 20
+_TIMEOUT_SECONDS = 60
+# Pauses before the attempts that follow an interruption. A download that never began fails at once.
+_RETRY_PAUSES = (1.0, 5.0, 20.0)
+
+
+def prepare_coco(
+    out: str | Path,
+    splits: Sequence[str] = tuple(COCO_SPLITS),
+    url_base: str = COCO_URL_BASE,
+    remove_archives: bool = False,
+) -> list[str]:
+    """Get COCO 2017's annotations and the images of some splits.
+
+    Args:
+        out: folder that gets ``train2017``, ``val2017`` and ``annotations``.
+        splits: names out of 'train2017' and 'val2017'.
+        url_base: where ``zips/`` and ``annotations/`` are.
+        remove_archives: delete every zip once it is unpacked.
+
+    Returns:
+        File names of the archives that were unpacked; empty when all was there already.
+
+    Raises:
+        ConfigError: see :func:`prepare`.
+    """
+    unknown = [split for split in splits if split not in COCO_SPLITS]
+    if unknown:
+        raise ConfigError(f'splits must be out of {", ".join(COCO_SPLITS)}, not {unknown[0]!r}')
+    # The annotations come first: they are small, so a bad connection or mirror shows early.
+    archives = [COCO_ANNOTATIONS, *(COCO_SPLITS[split] for split in dict.fromkeys(splits))]
+    return prepare(archives, out, url_base, remove_archives)
+
+
+def prepare_cifar100(
+    out: str | Path, url_base: str = CIFAR100_URL_BASE, remove_archives: bool = False
+) -> list[str]:
+    """Get CIFAR-100 as ``out/cifar-100-python``; else like :func:`prepare_coco`."""
+    return prepare([CIFAR100], out, url_base, remove_archives)
+
+
+def prepare(
+    archives: Sequence[Archive], out: str | Path, url_base: str, remove_archives: bool = False
+) -> list[str]:
+    """Download, verify and unpack those archives whose content is not in ``out`` yet.
+
+    An archive that already lies in ``out`` under its own name is used instead of a download.
+
+    Args:
+        archives: what to get.
+        out: folder for the archives and for their content.
+        url_base: URL that the archives' paths are appended to.
+        remove_archives: delete every archive once it is unpacked.
+
+    Returns:
+        File names of the archives that were unpacked.
+
+    Raises:
+        ConfigError: the server cannot be reached or serves something else, an archive is damaged,
+            a folder is there in part, or the disk is too small.
+    """
+    out = Path(out)
+    missing = [archive for archive in archives if not is_unpacked(archive, out)]
+    _check_disk_space(missing, out)
+    for archive in missing:
+        out.mkdir(parents=True, exist_ok=True)
+        file = fetch(archive, out, url_base)
+        unpack(archive, file)
+        if remove_archives:
+            file.unlink()
+    return [archive.name for archive in missing]
+
+
+def is_unpacked(archive: Archive, out: Path) -> bool:
+    """Whether all that an archive provides is in ``out``.
+
+    Raises:
+        ConfigError: a folder is there with too few files in it, as after an interrupted unzip.
+    """
+    complete = True
+    for path, num_files in archive.provides.items():
+        target = out / path
+        if num_files is None:
+            complete &= target.is_file()
+        elif target.is_dir():
+            found = sum(1 for _ in os.scandir(target))
+            if found < num_files:
+                raise ConfigError(
+                    f'{target} holds {found} of {num_files} files: move it away and run the '
+                    'command again'
+                )
+        else:
+            complete = False
+    return complete
+
+
+def _check_disk_space(archives: Sequence[Archive], out: Path) -> None:
+    needed = 0
+    for archive in archives:
+        here = max(_size(out / archive.name), _size(_part(out / archive.name)))
+        needed += archive.unpacked_bytes + max(0, archive.num_bytes - here)
+    existing = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
+    free = shutil.disk_usage(existing).free
+    if needed > free:
+        raise ConfigError(
+            f'{out} needs {needed / 1e9:.1f} GB more but its disk has {free / 1e9:.1f} GB free: '
+            'make room or choose another --out'
+        )
+
+
+def fetch(archive: Archive, out: Path, url_base: str) -> Path:
+    """Put a verified archive into ``out`` and return its path.
+
+    Raises:
+        ConfigError: it cannot be downloaded, or its size or MD5 is wrong.
+    """
+    target = out / archive.name
+    if target.exists():
+        found = md5_of(target)
+        if found != archive.md5:
+            raise ConfigError(
+                f'{target} has the MD5 {found} instead of {archive.md5}: delete it, and the '
+                'command downloads it again'
+            )
+        return target
+
+    url = f'{url_base.rstrip("/")}/{archive.path}'
+    part = _part(target)
+    # A part of the full size comes from a run that ended before the rename below.
+    if _size(part) != archive.num_bytes:
+        _download(url, part, archive.num_bytes)
+    found = md5_of(part)
+    if found != archive.md5:
+        part.unlink()
+        raise ConfigError(
+            f'{url} came with the MD5 {found} instead of {archive.md5}, so it was deleted: run the '
+            'command again, or choose another server with --url-base'
+        )
+    part.rename(target)
+    return target
+
+
+def md5_of(path: str | Path) -> str:
+    """MD5 of a file, in hexadecimal."""
+    path = Path(path)
+    md5 = hashlib.md5(usedforsecurity=False)
+    with path.open('rb') as file, _byte_bar(f'verify {path.name}', _size(path)) as bar:
+        while chunk := file.read(_CHUNK_BYTES):
+            md5.update(chunk)
+            bar.update(len(chunk))
+    return md5.hexdigest()
+
+
+def _part(target: Path) -> Path:
+    return target.with_name(f'{target.name}.part')
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
+def _byte_bar(description: str, total: int, initial: int = 0) -> tqdm:
+    return tqdm(
+        desc=description,
+        total=total,
+        initial=initial,
+        unit='B',
+        unit_scale=True,
+        unit_divisor=1000,
+        leave=False,
+    )
+
+
+def _download(url: str, part: Path, num_bytes: int) -> None:
+    """Fill ``part`` up to ``num_bytes``, over as many connections as it takes.
+
+    Raises:
+        ConfigError: nothing more comes.
+    """
+    farthest = _size(part)
+    # Only a transfer that has worked is worth waiting for, so the first failure is final.
+    stalls = len(_RETRY_PAUSES)
+    while True:
+        reason = 'the connection was closed early'
+        try:
+            _transfer(url, part, num_bytes)
+        except (OSError, http.client.HTTPException) as error:
+            reason = str(getattr(error, 'reason', error)) or type(error).__name__
+            if isinstance(error, urllib.error.HTTPError):
+                reason = f'HTTP {error.code} {reason}'
+        reached = _size(part)
+        if reached == num_bytes:
+            return
+        stalls = 0 if reached > farthest else stalls + 1
+        farthest = max(farthest, reached)
+        if stalls >= len(_RETRY_PAUSES):
+            kept = f' ({reached} bytes are kept and a further run continues)' if reached else ''
+            raise ConfigError(
+                f'cannot download {url}: {reason}{kept}; check the connection and run the command '
+                f'again, or download the file by other means and put it at {part.with_suffix("")}'
+            )
+        time.sleep(_RETRY_PAUSES[stalls])
+
+
+def _transfer(url: str, part: Path, num_bytes: int) -> None:
+    """One connection: append to ``part``, or write it anew if the server ignores ranges."""
+    start = _size(part)
+    if start > num_bytes:
+        part.unlink()
+        start = 0
+    request = urllib.request.Request(url, headers={'User-Agent': 'mmdet_moe'})
+    if start:
+        request.add_header('Range', f'bytes={start}-')
+    with urllib.request.urlopen(request, timeout=_TIMEOUT_SECONDS) as response:
+        resumed = response.status == http.HTTPStatus.PARTIAL_CONTENT
+        total = _total_bytes(response, start if resumed else 0)
+        if total not in (None, num_bytes):
+            # Before part is touched: it may be a login page in place of the file.
+            raise ConfigError(
+                f'{url} is a file of {total} bytes, not of {num_bytes}: it is something else, so '
+                'check the connection, or choose another server with --url-base'
+            )
+        start = start if resumed else 0
+        with (
+            part.open('ab' if resumed else 'wb') as file,
+            _byte_bar(part.stem, num_bytes, initial=start) as bar,
+        ):
+            while chunk := response.read(_CHUNK_BYTES):
+                file.write(chunk)
+                bar.update(len(chunk))
+
+
+def _total_bytes(response: http.client.HTTPResponse, start: int) -> int | None:
+    """Size of the whole file by the response's headers, None where they do not tell it.
+
+    Raises:
+        OSError: the server sends another range than the one from ``start``.
+    """
+    if response.status != http.HTTPStatus.PARTIAL_CONTENT:
+        length = response.headers.get('Content-Length')
+        return int(length) if length is not None else None
+    content_range = response.headers.get('Content-Range', '')
+    match = re.fullmatch(r'bytes (\d+)-\d+/(\d+|\*)', content_range.strip())
+    if match is None or int(match[1]) != start:
+        raise OSError(f'asked for the bytes from {start}, the server sends {content_range!r}')
+    return None if match[2] == '*' else int(match[2])
+
+
+def unpack(archive: Archive, file: str | Path) -> None:
+    """Unpack a zip or tar.gz file into its own folder, whole or not at all.
+
+    Files that are there already under the same name stay as they are.
+
+    Raises:
+        ConfigError: the file is damaged, holds paths that lead out of the folder or members that
+            are neither files nor folders, or lacks what the archive should provide.
+    """
+    file = Path(file)
+    scratch = file.with_name(f'.{file.name}.unpacking')
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir()
+    try:
+        _unpack_into(scratch, file)
+        if not all((scratch / path).exists() for path in archive.provides):
+            raise ConfigError(f'{file} lacks some of {", ".join(archive.provides)}')
+        _move_missing(scratch, file.parent)
+    except (
+        zipfile.BadZipFile,
+        tarfile.TarError,
+        gzip.BadGzipFile,
+        EOFError,
+        zlib.error,
+    ) as error:
+        raise ConfigError(
+            f'{file} is damaged ({error}): delete it, and the command downloads it again'
+        ) from error
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _unpack_into(folder: Path, file: Path) -> None:
+    members = _zip_members(file) if file.suffix == '.zip' else _tar_members(file)
+    for name, source in tqdm(members, desc=f'unpack {file.name}', unit='file', leave=False):
+        target = folder / _safe_path(name, file)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        # Reading to the end is what makes zipfile and gzip compare their CRCs.
+        with source, target.open('xb') as sink:
+            shutil.copyfileobj(source, sink, _CHUNK_BYTES)
+
+
+def _zip_members(file: Path) -> Iterator[tuple[str, IO[bytes]]]:
+    with zipfile.ZipFile(file) as archive:
+        for info in archive.infolist():
+            if not info.is_dir():
+                yield info.filename, archive.open(info)
+
+
+def _tar_members(file: Path) -> Iterator[tuple[str, IO[bytes]]]:
+    with tarfile.open(file) as archive:
+        for info in archive:
+            if info.isdir():
+                continue
+            if not info.isfile():
+                raise ConfigError(f'{file} holds {info.name!r}, a link or device: it is not safe')
+            yield info.name, archive.extractfile(info)
+
+
+def _safe_path(name: str, file: Path) -> Path:
+    path = PurePosixPath(name)
+    if path.is_absolute() or '..' in path.parts or '\\' in name or ':' in name:
+        raise ConfigError(f'{file} holds {name!r}, a path out of its folder: it is not safe')
+    return Path(path)
+
+
+def _move_missing(source: Path, target: Path) -> None:
+    for entry in sorted(source.iterdir()):
+        there = target / entry.name
+        if not there.exists():
+            entry.rename(there)
+        elif entry.is_dir():
+            _move_missing(entry, there)

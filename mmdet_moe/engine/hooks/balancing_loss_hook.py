@@ -1,0 +1,87 @@
+"""Adds the soft constraints of all MoE layers to the losses of any model."""
+
+from collections.abc import Sequence
+from fnmatch import fnmatch
+
+from mmengine.hooks import Hook
+from mmengine.runner import Runner
+from torch import Tensor, nn
+
+from mmdet_moe.engine.hooks.layers import moe_layers_of, unwrapped_model
+from mmdet_moe.errors import ConfigError
+from mmdet_moe.moe import BalancingLoss
+from mmdet_moe.registry import HOOKS, MODELS
+
+
+@HOOKS.register_module()
+class BalancingLossHook(Hook):
+    """Adds ``loss_moe_<layer>`` entries to the loss dict while training.
+
+    Works for every model whose ``forward(..., mode='loss')`` returns a dict, with or without
+    distributed wrappers.
+
+    Args:
+        loss: Config of one :class:`~mmdet_moe.moe.BalancingLoss`, or a list of them. With several,
+            each entry also carries the name of its loss.
+        layers: Glob patterns of the names of the MoE layers (``'backbone.*'``) that pay; all by
+            default.
+
+    Raises:
+        ConfigError: For an empty list, and at the start of training if no MoE layer matches.
+    """
+
+    def __init__(self, loss: dict | Sequence[dict], layers: str | Sequence[str] = '*') -> None:
+        configs = [loss] if isinstance(loss, dict) else list(loss)
+        if not configs:
+            raise ConfigError('BalancingLossHook: loss is empty; give a loss or remove the hook')
+        self.losses = [MODELS.build(config) for config in configs]
+        for built in self.losses:
+            if not isinstance(built, BalancingLoss):
+                raise ConfigError(
+                    f'BalancingLossHook: {type(built).__name__} is not a balancing loss of mmdet_moe'
+                )
+        self.patterns = [layers] if isinstance(layers, str) else list(layers)
+        self._handle = None
+
+    def covers(self, layer_name: str) -> bool:
+        """Whether the layer of that name pays."""
+        return any(fnmatch(layer_name, pattern) for pattern in self.patterns)
+
+    def before_train(self, runner: Runner) -> None:
+        """Attach the losses to the model."""
+        layers = moe_layers_of(runner, self)
+        names = [name for name in layers if self.covers(name)]
+        if not names:
+            raise ConfigError(
+                f'BalancingLossHook: layers={self.patterns} matches none of the MoE layers '
+                f'{list(layers)}'
+            )
+        self._handle = unwrapped_model(runner).register_forward_hook(
+            _AddLosses(self.losses, names), with_kwargs=True
+        )
+
+    def after_train(self, runner: Runner) -> None:
+        """Detach them again."""
+        self._handle.remove()
+
+
+class _AddLosses:
+    """The forward hook. A plain object without references to the model: copies and pickles well."""
+
+    def __init__(self, losses: list[BalancingLoss], layer_names: list[str]) -> None:
+        self.losses = losses
+        self.layer_names = layer_names
+
+    def __call__(
+        self, model: nn.Module, args: tuple, kwargs: dict, output: dict[str, Tensor]
+    ) -> dict[str, Tensor] | None:
+        # BaseModel.forward(inputs, data_samples, mode)
+        if 'loss' not in (kwargs.get('mode'), *args[2:3]):
+            return None
+        for name in self.layer_names:
+            routing = model.get_submodule(name).routing
+            key = 'loss_moe_' + name.replace('.', '_')
+            for loss in self.losses:
+                suffix = f'_{type(loss).__name__}' if len(self.losses) > 1 else ''
+                output[key + suffix] = loss(routing)
+        return output

@@ -1,0 +1,158 @@
+"""Watches how the experts are used, and shouts when they are not."""
+
+import json
+from pathlib import Path
+
+from mmengine.dist import is_main_process
+from mmengine.hooks import Hook
+from mmengine.runner import Runner
+
+from mmdet_moe.engine.hooks.balancing_loss_hook import BalancingLossHook
+from mmdet_moe.engine.hooks.layers import moe_layers_of
+from mmdet_moe.moe import MoELayer
+from mmdet_moe.moe.utilization import Utilization, UtilizationReport
+from mmdet_moe.registry import HOOKS
+
+#: Written to the work directory after every validation or test.
+REPORT_FILE = 'expert_utilization.json'
+
+
+@HOOKS.register_module()
+class ExpertUtilizationHook(Hook):
+    """Logs load, importance, entropy and mutual information of every MoE layer.
+
+    In training every ``interval`` iterations over the iterations since the last report, in
+    validation and test over the whole data set; to the log and as scalars
+    (``train/moe/<layer>/load_0``, …) to every visualisation backend. After a validation or a test
+    the report is written to ``expert_utilization.json`` in the work directory, too. Under
+    distributed training everything is summed over the ranks.
+
+    It warns when MoE layers are trained without any balancing, when experts are dead, and when the
+    routing has collapsed, i.e. when the decision does not depend on the input. The last cannot be
+    seen in the load: a router that sends everything half to one expert and half to another looks
+    well balanced between the two.
+
+    Args:
+        interval: Training iterations between two reports.
+        warmup_iters: Training iterations before the first warning; routers start undecided.
+        dead_share: An expert is dead when its load is below this fraction of the fair share.
+        collapse_share: The routing has collapsed when the mutual information between input and
+            expert is below this fraction of log E.
+    """
+
+    priority = 'BELOW_NORMAL'
+
+    def __init__(
+        self,
+        interval: int = 50,
+        warmup_iters: int = 200,
+        dead_share: float = 0.01,
+        collapse_share: float = 0.02,
+    ) -> None:
+        self.interval = interval
+        self.warmup_iters = warmup_iters
+        self.dead_share = dead_share
+        self.collapse_share = collapse_share
+        self._layers: dict[str, MoELayer] = {}
+        self._windows: dict[str, dict[str, Utilization]] = {}
+
+    def before_run(self, runner: Runner) -> None:
+        """Find the layers before anything is loaded or trained."""
+        self._layers = moe_layers_of(runner, self)
+
+    def before_train(self, runner: Runner) -> None:
+        """Warn about layers that nothing balances."""
+        losses = [hook for hook in runner.hooks if isinstance(hook, BalancingLossHook)]
+        free = [
+            name
+            for name, layer in self._layers.items()
+            if layer.num_experts > 1
+            and layer.router.constraint is None
+            and not any(hook.covers(name) for hook in losses)
+        ]
+        if free:
+            runner.logger.warning(
+                'NO BALANCING: nothing keeps the experts of %s in use, they will probably collapse '
+                'to a few; inherit one of configs/_base_/balancing/*.py, add a BalancingLossHook or '
+                'give the router a constraint.',
+                ', '.join(free),
+            )
+
+    def after_train_iter(
+        self, runner: Runner, batch_idx: int, data_batch=None, outputs=None
+    ) -> None:
+        """Accumulate; report at the interval."""
+        self._accumulate('train')
+        if self.every_n_train_iters(runner, self.interval):
+            self._report(runner, 'train', warn=runner.iter + 1 > self.warmup_iters)
+
+    def before_val_epoch(self, runner: Runner) -> None:
+        """Start anew."""
+        self._windows.pop('val', None)
+
+    def after_val_iter(self, runner: Runner, batch_idx: int, data_batch=None, outputs=None) -> None:
+        """Accumulate."""
+        self._accumulate('val')
+
+    def after_val_epoch(self, runner: Runner, metrics=None) -> None:
+        """Report on the whole validation set."""
+        self._report(runner, 'val', warn=runner.iter >= self.warmup_iters)
+
+    def before_test_epoch(self, runner: Runner) -> None:
+        """Start anew."""
+        self._windows.pop('test', None)
+
+    def after_test_iter(
+        self, runner: Runner, batch_idx: int, data_batch=None, outputs=None
+    ) -> None:
+        """Accumulate."""
+        self._accumulate('test')
+
+    def after_test_epoch(self, runner: Runner, metrics=None) -> None:
+        """Report on the whole test set."""
+        self._report(runner, 'test', warn=True)
+
+    def _accumulate(self, mode: str) -> None:
+        window = self._windows.setdefault(mode, {})
+        for name, layer in self._layers.items():
+            if name not in window:
+                window[name] = Utilization(layer.num_experts)
+            window[name].update(layer.routing, layer.router)
+
+    def _report(self, runner: Runner, mode: str, warn: bool) -> None:
+        reports = {name: u.report() for name, u in self._windows.pop(mode, {}).items()}
+        if not is_main_process():
+            return
+        for name, report in reports.items():
+            runner.logger.info('MoE (%s) %s: %s', mode, name, report)
+            runner.visualizer.add_scalars(
+                {f'{mode}/moe/{name}/{k}': v for k, v in report.scalars().items()},
+                step=runner.iter + (mode == 'train'),
+            )
+            if warn:
+                self._warn(runner, name, report)
+        if mode != 'train':
+            self._write(runner, mode, reports)
+
+    def _warn(self, runner: Runner, name: str, report: UtilizationReport) -> None:
+        if dead := report.dead_experts(self.dead_share):
+            runner.logger.warning(
+                'DEAD EXPERTS in %s: %s of %d get less than %g %% of their fair share of the items; '
+                'balance more strongly or use fewer experts.',
+                name, dead, report.num_experts, 100 * self.dead_share,
+            )  # fmt: skip
+        if report.has_collapsed(self.collapse_share):
+            runner.logger.warning(
+                'COLLAPSED ROUTING in %s: the choice of the expert does not depend on the input '
+                '(mutual information %.4f nats, load %s); the layer works as a dense one.',
+                name, report.mi_input, [round(x, 3) for x in report.load],
+            )  # fmt: skip
+
+    def _write(self, runner: Runner, mode: str, reports: dict[str, UtilizationReport]) -> None:
+        content = {
+            'mode': mode,
+            'iteration': runner.iter,
+            'layers': {name: report.as_dict() for name, report in reports.items()},
+        }
+        path = Path(runner.work_dir) / REPORT_FILE
+        path.write_text(json.dumps(content, indent=2) + '\n')

@@ -1,0 +1,7 @@
+"""What plugs into MMDetection: drop-in models whose parts are mixtures of experts."""
+
+from mmdet_moe.models.backbones import MoEResNet
+from mmdet_moe.models.dense_heads import MoERetinaHead
+from mmdet_moe.models.necks import MoEFPN
+
+__all__ = ['MoEFPN', 'MoEResNet', 'MoERetinaHead']

@@ -1,0 +1,3 @@
+from mmdet_moe.models.necks.moe_fpn import MoEFPN
+
+__all__ = ['MoEFPN']

@@ -1,0 +1,65 @@
+"""FPN with mixtures of output convolutions."""
+
+from collections.abc import Sequence
+
+from mmdet.models.necks import FPN
+
+from mmdet_moe.errors import ConfigError
+from mmdet_moe.moe import MoELayer
+from mmdet_moe.registry import MODELS
+
+
+@MODELS.register_module()
+class MoEFPN(FPN):
+    """``FPN`` whose 3×3 output convolutions become E experts each.
+
+    Every chosen level has its own experts and its own router, so each is balanced by itself.
+
+    Args:
+        *args, **kwargs: As for MMDetection's ``FPN``.
+        num_experts: E.
+        top_k: k.
+        router: Config of each router. Default: ``dict(type='mmdet_moe.GAPRouter')``.
+        moe_levels: Indices of the output convolutions that become experts, counted from the finest
+            level. Default: the ones on laterals, not the strided extra convolutions behind them.
+        granularity: ``'image'`` or ``'patch'``, see :class:`~mmdet_moe.moe.MoELayer`.
+        grid_size: g for patches.
+        upcycle_noise: Relative noise on the experts when a dense checkpoint is loaded into them.
+
+    Raises:
+        ConfigError: For options out of range.
+    """
+
+    def __init__(
+        self,
+        *args,
+        num_experts: int = 4,
+        top_k: int = 2,
+        router: dict | None = None,
+        moe_levels: Sequence[int] | None = None,
+        granularity: str = 'image',
+        grid_size: int = 1,
+        upcycle_noise: float = 0.0,
+        **kwargs,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        num_convs = len(self.fpn_convs)
+        if moe_levels is None:
+            moe_levels = range(len(self.lateral_convs))
+        if not moe_levels or not set(moe_levels) <= set(range(num_convs)):
+            raise ConfigError(
+                f'moe_levels={tuple(moe_levels)} must name some of the {num_convs} output '
+                f'convolutions, 0 to {num_convs - 1}'
+            )
+        for level in moe_levels:
+            conv = self.fpn_convs[level]
+            self.fpn_convs[level] = MoELayer(
+                conv,
+                num_experts,
+                top_k,
+                router,
+                in_channels=conv.conv.in_channels,
+                granularity=granularity,
+                grid_size=grid_size,
+                upcycle_noise=upcycle_noise,
+            )

@@ -1,0 +1,54 @@
+"""The core: mixture-of-experts layers in plain PyTorch, usable in any program."""
+
+from mmdet_moe.moe.constraints import (
+    BiasBalancing,
+    Constraint,
+    MeanImportanceConstraint,
+    RelativeImportanceConstraint,
+)
+from mmdet_moe.moe.experts import upcycle
+from mmdet_moe.moe.layer import (
+    DECISION_WEIGHTS,
+    MoELayer,
+    NonFiniteRouterError,
+    count_parameters,
+    find_moe_layers,
+)
+from mmdet_moe.moe.losses import (
+    BalancingLoss,
+    EntropyLoss,
+    ImportanceLoss,
+    KLLoss,
+    RouterZLoss,
+    SwitchLoss,
+    VarianceLoss,
+)
+from mmdet_moe.moe.routers import ConvGAPRouter, GAPRouter, Router
+from mmdet_moe.moe.routing import Routing
+from mmdet_moe.moe.utilization import Utilization, UtilizationReport
+
+__all__ = [
+    'DECISION_WEIGHTS',
+    'BalancingLoss',
+    'BiasBalancing',
+    'Constraint',
+    'ConvGAPRouter',
+    'EntropyLoss',
+    'GAPRouter',
+    'ImportanceLoss',
+    'KLLoss',
+    'MeanImportanceConstraint',
+    'MoELayer',
+    'NonFiniteRouterError',
+    'RelativeImportanceConstraint',
+    'Router',
+    'RouterZLoss',
+    'Routing',
+    'SwitchLoss',
+    'Utilization',
+    'UtilizationReport',
+    'VarianceLoss',
+    'count_parameters',
+    'find_moe_layers',
+    'upcycle',
+]

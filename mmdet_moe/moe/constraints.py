@@ -1,0 +1,171 @@
+"""Balancing inside the router: hard constraints, and the bias that needs no auxiliary loss.
+
+A constraint changes which experts *can be chosen*, never the weights of the chosen ones. Its state
+is kept in buffers, so that a resumed run decides exactly as the uninterrupted one, and it is fed
+with sums over all ranks.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from mmdet_moe.errors import ConfigError
+from mmdet_moe.moe.distributed import global_sum
+from mmdet_moe.moe.routing import Routing
+from mmdet_moe.registry import MODELS
+
+
+class Constraint(nn.Module):
+    """Base class. Subclasses say what :meth:`select` does and what :meth:`update` remembers.
+
+    Args:
+        num_experts: E; filled in by the router.
+    """
+
+    def __init__(self, num_experts: int) -> None:
+        super().__init__()
+        self.num_experts = num_experts
+
+    def select(self, logits: Tensor, training: bool) -> Tensor:
+        """Values (T, E) by which the router chooses its top k; −inf forbids an expert."""
+        raise NotImplementedError
+
+    def update(self, routing: Routing) -> None:
+        """Take one training batch into account. Called after the batch has been routed."""
+        raise NotImplementedError
+
+
+class _HardConstraint(Constraint):
+    """Masks overused experts, in training only."""
+
+    def __init__(self, num_experts: int, threshold: float) -> None:
+        super().__init__(num_experts)
+        if threshold < 0:
+            raise ConfigError(
+                f'{type(self).__name__}: threshold={threshold} could mask every expert; '
+                'use a value of at least 0'
+            )
+        self.threshold = threshold
+
+    def usage(self) -> Tensor:
+        """(E,): what is compared with :meth:`limit`."""
+        raise NotImplementedError
+
+    def limit(self) -> float:
+        """Experts whose usage is above it are masked."""
+        raise NotImplementedError
+
+    def masked(self) -> Tensor:
+        """bool (E,): the experts that the next training batch cannot choose."""
+        usage = self.usage()
+        mask = usage > self.limit()
+        # On paper the least used expert is always below the limit; rounding must not break that.
+        mask[usage.argmin()] = False
+        return mask
+
+    def select(self, logits: Tensor, training: bool) -> Tensor:
+        if not training:
+            return logits
+        return logits.masked_fill(self.masked(), float('-inf'))
+
+    def extra_repr(self) -> str:
+        return f'threshold={self.threshold}'
+
+
+@MODELS.register_module()
+class RelativeImportanceConstraint(_HardConstraint):
+    """Masks experts with more than their share of importance, summed up over training.
+
+    After every training batch ``r_i += (I_i − Ī) / Ī`` with the mean importance ``Ī`` (= T / E);
+    experts with ``r_i > threshold`` are masked in the next one (arXiv 2204.10598, "relative
+    importance"). The r_i sum to 0, so one expert is always free.
+
+    Args:
+        num_experts: E; filled in by the router.
+        threshold: m. The paper: 0.5 for classification, 0.3 for detection.
+    """
+
+    def __init__(self, num_experts: int, threshold: float = 0.5) -> None:
+        super().__init__(num_experts, threshold)
+        self.register_buffer('relative_importance', torch.zeros(num_experts))
+
+    def usage(self) -> Tensor:
+        return self.relative_importance
+
+    def limit(self) -> float:
+        return self.threshold
+
+    @torch.no_grad()
+    def update(self, routing: Routing) -> None:
+        importance = global_sum(routing.importance(balancing=True).float())
+        # The mean equals T / E when the weights of an item sum to 1; with Switch weights, which sum
+        # to less, it keeps the r_i balanced around 0. A batch that counts nothing changes nothing.
+        mean = importance.mean().clamp(min=torch.finfo(torch.float32).tiny)
+        self.relative_importance += (importance - importance.mean()) / mean
+
+
+@MODELS.register_module()
+class MeanImportanceConstraint(_HardConstraint):
+    """Masks experts whose mean share of importance over training is too large.
+
+    The running mean over training batches of ``I_i / T``; experts with more than
+    ``1 / E + threshold`` are masked in the next batch (arXiv 2204.10598, "mean importance").
+
+    Args:
+        num_experts: E; filled in by the router.
+        threshold: m, 0.3 in the paper.
+    """
+
+    def __init__(self, num_experts: int, threshold: float = 0.3) -> None:
+        super().__init__(num_experts, threshold)
+        self.register_buffer('mean_importance', torch.zeros(num_experts))
+        self.register_buffer('num_batches', torch.zeros((), dtype=torch.int64))
+
+    def usage(self) -> Tensor:
+        return self.mean_importance
+
+    def limit(self) -> float:
+        return 1 / self.num_experts + self.threshold
+
+    @torch.no_grad()
+    def update(self, routing: Routing) -> None:
+        importance = global_sum(routing.importance(balancing=True).float())
+        total = importance.sum()
+        counts = (total > 0).to(torch.int64)  # a batch that counts nothing is no batch
+        self.num_batches += counts
+        share = importance / total.clamp(min=torch.finfo(torch.float32).tiny)
+        step = counts / self.num_batches.clamp(min=1)
+        self.mean_importance += step * (share - self.mean_importance)
+
+
+@MODELS.register_module()
+class BiasBalancing(Constraint):
+    """Auxiliary-loss-free balancing (arXiv 2408.15664): a bias per expert steers the choice alone.
+
+    Experts are chosen by ``softmax(logits) + b``; the weights come from the logits without b. After
+    every training batch ``b_i += update_rate · sign(mean load − load_i)``. Unlike a hard constraint
+    the bias is part of the trained router and acts at inference as well.
+
+    Args:
+        num_experts: E; filled in by the router.
+        update_rate: u, 0.001 in the paper.
+    """
+
+    def __init__(self, num_experts: int, update_rate: float = 0.001) -> None:
+        super().__init__(num_experts)
+        if update_rate <= 0:
+            raise ConfigError(
+                f'BiasBalancing: update_rate={update_rate} never balances; use a positive value'
+            )
+        self.update_rate = update_rate
+        self.register_buffer('bias', torch.zeros(num_experts))
+
+    def select(self, logits: Tensor, training: bool) -> Tensor:
+        return logits.softmax(dim=-1) + self.bias.to(logits.dtype)
+
+    @torch.no_grad()
+    def update(self, routing: Routing) -> None:
+        load = global_sum(routing.load(balancing=True).float())
+        self.bias += self.update_rate * torch.sign(load.mean() - load)
+
+    def extra_repr(self) -> str:
+        return f'update_rate={self.update_rate}'

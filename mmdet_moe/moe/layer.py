@@ -1,0 +1,307 @@
+"""The MoE layer: a router that only routes, experts that only compute, glued by dispatch/combine."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from mmengine.logging import MessageHub
+from mmengine.model import BaseModule, ModuleList
+from torch import Tensor, nn
+
+from mmdet_moe import ops
+from mmdet_moe.errors import ConfigError
+from mmdet_moe.moe.experts import independent_copies, upcycle
+from mmdet_moe.moe.patches import PatchGrid, receptive_field
+from mmdet_moe.moe.routers import Router
+from mmdet_moe.moe.routing import Routing
+from mmdet_moe.registry import MODELS
+
+DECISION_WEIGHTS = ('uniform', 'area', 'positives')
+
+
+class NonFiniteRouterError(FloatingPointError):
+    """A router produced NaN or infinite logits."""
+
+
+@MODELS.register_module()
+class MoELayer(BaseModule):
+    """``y = sum_i w_i(x) E_i(x)`` over the k experts that the router chose for each item.
+
+    The journey of a batch:
+
+    1. Every feature map (one, or all pyramid levels) is divided into items: its images, or the
+       patches of its images.
+    2. The router decides once for all items of all maps: one :class:`Routing`.
+    3. Per map, the items are copied to the experts that they were sent to, sorted by expert
+       (dispatch). An expert without items is not evaluated.
+    4. Each expert computes its sub-batch.
+    5. The rows go back to the order of the items and are summed with their weights (combine).
+
+    Args:
+        expert: A config (built ``num_experts`` times), a module (copied, with fresh weights), or a
+            sequence of modules that are used as they are.
+        num_experts: E.
+        top_k: k.
+        router: Config of a :class:`~mmdet_moe.moe.Router`, without the numbers given here, or an
+            instance.
+        in_channels: Channels of the input; needed when ``router`` is a config without it.
+        granularity: What one decision covers: ``'image'`` (one image of one feature map) or
+            ``'patch'`` (one cell of a ``grid_size`` × ``grid_size`` grid over it).
+        grid_size: g for patch granularity. Small maps get fewer patches.
+        decision_weight: What one decision counts in the balancing. ``'uniform'``: 1. ``'area'``:
+            the pixels of its feature map, relative to the mean over the items. ``'positives'``:
+            the positive anchors in it, which only a detection head knows; the head tells them
+            with :meth:`weigh_decisions`.
+        shortcut: Module added around the MoE: ``y = MoE(x) + shortcut(x)`` (residual variant).
+        upcycle_noise: Relative noise on the experts when a dense checkpoint is loaded into them.
+
+    Raises:
+        ConfigError: For options out of range.
+    """
+
+    def __init__(
+        self,
+        expert: dict | nn.Module | Sequence[nn.Module],
+        num_experts: int,
+        top_k: int,
+        router: dict | Router | None = None,
+        in_channels: int | None = None,
+        granularity: str = 'image',
+        grid_size: int = 1,
+        decision_weight: str = 'uniform',
+        shortcut: nn.Module | None = None,
+        upcycle_noise: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.router = _build_router(router, in_channels, num_experts, top_k)
+        self.experts = _build_experts(expert, num_experts)
+        self.shortcut = shortcut
+        if granularity not in ('image', 'patch'):
+            raise ConfigError(f"granularity={granularity!r} is unknown; use 'image' or 'patch'")
+        if granularity == 'patch' and grid_size < 2:
+            raise ConfigError(f"granularity='patch' needs grid_size of at least 2, got {grid_size}")
+        if granularity == 'image' and grid_size != 1:
+            raise ConfigError(
+                f"grid_size={grid_size} has no effect with granularity='image'; "
+                "set granularity='patch'"
+            )
+        if decision_weight not in DECISION_WEIGHTS:
+            raise ConfigError(
+                f'decision_weight={decision_weight!r} is unknown; use one of {DECISION_WEIGHTS}'
+            )
+        if upcycle_noise < 0:
+            raise ConfigError(f'upcycle_noise={upcycle_noise} must not be negative')
+        self.granularity = granularity
+        self.grid_size = grid_size
+        self.halo, self.stride = receptive_field(self.experts[0]) if grid_size > 1 else (0, 1)
+        self.decision_weight = decision_weight
+        self.upcycle_noise = upcycle_noise
+        self.name = type(self).__name__
+        self._routing: Routing | None = None
+        self.register_load_state_dict_pre_hook(_upcycle_same_place)
+
+    @property
+    def num_experts(self) -> int:
+        """E."""
+        return self.router.num_experts
+
+    @property
+    def top_k(self) -> int:
+        """k."""
+        return self.router.top_k
+
+    @property
+    def routing(self) -> Routing:
+        """The Routing of the latest forward pass.
+
+        Raises:
+            RuntimeError: Before the first forward pass.
+        """
+        if self._routing is None:
+            raise RuntimeError(f'MoE layer "{self.name}" has not been run yet')
+        return self._routing
+
+    def forward(self, x: Tensor | Sequence[Tensor]) -> Tensor | list[Tensor]:
+        """Compute the layer.
+
+        Args:
+            x: One map (N, C, H, W), or a sequence of maps with the same N and C.
+
+        Returns:
+            One output map, or a list of them.
+
+        Raises:
+            NonFiniteRouterError: If the router's logits are not finite.
+        """
+        single = isinstance(x, Tensor)
+        maps = [x] if single else list(x)
+        patches = [
+            PatchGrid(tuple(m.shape[-2:]), self.grid_size, self.stride, self.halo) for m in maps
+        ]
+        self._routing = None
+        routing = self.router(maps, patches)
+        self._check_finite(routing)
+        self._routing = routing
+        if self.decision_weight == 'area':
+            self.weigh_decisions(_areas(routing, maps, patches))
+        elif self.decision_weight == 'positives':
+            routing.decision_weights = None
+        else:
+            self._update_constraint()
+        outputs = [
+            self._mix(m, p, *routing.level(i))
+            for i, (m, p) in enumerate(zip(maps, patches, strict=True))
+        ]
+        if torch.is_grad_enabled():
+            outputs[0] = self._keep_in_graph(outputs[0], routing)
+        return outputs[0] if single else outputs
+
+    def weigh_decisions(self, decision_weights: Tensor) -> None:
+        """Say what each decision of the latest forward counts in the balancing.
+
+        Args:
+            decision_weights: (T,), non-negative; only their ratios matter. Entries of 0 leave a
+                decision out.
+        """
+        routing = self.routing
+        routing.decision_weights = decision_weights.to(routing.weights)
+        self._update_constraint()
+
+    def _update_constraint(self) -> None:
+        constraint = self.router.constraint
+        if self.training and constraint is not None:
+            constraint.update(self.routing)
+
+    def _mix(self, x: Tensor, patches: PatchGrid, expert_ids: Tensor, weights: Tensor) -> Tensor:
+        """Steps 3 to 5 for one map."""
+        crops_T = patches.crop(x)
+        # A weight of exactly 0 is no choice: such rows go to a bucket behind the last expert.
+        expert_ids = expert_ids.masked_fill(weights == 0, self.num_experts)
+        order_M, offsets, inverse_TK = ops.sort_routes(expert_ids, self.num_experts + 1)
+        rows_M = ops.dispatch(crops_T, order_M, self.top_k)
+        bounds = offsets.tolist()
+        results = [
+            expert(rows_M[start:stop])
+            for expert, start, stop in zip(self.experts, bounds[:-2], bounds[1:-1], strict=True)
+            if stop > start
+        ]
+        if not results:  # an empty batch; one expert still says the output's shape
+            results = [self.experts[0](rows_M)]
+        if dropped := bounds[-1] - bounds[-2]:
+            results.append(results[0].new_zeros(dropped, *results[0].shape[1:]))
+        y = patches.place(ops.combine(torch.cat(results), weights, inverse_TK))
+        return y if self.shortcut is None else y + self.shortcut(x)
+
+    def _keep_in_graph(self, output: Tensor, routing: Routing) -> Tensor:
+        """Let unused experts take part in the graph with gradient 0.
+
+        Distributed data parallel waits for a gradient of every parameter; and a weight's gradient
+        should be 0, not missing, whether or not another rank used its expert.
+        """
+        unused = (routing.load() == 0).nonzero().flatten().tolist()
+        parameters = [p for e in unused for p in self.experts[e].parameters() if p.requires_grad]
+        return _ZeroGradient.apply(output, *parameters) if parameters else output
+
+    def _check_finite(self, routing: Routing) -> None:
+        if torch.isfinite(routing.logits).all():
+            return
+        message = f'The router of MoE layer "{self.name}" produced logits that are not finite'
+        if self.training and (iteration := _current_iteration()) is not None:
+            message += f' at training iteration {iteration}'
+        raise NonFiniteRouterError(
+            f'{message}; the input or a weight has become NaN or infinite: lower the learning rate '
+            'or clip the gradients'
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        # deepcopy (EMA) and pickle see neither the latest Routing nor the graph behind it.
+        return {**self.__dict__, '_routing': None}
+
+    def extra_repr(self) -> str:
+        return f'granularity={self.granularity!r}, grid_size={self.grid_size}'
+
+
+class _ZeroGradient(torch.autograd.Function):
+    """Identity on the first argument that gives the others a gradient of zeros."""
+
+    @staticmethod
+    def forward(ctx, output: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.parameters = parameters
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, ...]:
+        return grad, *(torch.zeros_like(p) for p in ctx.parameters)
+
+
+def find_moe_layers(model: nn.Module) -> dict[str, MoELayer]:
+    """All MoE layers of a model by name; each layer also learns its name, for its messages."""
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, MoELayer)}
+    for name, layer in layers.items():
+        layer.name = name or type(layer).__name__
+    return layers
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """Active and total parameters; of E equal experts k are active."""
+    total = sum(p.numel() for p in model.parameters())
+    inactive = 0
+    for layer in find_moe_layers(model).values():
+        experts = sum(p.numel() for p in layer.experts.parameters())
+        inactive += experts * (layer.num_experts - layer.top_k) // layer.num_experts
+    return total - inactive, total
+
+
+def _build_router(
+    router: dict | Router | None, in_channels: int | None, num_experts: int, top_k: int
+) -> Router:
+    if isinstance(router, Router):
+        if (router.num_experts, router.top_k) != (num_experts, top_k):
+            raise ConfigError(
+                f'The router routes to {router.top_k} of {router.num_experts} experts, the MoE '
+                f'layer wants {top_k} of {num_experts}; give both the same numbers'
+            )
+        return router
+    router = {'type': 'mmdet_moe.GAPRouter', **(router or {})}
+    given = {'in_channels': in_channels, 'num_experts': num_experts, 'top_k': top_k}
+    for field, value in given.items():
+        if value is not None and router.setdefault(field, value) != value:
+            raise ConfigError(
+                f"router.{field}={router[field]} contradicts the layer's {field}={value}; "
+                'remove it from the router'
+            )
+    built = MODELS.build(router)
+    if not isinstance(built, Router):
+        raise ConfigError(f'router: {type(built).__name__} is not a Router of mmdet_moe')
+    return built
+
+
+def _build_experts(
+    expert: dict | nn.Module | Sequence[nn.Module], num_experts: int
+) -> nn.ModuleList:
+    if isinstance(expert, dict):
+        experts = [MODELS.build(expert) for _ in range(num_experts)]
+    elif isinstance(expert, nn.Module) and not isinstance(expert, nn.ModuleList):
+        experts = independent_copies(expert, num_experts)
+    else:
+        experts = list(expert)
+    if len(experts) != num_experts:
+        raise ConfigError(f'num_experts={num_experts}, but {len(experts)} experts were given')
+    return ModuleList(experts)
+
+
+def _areas(routing: Routing, maps: list[Tensor], patches: list[PatchGrid]) -> Tensor:
+    per_level = [m.shape[-2] * m.shape[-1] / len(p) for m, p in zip(maps, patches, strict=True)]
+    areas = routing.weights.new_tensor(per_level)[routing.level_ids]
+    return areas / areas.mean()
+
+
+def _current_iteration() -> int | None:
+    # Set by MMEngine's Runner; None in any other program.
+    iteration = MessageHub.get_current_instance().get_info('iter')
+    return None if iteration is None else iteration + 1
+
+
+def _upcycle_same_place(layer, state_dict, prefix, *_) -> None:
+    # A layer that stands where the dense module stood (backbone.layer4) finds its names there.
+    upcycle(state_dict, prefix, prefix, layer.experts, layer.upcycle_noise)

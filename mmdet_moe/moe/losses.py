@@ -1,0 +1,159 @@
+"""Soft constraints: auxiliary losses on one :class:`Routing`.
+
+Every sum over items runs over all ranks (:func:`~mmdet_moe.moe.distributed.global_sum`) and counts
+each decision with its ``decision_weights``; with uniform ones the formulas are the papers'.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from mmdet_moe.errors import ConfigError
+from mmdet_moe.moe.distributed import global_sum
+from mmdet_moe.moe.metrics import coefficient_of_variation_squared, entropy
+from mmdet_moe.moe.routing import Routing
+from mmdet_moe.registry import MODELS
+
+_EPS = 1e-10
+
+
+class BalancingLoss(nn.Module):
+    """Base class: ``weight · compute(routing)``.
+
+    Args:
+        weight: λ, at least 0.
+
+    Raises:
+        ConfigError: For a negative weight, which would reward imbalance.
+    """
+
+    def __init__(self, weight: float) -> None:
+        super().__init__()
+        if weight < 0:
+            raise ConfigError(f'{type(self).__name__}: weight={weight} must not be negative')
+        self.weight = weight
+
+    def forward(self, routing: Routing) -> Tensor:
+        """The weighted loss, a scalar of at least float32."""
+        return self.weight * self.compute(routing)
+
+    def compute(self, routing: Routing) -> Tensor:
+        """The loss before its weight."""
+        raise NotImplementedError
+
+    def extra_repr(self) -> str:
+        return f'weight={self.weight}'
+
+
+def _mean_over_items(values: Tensor, routing: Routing) -> Tensor:
+    """Mean of (T, …) values over the items of all ranks, weighted by what each decision counts."""
+    decision = routing.decision_weights.to(values.dtype)
+    total = global_sum((values * decision.view(-1, *(1,) * (values.dim() - 1))).sum(0))
+    return total / global_sum(decision.sum()).clamp(min=_EPS)
+
+
+@MODELS.register_module()
+class ImportanceLoss(BalancingLoss):
+    """``Var(I) / (mean(I)² + 1e-10)`` of the importance I, unbiased variance over the experts.
+
+    arXiv 2204.10598 after arXiv 1701.06538, equation 7.
+    """
+
+    def __init__(self, weight: float = 0.5) -> None:
+        super().__init__(weight)
+
+    def compute(self, routing: Routing) -> Tensor:
+        return coefficient_of_variation_squared(global_sum(routing.importance(balancing=True)))
+
+
+@MODELS.register_module()
+class KLLoss(BalancingLoss):
+    """KL divergence of the experts' shares of importance from the uniform distribution.
+
+    ``sum_i p_i log(p_i · E)`` with ``p_i = (I_i + 1e-10) / T`` (arXiv 2204.10598). The sum of the
+    importance stands for T: the two are equal when the weights of an item sum to 1, and with Switch
+    weights, which sum to less, dividing by T would reward low confidence instead of balance.
+    """
+
+    def __init__(self, weight: float = 0.5) -> None:
+        super().__init__(weight)
+
+    def compute(self, routing: Routing) -> Tensor:
+        importance = global_sum(routing.importance(balancing=True)) + _EPS
+        p = importance / importance.sum()
+        return (p * torch.log(p * routing.num_experts)).sum()
+
+
+@MODELS.register_module()
+class VarianceLoss(BalancingLoss):
+    """Minus the variance of each expert's weight over the batch, averaged over the experts.
+
+    Pushes the decisions for different inputs apart (arXiv 2204.10598). The biased variance, so that
+    one sample gives 0. It balances nothing by itself: combine it with another loss.
+    """
+
+    def __init__(self, weight: float = 0.5) -> None:
+        super().__init__(weight)
+
+    def compute(self, routing: Routing) -> Tensor:
+        weights_TE = routing.dense_weights()
+        # A function of two global sums: only so is its gradient right across ranks, too.
+        mean = _mean_over_items(weights_TE, routing)
+        return (mean**2 - _mean_over_items(weights_TE**2, routing)).mean()
+
+
+@MODELS.register_module()
+class SwitchLoss(BalancingLoss):
+    """``E · sum_i f_i P_i``: share of routed rows times mean probability (arXiv 2101.03961, eq. 4).
+
+    f_i counts the k choices of every item and is divided by k, so that perfect balance costs 1 for
+    every k; P is the softmax over all E logits.
+    """
+
+    def __init__(self, weight: float = 0.01) -> None:
+        super().__init__(weight)
+
+    def compute(self, routing: Routing) -> Tensor:
+        load = global_sum(routing.load(balancing=True))
+        f = load / load.sum().clamp(min=_EPS)
+        p = _mean_over_items(routing.logits.softmax(dim=-1), routing)
+        return routing.num_experts * (f * p).sum()
+
+
+@MODELS.register_module()
+class RouterZLoss(BalancingLoss):
+    """Mean of ``logsumexp(logits)²``: keeps the logits small (ST-MoE, arXiv 2202.08906, eq. 5).
+
+    It balances nothing by itself: combine it with another loss.
+    """
+
+    def __init__(self, weight: float = 1e-3) -> None:
+        super().__init__(weight)
+
+    def compute(self, routing: Routing) -> Tensor:
+        return _mean_over_items(routing.logits.logsumexp(dim=-1) ** 2, routing)
+
+
+@MODELS.register_module()
+class EntropyLoss(BalancingLoss):
+    """Entropy of the router's probabilities (softmax over all E logits), in nats.
+
+    Args:
+        weight: λ.
+        over: ``'batch'``: ``log E − H(mean_x p(x))``, at least 0, asks for balance;
+            ``'item'``: ``mean_x H(p(x))``, asks for sharp decisions. The sum of the two, up to a
+            constant, is minus the mutual information between input and expert.
+    """
+
+    def __init__(self, weight: float = 0.1, over: str = 'batch') -> None:
+        super().__init__(weight)
+        if over not in ('batch', 'item'):
+            raise ConfigError(f"EntropyLoss: over={over!r} is unknown; use 'batch' or 'item'")
+        self.over = over
+
+    def compute(self, routing: Routing) -> Tensor:
+        p = routing.logits.softmax(dim=-1)
+        if self.over == 'item':
+            return _mean_over_items(entropy(p), routing)
+        return math.log(routing.num_experts) - entropy(_mean_over_items(p, routing))

@@ -1,0 +1,215 @@
+"""Patch granularity: one feature map as a g×g grid of patches, each an item of its own.
+
+An expert gives a patch what it would give that place of the whole feature map, so 3×3 convolutions
+see the true neighbours. To get there without running the expert on the whole map, a patch is cut
+out together with a halo as wide as the expert's receptive field. A patch at the border of the image
+is cut flush with the border, where the expert's own zero padding is the true one, and reaches as
+much further into the image instead: all crops have one size, and the margin that fake padding
+spoils is cut off afterwards. With g = 1 the crop is the feature map itself.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from mmdet_moe.errors import ConfigError
+
+#: Layers that compute every pixel by itself, given fixed normalisation statistics.
+_POINTWISE = (
+    nn.Identity,
+    nn.ReLU,
+    nn.ReLU6,
+    nn.LeakyReLU,
+    nn.PReLU,
+    nn.ELU,
+    nn.GELU,
+    nn.SiLU,
+    nn.Hardswish,
+    nn.Sigmoid,
+    nn.Tanh,
+    nn.Dropout,
+    nn.modules.batchnorm._BatchNorm,
+)
+
+
+@dataclass(frozen=True)
+class _Axis:
+    """The cuts along one axis, in pixels of the expert's input unless said otherwise."""
+
+    bounds: tuple[int, ...]  # of the patches in the output, g + 1 values
+    starts: tuple[int, ...]  # of the crops, g values, multiples of the stride
+    crop: int
+    length: int
+    stride: int
+
+    @classmethod
+    def cut(cls, length: int, grid: int, stride: int, halo: int) -> '_Axis':
+        out_length = -(-length // stride)
+        grid = min(grid, out_length)
+        bounds = tuple(i * out_length // grid for i in range(grid + 1))
+        if grid == 1:
+            return cls(bounds, (0,), length, length, stride)
+        halo = -(-halo // stride) * stride
+        patch = max(b - a for a, b in zip(bounds, bounds[1:], strict=False)) * stride
+        crop = min(length, patch + 2 * halo)
+        # The last crop ends at the border and has to start on the stride, too.
+        crop += (length - crop) % stride
+        starts = tuple(max(0, min(b * stride - halo, length - crop)) for b in bounds[:-1])
+        return cls(bounds, starts, crop, length, stride)
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def pooling_matrix(self, like: Tensor) -> Tensor:
+        """(g, length): row i averages over the input pixels of patch i."""
+        matrix = like.new_zeros(len(self), self.length)
+        for i in range(len(self)):
+            start, stop = self.bounds[i] * self.stride, self.bounds[i + 1] * self.stride
+            stop = min(stop, self.length)
+            matrix[i, start:stop] = 1 / (stop - start)
+        return matrix
+
+    def inside(self, i: int) -> slice:
+        """Where patch i lies in the output of its crop."""
+        offset = self.starts[i] // self.stride
+        return slice(self.bounds[i] - offset, self.bounds[i + 1] - offset)
+
+
+@dataclass(frozen=True)
+class PatchGrid:
+    """The patches of one feature map.
+
+    Args:
+        size: (H, W) of the expert's input.
+        grid: Patches per axis, g; fewer where the map has fewer output pixels.
+        stride: Total stride of the expert.
+        halo: Radius of the expert's receptive field in input pixels.
+    """
+
+    size: tuple[int, int]
+    grid: int = 1
+    stride: int = 1
+    halo: int = 0
+
+    @property
+    def _axes(self) -> tuple[_Axis, _Axis]:
+        rows = _Axis.cut(self.size[0], self.grid, self.stride, self.halo)
+        return rows, _Axis.cut(self.size[1], self.grid, self.stride, self.halo)
+
+    def __len__(self) -> int:
+        """Patches per image."""
+        rows, cols = self._axes
+        return len(rows) * len(cols)
+
+    def pool(self, x: Tensor) -> Tensor:
+        """Mean of every patch (no halo): (N, C, H, W) to (N · patches, C), at least in float32."""
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        if len(self) == 1:
+            return x.mean(dim=(2, 3), dtype=dtype)
+        rows, cols = self._axes
+        pooled = torch.einsum(
+            'gh,nchw,kw->ngkc', rows.pooling_matrix(x.to(dtype)), x.to(dtype),
+            cols.pooling_matrix(x.to(dtype)),
+        )  # fmt: skip
+        return pooled.flatten(0, 2)
+
+    def crop(self, x: Tensor) -> Tensor:
+        """Cut out every patch with its halo: (N, C, H, W) to (N · patches, C, h, w)."""
+        if len(self) == 1:
+            return x
+        rows, cols = self._axes
+        crops = [
+            x[:, :, r : r + rows.crop, c : c + cols.crop] for r in rows.starts for c in cols.starts
+        ]
+        return torch.stack(crops, dim=1).flatten(0, 1)
+
+    def place(self, y: Tensor) -> Tensor:
+        """Put the experts' outputs for the crops together to one map (N, C, H', W').
+
+        Raises:
+            ConfigError: If an expert's output is not its input's size divided by the stride.
+        """
+        if len(self) == 1:
+            return y
+        rows, cols = self._axes
+        expected = (-(-rows.crop // self.stride), -(-cols.crop // self.stride))
+        if tuple(y.shape[2:]) != expected:
+            raise ConfigError(
+                f'granularity="patch" needs experts that keep the size (up to their stride '
+                f'{self.stride}), but an expert made {tuple(y.shape[2:])} of a '
+                f'{(rows.crop, cols.crop)} crop; set its padding to (kernel_size - 1) // 2 · dilation'
+            )
+        patches = y.unflatten(0, (-1, len(rows), len(cols)))
+        lines = [
+            torch.cat(
+                [patches[:, i, j, :, rows.inside(i), cols.inside(j)] for j in range(len(cols))],
+                dim=-1,
+            )
+            for i in range(len(rows))
+        ]
+        return torch.cat(lines, dim=-2)
+
+
+def receptive_field(module: nn.Module) -> tuple[int, int]:
+    """Radius of the receptive field in input pixels, and total stride, of a convolutional expert.
+
+    Knows convolutions, average and max pooling, pointwise layers, sequences of them, mmcv's
+    ``ConvModule`` and the residual blocks of MMDetection and MMPretrain.
+
+    Raises:
+        ConfigError: If the module holds a layer whose receptive field is unknown or the whole
+            image (global pooling, group normalisation), for which patches cannot be exact.
+    """
+    if isinstance(module, nn.Conv2d):
+        radius = max((k - 1) * d for k, d in zip(module.kernel_size, module.dilation, strict=True))
+        return -(-radius // 2), max(module.stride)
+    if isinstance(module, (nn.AvgPool2d, nn.MaxPool2d)):
+        kernel, stride = (
+            v if isinstance(v, int) else max(v) for v in (module.kernel_size, module.stride)
+        )
+        return kernel - 1, stride
+    if isinstance(module, _POINTWISE):
+        return 0, 1
+    if isinstance(module, nn.Sequential):
+        return _compose(module)
+    if hasattr(module, 'conv1') and hasattr(module, 'conv2'):
+        main = _compose(
+            getattr(module, name) for name in ('conv1', 'conv2', 'conv3') if hasattr(module, name)
+        )
+        if getattr(module, 'with_plugins', False) or _has_unknown_layers(module):
+            raise _unknown(module)
+        downsample = getattr(module, 'downsample', None)
+        side = receptive_field(downsample) if downsample is not None else (0, main[1])
+        return max(main[0], side[0]), main[1]
+    if hasattr(module, 'conv') and hasattr(module, 'with_norm'):
+        if _has_unknown_layers(module):
+            raise _unknown(module)
+        return receptive_field(module.conv)
+    raise _unknown(module)
+
+
+def _compose(modules) -> tuple[int, int]:
+    radius, stride = 0, 1
+    for module in modules:
+        r, s = receptive_field(module)
+        radius, stride = radius + stride * r, stride * s
+    return radius, stride
+
+
+def _has_unknown_layers(module: nn.Module) -> bool:
+    known = (nn.Conv2d, nn.AvgPool2d, nn.MaxPool2d, *_POINTWISE)
+    leaves = (m for m in module.modules() if not any(True for _ in m.children()))
+    return not all(isinstance(m, known) or not _computes(m) for m in leaves)
+
+
+def _computes(leaf: nn.Module) -> bool:
+    # Empty containers are leaves too, and mix nothing.
+    return not isinstance(leaf, (nn.Sequential, nn.ModuleList, nn.ModuleDict))
+
+
+def _unknown(module: nn.Module) -> ConfigError:
+    return ConfigError(
+        f'granularity="patch" cannot tell the receptive field of {type(module).__name__}; use '
+        'granularity="image", or experts made of convolutions, pointwise layers and batch norm'
+    )

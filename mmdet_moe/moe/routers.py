@@ -1,0 +1,193 @@
+"""Routers: from feature maps to one :class:`Routing`."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mmdet_moe.errors import ConfigError
+from mmdet_moe.moe.constraints import Constraint
+from mmdet_moe.moe.patches import PatchGrid
+from mmdet_moe.moe.routing import Routing
+from mmdet_moe.registry import MODELS
+
+
+class Router(nn.Module):
+    """Base class: noisy top-k over the logits of a subclass (arXiv 2204.10598, section 3).
+
+    Each routed item is pooled to a vector, mapped to E logits, and its k best experts get the
+    weights. All arithmetic is in float32 (or float64) under any autocast.
+
+    Args:
+        in_channels: Channels C of the routed feature maps.
+        num_experts: E, at least 1.
+        top_k: k, between 1 and E.
+        softmax: ``'kept'``: softmax over the k kept logits, so the weights of an item sum to 1.
+            ``'all'``: softmax over all E logits before the choice (Switch, arXiv 2101.03961), so
+            they sum to less, and a single chosen expert still has a gradient. Default: ``'kept'``
+            for k > 1, ``'all'`` for k = 1.
+        noise: Whether noise is added to the logits in training:
+            ``eps · softplus(W_noise · GAP(x) + 0.01)``, ``eps ~ N(0, 1)``. Default: True without a
+            constraint, False with one (a hard constraint and noise exclude each other).
+        constraint: Config or instance of a :class:`~mmdet_moe.moe.constraints.Constraint`.
+
+    Raises:
+        ConfigError: For values out of range, and for ``softmax='kept'`` with k = 1 < E, which gives
+            the router no gradient at all: the weight is the constant 1.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        num_experts: int,
+        top_k: int,
+        softmax: str | None = None,
+        noise: bool | None = None,
+        constraint: Constraint | dict | None = None,
+    ) -> None:
+        super().__init__()
+        if num_experts < 1:
+            raise ConfigError(f'num_experts={num_experts}: an MoE layer needs at least 1 expert')
+        if not 1 <= top_k <= num_experts:
+            raise ConfigError(
+                f'top_k={top_k} must lie between 1 and num_experts={num_experts}; '
+                'lower top_k or add experts'
+            )
+        if softmax is None:
+            softmax = 'all' if top_k == 1 else 'kept'
+        if softmax not in ('kept', 'all'):
+            raise ConfigError(f"softmax={softmax!r} is unknown; use 'kept' or 'all'")
+        if softmax == 'kept' and top_k == 1 < num_experts:
+            raise ConfigError(
+                "softmax='kept' with top_k=1 makes every weight the constant 1, so the router gets "
+                "no gradient and cannot learn; use softmax='all'"
+            )
+        if isinstance(constraint, dict):
+            constraint = MODELS.build({**constraint, 'num_experts': num_experts})
+        if noise is None:
+            noise = constraint is None
+        if noise and constraint is not None:
+            raise ConfigError(
+                f'noise=True cannot be combined with constraint={type(constraint).__name__}, whose '
+                'decisions it would undo; set noise=False'
+            )
+        self.in_channels = in_channels
+        self.num_experts = num_experts
+        self.top_k = top_k
+        self.softmax = softmax
+        self.constraint = constraint
+        self.noise_fc = nn.Linear(in_channels, num_experts, bias=False) if noise else None
+        if self.noise_fc is not None:
+            # Equal noise for every expert at the start, as in arXiv 1701.06538.
+            nn.init.zeros_(self.noise_fc.weight)
+
+    def compute_logits(self, x: Tensor, patches: PatchGrid) -> Tensor:
+        """Logits (items, E) of one feature map (N, C, H, W), without noise, at least float32."""
+        raise NotImplementedError
+
+    def forward(
+        self, x: Tensor | Sequence[Tensor], patches: Sequence[PatchGrid] | None = None
+    ) -> Routing:
+        """Route one feature map, or all pyramid levels of a batch together.
+
+        Args:
+            x: (N, C, H, W), or a sequence of such maps with the same N and C.
+            patches: One grid per map; by default every image of every map is one item.
+
+        Returns:
+            One Routing for all items, with uniform ``decision_weights``.
+        """
+        maps = [x] if isinstance(x, Tensor) else list(x)
+        if patches is None:
+            patches = [PatchGrid(tuple(level.shape[-2:])) for level in maps]
+        with torch.autocast(maps[0].device.type, enabled=False):
+            logits = torch.cat(
+                [self.compute_logits(m, p) for m, p in zip(maps, patches, strict=True)]
+            )
+            noisy = logits
+            if self.training and self.noise_fc is not None:
+                pooled = torch.cat([p.pool(m) for m, p in zip(maps, patches, strict=True)])
+                scale = F.softplus(_linear(self.noise_fc, pooled) + 0.01)
+                noisy = logits + torch.randn_like(logits) * scale
+            expert_ids, weights = self.choose(noisy, self.training)
+        num_images = maps[0].shape[0]
+        return Routing(
+            expert_ids=expert_ids,
+            weights=weights,
+            logits=logits,
+            items_per_level=tuple(num_images * len(p) for p in patches),
+            num_images=num_images,
+            decision_weights=weights.new_ones(len(weights)),
+        )
+
+    def choose(self, logits: Tensor, training: bool) -> tuple[Tensor, Tensor]:
+        """The k best experts of every item and their weights.
+
+        Args:
+            logits: (T, E).
+            training: Whether hard constraints apply.
+
+        Returns:
+            ``expert_ids`` (T, K) int64 and ``weights`` (T, K) of the dtype of ``logits``. Where a
+            constraint leaves fewer than k experts, the surplus weights are exactly 0.
+        """
+        selection = logits if self.constraint is None else self.constraint.select(logits, training)
+        expert_ids = selection.topk(self.top_k, dim=-1).indices
+        allowed = logits.masked_fill(torch.isneginf(selection), float('-inf'))
+        if self.softmax == 'kept':
+            return expert_ids, allowed.gather(1, expert_ids).softmax(dim=-1)
+        return expert_ids, allowed.softmax(dim=-1).gather(1, expert_ids)
+
+    def extra_repr(self) -> str:
+        return f'num_experts={self.num_experts}, top_k={self.top_k}, softmax={self.softmax!r}'
+
+
+def _linear(fc: nn.Linear, x: Tensor) -> Tensor:
+    bias = None if fc.bias is None else fc.bias.to(x.dtype)
+    return F.linear(x, fc.weight.to(x.dtype), bias)
+
+
+@MODELS.register_module()
+class GAPRouter(Router):
+    """Global average pooling, then a linear layer (GAP-FC).
+
+    Args: as :class:`Router`.
+    """
+
+    def __init__(self, in_channels: int, num_experts: int, top_k: int, **kwargs) -> None:
+        super().__init__(in_channels, num_experts, top_k, **kwargs)
+        self.fc = nn.Linear(in_channels, num_experts)
+        _init_fc(self.fc)
+
+    def compute_logits(self, x: Tensor, patches: PatchGrid) -> Tensor:
+        return _linear(self.fc, patches.pool(x))
+
+
+@MODELS.register_module()
+class ConvGAPRouter(Router):
+    """A 3×3 convolution with ReLU first, then global average pooling and a linear layer.
+
+    Args: as :class:`Router`, and
+        conv_channels: Channels of the convolution, 256 in the paper.
+    """
+
+    def __init__(
+        self, in_channels: int, num_experts: int, top_k: int, conv_channels: int = 256, **kwargs
+    ) -> None:
+        super().__init__(in_channels, num_experts, top_k, **kwargs)
+        self.conv = nn.Conv2d(in_channels, conv_channels, 3, padding=1)
+        self.fc = nn.Linear(conv_channels, num_experts)
+        _init_fc(self.fc)
+
+    def compute_logits(self, x: Tensor, patches: PatchGrid) -> Tensor:
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        weight, bias = self.conv.weight.to(x.dtype), self.conv.bias.to(x.dtype)
+        features = F.relu(F.conv2d(x, weight, bias, padding=1))
+        return _linear(self.fc, patches.pool(features))
+
+
+def _init_fc(fc: nn.Linear) -> None:
+    # Small logits: at the start no expert is preferred, and the noise decides.
+    nn.init.normal_(fc.weight, std=0.01)
+    nn.init.zeros_(fc.bias)

@@ -1,0 +1,113 @@
+"""The decision of one forward pass.
+
+Letters used in tensor names here and everywhere below: T routed items, E experts, K chosen experts
+per item, M = T·K rows, N images, L pyramid levels.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Routing:
+    """Which experts were chosen for which item, and with what weight.
+
+    Items are ordered by level, then by image, then by patch (row by row).
+
+    Attributes:
+        expert_ids: int64 (T, K), the chosen experts, best first.
+        weights: (T, K), non-negative. An entry that is exactly 0 is no choice: its expert is not
+            evaluated and it counts in neither importance nor load (a hard constraint can leave
+            fewer free experts than K).
+        logits: (T, E), the router's output without training noise and without masks.
+        items_per_level: How many of the T items each level has; their sum is T.
+        num_images: Number of images N; every level has N × patches items.
+        decision_weights: (T,) what each decision counts in the balancing; None until the owner of
+            the layer has said so (see :meth:`mmdet_moe.moe.MoELayer.weigh_decisions`).
+    """
+
+    expert_ids: Tensor
+    weights: Tensor
+    logits: Tensor
+    items_per_level: tuple[int, ...]
+    num_images: int
+    decision_weights: Tensor | None = None
+
+    @property
+    def num_items(self) -> int:
+        """T."""
+        return self.expert_ids.shape[0]
+
+    @property
+    def num_experts(self) -> int:
+        """E."""
+        return self.logits.shape[1]
+
+    @property
+    def top_k(self) -> int:
+        """K."""
+        return self.expert_ids.shape[1]
+
+    @cached_property
+    def level_ids(self) -> Tensor:
+        """int64 (T,): the index of each item's feature map in the list that the router was given."""
+        sizes = torch.tensor(self.items_per_level, device=self.expert_ids.device)
+        return torch.repeat_interleave(
+            torch.arange(len(sizes), device=sizes.device), sizes, output_size=self.num_items
+        )
+
+    @cached_property
+    def image_ids(self) -> Tensor:
+        """int64 (T,): the index of each item's image in the batch."""
+        images = torch.arange(self.num_images, device=self.expert_ids.device)
+        return torch.cat(
+            [images.repeat_interleave(items // self.num_images) for items in self.items_per_level]
+        )
+
+    def dense_weights(self) -> Tensor:
+        """(T, E): the weights with an exact 0 for every expert that was not chosen."""
+        return self.weights.new_zeros(self.logits.shape).scatter(1, self.expert_ids, self.weights)
+
+    def importance(self, balancing: bool = False) -> Tensor:
+        """Importance ``I_i = sum_x w_i(x)`` of each expert, (E,), differentiable.
+
+        Args:
+            balancing: Count each decision with its ``decision_weights``, as the losses and
+                constraints do, instead of as 1.
+        """
+        return self._sum_per_expert(self.weights, balancing)
+
+    def load(self, balancing: bool = False) -> Tensor:
+        """Number of items that each expert got, (E,), without gradient.
+
+        Args:
+            balancing: As in :meth:`importance`.
+        """
+        return self._sum_per_expert((self.weights > 0).to(self.weights.dtype), balancing)
+
+    def balancing_total(self) -> Tensor:
+        """What all decisions count together, a scalar; T when each counts 1."""
+        return self._decision_weights().sum()
+
+    def level(self, index: int) -> tuple[Tensor, Tensor]:
+        """``expert_ids`` and ``weights`` of one level's items."""
+        start = sum(self.items_per_level[:index])
+        stop = start + self.items_per_level[index]
+        return self.expert_ids[start:stop], self.weights[start:stop]
+
+    def _decision_weights(self) -> Tensor:
+        if self.decision_weights is None:
+            raise RuntimeError(
+                'The decisions of this routing have not been weighed yet: the owner of the MoE '
+                'layer calls MoELayer.weigh_decisions() before balancing is computed.'
+            )
+        return self.decision_weights
+
+    def _sum_per_expert(self, values_TK: Tensor, balancing: bool) -> Tensor:
+        if balancing:
+            values_TK = values_TK * self._decision_weights()[:, None]
+        total = values_TK.new_zeros(self.num_experts)
+        return total.index_add(0, self.expert_ids.flatten(), values_TK.flatten())

@@ -1,0 +1,139 @@
+"""Compact statistics of how experts are used; memory does not grow with the number of items."""
+
+import math
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor
+
+from mmdet_moe.moe.distributed import global_sum_
+from mmdet_moe.moe.metrics import coefficient_of_variation_squared, entropy, mutual_information
+from mmdet_moe.moe.routers import Router
+from mmdet_moe.moe.routing import Routing
+
+
+@dataclass(frozen=True)
+class UtilizationReport:
+    """How the experts of one layer were used. Entropies and informations are in nats.
+
+    Attributes:
+        num_items: Routed items T.
+        load: Share of the routed rows that each expert got, sums to 1.
+        importance: Share of the importance, sums to 1.
+        load_cv2: Squared coefficient of variation of the load.
+        usage_entropy: Entropy of ``importance``; log E when all experts are used alike.
+        decision_entropy: Mean entropy of one item's weights; log k when its k experts weigh alike.
+        mi_input: Mutual information between the input and the chosen expert, ``H(mean w) −
+            mean H(w)``, of the decisions that inference would take (no noise, no masks). 0 when
+            every input gets the same experts with the same weights.
+        mi_level: The part of it that the pyramid level alone explains.
+    """
+
+    num_items: int
+    load: list[float]
+    importance: list[float]
+    load_cv2: float
+    usage_entropy: float
+    decision_entropy: float
+    mi_input: float
+    mi_level: float
+
+    @property
+    def num_experts(self) -> int:
+        """E."""
+        return len(self.load)
+
+    def dead_experts(self, share: float) -> list[int]:
+        """Experts whose load is below ``share`` of the fair 1 / E."""
+        return [e for e, load in enumerate(self.load) if load < share / self.num_experts]
+
+    def has_collapsed(self, share: float) -> bool:
+        """Whether the decision hardly depends on the input: ``mi_input < share · log E``.
+
+        One item, or one expert, cannot say.
+        """
+        return self.num_items > 1 < self.num_experts and (
+            self.mi_input < share * math.log(self.num_experts)
+        )
+
+    def as_dict(self) -> dict:
+        """All attributes, for JSON."""
+        return asdict(self)
+
+    def scalars(self) -> dict[str, float]:
+        """One number per name, for visualisation backends."""
+        scalars = {}
+        for key, value in self.as_dict().items():
+            if isinstance(value, list):
+                scalars.update({f'{key}_{e}': v for e, v in enumerate(value)})
+            elif key != 'num_items':
+                scalars[key] = value
+        return scalars
+
+    def __str__(self) -> str:
+        load = ' '.join(f'{x:.2f}' for x in self.load)
+        importance = ' '.join(f'{x:.2f}' for x in self.importance)
+        return (
+            f'load {load} | importance {importance} | decision entropy {self.decision_entropy:.2f} '
+            f'| information on input {self.mi_input:.3f}, on level {self.mi_level:.3f} nats '
+            f'of {self.usage_entropy:.2f}'
+        )
+
+
+class Utilization:
+    """Sums over routings, from which a :class:`UtilizationReport` is computed.
+
+    Args:
+        num_experts: E.
+    """
+
+    def __init__(self, num_experts: int) -> None:
+        self.num_experts = num_experts
+        self._sums: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def update(self, routing: Routing, router: Router) -> None:
+        """Add one forward pass. Stays on the device and waits for nothing.
+
+        Args:
+            routing: What was decided.
+            router: The router that decided; asked again for its decision at inference.
+        """
+        expert_ids, weights_TK = router.choose(routing.logits, training=False)
+        weights_TK = weights_TK / weights_TK.sum(dim=1, keepdim=True)
+        weights_TE = torch.zeros_like(routing.logits).scatter(1, expert_ids, weights_TK)
+        levels = torch.zeros(
+            len(routing.items_per_level), self.num_experts, device=weights_TE.device
+        ).index_add(0, routing.level_ids, weights_TE.float())
+        sums = {
+            'items': weights_TE.new_tensor(float(routing.num_items)),
+            'load': routing.load(),
+            'importance': routing.importance(),
+            'decision_entropy': entropy(weights_TE).sum(),
+            'levels': levels,
+        }
+        for key, value in sums.items():
+            value = value.detach().double()
+            self._sums[key] = self._sums[key] + value if key in self._sums else value
+
+    def report(self) -> UtilizationReport:
+        """Compute the report over everything added since the construction, on all ranks.
+
+        A collective operation under ``torch.distributed``: call it on every rank.
+        """
+        sums = {key: value.clone() for key, value in self._sums.items()}
+        global_sum_(list(sums.values()))
+        load = sums['load'] / sums['load'].sum()
+        importance = sums['importance'] / sums['importance'].sum()
+        decision_entropy = sums['decision_entropy'] / sums['items']
+        usage = sums['levels'].sum(0) / sums['items']
+        return UtilizationReport(
+            num_items=int(sums['items']),
+            load=load.tolist(),
+            importance=importance.tolist(),
+            load_cv2=float(coefficient_of_variation_squared(load)),
+            usage_entropy=float(entropy(importance)),
+            decision_entropy=float(decision_entropy),
+            mi_input=max(0.0, float(entropy(usage) - decision_entropy)),
+            mi_level=float(mutual_information(sums['levels'])),
+        )

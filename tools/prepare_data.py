@@ -1,0 +1,151 @@
+#!/usr/bin/env python
+"""Prepare the data sets that the configs run on: digit scenes, COCO 2017, CIFAR-100."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from mmdet_moe.datasets import digit_scenes, download
+from mmdet_moe.datasets.sprites import SOURCES
+from mmdet_moe.errors import ConfigError
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    commands = parser.add_subparsers(dest='command', required=True)
+    _add_digit_scenes(commands)
+
+    coco = commands.add_parser('coco', help='download COCO 2017 (20 GB, 41 GB while unpacking)')
+    coco.set_defaults(run=run_coco)
+    coco.add_argument('--out', default='data/coco', help='folder to fill (%(default)s)')
+    coco.add_argument(
+        '--splits',
+        nargs='+',
+        choices=tuple(download.COCO_SPLITS),
+        default=list(download.COCO_SPLITS),
+        help='whose images to get; the annotations of both always come (both)',
+    )
+    _add_download_options(coco, download.COCO_URL_BASE)
+
+    cifar100 = commands.add_parser('cifar100', help='download CIFAR-100 (169 MB)')
+    cifar100.set_defaults(run=run_cifar100)
+    cifar100.add_argument('--out', default='data/cifar100', help='folder to fill (%(default)s)')
+    _add_download_options(cifar100, download.CIFAR100_URL_BASE)
+    return parser.parse_args(argv)
+
+
+def _add_digit_scenes(commands: argparse._SubParsersAction) -> None:
+    scenes = commands.add_parser(
+        'digit-scenes', help='generate a detection data set in COCO format, without a download'
+    )
+    scenes.set_defaults(run=run_digit_scenes)
+    scenes.add_argument('--out', default='data/digit-scenes', help='folder to write (%(default)s)')
+    scenes.add_argument(
+        '--images', type=int, default=1000, help='training images (%(default)s)', metavar='N'
+    )
+    scenes.add_argument(
+        '--val-images', type=int, default=200, help='validation images (%(default)s)', metavar='N'
+    )
+    scenes.add_argument(
+        '--size', type=int, default=256, help='side of an image in px (%(default)s)', metavar='PX'
+    )
+    scenes.add_argument('--seed', type=int, default=0, help='random seed (%(default)s)')
+    scenes.add_argument(
+        '--objects',
+        type=int,
+        nargs=2,
+        default=(3, 8),
+        help='least and largest number of objects in an image (3 8)',
+        metavar=('MIN', 'MAX'),
+    )
+    scenes.add_argument(
+        '--sprites', choices=SOURCES, default='digits', help='what to paste (%(default)s)'
+    )
+    scenes.add_argument(
+        '--source', help="folder of Fashion-MNIST's four idx files", metavar='FOLDER'
+    )
+    scenes.add_argument(
+        '--overwrite', action='store_true', help='replace a data set of other parameters'
+    )
+
+
+def _add_download_options(parser: argparse.ArgumentParser, url_base: str) -> None:
+    parser.add_argument(
+        '--url-base', default=url_base, help='server or mirror (%(default)s)', metavar='URL'
+    )
+    parser.add_argument(
+        '--remove-archives', action='store_true', help='delete every archive once it is unpacked'
+    )
+
+
+def run_digit_scenes(args: argparse.Namespace) -> None:
+    """Generate the digit scenes and print how many objects there are of each size."""
+    summary = digit_scenes.generate(
+        args.out,
+        num_train=args.images,
+        num_val=args.val_images,
+        size=args.size,
+        seed=args.seed,
+        sprites=args.sprites,
+        source=args.source,
+        objects=tuple(args.objects),
+        overwrite=args.overwrite,
+    )
+    print(f'{summary["out"]}: {summary["status"]}')
+    print(format_table(summary['splits']))
+
+
+def format_table(splits: dict[str, dict]) -> str:
+    """Lay out the counts per split of :func:`~mmdet_moe.datasets.digit_scenes.generate`."""
+    bins = list(next(iter(splits.values()))['sizes'])
+    lines = [f'{"split":<10}{"images":>8}{"objects":>9}' + ''.join(f'{name:>15}' for name in bins)]
+    for split, counts in splits.items():
+        shares = (
+            f'{count} ({100 * count / max(1, counts["objects"]):.0f} %)'
+            for count in counts['sizes'].values()
+        )
+        lines.append(
+            f'{split:<10}{counts["images"]:>8}{counts["objects"]:>9}'
+            + ''.join(f'{share:>15}' for share in shares)
+        )
+    return '\n'.join(lines)
+
+
+def run_coco(args: argparse.Namespace) -> None:
+    """Download COCO."""
+    unpacked = download.prepare_coco(args.out, args.splits, args.url_base, args.remove_archives)
+    _report(args, unpacked)
+
+
+def run_cifar100(args: argparse.Namespace) -> None:
+    """Download CIFAR-100."""
+    _report(args, download.prepare_cifar100(args.out, args.url_base, args.remove_archives))
+
+
+def _report(args: argparse.Namespace, unpacked: Sequence[str]) -> None:
+    if not unpacked:
+        print(f'{args.out}: already there')
+        return
+    kept = '' if args.remove_archives else '; the archives are kept there and may be deleted'
+    print(f'{args.out}: unpacked {", ".join(unpacked)}{kept}')
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command. Returns the exit status: 2 after an error that the user can mend."""
+    args = parse_args(argv)
+    try:
+        args.run(args)
+    except (ConfigError, OSError) as error:
+        print(f'error: {error}', file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print('interrupted: a download continues when the command is run again', file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())
