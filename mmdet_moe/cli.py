@@ -18,7 +18,12 @@ from mmengine.config import Config, ConfigDict, DictAction
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
-from mmdet_moe.compat.distributed import check_launcher, init_cpu_group, local_rank
+from mmdet_moe.compat.distributed import (
+    check_launcher,
+    global_rank,
+    init_cpu_group,
+    local_rank,
+)
 from mmdet_moe.engine.explain import explain, in_one_line
 from mmdet_moe.engine.image_errors import ImageErrorHook
 from mmdet_moe.engine.preflight import check_checkpoint, check_config
@@ -62,8 +67,9 @@ def _common_parser(description: str) -> argparse.ArgumentParser:
 
 def _parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
-    if args.launcher == 'pytorch':
-        os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
+    if args.launcher != 'none':
+        # MMEngine reads the variable, which neither mpirun nor an old torch launcher sets.
+        os.environ.setdefault('LOCAL_RANK', str(local_rank() or args.local_rank))
     return args
 
 
@@ -330,15 +336,8 @@ def _flip_pipeline(pipeline: Sequence[ConfigDict], is_detector: bool) -> list:
 # Running ---------------------------------------------------------------------------------------
 
 
-def _rank() -> int:
-    for variable in ('RANK', 'SLURM_PROCID', 'OMPI_COMM_WORLD_RANK'):
-        if variable in os.environ:
-            return int(os.environ[variable])
-    return 0
-
-
 def _note(sentence: str) -> None:
-    if _rank() == 0:
+    if global_rank() == 0:
         print(f'note: {sentence}', flush=True)
 
 
@@ -351,9 +350,8 @@ def _fail(error: Exception, running: bool) -> None:
     sentence = None if os.environ.get(TRACEBACK_VARIABLE) == '1' else explain(error)
     if sentence is None:
         raise error
-    rank = _rank()
     if running or local_rank() == 0:
-        suffix = f' (rank {rank})' if rank else ''
+        suffix = f' (rank {global_rank()})' if global_rank() else ''
         print(f'error: {sentence}{suffix}', file=sys.stderr, flush=True)
     raise SystemExit(EXIT_STATUS)
 

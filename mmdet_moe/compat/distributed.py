@@ -29,12 +29,21 @@ _LAUNCH_COMMANDS = {
 }
 
 
+def _first_number(index: int) -> int:
+    for variables in _LAUNCHER_VARIABLES.values():
+        if variables[index] in os.environ:
+            return int(os.environ[variables[index]])
+    return 0
+
+
+def global_rank() -> int:
+    """Number of this process among all, 0 without a launcher; works before there is a group."""
+    return _first_number(_PROCESS_VARIABLES.index('RANK'))
+
+
 def local_rank() -> int:
     """Number of this process on its machine, 0 without a launcher."""
-    for variable in ('LOCAL_RANK', 'SLURM_LOCALID', 'OMPI_COMM_WORLD_LOCAL_RANK'):
-        if variable in os.environ:
-            return int(os.environ[variable])
-    return 0
+    return _first_number(_PROCESS_VARIABLES.index('LOCAL_RANK'))
 
 
 def check_launcher(launcher: str) -> None:

@@ -88,10 +88,9 @@ def _suggest(name: str, kind: str | None) -> str:
     own = [item for item in registries if item.scope == mmdet_moe.registry.SCOPE]
     names: set[str] = set()
     for registry in own:
-        if kind is None or registry.name == kind.replace('_', ' '):
+        if kind is None or registry.name == kind:
             registry.import_from_location()
             names.update(registry.module_dict)
-    # Several look-ups pass through MMEngine's registries, whose names serve other kinds as well.
     if not names:
         return '; mmdet_moe has no types of that kind'
     close = difflib.get_close_matches(name, sorted(names))

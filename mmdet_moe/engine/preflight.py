@@ -57,6 +57,15 @@ class _Dataset:
         return osp.join(self.cfg.get('data_root') or '', relative)
 
     @property
+    def downloads(self) -> bool:
+        """Whether missing files are fetched, which for some data sets is the default."""
+        for cls in getattr(self.cls, '__mro__', ()):
+            parameter = inspect.signature(cls.__init__).parameters.get('download')
+            if parameter is not None:
+                return bool(self.cfg.get('download', parameter.default))
+        return False
+
+    @property
     def is_local(self) -> bool:
         """Whether ordinary files hold the data."""
         backend = (self.cfg.get('backend_args') or {}).get('backend', 'local')
@@ -161,7 +170,7 @@ def _check_loader(
     )
     dataset_cfg = cfg[loader_field].get('dataset')
     for dataset in _datasets(cfg, dataset_cfg, f'{loader_field}.dataset'):
-        if not dataset.is_local or dataset.cfg.get('download'):
+        if not dataset.is_local or dataset.downloads:
             continue
         _check_paths(dataset)
         if _reads_coco(dataset.cls):

@@ -1,0 +1,13 @@
+# The demo's MoE: both subnets become 4 experts, balanced by the importance loss.
+_base_ = [
+    '../_base_/demo_runtime.py',
+    '../_base_/models/retinanet_demo.py',
+    '../_base_/datasets/digit_scenes.py',
+    '../_base_/schedules/demo.py',
+    '../_base_/balancing/soft_importance.py',
+]
+model = dict(
+    bbox_head=dict(
+        type='mmdet_moe.MoERetinaHead', num_experts=4, top_k=2, router={{_base_.router}}
+    )
+)
