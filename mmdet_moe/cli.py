@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from mmengine.config import Config, ConfigDict, DictAction
+from mmengine.device import get_device
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
@@ -206,15 +207,13 @@ def _set_loader_defaults(cfg: Config) -> None:
     for field in ('train_dataloader', 'val_dataloader', 'test_dataloader'):
         loader = cfg.get(field)
         if loader is not None:
-            loader.setdefault('pin_memory', True)
+            loader.setdefault('pin_memory', get_device() != 'cpu')
             loader.setdefault('persistent_workers', loader.get('num_workers', 0) > 0)
             loader.setdefault('collate_fn', dict(type='default_collate'))
 
 
 def _set_amp(cfg: Config, requested: bool) -> None:
     """Mixed precision by ``--amp`` or by the config, in the kind that the device can do."""
-    from mmengine.device import get_device
-
     wrapper = cfg.get('optim_wrapper')
     type_ = wrapper.get('type', 'OptimWrapper') if wrapper is not None else None
     if type_ not in ('OptimWrapper', 'AmpOptimWrapper'):
@@ -283,6 +282,8 @@ def _set_visualization(cfg: Config, args: argparse.Namespace) -> None:
     hook = hooks.setdefault('visualization', ConfigDict(type=hook_type))
     hook.update(show=args.show, wait_time=args.wait_time)
     hook['draw' if is_detector else 'enable'] = True
+    if not is_detector:
+        hook.interval = 1  # MMPretrain's applies to tests, too; MMDetection's to validations only
     if args.show_dir:
         hook['test_out_dir' if is_detector else 'out_dir'] = args.show_dir
     if cfg.get('visualizer') is None:
@@ -431,7 +432,13 @@ def _prepare_test(args: argparse.Namespace) -> Runner:
         raise ConfigError('test_dataloader: the config has none, so there is nothing to test on')
     cfg.load_from = args.checkpoint
     cfg.resume = False
-    if args.show or args.show_dir:
+    draws = args.show or args.show_dir
+    if draws and args.tta and cfg.default_scope == 'mmpretrain':
+        raise ConfigError(
+            '--tta does not go with --show and --show-dir for a classifier: the visualization hook '
+            'of MMPretrain draws no images that exist in several variants'
+        )
+    if draws:
         _set_visualization(cfg, args)
     _check(cfg, 'test', args.checkpoint)
     if args.tta:

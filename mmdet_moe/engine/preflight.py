@@ -134,8 +134,10 @@ def _check_hooks(cfg: Config) -> None:
             f'custom_hooks must be a list of dicts such as [dict(type=...)], got {hooks!r}'
         )
     for index, hook in enumerate(hooks or ()):
-        if isinstance(hook, Mapping) and 'type' not in hook:
-            raise ConfigError(f'custom_hooks[{index}] has no `type`: {dict(hook)!r}')
+        if isinstance(hook, str) or (isinstance(hook, Mapping) and 'type' not in hook):
+            raise ConfigError(
+                f'custom_hooks[{index}] must be a dict with the key `type`, got {hook!r}'
+            )
     default_hooks = cfg.get('default_hooks')
     if default_hooks is not None and not isinstance(default_hooks, Mapping):
         raise ConfigError(

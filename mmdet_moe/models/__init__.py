@@ -2,6 +2,7 @@
 
 from mmdet_moe.models.backbones import MoEResNet
 from mmdet_moe.models.dense_heads import MoERetinaHead
+from mmdet_moe.models.frozen import frozen
 from mmdet_moe.models.necks import MoEFPN
 
-__all__ = ['MoEFPN', 'MoEResNet', 'MoERetinaHead']
+__all__ = ['MoEFPN', 'MoEResNet', 'MoERetinaHead', 'frozen']

@@ -48,7 +48,7 @@ class BalancingLoss(nn.Module):
 
 def _mean_over_items(values: Tensor, routing: Routing) -> Tensor:
     """Mean of (T, …) values over the items of all ranks, weighted by what each decision counts."""
-    decision = routing.decision_weights.to(values.dtype)
+    decision = routing.known_decision_weights().to(values.dtype)
     total = global_sum((values * decision.view(-1, *(1,) * (values.dim() - 1))).sum(0))
     return total / global_sum(decision.sum()).clamp(min=_EPS)
 

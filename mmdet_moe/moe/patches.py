@@ -162,6 +162,8 @@ def receptive_field(module: nn.Module) -> tuple[int, int]:
             image (global pooling, group normalisation), for which patches cannot be exact.
     """
     if isinstance(module, nn.Conv2d):
+        if module.padding_mode == 'circular':  # reaches to the other side of the image
+            raise _unknown(module)
         radius = max((k - 1) * d for k, d in zip(module.kernel_size, module.dilation, strict=True))
         return -(-radius // 2), max(module.stride)
     if isinstance(module, (nn.AvgPool2d, nn.MaxPool2d)):

@@ -90,7 +90,7 @@ class Routing:
 
     def balancing_total(self) -> Tensor:
         """What all decisions count together, a scalar; T when each counts 1."""
-        return self._decision_weights().sum()
+        return self.known_decision_weights().sum()
 
     def level(self, index: int) -> tuple[Tensor, Tensor]:
         """``expert_ids`` and ``weights`` of one level's items."""
@@ -98,7 +98,8 @@ class Routing:
         stop = start + self.items_per_level[index]
         return self.expert_ids[start:stop], self.weights[start:stop]
 
-    def _decision_weights(self) -> Tensor:
+    def known_decision_weights(self) -> Tensor:
+        """``decision_weights``, or an error that says who should have given them."""
         if self.decision_weights is None:
             raise RuntimeError(
                 'The decisions of this routing have not been weighed yet: the owner of the MoE '
@@ -108,6 +109,6 @@ class Routing:
 
     def _sum_per_expert(self, values_TK: Tensor, balancing: bool) -> Tensor:
         if balancing:
-            values_TK = values_TK * self._decision_weights()[:, None]
+            values_TK = values_TK * self.known_decision_weights()[:, None]
         total = values_TK.new_zeros(self.num_experts)
         return total.index_add(0, self.expert_ids.flatten(), values_TK.flatten())

@@ -27,6 +27,8 @@ class UtilizationReport:
             mean H(w)``, of the decisions that inference would take (no noise, no masks). 0 when
             every input gets the same experts with the same weights.
         mi_level: The part of it that the pyramid level alone explains.
+        level_shares: For each pyramid level, the share of its decisions that goes to each expert,
+            (L, E), again as inference would decide; rows sum to 1.
     """
 
     num_items: int
@@ -37,6 +39,7 @@ class UtilizationReport:
     decision_entropy: float
     mi_input: float
     mi_level: float
+    level_shares: list[list[float]]
 
     @property
     def num_experts(self) -> int:
@@ -64,9 +67,9 @@ class UtilizationReport:
         """One number per name, for visualisation backends."""
         scalars = {}
         for key, value in self.as_dict().items():
-            if isinstance(value, list):
+            if key in ('load', 'importance'):
                 scalars.update({f'{key}_{e}': v for e, v in enumerate(value)})
-            elif key != 'num_items':
+            elif isinstance(value, float):
                 scalars[key] = value
         return scalars
 
@@ -136,4 +139,5 @@ class Utilization:
             decision_entropy=float(decision_entropy),
             mi_input=max(0.0, float(entropy(usage) - decision_entropy)),
             mi_level=float(mutual_information(sums['levels'])),
+            level_shares=(sums['levels'] / sums['levels'].sum(1, keepdim=True)).tolist(),
         )

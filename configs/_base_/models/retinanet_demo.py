@@ -1,5 +1,6 @@
 # A RetinaNet that trains from scratch on two CPU cores in minutes: half-width ResNet-18, 64-channel
-# FPN and head with 2 stacked convolutions.
+# FPN and head with 2 stacked convolutions. Group norm, which experts with few items can use, too.
+norm_cfg = dict(type='GN', num_groups=16, requires_grad=True)
 model = dict(
     type='RetinaNet',
     data_preprocessor=dict(
@@ -27,6 +28,7 @@ model = dict(
         start_level=1,
         add_extra_convs='on_input',
         num_outs=5,
+        norm_cfg=norm_cfg,
     ),
     bbox_head=dict(
         type='RetinaHead',
@@ -34,6 +36,7 @@ model = dict(
         in_channels=64,
         stacked_convs=2,
         feat_channels=64,
+        norm_cfg=norm_cfg,
         anchor_generator=dict(
             type='AnchorGenerator',
             octave_base_scale=4,

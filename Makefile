@@ -1,0 +1,36 @@
+# make demo   environment, data, training of a dense and an MoE RetinaNet, one table
+# make test   the same environment, then the whole test suite
+# make lint   ruff
+#
+# VENV=DIR puts the environment elsewhere; PYTHON=python3.12 makes it of another interpreter.
+
+VENV ?= .venv
+PYTHON ?= python3
+PY := $(VENV)/bin/python
+STAMP := $(VENV)/.mmdet_moe-installed
+
+.PHONY: demo test lint install
+
+demo: $(STAMP)
+	$(PY) tools/demo.py
+
+test: $(STAMP)
+	$(PY) -m pytest
+
+lint: $(STAMP)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+install: $(STAMP)
+
+$(STAMP): requirements/runtime.txt requirements/dev.txt setup.py
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' || \
+		{ echo "error: mmdet_moe needs Python 3.10 to 3.13; say which with PYTHON=python3.12" >&2; exit 1; }
+	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	@echo "Installing into $(VENV) (about two minutes and 3 GB the first time)"
+	$(PY) -m pip install --disable-pip-version-check --progress-bar on -r requirements/dev.txt
+# Two packages of the toolboxes bring one variant of OpenCV each; the graphical one needs libGL.
+	@$(PY) -c 'import cv2' 2>/dev/null || $(PY) -m pip install --disable-pip-version-check \
+		--force-reinstall --no-deps opencv-python-headless==4.12.0.88
+	$(PY) -m pip install --disable-pip-version-check --no-build-isolation --no-deps -e .
+	@touch $@

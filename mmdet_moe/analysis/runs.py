@@ -1,0 +1,132 @@
+"""Training runs as the tools start them, and the figures that a finished run left behind."""
+
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TextIO
+
+from mmengine.config import Config
+from mmengine.registry import init_default_scope
+
+from mmdet_moe.engine.hooks.expert_utilization_hook import REPORT_FILE
+from mmdet_moe.errors import ConfigError
+from mmdet_moe.moe import count_parameters
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+#: Names in the log of CocoMetric, and how tables call them.
+COCO_METRICS = {
+    'coco/bbox_mAP': 'AP',
+    'coco/bbox_mAP_50': 'AP50',
+    'coco/bbox_mAP_s': 'AP small',
+    'coco/bbox_mAP_m': 'AP medium',
+    'coco/bbox_mAP_l': 'AP large',
+}
+
+
+@dataclass
+class RunResult:
+    """What one finished run measured.
+
+    Attributes:
+        metrics: By the names of :data:`COCO_METRICS`, in 0..1.
+        seconds_per_iteration: Median over the logged training iterations.
+        active_parameters: Parameters that one item uses.
+        total_parameters: All parameters.
+        layers: The report of ``ExpertUtilizationHook`` on the validation set, by MoE layer; empty
+            for a dense model.
+    """
+
+    metrics: dict[str, float]
+    seconds_per_iteration: float
+    active_parameters: int
+    total_parameters: int
+    layers: dict[str, dict] = field(default_factory=dict)
+
+
+def train(
+    config: Path,
+    work_dir: Path,
+    options: Sequence[str] = (),
+    threads: int | None = None,
+    output: TextIO | None = None,
+) -> None:
+    """Train in a process of its own; resume what was begun.
+
+    Args:
+        config: Config file.
+        work_dir: Where the run lives.
+        options: ``key=value`` pairs for ``--cfg-options``.
+        threads: Threads of the process, for several runs side by side; PyTorch's choice by default.
+        output: Where its output goes; this terminal by default.
+
+    Raises:
+        ConfigError: If the training fails.
+    """
+    command = [sys.executable, str(REPOSITORY / 'tools' / 'train.py'), str(config)]
+    command += ['--work-dir', str(work_dir)]
+    if (work_dir / 'last_checkpoint').exists():
+        command.append('--resume')
+    if options:
+        command += ['--cfg-options', *options]
+    environment = dict(os.environ)
+    if threads is not None:
+        environment['OMP_NUM_THREADS'] = str(threads)
+    status = subprocess.run(
+        command, cwd=REPOSITORY, env=environment, stdout=output, stderr=output
+    ).returncode
+    if status:
+        where = 'above' if output is None else f'in {output.name}'
+        raise ConfigError(f'{config.name} failed with status {status}; its messages are {where}')
+
+
+def collect(work_dir: Path) -> RunResult | None:
+    """Read the figures of a run; None if it has not finished.
+
+    Raises:
+        ConfigError: If the work directory holds more than one config.
+    """
+    configs = list(work_dir.glob('*.py'))
+    if not configs:
+        return None
+    if len(configs) > 1:
+        raise ConfigError(f'{work_dir} holds the runs of several configs; use one folder for each')
+    cfg = Config.fromfile(configs[0])
+    lines = _logged_scalars(work_dir)
+    final = [line for line in lines if 'coco/bbox_mAP' in line]
+    if not final or final[-1].get('step') != cfg.train_cfg.get('max_iters'):
+        return None
+    times = [line['time'] for line in lines if 'loss' in line and 'time' in line]
+    report = work_dir / REPORT_FILE
+    active, total = _parameters(cfg)
+    return RunResult(
+        metrics={name: final[-1][key] for key, name in COCO_METRICS.items()},
+        seconds_per_iteration=statistics.median(times),
+        active_parameters=active,
+        total_parameters=total,
+        layers=json.loads(report.read_text())['layers'] if report.exists() else {},
+    )
+
+
+def _logged_scalars(work_dir: Path) -> list[dict]:
+    # One folder per start, named by its time; a resumed run has several.
+    files = sorted(work_dir.glob('*/vis_data/scalars.json'))
+    return [json.loads(line) for file in files for line in file.read_text().splitlines()]
+
+
+def _parameters(cfg: Config) -> tuple[int, int]:
+    init_default_scope(cfg.get('default_scope', 'mmdet'))
+    from mmengine.registry import MODELS
+
+    return count_parameters(MODELS.build(cfg.model))
+
+
+def mean_std(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and unbiased standard deviation; the latter is NaN for one value."""
+    mean = statistics.fmean(values)
+    return mean, statistics.stdev(values) if len(values) > 1 else math.nan

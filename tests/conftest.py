@@ -1,0 +1,36 @@
+"""What all tests share."""
+
+import pytest
+import torch
+from torch import nn
+
+import mmdet_moe  # noqa: F401  # stands in for mmcv's ops before a test imports mmdet
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    """Every test starts from the same random state, in whatever order the tests run."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def randomise():
+    """Fill all parameters and normalisation statistics of a module with random values.
+
+    The constant values of a fresh batch norm (and the zeros of a ResNet's last one) would hide
+    what it does.
+    """
+
+    def fill(module, std=None):
+        for layer in module.modules():
+            for name, parameter in layer.named_parameters(recurse=False):
+                fan_in = parameter[0].numel() if parameter.dim() > 1 else 1
+                scale = std or (fan_in**-0.5 if parameter.dim() > 1 else 0.5)
+                shift = 1.0 if isinstance(layer, nn.BatchNorm2d) and name == 'weight' else 0.0
+                nn.init.normal_(parameter, shift, scale)
+            if isinstance(layer, nn.BatchNorm2d):
+                nn.init.normal_(layer.running_mean, 0.0, 0.5)
+                nn.init.uniform_(layer.running_var, 0.5, 2.0)
+        return module
+
+    return fill

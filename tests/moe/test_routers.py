@@ -1,0 +1,219 @@
+"""Routers against pooling, convolutions and softmaxes computed another way."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.autograd import gradcheck
+
+from mmdet_moe.errors import ConfigError
+from mmdet_moe.moe import ConvGAPRouter, GAPRouter, RelativeImportanceConstraint
+from mmdet_moe.moe.patches import PatchGrid
+
+E, C = 5, 6
+
+
+def gap_router(top_k=2, noise=False, **kwargs):
+    router = GAPRouter(C, E, top_k, noise=noise, **kwargs).double()
+    torch.nn.init.normal_(router.fc.weight)
+    torch.nn.init.normal_(router.fc.bias)
+    return router
+
+
+def softmax_by_hand(values):
+    exponentials = [math.exp(v) for v in values]
+    return [x / sum(exponentials) for x in exponentials]
+
+
+def gap_logits(router, x):
+    """Global average pooling and the linear layer as sums over single numbers' tensors."""
+    pooled = x.flatten(2).sum(-1) / x[0, 0].numel()
+    return (pooled[:, None, :] * router.fc.weight).sum(-1) + router.fc.bias
+
+
+def test_gap_logits():
+    router, x = gap_router(), torch.randn(3, C, 4, 7, dtype=torch.float64)
+    torch.testing.assert_close(router(x).logits, gap_logits(router, x), rtol=0, atol=1e-12)
+
+
+def test_conv_gap_logits():
+    router = ConvGAPRouter(C, E, 2, conv_channels=8, noise=False).double()
+    torch.nn.init.normal_(router.fc.weight)
+    x = torch.randn(2, C, 5, 4, dtype=torch.float64)
+    # A 3×3 convolution is a matrix product with the 3×3 neighbourhoods.
+    columns = F.unfold(x, 3, padding=1)
+    features = router.conv.weight.flatten(1) @ columns + router.conv.bias[:, None]
+    pooled = features.clamp(min=0).mean(-1)
+    expected = pooled @ router.fc.weight.T + router.fc.bias
+    torch.testing.assert_close(router(x).logits, expected, rtol=0, atol=1e-12)
+    assert ConvGAPRouter(C, E, 2).conv.weight.shape == (256, C, 3, 3)
+
+
+@pytest.mark.parametrize(
+    ('top_k', 'softmax'),
+    [(2, 'kept'), (3, 'kept'), (E, 'kept'), (1, 'all'), (2, 'all'), (E, 'all')],
+)
+def test_weights(top_k, softmax):
+    router = gap_router(top_k, softmax=softmax)
+    routing = router(torch.randn(4, C, 3, 3, dtype=torch.float64))
+    for logits, ids, weights in zip(
+        routing.logits.tolist(), routing.expert_ids.tolist(), routing.weights.tolist(), strict=True
+    ):
+        best = sorted(range(E), key=lambda e: -logits[e])[:top_k]
+        assert ids == best
+        if softmax == 'kept':
+            expected = softmax_by_hand([logits[e] for e in best])
+            assert sum(weights) == pytest.approx(1, abs=1e-12)
+        else:
+            expected = [softmax_by_hand(logits)[e] for e in best]
+        assert weights == pytest.approx(expected, abs=1e-12)
+
+
+def test_defaults_of_softmax():
+    assert GAPRouter(C, E, 1).softmax == 'all'
+    assert GAPRouter(C, E, 2).softmax == 'kept'
+
+
+@pytest.mark.parametrize('top_k', [1, 2])
+def test_the_task_reaches_the_router(top_k):
+    router = gap_router(top_k)
+    router(torch.randn(4, C, 3, 3, dtype=torch.float64)).weights[:, 0].sum().backward()
+    assert router.fc.weight.grad.abs().max() > 1e-3
+
+
+@pytest.mark.parametrize('make', [GAPRouter, ConvGAPRouter])
+@pytest.mark.parametrize(('top_k', 'softmax'), [(1, 'all'), (2, 'kept'), (2, 'all')])
+def test_gradients_by_finite_differences(make, top_k, softmax):
+    kwargs = {'conv_channels': 4} if make is ConvGAPRouter else {}
+    router = make(2, 3, top_k, softmax=softmax, noise=False, **kwargs).double()
+    torch.nn.init.normal_(router.fc.weight)
+    x = torch.randn(2, 2, 3, 3, dtype=torch.float64, requires_grad=True)
+    names = [name for name, _ in router.named_parameters()]
+
+    def weights(x, *parameters):
+        routing = torch.func.functional_call(router, dict(zip(names, parameters, strict=True)), (x,))
+        return routing.weights, routing.logits
+
+    assert gradcheck(weights, (x, *router.parameters()))
+
+
+def test_one_routing_for_all_levels():
+    router = gap_router()
+    maps = [torch.randn(2, C, size, size + 1, dtype=torch.float64) for size in (8, 4, 2)]
+    routing = router(maps)
+    assert routing.items_per_level == (2, 2, 2)
+    assert routing.level_ids.tolist() == [0, 0, 1, 1, 2, 2]
+    assert routing.image_ids.tolist() == [0, 1] * 3
+    assert routing.decision_weights.tolist() == [1.0] * 6
+    for i, level in enumerate(maps):
+        alone = gap_logits(router, level)
+        torch.testing.assert_close(routing.logits[2 * i : 2 * i + 2], alone, rtol=0, atol=1e-12)
+
+
+def test_order_of_patches():
+    """Level, then image, then patch, row by row."""
+    router = gap_router()
+    maps = [torch.randn(2, C, 6, 9, dtype=torch.float64), torch.randn(2, C, 4, 2, dtype=torch.float64)]
+    grids = [PatchGrid((6, 9), grid=3), PatchGrid((4, 2))]
+    routing = router(maps, grids)
+    assert routing.items_per_level == (18, 2)
+    assert routing.image_ids.tolist() == [0] * 9 + [1] * 9 + [0, 1]
+    item = 0
+    for image in range(2):
+        for row in range(3):
+            for column in range(3):
+                patch = maps[0][image, :, 2 * row : 2 * row + 2, 3 * column : 3 * column + 3]
+                expected = gap_logits(router, patch[None])[0]
+                torch.testing.assert_close(routing.logits[item], expected, rtol=0, atol=1e-12)
+                item += 1
+    expected = gap_logits(router, maps[1])
+    torch.testing.assert_close(routing.logits[item:], expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize('make', [GAPRouter, ConvGAPRouter])
+@pytest.mark.parametrize('patches', [None, [PatchGrid((5, 6), grid=2)]])
+def test_float32_under_autocast(make, patches):
+    router, x = make(C, E, 2).eval(), torch.randn(2, C, 5, 6)
+    plain = router(x, patches)
+    with torch.autocast('cpu', torch.bfloat16):
+        under_autocast = router(x, patches)
+        assert F.linear(x, router.fc.weight.new_ones(3, 6)).dtype == torch.bfloat16
+    assert torch.equal(under_autocast.logits, plain.logits)
+    assert torch.equal(under_autocast.weights, plain.weights)
+    half = router(x.bfloat16(), patches)  # features that an autocast convolution made
+    assert half.logits.dtype == half.weights.dtype == torch.float32
+    assert torch.equal(half.logits, router(x.bfloat16().float(), patches).logits)
+
+
+def test_distribution_of_the_training_noise():
+    """Without a constraint: ``logits + eps · softplus(W_noise · GAP(x) + 0.01)``."""
+    router = gap_router(top_k=E, softmax='all', noise=None)
+    torch.nn.init.normal_(router.noise_fc.weight)
+    x = torch.randn(1, C, 3, 3, dtype=torch.float64)
+    noise_inputs = (router.noise_fc.weight * x.mean((0, 2, 3))).sum(-1) + 0.01
+    std = torch.log1p(noise_inputs.exp()).detach()
+    clean = gap_logits(router, x)[0].detach()
+    routing = router(x.expand(20_000, -1, -1, -1))
+    torch.testing.assert_close(routing.logits[7], clean, rtol=0, atol=1e-12)  # kept without noise
+    # With k = E and softmax over all, log weights are the noisy logits up to a constant per item.
+    noisy = torch.empty_like(routing.weights).scatter(1, routing.expert_ids, routing.weights).log()
+    difference = (noisy[:, 1:] - noisy[:, :1] - (clean[1:] - clean[0])).detach()
+    expected = (std[1:] ** 2 + std[0] ** 2).sqrt()
+    # The standard error of a std from n values is std / sqrt(2 n), of a mean std / sqrt(n): 5 of
+    # them are 2.5 % and 3.5 % of the std here.
+    torch.testing.assert_close(difference.std(0), expected, rtol=0.025, atol=0)
+    assert (difference.mean(0).abs() < 0.036 * expected).all()
+    assert abs(((difference / expected).abs() < 1).double().mean() - 0.6827) < 0.01  # normal
+
+
+def test_noise_starts_equal_for_all_experts():
+    assert torch.equal(GAPRouter(C, E, 2).noise_fc.weight, torch.zeros(E, C))
+
+
+def test_no_noise_in_evaluation():
+    router, x = gap_router(noise=True), torch.randn(2, C, 3, 3, dtype=torch.float64)
+    assert not torch.equal(router(x).weights, router(x).weights)
+    router.eval()
+    expected = gap_logits(router, x).topk(2).values.softmax(-1)
+    torch.testing.assert_close(router(x).weights, expected, rtol=0, atol=1e-12)
+
+
+def test_no_noise_with_a_constraint():
+    router = GAPRouter(C, E, 2, constraint={'type': 'mmdet_moe.RelativeImportanceConstraint'})
+    assert router.noise_fc is None
+    x = torch.randn(2, C, 3, 3)
+    assert torch.equal(router(x).weights, router(x).weights)
+
+
+def test_constraint_from_config_and_instance():
+    config = {'type': 'mmdet_moe.RelativeImportanceConstraint', 'threshold': 0.3}
+    router = GAPRouter(C, E, 2, constraint=config)
+    assert router.constraint.threshold == 0.3
+    assert router.constraint.relative_importance.shape == (E,)
+    constraint = RelativeImportanceConstraint(E)
+    assert GAPRouter(C, E, 2, constraint=constraint).constraint is constraint
+
+
+@pytest.mark.parametrize(
+    ('options', 'message'),
+    [
+        ({'num_experts': 0, 'top_k': 1}, r'num_experts=0\b.*at least 1 expert'),
+        ({'top_k': 6}, r'top_k=6 must lie between 1 and num_experts=5'),
+        ({'top_k': 0}, r'top_k=0 must lie between 1 and num_experts=5'),
+        ({'softmax': 'some'}, r"softmax='some' is unknown; use 'kept' or 'all'"),
+        ({'top_k': 1, 'softmax': 'kept'}, r"softmax='kept' with top_k=1 .*use softmax='all'"),
+        (
+            {'noise': True, 'constraint': {'type': 'mmdet_moe.MeanImportanceConstraint'}},
+            r'noise=True cannot be combined with constraint=MeanImportanceConstraint',
+        ),
+    ],
+)
+@pytest.mark.parametrize('make', [GAPRouter, ConvGAPRouter])
+def test_refused(make, options, message):
+    with pytest.raises(ConfigError, match=message):
+        make(**{'in_channels': C, 'num_experts': E, 'top_k': 2, **options})
+
+
+def test_kept_softmax_is_harmless_with_one_expert():
+    assert GAPRouter(C, 1, 1, softmax='kept')(torch.randn(2, C, 1, 1)).weights.tolist() == [[1], [1]]

@@ -1,0 +1,142 @@
+"""Statistics of hand-made decisions."""
+
+import json
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from mmdet_moe.moe import GAPRouter, RelativeImportanceConstraint, Utilization
+
+
+def router_of(num_experts, top_k, **kwargs):
+    """A router whose logits are the pooled input itself."""
+    router = GAPRouter(num_experts, num_experts, top_k, **kwargs)
+    nn.init.eye_(router.fc.weight)
+    return router.eval()
+
+
+def report_of(router, *batches):
+    """Each batch is a (T, E) table of probabilities, or a tuple of them: the levels."""
+    utilization = Utilization(router.num_experts)
+    for batch in batches:
+        levels = batch if isinstance(batch, tuple) else (batch,)
+        maps = [torch.tensor(level).log()[:, :, None, None] for level in levels]
+        utilization.update(router(maps), router)
+    return utilization.report()
+
+
+def entropy_of(p):
+    return -sum(x * math.log(x) for x in p if x > 0)
+
+
+def test_collapse_to_two_experts_is_seen():
+    """Half and half looks balanced in the load, but the input decides nothing."""
+    report = report_of(router_of(4, 2), [[0.375, 0.375, 0.125, 0.125]] * 8)
+    assert report.load == [0.5, 0.5, 0, 0]
+    assert report.importance == [0.5, 0.5, 0, 0]
+    assert report.mi_input == 0
+    assert report.decision_entropy == pytest.approx(math.log(2))
+    assert report.usage_entropy == pytest.approx(math.log(2))
+    assert report.has_collapsed(0.02)
+    assert report.dead_experts(0.01) == [2, 3]
+
+
+@pytest.mark.parametrize('constant', [[0.6, 0.2, 0.15, 0.05], [0.25, 0.25, 0.25, 0.25]])
+@pytest.mark.parametrize('top_k', [1, 2, 4])
+def test_constant_decisions_have_no_information(constant, top_k):
+    report = report_of(router_of(4, top_k), [constant] * 7, [constant] * 3)
+    assert report.num_items == 10
+    assert report.mi_input == pytest.approx(0, abs=1e-6)
+    assert report.has_collapsed(0.001)
+
+
+def test_two_groups_with_their_own_experts():
+    groups = [[0.7, 0.1, 0.1, 0.1]] * 3 + [[0.1, 0.1, 0.7, 0.1]] * 3
+    report = report_of(router_of(4, 1), groups)
+    assert report.mi_input == pytest.approx(math.log(2))
+    assert report.decision_entropy == 0
+    assert report.load == [0.5, 0, 0.5, 0]
+    assert not report.has_collapsed(0.02)
+    assert report.has_collapsed(0.51)  # log 2 is half of log 4
+    # Two of four experts with load 1/2: mean 1/4, unbiased variance 4 · (1/4)² / 3.
+    assert report.load_cv2 == pytest.approx(4 / 3, rel=1e-6)
+
+
+def test_numbers_written_out():
+    """Kept weights (3/4, 1/4, 0) and (0, 1/2, 1/2); mean (3/8, 3/8, 1/4)."""
+    report = report_of(router_of(3, 2), [[0.6, 0.2, 0.1], [0.1, 0.4, 0.4]])
+    decision = (entropy_of([0.75, 0.25]) + math.log(2)) / 2
+    usage = entropy_of([0.375, 0.375, 0.25])
+    assert report.num_items == 2
+    assert report.num_experts == 3
+    assert report.load == [0.25, 0.5, 0.25]
+    assert report.importance == pytest.approx([0.375, 0.375, 0.25])
+    assert report.decision_entropy == pytest.approx(decision)
+    assert report.usage_entropy == pytest.approx(usage)
+    assert report.mi_input == pytest.approx(usage - decision)
+    assert report.mi_level == pytest.approx(0, abs=1e-6)
+
+
+def test_switch_weights_are_normalised():
+    """The probability of the one chosen expert is no uncertainty about the choice."""
+    report = report_of(router_of(3, 1), [[0.5, 0.3, 0.2], [0.2, 0.2, 0.6]])
+    assert report.mi_input == pytest.approx(math.log(2))
+    assert report.importance == pytest.approx([0.5 / 1.1, 0, 0.6 / 1.1])
+
+
+def test_information_on_the_level():
+    first, second = [0.8, 0.1, 0.1], [0.1, 0.8, 0.1]
+    by_level = report_of(router_of(3, 1), ([first] * 4, [second] * 4))
+    assert by_level.mi_level == pytest.approx(math.log(2))
+    by_image = report_of(router_of(3, 1), ([first, second], [first, second]))
+    assert by_image.mi_level == pytest.approx(0, abs=1e-6)
+    assert by_image.mi_input == pytest.approx(math.log(2))
+
+
+@pytest.mark.parametrize('top_k', [1, 2])
+def test_batches_add_up(top_k):
+    router, table = router_of(4, top_k), torch.rand(12, 4).tolist()
+    together = report_of(router, table).as_dict()
+    in_parts = report_of(router, table[:1], table[1:5], table[5:]).as_dict()
+    for key, value in together.items():
+        assert in_parts[key] == pytest.approx(value, abs=1e-6)
+
+
+def test_dead_experts():
+    """A share of the fair 1 / E: of 8 items expert 1 gets 1, a quarter of the fair half."""
+    report = report_of(router_of(2, 1), [[0.9, 0.1]] * 7 + [[0.1, 0.9]])
+    assert report.load == [0.875, 0.125]
+    assert report.dead_experts(0.24) == []
+    assert report.dead_experts(0.26) == [1]
+
+
+@pytest.mark.parametrize(('num_experts', 'items'), [(1, 5), (3, 1)])
+def test_one_expert_or_one_item_cannot_say(num_experts, items):
+    report = report_of(router_of(num_experts, 1), [[0.5] * num_experts] * items)
+    assert not report.has_collapsed(1.0)
+    assert all(math.isfinite(x) for x in report.scalars().values())
+
+
+def test_information_is_that_of_inference():
+    """A mask of training hides a collapse no more than noise does."""
+    router = router_of(3, 1, constraint=RelativeImportanceConstraint(3)).train()
+    utilization = Utilization(3)
+    x = torch.tensor([[0.5, 0.3, 0.2]] * 4).log()[:, :, None, None]
+    for masked in (0, 1):
+        router.constraint.relative_importance.copy_(torch.eye(3)[masked])
+        utilization.update(router(x), router)
+    report = utilization.report()
+    assert report.load == [0.5, 0.5, 0]  # what training did
+    assert report.mi_input == 0
+
+
+def test_report_as_scalars_and_json():
+    report = report_of(router_of(2, 1), [[0.9, 0.1], [0.2, 0.8]])
+    scalars = report.scalars()
+    assert scalars['load_0'] == scalars['load_1'] == 0.5
+    assert scalars['mi_input'] == pytest.approx(math.log(2))
+    assert {type(x) for x in scalars.values()} == {float}
+    assert json.loads(json.dumps(report.as_dict()))['load'] == [0.5, 0.5]
+    assert 'load 0.50 0.50' in str(report)

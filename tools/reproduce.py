@@ -1,0 +1,205 @@
+"""Reproduce the tables of docs/results.md.
+
+``tools/reproduce.py digit-scenes`` trains every balancing method of the demo model with several
+seeds. It resumes where it stopped, and rewrites the table after every finished run.
+"""
+
+import argparse
+import importlib.util
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+if importlib.util.find_spec('mmdet_moe') is None:
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from mmdet_moe.analysis.runs import REPOSITORY, RunResult, collect, mean_std, train
+from mmdet_moe.datasets import digit_scenes
+from mmdet_moe.errors import ConfigError
+
+RESULTS = REPOSITORY / 'docs' / 'results.md'
+DEAD_SHARE = 0.01
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of the table."""
+
+    name: str
+    config: str
+    options: tuple[str, ...] = ()
+
+    @property
+    def key(self) -> str:
+        """Name of the folder of its runs."""
+        return self.name.replace(' ', '_').replace(',', '').replace(':', '')
+
+
+METHODS = (
+    Method('dense', 'retinanet_dense_digits'),
+    Method('soft: importance', 'retinanet_moe_soft_digits'),
+    Method('soft: KL', 'retinanet_moe_soft_kl_digits'),
+    Method('hard: relative', 'retinanet_moe_hard_digits'),
+    Method('hard: mean', 'retinanet_moe_hard_mean_digits'),
+    Method('loss-free bias', 'retinanet_moe_loss_free_digits'),
+    Method('no balancing', 'retinanet_moe_unbalanced_digits'),
+)
+DECISION_WEIGHTS = tuple(
+    Method(
+        f'soft: importance, {weight}',
+        'retinanet_moe_soft_digits',
+        (f'model.bbox_head.decision_weight={weight}',),
+    )
+    for weight in ('uniform', 'area', 'positives')
+)
+
+
+def main() -> None:
+    """Entry point."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest='command', required=True)
+    digits = commands.add_parser('digit-scenes', help='balancing methods on the demo data')
+    digits.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2])
+    digits.add_argument('--jobs', type=int, default=2, help='runs at a time, one thread each')
+    digits.add_argument('--data', type=Path, default=REPOSITORY / 'data' / 'digit-scenes')
+    digits.add_argument(
+        '--work-dir', type=Path, default=REPOSITORY / 'work_dirs' / 'reproduce' / 'digit-scenes'
+    )
+    digits.add_argument('--table-only', action='store_true', help='train nothing')
+    args = parser.parse_args()
+    try:
+        digit_scenes_tables(args)
+    except ConfigError as error:
+        sys.exit(f'error: {error}')
+
+
+def digit_scenes_tables(args: argparse.Namespace) -> None:
+    """Train what is missing and write both tables."""
+    digit_scenes.generate(args.data, num_train=1000, num_val=200, size=256, seed=0)
+    runs = [(method, seed) for seed in args.seeds for method in unique_methods()]
+    todo = [run for run in runs if collect(run_dir(args.work_dir, *run)) is None]
+    print(f'{len(runs) - len(todo)} of {len(runs)} runs are finished.', flush=True)
+    if todo and not args.table_only:
+        started = time.time()
+        with ThreadPoolExecutor(args.jobs) as pool:
+            futures = [pool.submit(_run, args, *run) for run in todo]
+            for done, future in enumerate(futures, start=1):
+                future.result()
+                minutes = (time.time() - started) / 60
+                rest = minutes / done * (len(todo) - done)
+                print(f'{done}/{len(todo)} runs, {minutes:.0f} min, {rest:.0f} min left', flush=True)
+                write_tables(args)
+    write_tables(args)
+
+
+def unique_methods() -> Iterator[Method]:
+    """All methods; the decision weights reuse the run of the default one."""
+    yield from METHODS
+    default = METHODS[1]
+    yield from (m for m in DECISION_WEIGHTS if _canonical(m) != default)
+
+
+def _canonical(method: Method) -> Method:
+    # 'positives' is the default of MoERetinaHead, so that row is the run of the main table.
+    return METHODS[1] if method.name.endswith('positives') else method
+
+
+def run_dir(work_dir: Path, method: Method, seed: int) -> Path:
+    """Where a run lives."""
+    return work_dir / _canonical(method).key / f'seed{seed}'
+
+
+def _run(args: argparse.Namespace, method: Method, seed: int) -> None:
+    work_dir = run_dir(args.work_dir, method, seed)
+    options = [f'data_root={args.data}', f'randomness.seed={seed}', *method.options]
+    config = REPOSITORY / 'configs' / 'demo' / f'{method.config}.py'
+    work_dir.mkdir(parents=True, exist_ok=True)
+    with (work_dir / 'output.log').open('a') as log:
+        train(config, work_dir, options, threads=1, output=log)
+    if collect(work_dir) is None:
+        raise ConfigError(f'{work_dir} did not finish; see {work_dir / "output.log"}')
+
+
+def write_tables(args: argparse.Namespace) -> None:
+    """Rewrite the generated parts of docs/results.md."""
+    for marker, methods in (('digit-scenes', METHODS), ('decision-weights', DECISION_WEIGHTS)):
+        results = {
+            method.name: [
+                result
+                for seed in args.seeds
+                if (result := collect(run_dir(args.work_dir, method, seed))) is not None
+            ]
+            for method in methods
+        }
+        replace_between_markers(RESULTS, marker, markdown_table(results))
+
+
+def markdown_table(results: dict[str, list[RunResult]]) -> str:
+    """Mean ± standard deviation over the seeds, one row per method."""
+    columns = (
+        'method', 'seeds', 'AP', 'AP50', 'AP small', 'AP medium', 'AP large', 'load CV²',
+        'dead experts', 'information on input', 'on level',
+    )  # fmt: skip
+    lines = ['| ' + ' | '.join(columns) + ' |', '| --- ' * len(columns) + '|']
+    for name, runs in results.items():
+        if not runs:
+            continue
+        cells = [name, str(len(runs))]
+        cells += [_mean_std([run.metrics[m] for run in runs]) for m in columns[2:7]]
+        if runs[0].layers:
+            cells += [
+                _per_layer(runs, lambda report: report['load_cv2']),
+                _dead(runs),
+                _per_layer(runs, lambda report: report['mi_input']),
+                _per_layer(runs, lambda report: report['mi_level']),
+            ]
+        else:
+            cells += ['–'] * 4
+        lines.append('| ' + ' | '.join(cells) + ' |')
+    return '\n'.join(lines)
+
+
+def _mean_std(values: list[float], digits: int = 3) -> str:
+    mean, std = mean_std(values)
+    return f'{mean:.{digits}f} ± {std:.{digits}f}' if len(values) > 1 else f'{mean:.{digits}f}'
+
+
+def _per_layer(runs: list[RunResult], value) -> str:
+    """``cls / reg``: the mean over the seeds for each MoE layer."""
+    means = [
+        mean_std([value(run.layers[layer]) for run in runs])[0] for layer in runs[0].layers
+    ]
+    return ' / '.join(f'{mean:.2f}' for mean in means)
+
+
+def _dead(runs: list[RunResult]) -> str:
+    counts = [
+        sum(load < DEAD_SHARE / len(report['load']) for load in report['load'])
+        for run in runs
+        for report in run.layers.values()
+    ]
+    return f'{sum(counts)} of {sum(len(r["load"]) for run in runs for r in run.layers.values())}'
+
+
+def replace_between_markers(path: Path, marker: str, text: str) -> None:
+    """Replace what stands between ``<!-- marker:begin -->`` and ``<!-- marker:end -->``.
+
+    Raises:
+        ConfigError: If the file has no such markers.
+    """
+    begin, end = f'<!-- {marker}:begin -->', f'<!-- {marker}:end -->'
+    content = path.read_text()
+    if begin not in content or end not in content:
+        raise ConfigError(f'{path} lacks the markers {begin} and {end} around its table')
+    head, rest = content.split(begin, 1)
+    tail = rest.split(end, 1)[1]
+    path.write_text(f'{head}{begin}\n{text}\n{end}{tail}')
+
+
+if __name__ == '__main__':
+    main()
