@@ -2,15 +2,43 @@
 
 import pytest
 import torch
+from mmengine.utils import ManagerMixin
 from torch import nn
 
 import mmdet_moe  # noqa: F401  # stands in for mmcv's ops before a test imports mmdet
+from mmdet_moe.datasets.digit_scenes import generate
+
+# The tensors are small: threads cost more than they gain.
+torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
 def seed():
     """Every test starts from the same random state, in whatever order the tests run."""
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def mmengine_globals(monkeypatch):
+    """Whatever a test runs with MMEngine, its global instances are restored afterwards."""
+    # Which compilers there are takes seconds to find out, and concerns no test.
+    monkeypatch.setattr('mmengine.runner.runner.collect_env', dict)
+    for manager in _subclasses(ManagerMixin):
+        monkeypatch.setattr(manager, '_instance_dict', type(manager._instance_dict)())
+
+
+def _subclasses(cls):
+    for subclass in cls.__subclasses__():
+        yield subclass
+        yield from _subclasses(subclass)
+
+
+@pytest.fixture(scope='session')
+def digit_scenes_folder(tmp_path_factory):
+    """16 training and 8 validation scenes of 128 px."""
+    folder = tmp_path_factory.mktemp('digit-scenes') / 'data'
+    generate(folder, num_train=16, num_val=8, size=128, seed=0)
+    return folder
 
 
 @pytest.fixture

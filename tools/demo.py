@@ -17,20 +17,32 @@ if importlib.util.find_spec('mmdet_moe') is None:
 from rich.console import Console
 from rich.table import Table
 
-from mmdet_moe.analysis.runs import COCO_METRICS, REPOSITORY, RunResult, collect, train
 from mmdet_moe.analysis.plots import plot_level_shares
+from mmdet_moe.analysis.runs import (
+    COCO_METRICS,
+    REPOSITORY,
+    RunResult,
+    collect,
+    latest_checkpoint,
+    train,
+)
 from mmdet_moe.datasets import digit_scenes
 from mmdet_moe.errors import ConfigError
 
+PRETRAINING = 'retinanet_pretrain_digits'
 RUNS = {'dense': 'retinanet_dense_digits', 'MoE, soft': 'retinanet_moe_soft_digits'}
-console = Console()
+# A pipe has no width, and the table has nine columns.
+console = Console(width=None if sys.stdout.isatty() else 130)
 
 
 def main() -> None:
     """Entry point."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument('--data', type=Path, default=REPOSITORY / 'data' / 'digit-scenes')
     parser.add_argument('--work-dir', type=Path, default=REPOSITORY / 'work_dirs' / 'demo')
+    parser.add_argument('--images', type=int, default=1000, help='training images (1000)')
     parser.add_argument('--iterations', type=int, help='shorter or longer than the configs say')
     parser.add_argument('--fresh', action='store_true', help='forget earlier trainings')
     args = parser.parse_args()
@@ -42,23 +54,21 @@ def main() -> None:
 
 
 def run_demo(args: argparse.Namespace) -> None:
-    """Data, both trainings, the table."""
+    """Data, the trainings, the table."""
     start = time.time()
     if args.fresh:
         shutil.rmtree(args.work_dir, ignore_errors=True)
-    console.rule('1/3 data')
-    digit_scenes.generate(args.data, num_train=1000, num_val=200, size=256, seed=0)
-    options = [f'data_root={args.data}', 'randomness.seed=0']
-    if args.iterations:
-        fields = ('train_cfg.max_iters', 'train_cfg.val_interval', 'param_scheduler.1.end')
-        options += [f'{field}={args.iterations}' for field in fields]
+    console.rule('1/4 data')
+    digit_scenes.generate(
+        args.data, num_train=args.images, num_val=max(1, args.images // 5), size=256, seed=0
+    )
+    console.rule('2/4 pretraining of a dense RetinaNet, the common start')
+    run_once(args, PRETRAINING)
+    pretrained = latest_checkpoint(args.work_dir / PRETRAINING)
     results = {}
-    for i, (name, config) in enumerate(RUNS.items(), start=2):
-        console.rule(f'{i}/3 {name}')
-        work_dir = args.work_dir / config
-        if collect(work_dir) is None:
-            train(REPOSITORY / 'configs' / 'demo' / f'{config}.py', work_dir, options)
-        results[name] = collect(work_dir)
+    for i, (name, config) in enumerate(RUNS.items(), start=3):
+        console.rule(f'{i}/4 {name}: trained on from there')
+        results[name] = run_once(args, config, f'load_from={pretrained}')
     console.rule('result')
     console.print(result_table(results))
     for name, result in results.items():
@@ -73,6 +83,22 @@ def run_demo(args: argparse.Namespace) -> None:
     console.print(f'\nData: {args.data}\nCheckpoints, logs, configs: {args.work_dir}')
     console.print(f'Which expert works on which pyramid level: {figure}')
     console.print(f'Took {time.time() - start:.0f} s.')
+
+
+def run_once(args: argparse.Namespace, config: str, *options: str) -> RunResult:
+    """Train unless that has been done, and read the figures."""
+    work_dir = args.work_dir / config
+    result = collect(work_dir)
+    if result is None:
+        options = (f'data_root={args.data}', 'randomness.seed=0', *options)
+        if args.iterations:
+            options += (
+                f'train_cfg.max_iters={args.iterations}',
+                f'train_cfg.val_interval={args.iterations}',
+            )
+        train(REPOSITORY / 'configs' / 'demo' / f'{config}.py', work_dir, options)
+        result = collect(work_dir)
+    return result
 
 
 def result_table(results: dict[str, RunResult]) -> Table:

@@ -9,14 +9,21 @@ import importlib.util
 import sys
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
 if importlib.util.find_spec('mmdet_moe') is None:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from mmdet_moe.analysis.runs import REPOSITORY, RunResult, collect, mean_std, train
+from mmdet_moe.analysis.runs import (
+    REPOSITORY,
+    RunResult,
+    collect,
+    latest_checkpoint,
+    mean_std,
+    train,
+)
 from mmdet_moe.datasets import digit_scenes
 from mmdet_moe.errors import ConfigError
 
@@ -38,6 +45,7 @@ class Method:
         return self.name.replace(' ', '_').replace(',', '').replace(':', '')
 
 
+PRETRAINING = Method('pretraining', 'retinanet_pretrain_digits')
 METHODS = (
     Method('dense', 'retinanet_dense_digits'),
     Method('soft: importance', 'retinanet_moe_soft_digits'),
@@ -81,20 +89,28 @@ def main() -> None:
 def digit_scenes_tables(args: argparse.Namespace) -> None:
     """Train what is missing and write both tables."""
     digit_scenes.generate(args.data, num_train=1000, num_val=200, size=256, seed=0)
-    runs = [(method, seed) for seed in args.seeds for method in unique_methods()]
+    if not args.table_only:
+        # Every seed has its own pretrained model, from which all of its methods start.
+        run_all(args, [(PRETRAINING, seed) for seed in args.seeds])
+        run_all(args, [(method, seed) for seed in args.seeds for method in unique_methods()])
+    write_tables(args)
+
+
+def run_all(args: argparse.Namespace, runs: list[tuple[Method, int]]) -> None:
+    """Train those of the runs that are not finished, several at a time."""
     todo = [run for run in runs if collect(run_dir(args.work_dir, *run)) is None]
     print(f'{len(runs) - len(todo)} of {len(runs)} runs are finished.', flush=True)
-    if todo and not args.table_only:
-        started = time.time()
-        with ThreadPoolExecutor(args.jobs) as pool:
-            futures = [pool.submit(_run, args, *run) for run in todo]
-            for done, future in enumerate(futures, start=1):
-                future.result()
-                minutes = (time.time() - started) / 60
-                rest = minutes / done * (len(todo) - done)
-                print(f'{done}/{len(todo)} runs, {minutes:.0f} min, {rest:.0f} min left', flush=True)
-                write_tables(args)
-    write_tables(args)
+    started = time.time()
+    with ThreadPoolExecutor(args.jobs) as pool:
+        futures = [pool.submit(_run, args, *run) for run in todo]
+        for done, future in enumerate(as_completed(futures), start=1):
+            work_dir = future.result()
+            if collect(work_dir) is None:
+                raise ConfigError(f'{work_dir} did not finish; see {work_dir / "output.log"}')
+            minutes = (time.time() - started) / 60
+            rest = minutes / done * (len(todo) - done)
+            print(f'{done}/{len(todo)} runs, {minutes:.0f} min, {rest:.0f} min left', flush=True)
+            write_tables(args)
 
 
 def unique_methods() -> Iterator[Method]:
@@ -106,7 +122,7 @@ def unique_methods() -> Iterator[Method]:
 
 def _canonical(method: Method) -> Method:
     # 'positives' is the default of MoERetinaHead, so that row is the run of the main table.
-    return METHODS[1] if method.name.endswith('positives') else method
+    return METHODS[1] if method == DECISION_WEIGHTS[-1] else method
 
 
 def run_dir(work_dir: Path, method: Method, seed: int) -> Path:
@@ -114,15 +130,16 @@ def run_dir(work_dir: Path, method: Method, seed: int) -> Path:
     return work_dir / _canonical(method).key / f'seed{seed}'
 
 
-def _run(args: argparse.Namespace, method: Method, seed: int) -> None:
+def _run(args: argparse.Namespace, method: Method, seed: int) -> Path:
     work_dir = run_dir(args.work_dir, method, seed)
     options = [f'data_root={args.data}', f'randomness.seed={seed}', *method.options]
+    if method != PRETRAINING:
+        options.append(f'load_from={latest_checkpoint(run_dir(args.work_dir, PRETRAINING, seed))}')
     config = REPOSITORY / 'configs' / 'demo' / f'{method.config}.py'
     work_dir.mkdir(parents=True, exist_ok=True)
     with (work_dir / 'output.log').open('a') as log:
         train(config, work_dir, options, threads=1, output=log)
-    if collect(work_dir) is None:
-        raise ConfigError(f'{work_dir} did not finish; see {work_dir / "output.log"}')
+    return work_dir
 
 
 def write_tables(args: argparse.Namespace) -> None:
@@ -171,9 +188,7 @@ def _mean_std(values: list[float], digits: int = 3) -> str:
 
 def _per_layer(runs: list[RunResult], value) -> str:
     """``cls / reg``: the mean over the seeds for each MoE layer."""
-    means = [
-        mean_std([value(run.layers[layer]) for run in runs])[0] for layer in runs[0].layers
-    ]
+    means = [mean_std([value(run.layers[layer]) for run in runs])[0] for layer in runs[0].layers]
     return ' / '.join(f'{mean:.2f}' for mean in means)
 
 

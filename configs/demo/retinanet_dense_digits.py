@@ -1,4 +1,4 @@
-# The dense baseline of the demo.
+# The dense baseline: the pretrained RetinaNet, trained on as the MoE models are.
 _base_ = [
     '../_base_/demo_runtime.py',
     '../_base_/models/retinanet_demo.py',

@@ -7,7 +7,5 @@ _base_ = [
     '../_base_/balancing/hard_relative.py',
 ]
 model = dict(
-    bbox_head=dict(
-        type='mmdet_moe.MoERetinaHead', num_experts=4, top_k=2, router={{_base_.router}}
-    )
+    bbox_head=dict(type='mmdet_moe.MoERetinaHead', num_experts=4, top_k=2, router={{_base_.router}})
 )

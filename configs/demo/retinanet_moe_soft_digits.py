@@ -1,4 +1,5 @@
-# The demo's MoE: both subnets become 4 experts, balanced by the importance loss.
+# The demo's MoE: both subnets of the pretrained RetinaNet become 4 experts, which start as copies
+# and are balanced by the importance loss.
 _base_ = [
     '../_base_/demo_runtime.py',
     '../_base_/models/retinanet_demo.py',
@@ -7,7 +8,5 @@ _base_ = [
     '../_base_/balancing/soft_importance.py',
 ]
 model = dict(
-    bbox_head=dict(
-        type='mmdet_moe.MoERetinaHead', num_experts=4, top_k=2, router={{_base_.router}}
-    )
+    bbox_head=dict(type='mmdet_moe.MoERetinaHead', num_experts=4, top_k=2, router={{_base_.router}})
 )

@@ -70,7 +70,7 @@ def train(
     """
     command = [sys.executable, str(REPOSITORY / 'tools' / 'train.py'), str(config)]
     command += ['--work-dir', str(work_dir)]
-    if (work_dir / 'last_checkpoint').exists():
+    if latest_checkpoint(work_dir) is not None:
         command.append('--resume')
     if options:
         command += ['--cfg-options', *options]
@@ -83,6 +83,12 @@ def train(
     if status:
         where = 'above' if output is None else f'in {output.name}'
         raise ConfigError(f'{config.name} failed with status {status}; its messages are {where}')
+
+
+def latest_checkpoint(work_dir: Path) -> Path | None:
+    """The newest checkpoint of a run; None before the first one."""
+    pointer = work_dir / 'last_checkpoint'
+    return work_dir / Path(pointer.read_text()).name if pointer.exists() else None
 
 
 def collect(work_dir: Path) -> RunResult | None:

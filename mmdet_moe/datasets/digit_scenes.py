@@ -539,7 +539,7 @@ def _crop(image: np.ndarray, threshold: float) -> np.ndarray:
 
 
 def draw(image: np.ndarray, placement: Placement, rng: np.random.Generator) -> None:
-    """Blend an object into an ``(H, W, 3)`` uint8 image, in a random light colour that stands out."""
+    """Blend an object into an ``(H, W, 3)`` uint8 image, in a light colour that stands out."""
     x, y, width, height = placement.box
     patch = image[y : y + height, x : x + width]
     alpha = placement.alpha[..., None]
@@ -548,7 +548,7 @@ def draw(image: np.ndarray, placement: Placement, rng: np.random.Generator) -> N
 
 
 def _choose_ink(rng: np.random.Generator, patch: np.ndarray, alpha: np.ndarray) -> np.ndarray:
-    """The first random light colour that contrasts enough with the background, else the best one."""
+    """The first random light colour that contrasts enough with the patch, else the best one."""
     candidates = rng.integers(DARKEST_INK, 256, (_INK_CANDIDATES, 3)).astype(np.float32)
     background = patch.reshape(-1, 3).mean(axis=0) @ _LUMA_OF_BGR
     contrast = np.abs(candidates @ _LUMA_OF_BGR - background)

@@ -10,11 +10,11 @@ def _active() -> bool:
 
 
 def global_sum(x: Tensor) -> Tensor:
-    """Sum ``x`` over the ranks, with the gradient that data-parallel averaging turns into the truth.
+    """Sum ``x`` over the ranks, with a gradient that data-parallel averaging turns into the true one.
 
-    Distributed data parallel divides the summed gradients by the number R of ranks, but a loss of a
-    global sum is one loss, not the mean of R losses. The gradient of this rank's part is therefore
-    multiplied by R here, and no collective is needed in the backward pass.
+    Distributed data parallel divides the summed gradients by the number R of ranks, but a loss of
+    a global sum is one loss, not the mean of R losses. The gradient of this rank's part is
+    therefore multiplied by R here, and no collective is needed in the backward pass.
 
     Args:
         x: This rank's part, any shape; the same shape on every rank.

@@ -72,7 +72,7 @@ def upcycle(
         for e in range(len(experts)):
             clone = value.clone()
             if noise > 0 and value.is_floating_point() and value.dim() > 1:
-                clone += noise * value.std() * torch.randn_like(value)
+                clone += noise * value.std(correction=0) * torch.randn_like(value)
             state_dict[f'{moe_prefix}experts.{e}.{name}'] = clone
 
 

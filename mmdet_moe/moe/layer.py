@@ -1,4 +1,4 @@
-"""The MoE layer: a router that only routes, experts that only compute, glued by dispatch/combine."""
+"""The MoE layer: a router that routes, experts that compute, glued by dispatch and combine."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -16,6 +16,7 @@ from mmdet_moe.moe.routers import Router
 from mmdet_moe.moe.routing import Routing
 from mmdet_moe.registry import MODELS
 
+EXPERT_INITS = ('independent', 'shared')
 DECISION_WEIGHTS = ('uniform', 'area', 'positives')
 
 
@@ -53,6 +54,9 @@ class MoELayer(BaseModule):
             the positive anchors in it, which only a detection head knows; the head tells them
             with :meth:`weigh_decisions`.
         shortcut: Module added around the MoE: ``y = MoE(x) + shortcut(x)`` (residual variant).
+        expert_init: ``'independent'``: every expert draws its own initial weights. ``'shared'``:
+            all start as copies of the first one, so that the untrained layer is the dense one, and
+            grow apart with the items that they get.
         upcycle_noise: Relative noise on the experts when a dense checkpoint is loaded into them.
 
     Raises:
@@ -70,11 +74,16 @@ class MoELayer(BaseModule):
         grid_size: int = 1,
         decision_weight: str = 'uniform',
         shortcut: nn.Module | None = None,
+        expert_init: str = 'independent',
         upcycle_noise: float = 0.0,
     ) -> None:
         super().__init__()
+        if expert_init not in EXPERT_INITS:
+            raise ConfigError(f'expert_init={expert_init!r} is unknown; use one of {EXPERT_INITS}')
+        self.expert_init = expert_init
         self.router = _build_router(router, in_channels, num_experts, top_k)
         self.experts = _build_experts(expert, num_experts)
+        self._share_initial_weights()
         self.shortcut = shortcut
         if granularity not in ('image', 'patch'):
             raise ConfigError(f"granularity={granularity!r} is unknown; use 'image' or 'patch'")
@@ -99,6 +108,18 @@ class MoELayer(BaseModule):
         self.name = type(self).__name__
         self._routing: Routing | None = None
         self.register_load_state_dict_pre_hook(_upcycle_same_place)
+
+    def init_weights(self) -> None:
+        """Initialise as MMEngine's modules do, then share the weights if asked to."""
+        first_call = not self.is_init  # MMEngine's modules ignore all later ones
+        super().init_weights()
+        if first_call:
+            self._share_initial_weights()
+
+    def _share_initial_weights(self) -> None:
+        if self.expert_init == 'shared':
+            for expert in self.experts[1:]:
+                expert.load_state_dict(self.experts[0].state_dict())
 
     @property
     def num_experts(self) -> int:
@@ -227,7 +248,9 @@ class _ZeroGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx, output: Tensor, *parameters: Tensor) -> Tensor:
         ctx.parameters = parameters
-        return output.view_as(output)
+        # "Changed in place": a view instead would forbid a later nn.ReLU(inplace=True).
+        ctx.mark_dirty(output)
+        return output
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, ...]:

@@ -9,6 +9,7 @@ spoils is cut off afterwards. With g = 1 the crop is the feature map itself.
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -51,7 +52,7 @@ class _Axis:
         if grid == 1:
             return cls(bounds, (0,), length, length, stride)
         halo = -(-halo // stride) * stride
-        patch = max(b - a for a, b in zip(bounds, bounds[1:], strict=False)) * stride
+        patch = max(b - a for a, b in pairwise(bounds)) * stride
         crop = min(length, patch + 2 * halo)
         # The last crop ends at the border and has to start on the stride, too.
         crop += (length - crop) % stride
@@ -138,7 +139,7 @@ class PatchGrid:
             raise ConfigError(
                 f'granularity="patch" needs experts that keep the size (up to their stride '
                 f'{self.stride}), but an expert made {tuple(y.shape[2:])} of a '
-                f'{(rows.crop, cols.crop)} crop; set its padding to (kernel_size - 1) // 2 · dilation'
+                f'{(rows.crop, cols.crop)} crop; pad it by (kernel_size - 1) // 2 · dilation'
             )
         patches = y.unflatten(0, (-1, len(rows), len(cols)))
         lines = [

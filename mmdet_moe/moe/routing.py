@@ -53,7 +53,7 @@ class Routing:
 
     @cached_property
     def level_ids(self) -> Tensor:
-        """int64 (T,): the index of each item's feature map in the list that the router was given."""
+        """int64 (T,): the index of each item's map in the list that the router was given."""
         sizes = torch.tensor(self.items_per_level, device=self.expert_ids.device)
         return torch.repeat_interleave(
             torch.arange(len(sizes), device=sizes.device), sizes, output_size=self.num_items

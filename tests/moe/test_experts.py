@@ -12,7 +12,9 @@ from mmdet_moe.moe import MoELayer
 
 
 def stage(width=6):
-    return nn.Sequential(nn.Conv2d(3, width, 3, padding=1), nn.BatchNorm2d(width), nn.Conv2d(width, 4, 1))
+    return nn.Sequential(
+        nn.Conv2d(3, width, 3, padding=1), nn.BatchNorm2d(width), nn.Conv2d(width, 4, 1)
+    )
 
 
 def dense_model(randomise):

@@ -56,7 +56,9 @@ def probabilities(routing):
 
 
 def sums_per_expert(rows, counts):
-    return [sum(c * row[e] for row, c in zip(rows, counts, strict=True)) for e in range(len(rows[0]))]
+    return [
+        sum(c * row[e] for row, c in zip(rows, counts, strict=True)) for e in range(len(rows[0]))
+    ]
 
 
 def mean_over_items(values, counts):
@@ -169,7 +171,9 @@ def test_numbers_written_out():
     """Two items, three experts; importance (1, 0.75, 0.25), load (2, 1, 1)."""
     weights = torch.tensor([[0.75, 0.25], [0.75, 0.25]]).double()
     logits = torch.tensor([[0.5, 0.25, 0.25], [0.25, 0.5, 0.25]]).double().log()
-    routing = Routing(torch.tensor([[0, 2], [1, 0]]), weights, logits, (2,), 2, torch.ones(2).double())
+    routing = Routing(
+        torch.tensor([[0, 2], [1, 0]]), weights, logits, (2,), 2, torch.ones(2).double()
+    )
     # Deviations from 2/3: 1/3, 1/12, -5/12; their squares sum to 42/144, the variance is 21/144.
     assert ImportanceLoss(0.5)(routing).item() == pytest.approx(0.5 * 21 / 144 * 9 / 4)
     kl = 0.5 * math.log(1.5) + 0.375 * math.log(1.125) + 0.125 * math.log(0.375)

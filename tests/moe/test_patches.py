@@ -1,5 +1,7 @@
 """Patches against the experts run on whole feature maps and masked to each patch."""
 
+import itertools
+
 import pytest
 import torch
 from mmcv.cnn import ConvModule
@@ -19,11 +21,8 @@ def bn_conv(channels, kernel_size, **kwargs):
 
 
 def resnet_stage(block, stride):
-    planes = 2
-    stage = ResNet(18 if block is BasicBlock else 50).make_res_layer(
-        block=block, inplanes=C, planes=planes, num_blocks=2, stride=stride
-    )
-    return stage
+    resnet = ResNet(18 if block is BasicBlock else 50)
+    return resnet.make_res_layer(block=block, inplanes=C, planes=2, num_blocks=2, stride=stride)
 
 
 EXPERTS = {  # name: expert, stride, radius of the receptive field
@@ -53,7 +52,7 @@ def bounds(length, grid, stride):
     out = (length + stride - 1) // stride
     grid = min(grid, out)
     edges = [i * out // grid for i in range(grid + 1)]
-    return list(zip(edges[:-1], edges[1:], strict=True))
+    return list(itertools.pairwise(edges))
 
 
 def patch_layer(make, randomise, grid, num_experts=3):
@@ -89,7 +88,7 @@ def whole_map_reference(layer, x, grid, stride):
 
 @every_expert
 def test_patches_are_cut_outs_of_the_whole_map(make, stride, radius, randomise):
-    for size, grid in [((25, 31), 2), ((25, 31), 3), ((25, 31), 4), ((7, 40), 3), ((9, 3), 4)]:
+    for size, grid in [((25, 31), 2), ((25, 31), 3), ((31, 25), 4), ((9, 3), 4)]:
         layer = patch_layer(make, randomise, grid)
         x = torch.randn(2, C, *size, dtype=torch.float64)
         with torch.no_grad():

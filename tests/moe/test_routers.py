@@ -92,7 +92,9 @@ def test_gradients_by_finite_differences(make, top_k, softmax):
     names = [name for name, _ in router.named_parameters()]
 
     def weights(x, *parameters):
-        routing = torch.func.functional_call(router, dict(zip(names, parameters, strict=True)), (x,))
+        routing = torch.func.functional_call(
+            router, dict(zip(names, parameters, strict=True)), (x,)
+        )
         return routing.weights, routing.logits
 
     assert gradcheck(weights, (x, *router.parameters()))
@@ -114,7 +116,10 @@ def test_one_routing_for_all_levels():
 def test_order_of_patches():
     """Level, then image, then patch, row by row."""
     router = gap_router()
-    maps = [torch.randn(2, C, 6, 9, dtype=torch.float64), torch.randn(2, C, 4, 2, dtype=torch.float64)]
+    maps = [
+        torch.randn(2, C, 6, 9, dtype=torch.float64),
+        torch.randn(2, C, 4, 2, dtype=torch.float64),
+    ]
     grids = [PatchGrid((6, 9), grid=3), PatchGrid((4, 2))]
     routing = router(maps, grids)
     assert routing.items_per_level == (18, 2)
@@ -216,4 +221,7 @@ def test_refused(make, options, message):
 
 
 def test_kept_softmax_is_harmless_with_one_expert():
-    assert GAPRouter(C, 1, 1, softmax='kept')(torch.randn(2, C, 1, 1)).weights.tolist() == [[1], [1]]
+    assert GAPRouter(C, 1, 1, softmax='kept')(torch.randn(2, C, 1, 1)).weights.tolist() == [
+        [1],
+        [1],
+    ]

@@ -64,7 +64,9 @@ def test_importance_and_load_with_decision_weights(routing):
 def test_gradient_of_the_importance(routing):
     (torch.tensor([1.0, 10.0, 100.0, 1000.0]) * routing.importance(balancing=True)).sum().backward()
     per_expert, decision = [1, 10, 100, 1000], [1, 0, 2, 1, 4, 0.5]
-    expected = [[per_expert[e] * d for e in ids] for ids, d in zip(EXPERT_IDS, decision, strict=True)]
+    expected = [
+        [per_expert[e] * d for e in ids] for ids, d in zip(EXPERT_IDS, decision, strict=True)
+    ]
     assert routing.weights.grad.tolist() == expected
     assert not routing.load().requires_grad
 
@@ -98,6 +100,8 @@ def test_mutual_information():
 
 def test_coefficient_of_variation_squared():
     # Mean 3, unbiased variance (4 + 0 + 4) / 2 = 4.
-    assert coefficient_of_variation_squared(torch.tensor([1.0, 3, 5])).item() == pytest.approx(4 / 9)
+    assert coefficient_of_variation_squared(torch.tensor([1.0, 3, 5])).item() == pytest.approx(
+        4 / 9
+    )
     assert coefficient_of_variation_squared(torch.tensor([5.0])).item() == 0
     assert coefficient_of_variation_squared(torch.zeros(4)).item() == 0

@@ -98,10 +98,10 @@ def test_information_on_the_level():
 @pytest.mark.parametrize('top_k', [1, 2])
 def test_batches_add_up(top_k):
     router, table = router_of(4, top_k), torch.rand(12, 4).tolist()
-    together = report_of(router, table).as_dict()
-    in_parts = report_of(router, table[:1], table[1:5], table[5:]).as_dict()
-    for key, value in together.items():
-        assert in_parts[key] == pytest.approx(value, abs=1e-6)
+    together = report_of(router, table)
+    in_parts = report_of(router, table[:1], table[1:5], table[5:])
+    assert in_parts.num_items == together.num_items == 12
+    assert in_parts.scalars() == pytest.approx(together.scalars(), abs=1e-6)
 
 
 def test_dead_experts():
@@ -140,3 +140,9 @@ def test_report_as_scalars_and_json():
     assert {type(x) for x in scalars.values()} == {float}
     assert json.loads(json.dumps(report.as_dict()))['load'] == [0.5, 0.5]
     assert 'load 0.50 0.50' in str(report)
+
+
+def test_shares_of_each_level():
+    first, second = [0.8, 0.1, 0.1], [0.1, 0.8, 0.1]
+    report = report_of(router_of(3, 1), ([first] * 4, [first, second, second, second]))
+    assert report.level_shares == [[1, 0, 0], [0.25, 0.75, 0]]

@@ -17,9 +17,6 @@ import torch
 from mmcv import transforms
 from mmcv.transforms import Compose, LoadImageFromFile
 from mmengine.config import Config
-from mmengine.logging import MessageHub, MMLogger
-from mmengine.registry import DefaultScope
-from mmengine.visualization import Visualizer
 
 import mmdet_moe
 from mmdet_moe import cli
@@ -148,14 +145,10 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture
-def here(folder, monkeypatch):
-    """The folder as the working one; the globals of MMEngine are restored afterwards."""
+def here(folder, monkeypatch, mmengine_globals):
+    """The folder as the working one."""
     monkeypatch.chdir(folder)
     monkeypatch.delenv(cli.TRACEBACK_VARIABLE, raising=False)
-    # Which compilers there are takes seconds to find out, and concerns no test.
-    monkeypatch.setattr('mmengine.runner.runner.collect_env', dict)
-    for manager in (DefaultScope, MMLogger, MessageHub, Visualizer):
-        monkeypatch.setattr(manager, '_instance_dict', manager._instance_dict.copy())
     return folder
 
 

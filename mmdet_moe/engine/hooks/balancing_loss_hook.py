@@ -38,7 +38,7 @@ class BalancingLossHook(Hook):
         for built in self.losses:
             if not isinstance(built, BalancingLoss):
                 raise ConfigError(
-                    f'BalancingLossHook: {type(built).__name__} is not a balancing loss of mmdet_moe'
+                    f'BalancingLossHook: {type(built).__name__} is no balancing loss of mmdet_moe'
                 )
         self.patterns = [layers] if isinstance(layers, str) else list(layers)
         self._handle = None

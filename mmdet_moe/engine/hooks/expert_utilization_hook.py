@@ -73,8 +73,8 @@ class ExpertUtilizationHook(Hook):
         if free:
             runner.logger.warning(
                 'NO BALANCING: nothing keeps the experts of %s in use, they will probably collapse '
-                'to a few; inherit one of configs/_base_/balancing/*.py, add a BalancingLossHook or '
-                'give the router a constraint.',
+                'to a few; inherit one of configs/_base_/balancing/*.py, add a BalancingLossHook, '
+                'or give the router a constraint.',
                 ', '.join(free),
             )
 
@@ -135,18 +135,21 @@ class ExpertUtilizationHook(Hook):
             self._write(runner, mode, reports)
 
     def _warn(self, runner: Runner, name: str, report: UtilizationReport) -> None:
+        # Formatted here: MMEngine's logger drops a warning whose unformatted text it has seen, so
+        # the second layer would be silent.
         if dead := report.dead_experts(self.dead_share):
             runner.logger.warning(
-                'DEAD EXPERTS in %s: %s of %d get less than %g %% of their fair share of the items; '
-                'balance more strongly or use fewer experts.',
-                name, dead, report.num_experts, 100 * self.dead_share,
-            )  # fmt: skip
+                f'DEAD EXPERTS in {name}: {dead} of {report.num_experts} get less than '
+                f'{100 * self.dead_share:g} % of their fair share of the items; balance more '
+                'strongly or use fewer experts.'
+            )
         if report.has_collapsed(self.collapse_share):
+            load = [round(x, 3) for x in report.load]
             runner.logger.warning(
-                'COLLAPSED ROUTING in %s: the choice of the expert does not depend on the input '
-                '(mutual information %.4f nats, load %s); the layer works as a dense one.',
-                name, report.mi_input, [round(x, 3) for x in report.load],
-            )  # fmt: skip
+                f'COLLAPSED ROUTING in {name}: the choice of the expert does not depend on the '
+                f'input (mutual information {report.mi_input:.4f} nats, load {load}); the layer '
+                'works as a dense one.'
+            )
 
     def _write(self, runner: Runner, mode: str, reports: dict[str, UtilizationReport]) -> None:
         content = {

@@ -20,11 +20,12 @@ def moe_layers_of(runner: Runner, hook: Hook) -> dict[str, MoELayer]:
     Raises:
         ConfigError: If there are none: the hook would do nothing.
     """
-    layers = find_moe_layers(unwrapped_model(runner))
+    model = unwrapped_model(runner)
+    layers = find_moe_layers(model)
     if not layers:
         raise ConfigError(
-            f'{type(hook).__name__} found no MoE layer in {type(unwrapped_model(runner)).__name__}; '
-            "use an MoE model (for example bbox_head=dict(type='mmdet_moe.MoERetinaHead', ...)) or "
+            f'{type(hook).__name__} found no MoE layer in {type(model).__name__}; '
+            "use an MoE model (such as bbox_head=dict(type='mmdet_moe.MoERetinaHead', ...)) or "
             'remove the hook from custom_hooks'
         )
     return layers

@@ -29,6 +29,8 @@ class MoEResNet(ResNet):
             with batch norm where the shape changes.
         granularity: ``'image'`` or ``'patch'``, see :class:`~mmdet_moe.moe.MoELayer`.
         grid_size: g for patches.
+        expert_init: Whether experts start as copies of one another (``'shared'``, as in the paper)
+            or each with its own weights (``'independent'``).
         upcycle_noise: Relative noise on the experts when a dense checkpoint is loaded into them.
 
     Raises:
@@ -45,6 +47,7 @@ class MoEResNet(ResNet):
         residual: bool = False,
         granularity: str = 'image',
         grid_size: int = 1,
+        expert_init: str = 'shared',
         upcycle_noise: float = 0.0,
         **kwargs,
     ) -> None:
@@ -57,6 +60,7 @@ class MoEResNet(ResNet):
             'router': router,
             'granularity': granularity,
             'grid_size': grid_size,
+            'expert_init': expert_init,
             'upcycle_noise': upcycle_noise,
         }
         self._next_stage = 1

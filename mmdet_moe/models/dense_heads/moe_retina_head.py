@@ -52,6 +52,8 @@ class MoERetinaHead(RetinaHead):
         decision_weight: What one decision counts in the balancing: ``'uniform'``, ``'area'`` of its
             level, or the number of ``'positives'`` (anchors assigned to objects) in it. See
             :class:`~mmdet_moe.moe.MoELayer`.
+        expert_init: Whether experts start as copies of one another (``'shared'``, as in the paper)
+            or each with its own weights (``'independent'``).
         upcycle_noise: Relative noise on the experts when a dense checkpoint is loaded into them.
 
     Raises:
@@ -66,6 +68,7 @@ class MoERetinaHead(RetinaHead):
         router: dict | None = None,
         moe_branches: Sequence[str] = BRANCHES,
         decision_weight: str = 'positives',
+        expert_init: str = 'shared',
         upcycle_noise: float = 0.0,
         **kwargs,
     ) -> None:
@@ -78,6 +81,7 @@ class MoERetinaHead(RetinaHead):
             'top_k': top_k,
             'router': router,
             'decision_weight': decision_weight,
+            'expert_init': expert_init,
             'upcycle_noise': upcycle_noise,
         }
         super().__init__(*args, **kwargs)

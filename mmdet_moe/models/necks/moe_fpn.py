@@ -24,6 +24,8 @@ class MoEFPN(FPN):
             level. Default: the ones on laterals, not the strided extra convolutions behind them.
         granularity: ``'image'`` or ``'patch'``, see :class:`~mmdet_moe.moe.MoELayer`.
         grid_size: g for patches.
+        expert_init: Whether experts start as copies of one another (``'shared'``, as in the paper)
+            or each with its own weights (``'independent'``).
         upcycle_noise: Relative noise on the experts when a dense checkpoint is loaded into them.
 
     Raises:
@@ -39,6 +41,7 @@ class MoEFPN(FPN):
         moe_levels: Sequence[int] | None = None,
         granularity: str = 'image',
         grid_size: int = 1,
+        expert_init: str = 'shared',
         upcycle_noise: float = 0.0,
         **kwargs,
     ) -> None:
@@ -61,5 +64,6 @@ class MoEFPN(FPN):
                 in_channels=conv.conv.in_channels,
                 granularity=granularity,
                 grid_size=grid_size,
+                expert_init=expert_init,
                 upcycle_noise=upcycle_noise,
             )

@@ -1,0 +1,133 @@
+"""The hook in a Runner with a toy model; the values again by hand from the routings."""
+
+import json
+from statistics import fmean, variance
+
+import pytest
+import torch
+from mmengine.hooks import Hook
+
+from mmdet_moe.engine import BalancingLossHook
+from mmdet_moe.errors import ConfigError
+
+IMPORTANCE = {'type': 'mmdet_moe.ImportanceLoss', 'weight': 0.5}
+Z = {'type': 'mmdet_moe.RouterZLoss', 'weight': 0.001}
+
+
+class Recorder(Hook):
+    """Keeps what every iteration put out and how it was routed."""
+
+    def __init__(self):
+        self.outputs, self.importance, self.z = [], [], []
+
+    def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
+        layers = {'stem': runner.model.stem, 'body_moe': runner.model.body['moe']}
+        self.outputs.append({k: float(v) for k, v in outputs.items()})
+        self.importance.append(
+            {k: layer.routing.dense_weights().sum(0).tolist() for k, layer in layers.items()}
+        )
+        self.z.append(
+            {
+                k: float((layer.routing.logits.exp().sum(1).log() ** 2).mean())
+                for k, layer in layers.items()
+            }
+        )
+
+
+def hook(loss=IMPORTANCE, **options):
+    return {'type': 'mmdet_moe.BalancingLossHook', 'loss': loss, **options}
+
+
+def importance_loss(importance):
+    return 0.5 * variance(importance) / (fmean(importance) ** 2 + 1e-10)
+
+
+def test_entries_of_all_layers(make_runner, toy_model):
+    recorder = Recorder()
+    make_runner(toy_model(), [hook(), recorder]).train()
+    assert len(recorder.outputs) == 4
+    for outputs, importance in zip(recorder.outputs, recorder.importance, strict=True):
+        assert set(outputs) == {'loss', 'loss_task', 'loss_moe_stem', 'loss_moe_body_moe'}
+        for layer in ('stem', 'body_moe'):
+            expected = importance_loss(importance[layer])
+            assert outputs[f'loss_moe_{layer}'] == pytest.approx(expected, abs=1e-5)
+        parts = (v for k, v in outputs.items() if k != 'loss')
+        assert outputs['loss'] == pytest.approx(sum(parts), abs=1e-5)
+
+
+def test_several_losses_on_some_layers(make_runner, toy_model):
+    recorder = Recorder()
+    make_runner(toy_model(), [hook([IMPORTANCE, Z], layers=['body.*', 'head']), recorder]).train()
+    for i, outputs in enumerate(recorder.outputs):
+        assert set(outputs) == {
+            'loss',
+            'loss_task',
+            'loss_moe_body_moe_ImportanceLoss',
+            'loss_moe_body_moe_RouterZLoss',
+        }
+        expected = importance_loss(recorder.importance[i]['body_moe'])
+        assert outputs['loss_moe_body_moe_ImportanceLoss'] == pytest.approx(expected, abs=1e-5)
+        expected = 0.001 * recorder.z[i]['body_moe']
+        assert outputs['loss_moe_body_moe_RouterZLoss'] == pytest.approx(expected, rel=1e-4)
+
+
+def test_the_loss_trains_the_router(make_runner, toy_model):
+    """With a weight that drowns the task, the importance gets balanced."""
+    recorder = Recorder()
+    strong = hook({**IMPORTANCE, 'weight': 50.0})
+    optimizer = {'optimizer': {'type': 'Adam', 'lr': 0.05}}
+    make_runner(toy_model(), [strong, recorder], max_iters=24, optim_wrapper=optimizer).train()
+    losses = [importance_loss(importance['stem']) for importance in recorder.importance]
+    assert sum(losses[-4:]) < 0.2 * sum(losses[:4])  # four batches are one epoch
+
+
+def test_only_in_training(make_runner, toy_model):
+    model = toy_model()
+    runner = make_runner(model, [hook()], max_iters=2, val_interval=1)
+    runner.train()  # a list of predictions in validation passes through
+    batch = {'inputs': torch.randn(2, 3, 4, 4), 'targets': torch.zeros(2, 2)}
+    assert set(model(**batch, mode='loss')) == {'loss_task'}  # detached after the training
+
+
+def test_logged(make_runner, toy_model):
+    runner = make_runner(toy_model(), [hook()])
+    runner.train()
+    with open(f'{runner.log_dir}/vis_data/scalars.json') as file:
+        entries = [json.loads(line) for line in file]
+    assert any('loss_moe_stem' in entry and 'loss_moe_body_moe' in entry for entry in entries)
+
+
+def test_with_ema(make_runner, toy_model):
+    """EMAHook deep-copies the model and evaluates the copy."""
+    recorder = Recorder()
+    hooks = [hook(), {'type': 'EMAHook', 'momentum': 0.5}, recorder]
+    runner = make_runner(toy_model(), hooks, max_iters=4, val_interval=2)
+    runner.train()
+    assert all('loss_moe_stem' in outputs for outputs in recorder.outputs)
+    checkpoint = torch.load(f'{runner.work_dir}/iter_4.pth', weights_only=False)
+    assert not any('routing' in key for key in checkpoint['ema_state_dict'])
+    resumed = make_runner(toy_model(), hooks, max_iters=6, resume=True)
+    resumed.train()
+    assert resumed.iter == 6
+
+
+def test_model_without_moe_layers(make_runner, dense_model):
+    runner = make_runner(dense_model, [hook()])
+    with pytest.raises(ConfigError, match='BalancingLossHook found no MoE layer in DenseModel'):
+        runner.train()
+
+
+def test_pattern_that_matches_nothing(make_runner, toy_model):
+    runner = make_runner(toy_model(), [hook(layers='backbone.*')])
+    message = r"layers=\['backbone\.\*'\] matches none of the MoE layers \['stem', 'body\.moe'\]"
+    with pytest.raises(ConfigError, match=message):
+        runner.train()
+
+
+def test_refused_configs():
+    with pytest.raises(ConfigError, match='loss is empty'):
+        BalancingLossHook([])
+    with pytest.raises(ConfigError, match='GAPRouter is no balancing loss'):
+        BalancingLossHook(
+            {'type': 'mmdet_moe.GAPRouter', 'in_channels': 1, 'num_experts': 2, 'top_k': 1}
+        )

@@ -1,0 +1,113 @@
+"""MoEFPN against MMDetection's FPN with the same weights."""
+
+import pytest
+import torch
+from mmdet.registry import MODELS
+from mmengine.runner import load_checkpoint, load_state_dict
+
+from mmdet_moe.errors import ConfigError
+from mmdet_moe.moe import MoELayer, find_moe_layers
+
+CHANNELS = [4, 6, 8]
+SIZES = [(25, 31), (13, 16), (7, 8)]
+FPN = {'in_channels': CHANNELS, 'out_channels': 6, 'num_outs': 5, 'add_extra_convs': 'on_output'}
+BN = {'norm_cfg': {'type': 'BN'}, 'act_cfg': {'type': 'ReLU'}}
+
+
+def build(moe=None, **options):
+    name = 'mmdet.FPN' if moe is None else 'mmdet_moe.MoEFPN'
+    return MODELS.build({'type': name, **FPN, **options, **(moe or {})})
+
+
+def inputs():
+    return [torch.randn(2, c, *size) for c, size in zip(CHANNELS, SIZES, strict=True)]
+
+
+def check_same(dense, moe, maps):
+    """Outputs, gradients for the inputs, and the experts' gradients summed.
+
+    The gradients in float64: float32 sums of thousands of terms in another order differ by 1e-4.
+    """
+    torch.testing.assert_close(moe(maps), dense(maps), rtol=1e-5, atol=1e-5)
+    dense, moe = dense.double(), moe.double()
+    maps = [x.detach().double().requires_grad_() for x in maps]
+    expected, outputs = dense(maps), moe(maps)
+    cotangents = [torch.randn_like(y) for y in expected]
+    dense_grads = torch.autograd.grad(expected, maps, cotangents, retain_graph=True)
+    moe_grads = torch.autograd.grad(outputs, maps, cotangents, retain_graph=True)
+    torch.testing.assert_close(moe_grads, dense_grads, rtol=0, atol=1e-9)
+    torch.autograd.backward(expected, cotangents)
+    torch.autograd.backward(outputs, cotangents)
+    experts = {name: layer.experts for name, layer in find_moe_layers(moe).items()}
+    for name, parameter in dense.named_parameters():
+        layer = '.'.join(name.split('.')[:2])
+        if layer in experts:
+            inner = name.removeprefix(layer + '.')
+            gradient = sum(expert.get_parameter(inner).grad for expert in experts[layer])
+        else:
+            gradient = moe.get_parameter(name).grad
+        torch.testing.assert_close(gradient, parameter.grad, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize('norm', [{}, BN], ids=['plain', 'bn'])
+@pytest.mark.parametrize(
+    'moe',
+    [
+        {'num_experts': 1, 'top_k': 1},
+        {'num_experts': 4, 'top_k': 2},
+        {'num_experts': 4, 'top_k': 4},
+        {'num_experts': 4, 'top_k': 2, 'moe_levels': [0, 2, 4]},
+        {'num_experts': 1, 'top_k': 1, 'granularity': 'patch', 'grid_size': 3},
+        {'num_experts': 4, 'top_k': 2, 'granularity': 'patch', 'grid_size': 2},
+        {'num_experts': 4, 'top_k': 2, 'granularity': 'patch', 'grid_size': 3},
+        {'num_experts': 4, 'top_k': 2, 'granularity': 'patch', 'grid_size': 4},
+    ],
+    ids=str,
+)
+def test_same_as_dense(moe, norm, randomise, tmp_path):
+    dense, model = randomise(build(**norm)).eval(), randomise(build(moe, **norm)).eval()
+    torch.save({'state_dict': dense.state_dict()}, tmp_path / 'dense.pth')
+    load_checkpoint(model, str(tmp_path / 'dense.pth'))
+    check_same(dense, model, inputs())
+
+
+def test_different_experts_on_patches(randomise):
+    """Each patch of each level: its own mixture of the whole-map outputs of the experts."""
+    model = build({'num_experts': 3, 'top_k': 2, 'granularity': 'patch', 'grid_size': 2}, **BN)
+    randomise(model).eval()
+    seen = {}
+    for layer in find_moe_layers(model).values():
+        layer.register_forward_hook(lambda m, args, y: seen.update({m.name: (m, args[0], y)}))
+    model(inputs())
+    assert list(seen) == ['fpn_convs.0', 'fpn_convs.1', 'fpn_convs.2']
+    for layer, x, y in seen.values():
+        whole = torch.stack([expert(x) for expert in layer.experts], dim=1)
+        height, width = x.shape[2:]
+        weights = layer.routing.dense_weights().view(2, 2, 2, 3)  # image, row, column, expert
+        rows = torch.arange(height) >= height // 2
+        columns = torch.arange(width) >= width // 2
+        per_pixel = weights[:, rows.long()][:, :, columns.long()].permute(0, 3, 1, 2)
+        torch.testing.assert_close(y, (per_pixel[:, :, None] * whole).sum(1), rtol=1e-5, atol=1e-5)
+
+
+def test_noise_perturbs_the_copies(randomise):
+    dense, model = randomise(build()), build({'upcycle_noise': 0.1})
+    load_state_dict(model, dense.state_dict())
+    weights = [expert.conv.weight for expert in model.fpn_convs[0].experts]
+    for weight in weights:
+        relative = (weight - dense.fpn_convs[0].conv.weight).std() / weights[0].std()
+        assert 0.05 < relative < 0.15
+    assert not torch.equal(weights[0], weights[1])
+
+
+def test_default_levels_are_those_of_the_laterals():
+    model = build({})
+    assert [isinstance(conv, MoELayer) for conv in model.fpn_convs] == [True] * 3 + [False] * 2
+    routers = {id(layer.router) for layer in find_moe_layers(model).values()}
+    assert len(routers) == 3
+
+
+@pytest.mark.parametrize('levels', [(), (0, 5), (-1,)])
+def test_unknown_levels_are_refused(levels):
+    with pytest.raises(ConfigError, match=r'moe_levels=.* must name some of the 5 output'):
+        build({'moe_levels': levels})

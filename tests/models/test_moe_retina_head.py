@@ -1,0 +1,295 @@
+"""MoERetinaHead against MMDetection's RetinaHead with the same weights, alone and in a detector."""
+
+import copy
+import math
+
+import pytest
+import torch
+from mmdet.registry import MODELS
+from mmdet.structures import DetDataSample
+from mmengine.config import ConfigDict
+from mmengine.runner import load_checkpoint, load_state_dict
+from mmengine.structures import InstanceData
+
+from mmdet_moe.errors import ConfigError
+from mmdet_moe.moe import find_moe_layers
+
+HEAD = {
+    'type': 'mmdet.RetinaHead',
+    'num_classes': 3,
+    'in_channels': 6,
+    'feat_channels': 5,
+    'stacked_convs': 2,
+    'anchor_generator': {
+        'type': 'mmdet.AnchorGenerator',
+        'octave_base_scale': 4,
+        'scales_per_octave': 2,
+        'ratios': [0.5, 1.0],
+        'strides': [8, 16, 32],
+    },
+    'bbox_coder': {'type': 'mmdet.DeltaXYWHBBoxCoder'},
+    'loss_cls': {'type': 'mmdet.FocalLoss', 'use_sigmoid': True},
+    'loss_bbox': {'type': 'mmdet.L1Loss'},
+}
+TRAIN_CFG = {
+    'assigner': {
+        'type': 'mmdet.MaxIoUAssigner',
+        'pos_iou_thr': 0.5,
+        'neg_iou_thr': 0.4,
+        'min_pos_iou': 0,
+        'ignore_iof_thr': -1,
+    },
+    'sampler': {'type': 'mmdet.PseudoSampler'},
+    'allowed_border': -1,
+    'pos_weight': -1,
+    'debug': False,
+}
+TEST_CFG = ConfigDict(
+    nms_pre=100,
+    min_bbox_size=0,
+    score_thr=0.0,
+    nms={'type': 'nms', 'iou_threshold': 0.5},
+    max_per_img=20,
+)
+DETECTOR = {
+    'type': 'mmdet.RetinaNet',
+    'data_preprocessor': {'type': 'mmdet.DetDataPreprocessor'},
+    'backbone': {
+        'type': 'mmdet.ResNet',
+        'depth': 18,
+        'base_channels': 2,
+        'stem_channels': 4,
+        'out_indices': (1, 2, 3),
+    },
+    'neck': {'type': 'mmdet.FPN', 'in_channels': [4, 8, 16], 'out_channels': 6, 'num_outs': 3},
+    'bbox_head': HEAD,
+    'train_cfg': TRAIN_CFG,
+    'test_cfg': TEST_CFG,
+}
+FOUR = {'num_experts': 4, 'top_k': 2}
+
+
+def build_head(moe=None, **options):
+    name = 'mmdet.RetinaHead' if moe is None else 'mmdet_moe.MoERetinaHead'
+    config = {**HEAD, 'train_cfg': TRAIN_CFG, 'test_cfg': TEST_CFG, **options, 'type': name}
+    return MODELS.build({**copy.deepcopy(config), **(moe or {})})
+
+
+def build_detector(moe=None):
+    config = copy.deepcopy(DETECTOR)
+    if moe is not None:
+        config['bbox_head'].update(moe, type='mmdet_moe.MoERetinaHead')
+    return MODELS.build(config)
+
+
+def features(num_images=2, dtype=torch.float32):
+    return [torch.randn(num_images, 6, s, s + 3, dtype=dtype) for s in (9, 5, 3)]
+
+
+def batch():
+    """Two 64×96 images; a small and a large object in the first, a middle one in the second."""
+    boxes = [[[4.0, 6, 30, 40], [20, 2, 90, 60]], [[40.0, 10, 80, 50]]]
+    labels = [[0, 2], [1]]
+    samples = []
+    for image_boxes, image_labels in zip(boxes, labels, strict=True):
+        sample = DetDataSample(metainfo={'img_shape': (64, 96), 'pad_shape': (64, 96)})
+        sample.set_metainfo({'batch_input_shape': (64, 96), 'scale_factor': (1, 1)})
+        sample.set_metainfo({'ori_shape': (64, 96), 'img_id': len(samples)})
+        sample.gt_instances = InstanceData(
+            bboxes=torch.tensor(image_boxes), labels=torch.tensor(image_labels)
+        )
+        samples.append(sample)
+    return torch.randn(2, 3, 64, 96), samples
+
+
+def experts_of(model, name):
+    """The experts that hold the dense parameter of that name, and its name in them; or None."""
+    for branch in ('cls', 'reg'):
+        for part in (f'{branch}_convs.', f'retina_{branch}.'):
+            prefix, found, _ = name.partition(part)
+            layer = f'{prefix}{branch}_moe'
+            if found and layer in find_moe_layers(model):
+                return model.get_submodule(layer).experts, name.removeprefix(prefix)
+    return None
+
+
+def check_gradients(dense, moe):
+    """The gradients of the copies sum to the dense gradient."""
+    for name, parameter in dense.named_parameters():
+        if held := experts_of(moe, name):
+            gradient = sum(expert.get_parameter(held[1]).grad for expert in held[0])
+        else:
+            gradient = moe.get_parameter(name).grad
+        torch.testing.assert_close(gradient, parameter.grad, rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize('branches', [('cls',), ('reg',), ('cls', 'reg')], ids='-'.join)
+@pytest.mark.parametrize(
+    'moe',
+    [
+        {'num_experts': 1, 'top_k': 1},
+        FOUR,
+        {'num_experts': 4, 'top_k': 4},
+        {'num_experts': 4, 'top_k': 3, 'router': {'type': 'mmdet_moe.ConvGAPRouter'}},
+    ],
+    ids=str,
+)
+def test_same_as_dense(moe, branches, randomise, tmp_path):
+    norm = {'norm_cfg': {'type': 'BN'}}
+    dense, model = build_head(**norm), build_head({**moe, 'moe_branches': branches}, **norm)
+    randomise(dense).eval(), randomise(model).eval()
+    torch.save({'state_dict': dense.state_dict()}, tmp_path / 'dense.pth')
+    load_checkpoint(model, str(tmp_path / 'dense.pth'))
+    maps = features()
+    torch.testing.assert_close(model(maps), dense(maps), rtol=1e-5, atol=1e-5)
+    for level in maps:
+        single = model.forward_single(level), dense.forward_single(level)
+        torch.testing.assert_close(*single, rtol=1e-5, atol=1e-5)
+
+    # Gradients in float64: float32 sums of thousands of terms in another order differ by 1e-4.
+    dense, model = dense.double(), model.double()
+    maps = [level.double().requires_grad_() for level in maps]
+    cotangents, input_gradients = None, []
+    for head in (dense, model):
+        outputs = [y for branch in head(maps) for y in branch]
+        cotangents = cotangents or [torch.randn_like(y) for y in outputs]
+        torch.autograd.backward(outputs, cotangents)
+        input_gradients.append([level.grad.clone() for level in maps])
+        for level in maps:
+            level.grad = None
+    torch.testing.assert_close(*input_gradients, rtol=1e-7, atol=1e-9)
+    check_gradients(dense, model)
+
+
+@pytest.mark.parametrize('branch', ['cls', 'reg'])
+def test_different_experts(branch, randomise):
+    """Each image and level: its own mixture of the experts' outputs, by the branch's own router."""
+    model = randomise(build_head(FOUR)).double().eval()
+    maps = features(3, torch.float64)
+    outputs = model(maps)[branch == 'reg']
+    layer = model.get_submodule(f'{branch}_moe')
+    assert model.cls_moe.router is not model.reg_moe.router
+    assert layer.routing.items_per_level == (3, 3, 3)
+    fc = layer.router.fc
+    for level, output in zip(maps, outputs, strict=True):
+        logits = level.mean((2, 3)) @ fc.weight.T + fc.bias
+        kept = logits >= logits.topk(2).values[:, 1:]
+        weights = logits.masked_fill(~kept, -math.inf).softmax(1)[:, :, None, None, None]
+        stacked = []
+        for expert in layer.experts:
+            x = level
+            for conv in getattr(expert, f'{branch}_convs'):
+                x = conv.conv(x).clamp(min=0)
+            stacked.append(getattr(expert, f'retina_{branch}')(x))
+        expected = (weights * torch.stack(stacked, 1)).sum(1)
+        torch.testing.assert_close(output, expected, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize('moe', [{'num_experts': 1, 'top_k': 1}, FOUR], ids=str)
+def test_detector_with_copies_has_the_dense_losses(moe, randomise):
+    dense, model = randomise(build_detector()), randomise(build_detector(moe))
+    load_state_dict(model, dense.state_dict())
+    dense, model = dense.double().train(), model.double().train()
+    images, samples = batch()
+    losses = [m(images.double(), copy.deepcopy(samples), mode='loss') for m in (dense, model)]
+    assert set(losses[0]) == {'loss_cls', 'loss_bbox'}
+    assert sum(losses[0]['loss_bbox']) > 0.1
+    torch.testing.assert_close(losses[1], losses[0], rtol=1e-6, atol=1e-6)
+    for loss in losses:
+        sum(sum(levels) for levels in loss.values()).backward()
+    check_gradients(dense, model)
+
+
+def test_detector_with_copies_has_the_dense_detections(randomise):
+    dense, model = randomise(build_detector()), randomise(build_detector(FOUR))
+    load_state_dict(model, dense.state_dict())
+    dense, model = dense.double().eval(), model.double().eval()
+    images, samples = batch()
+    with torch.no_grad():
+        expected, found = (
+            m(images.double(), copy.deepcopy(samples), mode='predict') for m in (dense, model)
+        )
+    for a, b in zip(found, expected, strict=True):
+        assert len(b.pred_instances) > 0
+        for field in ('bboxes', 'scores', 'labels'):
+            torch.testing.assert_close(a.pred_instances[field], b.pred_instances[field])
+
+
+def iou(a, b):
+    width = max(0, min(a[2], b[2]) - max(a[0], b[0]))
+    height = max(0, min(a[3], b[3]) - max(a[1], b[1]))
+    areas = [(box[2] - box[0]) * (box[3] - box[1]) for box in (a, b)]
+    return width * height / (sum(areas) - width * height)
+
+
+def test_decisions_count_the_positive_anchors_of_their_level():
+    """Positive: at least half overlap with an object, or the best anchor of an object."""
+    model = build_head(FOUR)
+    _, samples = batch()
+    model.loss([torch.randn(2, 6, 64 // s, 96 // s) for s in (8, 16, 32)], samples)
+    anchors = model.prior_generator.grid_priors([(8, 12), (4, 6), (2, 3)], device='cpu')
+    expected = []
+    for level in range(3):
+        for sample in samples:
+            positives = set()
+            for box in sample.gt_instances.bboxes.tolist():
+                by_level = [[iou(a, box) for a in boxes.tolist()] for boxes in anchors]
+                best = max(max(values) for values in by_level)
+                positives |= {
+                    i
+                    for i, value in enumerate(by_level[level])
+                    if value >= 0.5 or value == pytest.approx(best, abs=1e-6)
+                }
+            expected.append(len(positives))
+    assert len(set(expected)) > 2
+    for layer in (model.cls_moe, model.reg_moe):
+        assert layer.routing.decision_weights.tolist() == expected
+
+
+@pytest.mark.parametrize('decision_weight', ['uniform', 'area'])
+def test_other_decision_weights(decision_weight):
+    model = build_head({**FOUR, 'decision_weight': decision_weight})
+    model.loss([torch.randn(2, 6, 64 // s, 96 // s) for s in (8, 16, 32)], batch()[1])
+    areas = [96, 96, 24, 24, 6, 6] if decision_weight == 'area' else [1] * 6
+    expected = [6 * a / sum(areas) for a in areas]
+    assert model.cls_moe.routing.decision_weights.tolist() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize('branches', [('cls',), ('reg',), ('cls', 'reg')], ids='-'.join)
+@pytest.mark.parametrize('expert_init', ['shared', 'independent'])
+def test_initialisation_of_the_dense_head(branches, expert_init):
+    """Every classifier starts at a probability of 0.01, every convolution at std 0.01."""
+    config = {
+        'type': 'Normal',
+        'layer': 'Conv2d',
+        'std': 0.01,
+        'override': {'type': 'Normal', 'name': 'retina_cls', 'std': 0.01, 'bias_prob': 0.01},
+    }
+    moe = {**FOUR, 'moe_branches': branches, 'expert_init': expert_init}
+    model = build_head(moe, init_cfg=config, feat_channels=16)
+    model.init_weights()
+    heads = [expert.retina_cls for expert in model.cls_moe.experts] if 'cls' in branches else []
+    for predictor in heads or [model.retina_cls]:
+        torch.testing.assert_close(predictor.bias.sigmoid(), torch.full((12,), 0.01))
+    convs = [m for m in model.modules() if isinstance(m, torch.nn.Conv2d)]
+    assert len(convs) == sum(3 * (4 if b in branches else 1) for b in ('cls', 'reg'))
+    for conv in convs:
+        # At least 864 numbers: the standard error of their std is 2.4 % of it.
+        assert conv.weight.std().item() == pytest.approx(0.01, rel=0.12)
+    if 'reg' in branches:
+        weights = [expert.retina_reg.weight for expert in model.reg_moe.experts]
+        assert torch.equal(weights[0], weights[1]) == (expert_init == 'shared')
+        assert not any(expert.retina_reg.bias.any() for expert in model.reg_moe.experts)
+
+
+@pytest.mark.parametrize('branches', [(), ('obj',), ('cls', 'obj')])
+def test_unknown_branches_are_refused(branches):
+    with pytest.raises(ConfigError, match=r"moe_branches=.* must name 'cls', 'reg' or both"):
+        build_head({'moe_branches': branches})
+
+
+def test_checkpoint_with_another_number_of_experts(tmp_path):
+    torch.save(build_detector(FOUR).state_dict(), tmp_path / 'four.pth')
+    model = build_detector({'num_experts': 3})
+    with pytest.raises(ConfigError, match=r'has 4 experts in "bbox_head\.cls_moe" .* has 3'):
+        load_checkpoint(model, str(tmp_path / 'four.pth'))

@@ -1,0 +1,165 @@
+"""Two processes with four images each behave as one process with eight.
+
+Both worlds run :func:`play`; the two processes are started once for all tests of this file.
+"""
+
+import datetime
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import mmdet_moe.moe as moe
+
+LOSSES = {
+    'importance': moe.ImportanceLoss(1.0),
+    'kl': moe.KLLoss(1.0),
+    'variance': moe.VarianceLoss(1.0),
+    'switch': moe.SwitchLoss(1.0),
+    'z': moe.RouterZLoss(1.0),
+    'batch entropy': moe.EntropyLoss(1.0, over='batch'),
+    'item entropy': moe.EntropyLoss(1.0, over='item'),
+}
+CONSTRAINTS = {
+    'relative': moe.RelativeImportanceConstraint,
+    'mean': moe.MeanImportanceConstraint,
+    'bias': moe.BiasBalancing,
+}
+
+
+def build(seed, num_experts=4, top_k=2, **kwargs):
+    torch.manual_seed(seed)
+    router = moe.GAPRouter(3, num_experts, top_k, noise=False, **kwargs)
+    nn.init.normal_(router.fc.weight)
+    experts = [nn.Conv2d(3, 2, 1) for _ in range(num_experts)]
+    layer = moe.MoELayer(experts, num_experts, top_k, router, decision_weight='positives')
+    return layer.double()
+
+
+def gradients(layer):
+    return {name: p.grad.clone() for name, p in layer.named_parameters()}
+
+
+def play(rank, world_size):
+    """Everything that is compared; rank r of R takes the r-th part of every batch."""
+
+    def part(x):
+        return x.chunk(world_size)[rank]
+
+    def wrap(layer):
+        return DistributedDataParallel(layer) if dist.is_initialized() else layer
+
+    results = {}
+    generator = torch.Generator().manual_seed(0)
+    data = torch.randn(3, 8, 3, 4, 4, dtype=torch.float64, generator=generator)
+    # Rank 0 holds most of what counts.
+    counts = torch.tensor([5.0, 3, 0, 4, 0, 1, 0, 0]).double()
+
+    for name, loss in LOSSES.items():
+        layer = build(1)
+        model = wrap(layer)
+        y = model(part(data[0]))
+        layer.weigh_decisions(part(counts))
+        balancing = loss(layer.routing)
+        (y.square().mean() + balancing).backward()
+        results[name] = {'loss': balancing.detach(), **gradients(layer)}
+
+    for name, make in CONSTRAINTS.items():
+        layer = build(2, constraint=make(4))
+        for x in data:
+            layer(part(x))
+            layer.weigh_decisions(part(counts))
+        results[name] = dict(layer.router.constraint.state_dict())
+        logits = torch.randn(50, 4, generator=torch.Generator().manual_seed(3))
+        results[name]['decisions'] = layer.router.choose(logits, training=True)[0]
+
+    layer = build(4)
+    utilization = moe.Utilization(4)
+    for x in data:
+        layer(part(x))
+        utilization.update(layer.routing, layer.router)
+    scalars = utilization.report().scalars()
+    results['utilization'] = {k: torch.tensor(v) for k, v in scalars.items()}
+
+    results['unused experts'] = train_with_unused_experts(wrap, part)
+    return results
+
+
+def train_with_unused_experts(wrap, part):
+    """The first four images go to expert 0, the others to expert 1, none to expert 2."""
+    layer = build(5, num_experts=3, top_k=1)
+    layer.router.fc.weight.data = torch.tensor([[1.0, 0, 0], [-1, 0, 0], [0, 0, 0]]).double()
+    x = torch.rand(8, 3, 4, 4, generator=torch.Generator().manual_seed(6)).double() + 1
+    x[4:, 0] *= -1
+    model, start = wrap(layer), {k: v.clone() for k, v in layer.state_dict().items()}
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.01)
+    loads = []
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(part(x)).square().mean().backward()
+        optimizer.step()
+        loads.append(layer.routing.load())
+    # The loads differ between the ranks by intent and are checked apart.
+    return {'local loads': torch.stack(loads), 'start': start, **layer.state_dict()}
+
+
+def worker(rank, world_size, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        'gloo',
+        init_method=f'file://{folder}/rendezvous',
+        rank=rank,
+        world_size=world_size,
+        timeout=datetime.timedelta(seconds=60),  # a hang becomes an error
+    )
+    torch.save(play(rank, world_size), f'{folder}/rank{rank}.pt')
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope='module')
+def two_ranks(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('two_ranks')
+    mp.spawn(worker, (2, str(folder)), nprocs=2)
+    return [torch.load(folder / f'rank{rank}.pt') for rank in range(2)]
+
+
+@pytest.fixture(scope='module')
+def one_rank():
+    return play(0, 1)
+
+
+@pytest.mark.parametrize('name', LOSSES)
+def test_losses_and_gradients(name, one_rank, two_ranks):
+    expected = one_rank[name]
+    assert expected['loss'].abs() > 1e-3
+    assert expected['router.fc.weight'].abs().max() > 1e-3
+    for rank in two_ranks:
+        torch.testing.assert_close(rank[name], expected, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize('name', CONSTRAINTS)
+def test_constraints(name, one_rank, two_ranks):
+    expected = one_rank[name]
+    assert next(iter(expected.values())).any()
+    for rank in two_ranks:
+        torch.testing.assert_close(rank[name], expected, rtol=1e-6, atol=1e-6)
+
+
+def test_utilization(one_rank, two_ranks):
+    for rank in two_ranks:
+        torch.testing.assert_close(rank['utilization'], one_rank['utilization'], rtol=0, atol=1e-6)
+
+
+def test_unused_experts_train_without_hanging(one_rank, two_ranks):
+    expected = one_rank['unused experts']
+    loads = [rank['unused experts'].pop('local loads').tolist() for rank in two_ranks]
+    assert loads == [[[4, 0, 0]] * 2, [[0, 4, 0]] * 2]
+    assert expected['local loads'].tolist() == [[4, 4, 0]] * 2
+    for key, start in expected['start'].items():
+        first, second = (rank['unused experts'][key] for rank in two_ranks)
+        assert torch.equal(first, second)
+        torch.testing.assert_close(first, expected[key], rtol=0, atol=1e-12)
+        assert torch.equal(first, start) == ('experts.2' in key)

@@ -1,0 +1,81 @@
+"""``make demo`` in miniature, and the tables that the tools write."""
+
+import importlib.util
+import math
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import mmdet_moe
+from mmdet_moe.analysis.runs import COCO_METRICS, RunResult, mean_std
+from mmdet_moe.errors import ConfigError
+
+TOOLS = Path(mmdet_moe.__file__).parents[1] / 'tools'
+
+
+def load_tool(name):
+    spec = importlib.util.spec_from_file_location(name, TOOLS / f'{name}.py')
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_demo_trains_both_models_and_then_reuses_them(tmp_path):
+    command = [sys.executable, str(TOOLS / 'demo.py'), '--images', '16', '--iterations', '2']
+    command += ['--data', str(tmp_path / 'data'), '--work-dir', str(tmp_path / 'runs')]
+    first = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert first.returncode == 0, first.stderr
+    second = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert second.returncode == 0, second.stderr
+    assert 'Saving checkpoint at 2 iterations' in first.stdout
+    assert 'Saving checkpoint' not in second.stdout
+    for output in (first.stdout, second.stdout):
+        rows = [re.split(r'\s*[│┃|]\s*', line) for line in output.splitlines()]
+        models = {row[1]: row[2:-1] for row in rows if row[1:2] in (['dense'], ['MoE, soft'])}
+        assert set(models) == {'dense', 'MoE, soft'}
+        dense, moe = (models[name] for name in ('dense', 'MoE, soft'))
+        assert all(0 <= float(value) <= 1 for value in (*dense[:5], *moe[:5]))
+        assert dense[6] == dense[7] == '3.34 M'
+        # Head of the dense model in M: 2 · 2 · 64 · 64 · 9 + 64 · 9 · 126 = 0.22; 1 and 3 more.
+        assert moe[6:] == ['3.57 M', '4.01 M']
+        assert re.search(r'expert load of bbox_head\.cls_moe: (0\.\d\d ?){4}', output)
+    assert (tmp_path / 'runs' / 'experts_by_level.png').stat().st_size > 10_000
+
+
+def result(ap, load, mi):
+    metrics = dict.fromkeys(COCO_METRICS.values(), ap)
+    report = dict(load=load, load_cv2=0.5, mi_input=mi, mi_level=mi / 2)
+    return RunResult(metrics, 0.2, 1, 2, {'cls': report, 'reg': report})
+
+
+def test_table_has_mean_and_deviation_over_the_seeds():
+    reproduce = load_tool('reproduce')
+    runs = [result(0.4, [0.5, 0.5], 0.2), result(0.6, [0.996, 0.004], 0.4)]
+    lines = reproduce.markdown_table({'some': runs, 'none yet': []}).splitlines()
+    assert len(lines) == 3
+    cells = [cell.strip() for cell in lines[2].split('|')[1:-1]]
+    # Two of the eight experts (two layers, two experts, two seeds) get less than 1 % of 1 / 2.
+    assert cells == [
+        'some', '2', *['0.500 ± 0.141'] * 5, '0.50 / 0.50', '2 of 8', '0.30 / 0.30', '0.15 / 0.15'
+    ]  # fmt: skip
+
+
+def test_one_seed_has_no_deviation():
+    mean, std = mean_std([0.3])
+    assert mean == 0.3
+    assert math.isnan(std)
+
+
+def test_only_the_marked_part_is_rewritten(tmp_path):
+    reproduce = load_tool('reproduce')
+    page = tmp_path / 'page.md'
+    page.write_text('before\n<!-- a:begin -->\nold\n<!-- a:end -->\nafter\n')
+    reproduce.replace_between_markers(page, 'a', 'new')
+    assert page.read_text() == 'before\n<!-- a:begin -->\nnew\n<!-- a:end -->\nafter\n'
+    with pytest.raises(ConfigError, match='lacks the markers <!-- b:begin -->'):
+        reproduce.replace_between_markers(page, 'b', 'new')
+    assert 'new' in page.read_text()

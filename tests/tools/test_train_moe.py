@@ -1,0 +1,187 @@
+"""MoE RetinaNets through the command line: training, resuming, upcycling, and mistakes."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from mmdet.visualization import DetLocalVisualizer
+from mmengine.runner.checkpoint import _load_checkpoint as read_checkpoint
+
+import mmdet_moe
+from mmdet_moe import cli
+
+ROOT = Path(mmdet_moe.__file__).parents[1]
+DEMO = ROOT / 'configs' / 'demo'
+SMALL = (
+    'train_dataloader.batch_size=2',
+    'train_dataloader.num_workers=0',
+    'train_dataloader.persistent_workers=False',
+    'val_dataloader.num_workers=0',
+    'val_dataloader.persistent_workers=False',
+    'model.backbone.base_channels=8',
+    'model.backbone.stem_channels=8',
+    'model.neck.in_channels=[8,16,32,64]',
+    'model.neck.out_channels=16',
+    'model.bbox_head.in_channels=16',
+    'model.bbox_head.feat_channels=16',
+    'train_pipeline.2.scale=(64,64)',
+    'default_hooks.checkpoint.interval=1',
+    'default_hooks.checkpoint.max_keep_ckpts=5',
+    'randomness.seed=0',
+)
+
+
+@pytest.fixture
+def run(tmp_path, digit_scenes_folder, mmengine_globals, monkeypatch):
+    """``run(config, work_dir, iterations, *options)`` trains a shrunken demo model."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv(cli.TRACEBACK_VARIABLE, raising=False)
+
+    def train(config, work_dir, iterations, *options, arguments=()):
+        fields = [f'data_root={digit_scenes_folder}', *SMALL]
+        fields += [f'train_cfg.max_iters={iterations}', f'train_cfg.val_interval={iterations}']
+        # The visualizer writes where the first run of a process wanted it.
+        DetLocalVisualizer._instance_dict.clear()
+        argv = [
+            str(DEMO / f'{config}.py' if isinstance(config, str) else config),
+            '--work-dir',
+            work_dir,
+            *arguments,
+        ]
+        cli.run_train([*argv, '--cfg-options', *fields, *options])
+        return read_checkpoint(f'{work_dir}/iter_{iterations}.pth', map_location='cpu')
+
+    return train
+
+
+def failure(capsys, train, *arguments):
+    """The one sentence that a run ends with."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as exit_:
+        train(*arguments)
+    assert exit_.value.code == 2
+    error = capsys.readouterr().err.splitlines()
+    assert len(error) == 1
+    return error[0]
+
+
+@pytest.mark.parametrize(
+    ('config', 'loss_expected'),
+    [
+        ('retinanet_moe_soft_digits', True),
+        ('retinanet_moe_soft_kl_digits', True),
+        ('retinanet_moe_hard_digits', False),
+        ('retinanet_moe_hard_mean_digits', False),
+        ('retinanet_moe_loss_free_digits', False),
+    ],
+)
+def test_every_balancing_trains_validates_and_reports(run, config, loss_expected):
+    run(config, 'w', 2, 'default_hooks.logger.interval=1', 'custom_hooks.0.interval=1')
+    lines = [
+        json.loads(line)
+        for file in Path('w').glob('*/vis_data/scalars.json')
+        for line in file.read_text().splitlines()
+    ]
+    losses = [line for line in lines if 'loss' in line]
+    assert len(losses) == 2
+    for line in losses:
+        assert ('loss_moe_bbox_head_cls_moe' in line) == loss_expected
+        parts = [value for key, value in line.items() if key.startswith('loss_')]
+        assert line['loss'] == pytest.approx(sum(parts), rel=1e-4)
+    report = json.loads(Path('w/expert_utilization.json').read_text())
+    assert report['mode'] == 'val'
+    assert set(report['layers']) == {'bbox_head.cls_moe', 'bbox_head.reg_moe'}
+    for layer in report['layers'].values():
+        assert layer['num_items'] == 8 * 5  # images × levels
+        assert sum(layer['load']) == pytest.approx(1)
+    names = {key for line in lines for key in line}
+    assert {'train/moe/bbox_head.cls_moe/load_0', 'val/moe/bbox_head.reg_moe/mi_input'} <= names
+
+
+def test_resumed_run_equals_uninterrupted_one(run):
+    """Weights and the state of the constraint; the data is the same batch in every iteration."""
+    fixed = (
+        'train_dataloader.sampler.shuffle=False',
+        'train_dataloader.dataset.indices=2',
+        'model.bbox_head.router.constraint.threshold=0.01',
+        'param_scheduler=[]',
+    )
+    whole = run('retinanet_moe_hard_digits', 'whole', 4, *fixed)['state_dict']
+    half = run('retinanet_moe_hard_digits', 'parts', 2, *fixed)['state_dict']
+    both = run('retinanet_moe_hard_digits', 'parts', 4, *fixed, arguments=('--resume',))[
+        'state_dict'
+    ]
+    state = 'bbox_head.cls_moe.router.constraint.relative_importance'
+    assert not torch.equal(half[state], whole[state])
+    assert whole[state].abs().max() > 0
+    assert set(both) == set(whole)
+    for name, value in whole.items():
+        torch.testing.assert_close(both[name], value, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_dense_checkpoint_becomes_experts(run):
+    dense = run('retinanet_dense_digits', 'dense', 1)['state_dict']
+    still = ('load_from=dense/iter_1.pth', 'optim_wrapper.optimizer.lr=0', 'param_scheduler=[]')
+    moe = run('retinanet_moe_soft_digits', 'moe', 1, *still)['state_dict']
+    for name in ('cls_convs.1.conv.weight', 'retina_cls.bias'):
+        for expert in range(4):
+            copied = moe[f'bbox_head.cls_moe.experts.{expert}.{name}']
+            torch.testing.assert_close(copied, dense[f'bbox_head.{name}'])
+
+
+def test_mistakes_are_one_sentence(run, capsys):
+    soft, hard = 'retinanet_moe_soft_digits', 'retinanet_moe_hard_digits'
+    head = 'model.bbox_head'
+    for config, option, fragments in [
+        (soft, f'{head}.top_k=5', ('top_k=5', 'num_experts=4')),
+        (soft, f'{head}.num_experts=0', ('num_experts=0', 'at least 1')),
+        (soft, f'{head}.router.type=mmdet_moe.GAPRoutr', ('GAPRoutr', 'GAPRouter')),
+        (soft, 'custom_hooks.1.loss.type=mmdet_moe.ImportanceLos', ('ImportanceLos',)),
+        (soft, f'{head}.router.softmax=none', ("softmax='none'", "'kept'")),
+        (hard, f'{head}.router.noise=True', ('noise=True', 'RelativeImportanceConstraint')),
+        (hard, f'{head}.router.constraint.threshold=-1', ('threshold=-1',)),
+        (soft, 'custom_hooks.1.layers=backbone.*', ('backbone.*', 'bbox_head.cls_moe')),
+        (soft, f'{head}.moe_branches=[]', ('moe_branches',)),
+    ]:
+        sentence = failure(capsys, run, config, 'mistake', 1, option)
+        for fragment in fragments:
+            assert fragment in sentence
+    assert not list(Path('mistake').glob('*.pth'))
+
+
+def test_hook_without_moe_layers(run, capsys):
+    config = Path('hook.py').resolve()
+    hooks = "custom_hooks = [dict(type='mmdet_moe.ExpertUtilizationHook')]"
+    config.write_text(f"_base_ = '{DEMO}/retinanet_dense_digits.py'\n{hooks}\n")
+    sentence = failure(capsys, run, config, 'hook', 1)
+    assert 'ExpertUtilizationHook found no MoE layer in RetinaNet' in sentence
+
+
+def test_checkpoint_of_another_number_of_experts(run, capsys):
+    run('retinanet_moe_soft_digits', 'four', 1)
+    sentence = failure(
+        capsys, run, 'retinanet_moe_soft_digits', 'two', 1,
+        'load_from=four/iter_1.pth', 'model.bbox_head.num_experts=2',
+    )  # fmt: skip
+    assert '4 experts in "bbox_head.cls_moe"' in sentence
+    assert 'num_experts=4' in sentence
+
+
+def test_nan_names_layer_and_iteration(run, capsys):
+    # An infinite learning rate spoils the weights in the first step; the second forward sees it.
+    sentence = failure(
+        capsys, run, 'retinanet_moe_soft_digits', 'nan', 3,
+        'optim_wrapper.optimizer.lr=inf', 'param_scheduler=[]', 'model.backbone.norm_eval=True',
+    )  # fmt: skip
+    assert 'bbox_head.cls_moe' in sentence
+    assert 'iteration 2' in sentence
+
+
+def test_no_balancing_is_warned_about(run):
+    run('retinanet_moe_unbalanced_digits', 'w', 1)
+    log = ''.join(file.read_text() for file in Path('w').glob('*/*.log'))
+    assert 'NO BALANCING' in log
+    assert 'bbox_head.cls_moe, bbox_head.reg_moe' in log
+    run('retinanet_moe_soft_digits', 'balanced', 1)
+    assert 'NO BALANCING' not in ''.join(f.read_text() for f in Path('balanced').glob('*/*.log'))
