@@ -10,7 +10,7 @@ def _active() -> bool:
 
 
 def global_sum(x: Tensor) -> Tensor:
-    """Sum ``x`` over the ranks, with a gradient that data-parallel averaging turns into the true one.
+    """Sum ``x`` over the ranks, with the gradient that data-parallel averaging needs.
 
     Distributed data parallel divides the summed gradients by the number R of ranks, but a loss of
     a global sum is one loss, not the mean of R losses. The gradient of this rank's part is

@@ -50,7 +50,7 @@ class MoELayer(BaseModule):
             ``'patch'`` (one cell of a ``grid_size`` × ``grid_size`` grid over it).
         grid_size: g for patch granularity. Small maps get fewer patches.
         decision_weight: What one decision counts in the balancing. ``'uniform'``: 1. ``'area'``:
-            the pixels of its feature map, relative to the mean over the items. ``'positives'``:
+            the pixels of its part of the feature map. ``'positives'``:
             the positive anchors in it, which only a detection head knows; the head tells them
             with :meth:`weigh_decisions`.
         shortcut: Module added around the MoE: ``y = MoE(x) + shortcut(x)`` (residual variant).
@@ -315,8 +315,7 @@ def _build_experts(
 
 def _areas(routing: Routing, maps: list[Tensor], patches: list[PatchGrid]) -> Tensor:
     per_level = [m.shape[-2] * m.shape[-1] / len(p) for m, p in zip(maps, patches, strict=True)]
-    areas = routing.weights.new_tensor(per_level)[routing.level_ids]
-    return areas / areas.mean()
+    return routing.weights.new_tensor(per_level)[routing.level_ids]
 
 
 def _current_iteration() -> int | None:

@@ -156,4 +156,6 @@ class EntropyLoss(BalancingLoss):
         p = routing.logits.softmax(dim=-1)
         if self.over == 'item':
             return _mean_over_items(entropy(p), routing)
-        return math.log(routing.num_experts) - entropy(_mean_over_items(p, routing))
+        mean = _mean_over_items(p, routing)
+        # The sum is 1, or 0 for a batch in which no decision counts.
+        return mean.detach().sum() * math.log(routing.num_experts) - entropy(mean)

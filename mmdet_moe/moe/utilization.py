@@ -126,10 +126,9 @@ class Utilization:
         """
         sums = {key: value.clone() for key, value in self._sums.items()}
         global_sum_(list(sums.values()))
-        load = sums['load'] / sums['load'].sum()
-        importance = sums['importance'] / sums['importance'].sum()
-        decision_entropy = sums['decision_entropy'] / sums['items']
-        usage = sums['levels'].sum(0) / sums['items']
+        load, importance = _normalised(sums['load']), _normalised(sums['importance'])
+        usage = _normalised(sums['levels'].sum(0))
+        decision_entropy = sums['decision_entropy'] / sums['items'].clamp(min=1)
         return UtilizationReport(
             num_items=int(sums['items']),
             load=load.tolist(),
@@ -139,5 +138,10 @@ class Utilization:
             decision_entropy=float(decision_entropy),
             mi_input=max(0.0, float(entropy(usage) - decision_entropy)),
             mi_level=float(mutual_information(sums['levels'])),
-            level_shares=(sums['levels'] / sums['levels'].sum(1, keepdim=True)).tolist(),
+            level_shares=_normalised(sums['levels']).tolist(),
         )
+
+
+def _normalised(counts: Tensor) -> Tensor:
+    """Shares along the last dimension; zeros where nothing was counted."""
+    return counts / counts.sum(-1, keepdim=True).clamp(min=torch.finfo(counts.dtype).tiny)

@@ -10,6 +10,7 @@ from torch.autograd import gradcheck
 from mmdet_moe.errors import ConfigError
 from mmdet_moe.moe import (
     EntropyLoss,
+    GAPRouter,
     ImportanceLoss,
     KLLoss,
     RouterZLoss,
@@ -287,3 +288,10 @@ def test_weight(make):
 def test_unknown_entropy_is_refused():
     with pytest.raises(ConfigError, match="over='images' is unknown; use 'batch' or 'item'"):
         EntropyLoss(over='images')
+
+
+@pytest.mark.parametrize('over', ['batch', 'item'])
+def test_entropy_of_a_batch_that_counts_nothing_is_zero(over):
+    routing = GAPRouter(2, 3, 2, noise=False)(torch.randn(4, 2, 4, 4))
+    routing.decision_weights = torch.zeros(4)
+    assert EntropyLoss(over=over)(routing) == 0

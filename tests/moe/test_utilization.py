@@ -146,3 +146,14 @@ def test_shares_of_each_level():
     first, second = [0.8, 0.1, 0.1], [0.1, 0.8, 0.1]
     report = report_of(router_of(3, 1), ([first] * 4, [first, second, second, second]))
     assert report.level_shares == [[1, 0, 0], [0.25, 0.75, 0]]
+
+
+def test_level_without_items_has_no_shares():
+    """An empty level, or no item at all, gives zeros and not NaN."""
+    router = GAPRouter(2, 3, 2, noise=False)
+    utilization = Utilization(3)
+    utilization.update(router([torch.randn(0, 2, 4, 4)]), router)
+    report = utilization.report()
+    assert report.num_items == 0
+    assert report.load == report.level_shares[0] == [0, 0, 0]
+    assert not report.has_collapsed(0.02)
