@@ -1,8 +1,16 @@
-"""Errors that a user can mend: one sentence that names the field and the fix."""
+"""Errors that a user can mend: one sentence that names the place and the fix.
+
+The command-line tools print the message alone, without a traceback, and exit with status 2.
+"""
 
 
-class ConfigError(ValueError):
-    """Something in the config, the data or the checkpoint is wrong and the message says what.
+class UserError(Exception):
+    """Base class."""
 
-    The command-line tools print the message alone, without a traceback, and exit with status 2.
-    """
+
+class ConfigError(UserError, ValueError):
+    """Something in the config, the data or the checkpoint is wrong and the message says what."""
+
+
+class NonFiniteRouterError(UserError, FloatingPointError):
+    """A router produced NaN or infinite logits."""

@@ -277,7 +277,7 @@ def _write_split(
     (folder / f'{split}2017').mkdir()
     (folder / 'annotations').mkdir(exist_ok=True)
     images, annotations = [], []
-    for index in tqdm(range(count), desc=f'{split}2017', unit='image'):
+    for index in tqdm(range(count), desc=f'{split}2017', unit='image', mininterval=0.5):
         image, placements = render_scene(seed, split, index, size, sprites, photos, objects)
         image_id = index + 1
         name = f'{image_id:012d}.jpg'

@@ -10,7 +10,7 @@ from types import FrameType
 from mmengine.registry import Registry
 
 import mmdet_moe.registry
-from mmdet_moe.errors import ConfigError
+from mmdet_moe.errors import UserError
 
 __all__ = ['explain', 'in_one_line']
 
@@ -50,7 +50,7 @@ def _describe_config_error(error: BaseException) -> str | None:
     if 'in DataLoader worker process' in text:
         lines = re.findall(r'^(?:[\w.]+\.)?ConfigError: (.+)$', text, re.MULTILINE)
         return lines[-1] if lines else None
-    return in_one_line(error) if isinstance(error, ConfigError) else None
+    return in_one_line(error) if isinstance(error, UserError) else None
 
 
 def _describe_unknown_name(error: BaseException) -> str | None:

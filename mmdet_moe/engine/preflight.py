@@ -112,7 +112,10 @@ def check_checkpoint(path: str, field: str) -> None:
     if _is_remote(path):
         return
     if not osp.isfile(path):
-        raise ConfigError(f"{field}: there is no file '{path}'")
+        fix = 'give the path of an existing checkpoint'
+        if field == 'load_from':
+            fix = 'train that model first, or choose with --cfg-options load_from=FILE (or None)'
+        raise ConfigError(f"{field}: there is no file '{path}'; {fix}")
     # PyTorch writes zip archives since 1.6, and wrote bare pickles (first byte 0x80) before.
     with open(path, 'rb') as file:
         is_pickle = file.read(1) == b'\x80'

@@ -10,7 +10,6 @@ from mmdet_moe.moe.experts import upcycle
 from mmdet_moe.moe.layer import (
     DECISION_WEIGHTS,
     MoELayer,
-    NonFiniteRouterError,
     count_parameters,
     find_moe_layers,
 )
@@ -39,7 +38,6 @@ __all__ = [
     'KLLoss',
     'MeanImportanceConstraint',
     'MoELayer',
-    'NonFiniteRouterError',
     'RelativeImportanceConstraint',
     'Router',
     'RouterZLoss',

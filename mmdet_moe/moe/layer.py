@@ -9,7 +9,7 @@ from mmengine.model import BaseModule, ModuleList
 from torch import Tensor, nn
 
 from mmdet_moe import ops
-from mmdet_moe.errors import ConfigError
+from mmdet_moe.errors import ConfigError, NonFiniteRouterError
 from mmdet_moe.moe.experts import independent_copies, upcycle
 from mmdet_moe.moe.patches import PatchGrid, receptive_field
 from mmdet_moe.moe.routers import Router
@@ -18,10 +18,6 @@ from mmdet_moe.registry import MODELS
 
 EXPERT_INITS = ('independent', 'shared')
 DECISION_WEIGHTS = ('uniform', 'area', 'positives')
-
-
-class NonFiniteRouterError(FloatingPointError):
-    """A router produced NaN or infinite logits."""
 
 
 @MODELS.register_module()

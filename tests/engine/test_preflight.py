@@ -268,15 +268,14 @@ def test_mmpretrain_datasets(tmp_path):
 
 def test_missing_checkpoints(root, tmp_path):
     gone = str(tmp_path / 'gone.pth')
-    assert (
-        complaint(config(dataset(root), load_from=gone)) == f"load_from: there is no file '{gone}'"
-    )
+    message = complaint(config(dataset(root), load_from=gone))
+    assert message.startswith(f"load_from: there is no file '{gone}'; train that model first")
     message = complaint(config(None, test_dataloader=dict(dataset=dataset(root))), 'test', gone)
-    assert message == f"checkpoint: there is no file '{gone}'"
+    assert message.startswith(f"checkpoint: there is no file '{gone}'; give the path")
     cfg = config(dataset(root))
     cfg.model.backbone = dict(init_cfg=dict(type='Pretrained', checkpoint=gone))
     message = complaint(cfg)
-    assert message == f"model.backbone.init_cfg.checkpoint: there is no file '{gone}'"
+    assert message.startswith(f"model.backbone.init_cfg.checkpoint: there is no file '{gone}'")
     cfg.model.backbone.init_cfg.checkpoint = 'torchvision://resnet50'
     check_config(cfg)
 

@@ -9,12 +9,11 @@ from mmengine.logging import MessageHub
 from torch import nn
 from torch.autograd import gradcheck
 
-from mmdet_moe.errors import ConfigError
+from mmdet_moe.errors import ConfigError, NonFiniteRouterError
 from mmdet_moe.moe import (
     GAPRouter,
     ImportanceLoss,
     MoELayer,
-    NonFiniteRouterError,
     count_parameters,
     find_moe_layers,
 )

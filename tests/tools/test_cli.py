@@ -313,9 +313,9 @@ def test_wrong_paths(here, capsys):
     sentence = failure(capsys, cli.run_train, 'detector.py')
     assert sentence.startswith('train_dataloader.dataset.data_root: there is no folder')
     sentence = failure(capsys, cli.run_train, 'detector.py', '--resume', 'gone.pth', *MOVED)
-    assert sentence == "--resume: there is no file 'gone.pth'"
+    assert sentence.startswith("--resume: there is no file 'gone.pth'; give the path")
     sentence = failure(capsys, cli.run_test, 'detector.py', 'gone.pth', *MOVED)
-    assert sentence == "checkpoint: there is no file 'gone.pth'"
+    assert sentence.startswith("checkpoint: there is no file 'gone.pth'; give the path")
     sentence = failure(capsys, cli.run_test, 'detector.py', 'gone.pth', '--out', 'x.json')
     assert sentence.startswith('--out must end in .pkl')
 

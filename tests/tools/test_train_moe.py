@@ -29,6 +29,7 @@ SMALL = (
     'default_hooks.checkpoint.interval=1',
     'default_hooks.checkpoint.max_keep_ckpts=5',
     'randomness.seed=0',
+    'load_from=None',
 )
 
 
