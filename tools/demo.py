@@ -14,10 +14,12 @@ from pathlib import Path
 if importlib.util.find_spec('mmdet_moe') is None:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import mmcv
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from mmdet_moe.analysis.plots import plot_level_shares
+from mmdet_moe.analysis.plots import plot_overview
 from mmdet_moe.analysis.runs import (
     COCO_METRICS,
     REPOSITORY,
@@ -30,6 +32,7 @@ from mmdet_moe.datasets import digit_scenes
 from mmdet_moe.errors import ConfigError
 
 PRETRAINING = 'retinanet_pretrain_digits'
+NUM_PICTURES = 4
 RUNS = {'dense': 'retinanet_dense_digits', 'MoE, soft': 'retinanet_moe_soft_digits'}
 # A pipe has no width, and the table has nine columns.
 console = Console(width=None if sys.stdout.isatty() else 130)
@@ -78,10 +81,12 @@ def run_demo(args: argparse.Namespace) -> None:
                 f'{name}: expert load of {layer}: {load}; the pyramid level explains '
                 f'{report["mi_level"]:.2f} nats of the choice'
             )
-    figure = args.work_dir / 'experts_by_level.png'
-    plot_level_shares(results['MoE, soft'].layers, figure)
+    figure = args.work_dir / 'overview.png'
+    moe = args.work_dir / RUNS['MoE, soft']
+    images = sorted((args.data / 'val2017').iterdir())[:NUM_PICTURES]
+    plot_overview(draw_detections(moe, images), results['MoE, soft'].layers, figure)
     console.print(f'\nData: {args.data}\nCheckpoints, logs, configs: {args.work_dir}')
-    console.print(f'Which expert works on which pyramid level: {figure}')
+    console.print(f'Detections, and which expert works on which pyramid level: {figure}')
     console.print(f'Took {time.time() - start:.0f} s.')
 
 
@@ -99,6 +104,27 @@ def run_once(args: argparse.Namespace, config: str, *options: str) -> RunResult:
         train(REPOSITORY / 'configs' / 'demo' / f'{config}.py', work_dir, options)
         result = collect(work_dir)
     return result
+
+
+def draw_detections(work_dir: Path, images: list[Path]) -> list[np.ndarray]:
+    """RGB images with what the model of a run detects in them."""
+    # Heavy, and of no use to `--help`.
+    from mmdet.apis import inference_detector, init_detector
+    from mmdet.registry import VISUALIZERS
+
+    (config,) = work_dir.glob('*.py')
+    model = init_detector(str(config), str(latest_checkpoint(work_dir)), device='cpu')
+    visualizer = VISUALIZERS.build(
+        {**model.cfg.visualizer, 'name': 'overview', 'vis_backends': None}
+    )
+    visualizer.dataset_meta = model.dataset_meta
+    drawn = []
+    for path in images:
+        image = mmcv.imread(str(path), channel_order='rgb')
+        detections = inference_detector(model, image[..., ::-1])
+        visualizer.add_datasample('overview', image, detections, draw_gt=False, pred_score_thr=0.4)
+        drawn.append(visualizer.get_image())
+    return drawn
 
 
 def result_table(results: dict[str, RunResult]) -> Table:

@@ -1,38 +1,56 @@
 """Figures. Readable in greyscale; written as PNG or PDF by the suffix of the path."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 
-def plot_level_shares(layers: dict[str, dict], path: Path) -> None:
-    """Which expert works on which pyramid level: one heat map for each MoE layer.
+def plot_overview(images: Sequence[np.ndarray], layers: dict[str, dict], path: Path) -> None:
+    """Images with their detections, and below which expert works on which pyramid level.
 
     Args:
-        layers: Reports of :class:`~mmdet_moe.moe.UtilizationReport` as dicts, by layer, with at
+        images: ``(H, W, 3)`` uint8 RGB, with the detections drawn in.
+        layers: Reports of :class:`~mmdet_moe.moe.UtilizationReport` as dicts, by MoE layer, with at
             least ``level_shares``, ``mi_input`` and ``mi_level``.
         path: The file to write.
     """
-    figure = Figure(figsize=(3.6 * len(layers), 3.4), layout='constrained')
-    for axes, (name, report) in zip(
-        figure.subplots(1, len(layers), squeeze=False)[0], layers.items(), strict=True
-    ):
-        shares = report['level_shares']
-        axes.imshow(shares, cmap='Greys', vmin=0, vmax=1, aspect='auto')
-        for level, row in enumerate(shares):
-            for expert, share in enumerate(row):
-                axes.text(
-                    expert, level, f'{share:.2f}', ha='center', va='center',
-                    color='white' if share > 0.5 else 'black',
-                )  # fmt: skip
-        axes.set_xticks(range(len(shares[0])), [f'E{e}' for e in range(len(shares[0]))])
-        axes.set_yticks(range(len(shares)), [f'level {i}' for i in range(len(shares))])
-        axes.set_xlabel('expert')
-        axes.set_title(
-            f'{name}\ninformation on input {report["mi_input"]:.2f} nats, '
-            f'on level {report["mi_level"]:.2f}',
-            fontsize=9,
-        )
-    with matplotlib.rc_context({'savefig.dpi': 150}):
+    figure = Figure(figsize=(11, 6.4), layout='constrained')
+    upper, lower = figure.subfigures(2, 1, height_ratios=(1, 1.15))
+    for axes, image in zip(upper.subplots(1, len(images)), images, strict=True):
+        axes.imshow(image)
+        axes.set_axis_off()
+    panels = lower.subplots(1, len(layers), squeeze=False)[0]
+    for axes, (name, report) in zip(panels, layers.items(), strict=True):
+        _plot_level_shares(axes, name, report)
+    with matplotlib.rc_context({'savefig.dpi': 110}):
         figure.savefig(path)
+
+
+def _plot_level_shares(axes: Axes, name: str, report: dict) -> None:
+    shares = np.array(report['level_shares'])
+    levels, experts = shares.shape
+    axes.imshow(shares, cmap='Greys', vmin=0, vmax=1, aspect='auto')
+    for level, expert in np.ndindex(levels, experts):
+        share = shares[level, expert]
+        colour = 'white' if share > 0.5 else 'black'
+        axes.text(expert, level, f'{share:.2f}', ha='center', va='center', color=colour)
+    axes.set_xticks(range(experts), [f'expert {e}' for e in range(experts)])
+    axes.set_yticks(range(levels), _level_names(levels))
+    axes.set_ylabel('pyramid level')
+    axes.set_title(
+        f'{name}: share of the decisions of a level\ninformation on the input '
+        f'{report["mi_input"]:.2f} nats, on the level {report["mi_level"]:.2f}',
+        fontsize=10,
+    )
+
+
+def _level_names(levels: int) -> list[str]:
+    names = [str(level) for level in range(levels)]
+    if levels > 1:
+        names[0] += '\nfine'
+        names[-1] += '\ncoarse'
+    return names

@@ -1,8 +1,14 @@
 """MoE RetinaNets through the command line: training, resuming, upcycling, and mistakes."""
 
 import json
+import os
+import runpy
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
+import mmdet
 import pytest
 import torch
 from mmdet.visualization import DetLocalVisualizer
@@ -186,3 +192,41 @@ def test_no_balancing_is_warned_about(run):
     assert 'bbox_head.cls_moe, bbox_head.reg_moe' in log
     run('retinanet_moe_soft_digits', 'balanced', 1)
     assert 'NO BALANCING' not in ''.join(f.read_text() for f in Path('balanced').glob('*/*.log'))
+
+
+def test_mmdetections_own_tool_runs_the_configs(run, digit_scenes_folder, tmp_path, monkeypatch):
+    """With a compiled mmcv; here the stand-in is installed by importing mmdet_moe."""
+    tool = Path(mmdet.__file__).parent / '.mim' / 'tools' / 'train.py'
+    monkeypatch.setenv('DIGIT_SCENES_ROOT', str(digit_scenes_folder))
+    options = [*SMALL, 'train_cfg.max_iters=1', 'train_cfg.val_interval=1']
+    config = str(DEMO / 'retinanet_moe_hard_digits.py')
+    argv = ['train.py', config, '--work-dir', 'own', '--cfg-options', *options]
+    monkeypatch.setattr(sys, 'argv', argv)
+    runpy.run_path(str(tool), run_name='__main__')
+    assert Path('own/iter_1.pth').is_file()
+    assert Path('own/expert_utilization.json').is_file()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason='is about machines without a GPU')
+def test_two_processes_route_together(tmp_path, digit_scenes_folder):
+    """DDP without unused-parameter search: no hanging, and one balance over both ranks."""
+    config = str(DEMO / 'retinanet_moe_hard_digits.py')
+    options = [f'data_root={digit_scenes_folder}', *SMALL]
+    options += ['train_cfg.max_iters=2', 'train_cfg.val_interval=2']
+    command = ['bash', str(ROOT / 'tools' / 'dist_train.sh'), config, '2', '--work-dir', 'both']
+    with socket.socket() as probe:
+        probe.bind(('127.0.0.1', 0))
+        port = str(probe.getsockname()[1])
+    environment = {**os.environ, 'PYTHON': sys.executable, 'PORT': port, 'OMP_NUM_THREADS': '1'}
+    done = subprocess.run(
+        [*command, '--cfg-options', *options],
+        cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / 'both' / 'expert_utilization.json').read_text())
+    # 8 images, shared out to two ranks, × 5 levels.
+    assert {layer['num_items'] for layer in report['layers'].values()} == {8 * 5}
+    state = read_checkpoint(str(tmp_path / 'both' / 'iter_2.pth'), map_location='cpu')['state_dict']
+    relative = state['bbox_head.cls_moe.router.constraint.relative_importance']
+    assert relative.abs().max() > 0
+    assert relative.sum().item() == pytest.approx(0, abs=1e-5)
