@@ -178,6 +178,11 @@ def load_config(path: str, options: Mapping[str, Any] | None = None) -> Config:
     options = dict(options or {})
     if 'data_root' in options:
         apply_data_root(cfg, options.pop('data_root'))
+    if routed := [key for key in options if key.split('.')[0] == 'router']:
+        raise ConfigError(
+            f'--cfg-options {routed[0]}: the config has copied `router` into its models already; '
+            f'set it there, for example model.bbox_head.{routed[0]}=...'
+        )
     try:
         cfg.merge_from_dict(options)
     except (KeyError, TypeError, IndexError) as error:

@@ -6,7 +6,6 @@ imported on the first look-up, so a config needs no ``custom_imports``. Inside M
 (``mmdet.ResNet``).
 """
 
-from mmengine.registry import DATASETS as MMENGINE_DATASETS
 from mmengine.registry import HOOKS as MMENGINE_HOOKS
 from mmengine.registry import MODELS as MMENGINE_MODELS
 from mmengine.registry import Registry
@@ -20,6 +19,3 @@ MODELS = Registry(
     locations=['mmdet_moe.moe', 'mmdet_moe.models'],
 )
 HOOKS = Registry('hook', parent=MMENGINE_HOOKS, scope=SCOPE, locations=['mmdet_moe.engine'])
-DATASETS = Registry(
-    'dataset', parent=MMENGINE_DATASETS, scope=SCOPE, locations=['mmdet_moe.datasets']
-)

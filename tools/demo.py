@@ -49,6 +49,8 @@ def main() -> None:
     parser.add_argument('--iterations', type=int, help='shorter or longer than the configs say')
     parser.add_argument('--fresh', action='store_true', help='forget earlier trainings')
     args = parser.parse_args()
+    # Trainings run from the checkout, wherever the tool was called.
+    args.data, args.work_dir = args.data.resolve(), args.work_dir.resolve()
     try:
         run_demo(args)
     except ConfigError as error:
@@ -62,9 +64,12 @@ def run_demo(args: argparse.Namespace) -> None:
     if args.fresh:
         shutil.rmtree(args.work_dir, ignore_errors=True)
     console.rule('1/4 data')
-    digit_scenes.generate(
-        args.data, num_train=args.images, num_val=max(1, args.images // 5), size=256, seed=0
-    )
+    try:
+        digit_scenes.generate(
+            args.data, num_train=args.images, num_val=max(1, args.images // 5), size=256, seed=0
+        )
+    except ConfigError as error:
+        raise ConfigError(f'{error} (here: choose another folder with --data)') from error
     console.rule('2/4 pretraining of a dense RetinaNet, the common start')
     run_once(args, PRETRAINING)
     pretrained = latest_checkpoint(args.work_dir / PRETRAINING)
@@ -94,7 +99,14 @@ def run_once(args: argparse.Namespace, config: str, *options: str) -> RunResult:
     """Train unless that has been done, and read the figures."""
     work_dir = args.work_dir / config
     result = collect(work_dir)
-    if result is None:
+    if result is not None and args.iterations not in (None, result.iterations):
+        raise ConfigError(
+            f'{work_dir} holds a run of {result.iterations} iterations, not {args.iterations}; '
+            'forget it with --fresh, or choose another folder with --work-dir'
+        )
+    if result is not None:
+        console.print(f'Finished before, reused: {work_dir} (--fresh starts anew)')
+    else:
         options = (f'data_root={args.data}', 'randomness.seed=0', *options)
         if args.iterations:
             options += (

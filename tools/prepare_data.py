@@ -4,8 +4,14 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import sys
 from collections.abc import Sequence
+from pathlib import Path
+
+# From a checkout the tool works without an installed package, too.
+if importlib.util.find_spec('mmdet_moe') is None:
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from mmdet_moe.datasets import digit_scenes, download
 from mmdet_moe.datasets.sprites import SOURCES

@@ -26,6 +26,7 @@ from mmdet_moe.analysis.runs import (
 )
 from mmdet_moe.datasets import digit_scenes
 from mmdet_moe.errors import ConfigError
+from mmdet_moe.moe import UtilizationReport
 
 RESULTS = REPOSITORY / 'docs' / 'results.md'
 DEAD_SHARE = 0.01
@@ -80,6 +81,8 @@ def main() -> None:
     )
     digits.add_argument('--table-only', action='store_true', help='train nothing')
     args = parser.parse_args()
+    # Trainings run from the checkout, wherever the tool was called.
+    args.data, args.work_dir = args.data.resolve(), args.work_dir.resolve()
     try:
         digit_scenes_tables(args)
     except ConfigError as error:
@@ -193,12 +196,9 @@ def _per_layer(runs: list[RunResult], value) -> str:
 
 
 def _dead(runs: list[RunResult]) -> str:
-    counts = [
-        sum(load < DEAD_SHARE / len(report['load']) for load in report['load'])
-        for run in runs
-        for report in run.layers.values()
-    ]
-    return f'{sum(counts)} of {sum(len(r["load"]) for run in runs for r in run.layers.values())}'
+    reports = [UtilizationReport(**report) for run in runs for report in run.layers.values()]
+    dead = sum(len(report.dead_experts(DEAD_SHARE)) for report in reports)
+    return f'{dead} of {sum(report.num_experts for report in reports)}'
 
 
 def replace_between_markers(path: Path, marker: str, text: str) -> None:

@@ -1,1 +1,1 @@
-"""Looking at trained models: results of runs, and (later) what the experts learned."""
+"""Looking at trained models: the results of runs, and figures."""

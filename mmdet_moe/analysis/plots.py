@@ -20,7 +20,8 @@ def plot_overview(images: Sequence[np.ndarray], layers: dict[str, dict], path: P
     """
     figure = Figure(figsize=(11, 6.4), layout='constrained')
     upper, lower = figure.subfigures(2, 1, height_ratios=(1, 1.15))
-    for axes, image in zip(upper.subplots(1, len(images)), images, strict=True):
+    columns = upper.subplots(1, len(images), squeeze=False)[0]
+    for axes, image in zip(columns, images, strict=True):
         axes.imshow(image)
         axes.set_axis_off()
     panels = lower.subplots(1, len(layers), squeeze=False)[0]

@@ -38,6 +38,7 @@ class RunResult:
         seconds_per_iteration: Median over the logged training iterations.
         active_parameters: Parameters that one item uses.
         total_parameters: All parameters.
+        iterations: Length of the training.
         layers: The report of ``ExpertUtilizationHook`` on the validation set, by MoE layer; empty
             for a dense model.
     """
@@ -46,6 +47,7 @@ class RunResult:
     seconds_per_iteration: float
     active_parameters: int
     total_parameters: int
+    iterations: int
     layers: dict[str, dict] = field(default_factory=dict)
 
 
@@ -108,13 +110,14 @@ def collect(work_dir: Path) -> RunResult | None:
     if not final or final[-1].get('step') != cfg.train_cfg.get('max_iters'):
         return None
     times = [line['time'] for line in lines if 'loss' in line and 'time' in line]
-    report = work_dir / REPORT_FILE
+    report = work_dir / REPORT_FILE.format(mode='val')
     active, total = _parameters(cfg)
     return RunResult(
         metrics={name: final[-1][key] for key, name in COCO_METRICS.items()},
         seconds_per_iteration=statistics.median(times),
         active_parameters=active,
         total_parameters=total,
+        iterations=cfg.train_cfg.max_iters,
         layers=json.loads(report.read_text())['layers'] if report.exists() else {},
     )
 

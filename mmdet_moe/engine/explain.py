@@ -127,15 +127,25 @@ def _describe_wrong_argument(error: BaseException) -> str | None:
 
 
 def _accepted_fields(built: Callable, text: str) -> str:
+    # Arguments pass on to base classes through **kwargs.
+    callables = [c.__init__ for c in inspect.getmro(built)] if inspect.isclass(built) else [built]
     parameters = [
         parameter.name
-        for parameter in inspect.signature(built).parameters.values()
+        for function in callables
+        for parameter in inspect.signature(function).parameters.values()
         if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+        and parameter.name != 'self'
     ]
-    unexpected = re.search(r"unexpected keyword argument '(\w+)'", text)
-    if unexpected is None or not parameters:
+    parameters = list(dict.fromkeys(parameters))
+    unexpected = re.search(r"(?:(\w+)\.)?\w+\(\) got an unexpected keyword argument '(\w+)'", text)
+    foreign = (
+        unexpected
+        and inspect.isclass(built)
+        and (unexpected.group(1) not in {c.__name__ for c in inspect.getmro(built)})
+    )
+    if unexpected is None or foreign or not parameters:
         return ''
-    close = difflib.get_close_matches(unexpected.group(1), parameters, n=1)
+    close = difflib.get_close_matches(unexpected.group(2), parameters, n=1)
     if close:
         return f"; did you mean '{close[0]}'?"
     return f'; it takes {", ".join(parameters)}'

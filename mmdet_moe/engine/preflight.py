@@ -30,7 +30,8 @@ _IMAGES_TO_LOOK_AT = 5
 _NAMES_TO_PRINT = 5
 _GET_DATA = (
     'prepare the data set with `tools/prepare_data.py`, or say where it is with '
-    '`--cfg-options data_root=DIR` or the environment variable COCO_ROOT'
+    '`--cfg-options data_root=DIR` or an environment variable (COCO_ROOT for COCO, '
+    'DIGIT_SCENES_ROOT for digit scenes)'
 )
 
 

@@ -1,4 +1,4 @@
-"""What plugs into MMDetection: drop-in models whose parts are mixtures of experts."""
+"""What plugs into MMDetection: its models, with mixtures of experts for parts of them."""
 
 from mmdet_moe.models.backbones import MoEResNet
 from mmdet_moe.models.dense_heads import MoERetinaHead

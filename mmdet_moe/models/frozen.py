@@ -19,7 +19,7 @@ def frozen(module: dict) -> nn.Module:
         module: Config of the module, of any registry.
 
     Returns:
-        The module itself, with ``requires_grad=False`` and always in eval mode.
+        The module itself, with ``requires_grad=False``; its forward pass always runs in eval mode.
     """
     built = MMENGINE_MODELS.build(module)
     built.requires_grad_(False)

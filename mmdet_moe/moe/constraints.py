@@ -17,9 +17,15 @@ from mmdet_moe.registry import MODELS
 class Constraint(nn.Module):
     """Base class. Subclasses say what :meth:`select` does and what :meth:`update` remembers.
 
+    The state changes with every training forward pass. Do not put a layer with a constraint inside
+    an activation checkpoint, which would run the forward pass again with the changed state.
+
     Args:
         num_experts: E; filled in by the router.
     """
+
+    #: Whether the router must not add noise to its logits in training.
+    excludes_noise = False
 
     def __init__(self, num_experts: int) -> None:
         super().__init__()
@@ -36,6 +42,8 @@ class Constraint(nn.Module):
 
 class _HardConstraint(Constraint):
     """Masks overused experts, in training only."""
+
+    excludes_noise = True
 
     def __init__(self, num_experts: int, threshold: float) -> None:
         super().__init__(num_experts)

@@ -2,6 +2,7 @@
 
 import copy
 import re
+import zlib
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +34,8 @@ def upcycle(
     """Turn the entries of a dense module into entries of its experts, in place.
 
     Every expert gets a copy; the dense entries are removed. A checkpoint that has experts already,
-    or nothing of the dense module, is left alone.
+    or nothing of the dense module, is left alone. Entries of another shape (a prediction layer for
+    other classes) are copied, too: the loader reports them as it does for a dense model.
 
     Args:
         state_dict: The checkpoint, changed in place.
@@ -42,11 +44,12 @@ def upcycle(
         experts: The experts that the entries must fit.
         noise: Standard deviation of the noise added to each expert's weights (not to biases or
             normalisation), relative to the standard deviation of the weight itself. With 0 the
-            experts are exact copies.
+            experts are exact copies. It depends on the name of the weight alone, so that all ranks
+            draw the same.
 
     Raises:
-        ConfigError: If the checkpoint holds another number of experts, or dense weights of another
-            shape than the experts'.
+        ConfigError: If the checkpoint holds another number of experts, or if no dense weight has
+            the shape of the experts'.
     """
     _check_number_of_experts(state_dict, moe_prefix, len(experts))
     if any(key.startswith(moe_prefix + 'experts.') for key in state_dict):
@@ -59,21 +62,25 @@ def upcycle(
     }
     if not dense:
         return
-    for name, value in dense.items():
-        if value.shape != expected[name].shape:
-            raise ConfigError(
-                f'The checkpoint\'s dense weight "{dense_prefix}{name}" of shape '
-                f'{tuple(value.shape)} does not fit the experts, which need '
-                f'{tuple(expected[name].shape)}: use experts of the dense width, or a checkpoint '
-                'of this model'
-            )
+    weights = [name for name, value in dense.items() if value.dim() > 1]
+    if weights and all(dense[name].shape != expected[name].shape for name in weights):
+        name = weights[0]
+        raise ConfigError(
+            f'The checkpoint\'s dense weight "{dense_prefix}{name}" of shape '
+            f'{tuple(dense[name].shape)} does not fit the experts, which need '
+            f'{tuple(expected[name].shape)}, and no other one does: use experts of the dense '
+            'width, or a checkpoint of this model'
+        )
     for name, value in dense.items():
         del state_dict[dense_prefix + name]
         for e in range(len(experts)):
+            key = f'{moe_prefix}experts.{e}.{name}'
             clone = value.clone()
             if noise > 0 and value.is_floating_point() and value.dim() > 1:
-                clone += noise * value.std(correction=0) * torch.randn_like(value)
-            state_dict[f'{moe_prefix}experts.{e}.{name}'] = clone
+                generator = torch.Generator().manual_seed(zlib.crc32(key.encode()))
+                draw = torch.randn(value.shape, generator=generator).to(value)
+                clone += noise * value.std(correction=0) * draw
+            state_dict[key] = clone
 
 
 def _check_number_of_experts(state_dict: dict[str, Tensor], prefix: str, num_experts: int) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from mmengine.logging import MessageHub
 from mmengine.model import BaseModule, ModuleList
 from torch import Tensor, nn
@@ -94,8 +95,8 @@ class MoELayer(BaseModule):
             raise ConfigError(
                 f'decision_weight={decision_weight!r} is unknown; use one of {DECISION_WEIGHTS}'
             )
-        if upcycle_noise < 0:
-            raise ConfigError(f'upcycle_noise={upcycle_noise} must not be negative')
+        if not isinstance(upcycle_noise, (int, float)) or upcycle_noise < 0:
+            raise ConfigError(f'upcycle_noise={upcycle_noise!r} must be a number of at least 0')
         self.granularity = granularity
         self.grid_size = grid_size
         self.halo, self.stride = receptive_field(self.experts[0]) if grid_size > 1 else (0, 1)
@@ -103,6 +104,8 @@ class MoELayer(BaseModule):
         self.upcycle_noise = upcycle_noise
         self.name = type(self).__name__
         self._routing: Routing | None = None
+        self._counted: Routing | None = None
+        self._norms_checked = False
         self.register_load_state_dict_pre_hook(_upcycle_same_place)
 
     def init_weights(self) -> None:
@@ -150,6 +153,8 @@ class MoELayer(BaseModule):
         Raises:
             NonFiniteRouterError: If the router's logits are not finite.
         """
+        if self.training and not self._norms_checked:
+            self._check_norms()
         single = isinstance(x, Tensor)
         maps = [x] if single else list(x)
         patches = [
@@ -181,6 +186,11 @@ class MoELayer(BaseModule):
                 decision out.
         """
         routing = self.routing
+        if self._counted is routing and self.router.constraint is not None:
+            raise RuntimeError(
+                f'The decisions of MoE layer "{self.name}" have been counted by its constraint '
+                "already; construct it with decision_weight='positives' to weigh them later"
+            )
         routing.decision_weights = decision_weights.to(routing.weights)
         self._update_constraint()
 
@@ -188,6 +198,7 @@ class MoELayer(BaseModule):
         constraint = self.router.constraint
         if self.training and constraint is not None:
             constraint.update(self.routing)
+            self._counted = self.routing
 
     def _mix(self, x: Tensor, patches: PatchGrid, expert_ids: Tensor, weights: Tensor) -> Tensor:
         """Steps 3 to 5 for one map."""
@@ -219,10 +230,23 @@ class MoELayer(BaseModule):
         parameters = [p for e in unused for p in self.experts[e].parameters() if p.requires_grad]
         return _ZeroGradient.apply(output, *parameters) if parameters else output
 
+    def _check_norms(self) -> None:
+        """Refuse collective normalisation in experts, once it is known how the model is run."""
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            for module in self.experts.modules():
+                if 'SyncBatchNorm' in type(module).__name__:
+                    raise ConfigError(
+                        f'The experts of MoE layer "{self.name}" hold SyncBN, which would wait for '
+                        'ranks whose images went to other experts; use BN with norm_eval=True, or '
+                        'GN, and no sync_bn'
+                    )
+        self._norms_checked = True
+
     def _check_finite(self, routing: Routing) -> None:
-        if torch.isfinite(routing.logits).all():
+        # The weights as well: the noise has parameters of its own.
+        if torch.isfinite(routing.logits).all() & torch.isfinite(routing.weights).all():
             return
-        message = f'The router of MoE layer "{self.name}" produced logits that are not finite'
+        message = f'The router of MoE layer "{self.name}" produced values that are not finite'
         if self.training and (iteration := _current_iteration()) is not None:
             message += f' at training iteration {iteration}'
         raise NonFiniteRouterError(
@@ -232,7 +256,7 @@ class MoELayer(BaseModule):
 
     def __getstate__(self) -> dict[str, Any]:
         # deepcopy (EMA) and pickle see neither the latest Routing nor the graph behind it.
-        return {**self.__dict__, '_routing': None}
+        return {**self.__dict__, '_routing': None, '_counted': None}
 
     def extra_repr(self) -> str:
         return f'granularity={self.granularity!r}, grid_size={self.grid_size}'
@@ -281,6 +305,10 @@ def _build_router(
                 f'layer wants {top_k} of {num_experts}; give both the same numbers'
             )
         return router
+    if router is not None and not isinstance(router, dict):
+        raise ConfigError(
+            f"router={router!r} must be a config, such as dict(type='mmdet_moe.GAPRouter')"
+        )
     router = {'type': 'mmdet_moe.GAPRouter', **(router or {})}
     given = {'in_channels': in_channels, 'num_experts': num_experts, 'top_k': top_k}
     for field, value in given.items():

@@ -28,6 +28,9 @@ class BalancingLoss(nn.Module):
         ConfigError: For a negative weight, which would reward imbalance.
     """
 
+    #: Whether the loss keeps all experts in use by itself.
+    balances = True
+
     def __init__(self, weight: float) -> None:
         super().__init__()
         if weight < 0:
@@ -93,6 +96,8 @@ class VarianceLoss(BalancingLoss):
     one sample gives 0. It balances nothing by itself: combine it with another loss.
     """
 
+    balances = False
+
     def __init__(self, weight: float = 0.5) -> None:
         super().__init__(weight)
 
@@ -128,6 +133,8 @@ class RouterZLoss(BalancingLoss):
     It balances nothing by itself: combine it with another loss.
     """
 
+    balances = False
+
     def __init__(self, weight: float = 1e-3) -> None:
         super().__init__(weight)
 
@@ -151,6 +158,7 @@ class EntropyLoss(BalancingLoss):
         if over not in ('batch', 'item'):
             raise ConfigError(f"EntropyLoss: over={over!r} is unknown; use 'batch' or 'item'")
         self.over = over
+        self.balances = over == 'batch'
 
     def compute(self, routing: Routing) -> Tensor:
         p = routing.logits.softmax(dim=-1)

@@ -109,10 +109,8 @@ class PatchGrid:
         if len(self) == 1:
             return x.mean(dim=(2, 3), dtype=dtype)
         rows, cols = self._axes
-        pooled = torch.einsum(
-            'gh,nchw,kw->ngkc', rows.pooling_matrix(x.to(dtype)), x.to(dtype),
-            cols.pooling_matrix(x.to(dtype)),
-        )  # fmt: skip
+        x = x.to(dtype)
+        pooled = torch.einsum('gh,nchw,kw->ngkc', rows.pooling_matrix(x), x, cols.pooling_matrix(x))
         return pooled.flatten(0, 2)
 
     def crop(self, x: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ class Router(nn.Module):
             for k > 1, ``'all'`` for k = 1.
         noise: Whether noise is added to the logits in training:
             ``eps · softplus(W_noise · GAP(x) + 0.01)``, ``eps ~ N(0, 1)``. Default: True without a
-            constraint, False with one (a hard constraint and noise exclude each other).
+            constraint, False with one (noise and a hard constraint exclude each other).
         constraint: Config or instance of a :class:`~mmdet_moe.moe.constraints.Constraint`.
 
     Raises:
@@ -47,6 +47,9 @@ class Router(nn.Module):
         constraint: Constraint | dict | None = None,
     ) -> None:
         super().__init__()
+        for field, value in (('num_experts', num_experts), ('top_k', top_k)):
+            if not isinstance(value, int):
+                raise ConfigError(f'{field}={value!r} must be an integer')
         if num_experts < 1:
             raise ConfigError(f'num_experts={num_experts}: an MoE layer needs at least 1 expert')
         if not 1 <= top_k <= num_experts:
@@ -65,9 +68,18 @@ class Router(nn.Module):
             )
         if isinstance(constraint, dict):
             constraint = MODELS.build({**constraint, 'num_experts': num_experts})
+        if constraint is not None and not isinstance(constraint, Constraint):
+            raise ConfigError(
+                f'constraint={constraint!r} must be a config, such as '
+                "dict(type='mmdet_moe.RelativeImportanceConstraint')"
+            )
+        if constraint is not None and constraint.num_experts != num_experts:
+            raise ConfigError(
+                f'constraint is for {constraint.num_experts} experts, the router for {num_experts}'
+            )
         if noise is None:
             noise = constraint is None
-        if noise and constraint is not None:
+        if noise and constraint is not None and constraint.excludes_noise:
             raise ConfigError(
                 f'noise=True cannot be combined with constraint={type(constraint).__name__}, whose '
                 'decisions it would undo; set noise=False'

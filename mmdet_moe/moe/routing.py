@@ -88,10 +88,6 @@ class Routing:
         """
         return self._sum_per_expert((self.weights > 0).to(self.weights.dtype), balancing)
 
-    def balancing_total(self) -> Tensor:
-        """What all decisions count together, a scalar; T when each counts 1."""
-        return self.known_decision_weights().sum()
-
     def level(self, index: int) -> tuple[Tensor, Tensor]:
         """``expert_ids`` and ``weights`` of one level's items."""
         start = sum(self.items_per_level[:index])

@@ -1,6 +1,7 @@
 """The hook in a Runner with a toy model; the values again by hand from the routings."""
 
 import json
+from pathlib import Path
 from statistics import fmean, variance
 
 import pytest
@@ -131,3 +132,37 @@ def test_refused_configs():
         BalancingLossHook(
             {'type': 'mmdet_moe.GAPRouter', 'in_channels': 1, 'num_experts': 2, 'top_k': 1}
         )
+
+
+def losses_of(runner):
+    """The names of the losses in the log of a run."""
+    path = next(Path(runner.work_dir).glob('*/vis_data/scalars.json'))
+    entries = [json.loads(line) for line in path.read_text().splitlines()]
+    return {key for entry in entries for key in entry if key.startswith('loss_moe_stem')}
+
+
+def test_losses_of_one_class_and_of_two_hooks_all_count(make_runner, toy_model):
+    entropies = [{'type': 'mmdet_moe.EntropyLoss', 'over': over} for over in ('batch', 'item')]
+    hooks = [
+        {'type': 'mmdet_moe.BalancingLossHook', 'loss': entropies},
+        {'type': 'mmdet_moe.BalancingLossHook', 'loss': {'type': 'mmdet_moe.ImportanceLoss'}},
+        {'type': 'mmdet_moe.BalancingLossHook', 'loss': {'type': 'mmdet_moe.RouterZLoss'}},
+    ]
+    runner = make_runner(toy_model(), hooks, max_iters=1)
+    runner.train()
+    assert losses_of(runner) == {
+        'loss_moe_stem_EntropyLoss',
+        'loss_moe_stem_EntropyLoss_2',
+        'loss_moe_stem',
+        'loss_moe_stem_2',
+    }
+
+
+def test_frozen_layer_is_refused(make_runner, toy_model):
+    model = toy_model()
+    model.stem.requires_grad_(False)
+    runner = make_runner(
+        model, [{'type': 'mmdet_moe.BalancingLossHook', 'loss': {'type': 'mmdet_moe.KLLoss'}}]
+    )
+    with pytest.raises(ConfigError, match='MoE layer "stem" is frozen'):
+        runner.train()

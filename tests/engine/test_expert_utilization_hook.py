@@ -74,7 +74,7 @@ def test_report_of_validation_and_test(make_runner, toy_model):
     model = steer(toy_model(), [1.0, 0.0, 1.0, 0.0])
     runner = make_runner(model, [hook(), BALANCING], val_interval=2, optim_wrapper=FROZEN)
     runner.train()
-    report = json.loads((Path(runner.work_dir) / 'expert_utilization.json').read_text())
+    report = json.loads((Path(runner.work_dir) / 'expert_utilization_val.json').read_text())
     assert report['mode'] == 'val'
     assert report['iteration'] == 4
     assert set(report['layers']) == {'stem', 'body.moe'}
@@ -86,7 +86,7 @@ def test_report_of_validation_and_test(make_runner, toy_model):
 
     runner = make_runner(model, [hook()], name='test')
     runner.test()
-    report = json.loads((Path(runner.work_dir) / 'expert_utilization.json').read_text())
+    report = json.loads((Path(runner.work_dir) / 'expert_utilization_test.json').read_text())
     assert report['mode'] == 'test'
     assert report['layers']['stem']['load'] == [0.5, 0, 0.5, 0]
 
@@ -215,3 +215,27 @@ def test_a_resumed_run_masks_like_an_uninterrupted_one(constraint, make_runner, 
     assert any(any(mask) for mask in whole.masks[2])  # there is something to restore
     for name, value in whole_state.items():
         torch.testing.assert_close(second_state[name], value, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    'loss',
+    [
+        {'type': 'mmdet_moe.RouterZLoss'},
+        {'type': 'mmdet_moe.VarianceLoss'},
+        {'type': 'mmdet_moe.EntropyLoss', 'over': 'item'},
+        {'type': 'mmdet_moe.ImportanceLoss', 'weight': 0.0},
+    ],
+    ids=lambda loss: loss['type'],
+)
+def test_loss_that_balances_nothing_is_no_balancing(make_runner, toy_model, loss):
+    balancing = {'type': 'mmdet_moe.BalancingLossHook', 'loss': loss}
+    runner = make_runner(toy_model(), [hook(), balancing], max_iters=1)
+    runner.train()
+    assert 'NO BALANCING' in log_of(runner)
+
+
+def test_validation_alone_warns_at_once(make_runner, toy_model):
+    model = steer(toy_model(), [5.0, 5.0, -5.0, -5.0])
+    runner = make_runner(model, [{'type': 'mmdet_moe.ExpertUtilizationHook'}])
+    runner.val()
+    assert 'DEAD EXPERTS in stem: [2, 3] of 4' in log_of(runner)

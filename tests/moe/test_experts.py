@@ -9,6 +9,7 @@ from torch import nn
 
 from mmdet_moe.errors import ConfigError
 from mmdet_moe.moe import MoELayer
+from mmdet_moe.moe.experts import upcycle
 
 
 def stage(width=6):
@@ -129,3 +130,30 @@ def test_a_deep_copy_loads_into_itself(randomise):
     assert not torch.equal(clone['stage'].experts[1][0].weight, weight)  # its own noise
     assert torch.equal(clone['stage'].experts[1][0].bias, dense['stage'][0].bias)
     assert all(torch.equal(model.state_dict()[k], v) for k, v in before.items())
+
+
+def test_other_classes_are_left_to_the_loader(randomise):
+    """A prediction layer of another shape is handed on; what fits is loaded."""
+    dense = randomise(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 80, 1)))
+    experts = nn.ModuleList(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 7, 1)) for _ in range(2))
+    state = dense.state_dict(prefix='head.')
+    upcycle(state, 'head.', 'head.', experts, noise=0)
+    for e in range(2):
+        assert torch.equal(state[f'head.experts.{e}.0.weight'], dense[0].weight)
+        assert state[f'head.experts.{e}.1.weight'].shape == (80, 4, 1, 1)
+    assert not any(key.startswith('head.0.') for key in state)
+
+
+def test_noise_is_the_same_on_every_rank(randomise):
+    """Whatever the random state of the process; but another one for each expert."""
+    dense = randomise(nn.Sequential(nn.Conv2d(3, 4, 3)))
+    experts = nn.ModuleList(nn.Sequential(nn.Conv2d(3, 4, 3)) for _ in range(2))
+    states = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        states.append(dense.state_dict(prefix='head.'))
+        upcycle(states[-1], 'head.', 'head.', experts, noise=0.1)
+    first, second = (s['head.experts.0.0.weight'] for s in states)
+    assert torch.equal(first, second)
+    assert not torch.equal(first, states[0]['head.experts.1.0.weight'])
+    assert not torch.equal(first, dense[0].weight)

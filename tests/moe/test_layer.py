@@ -11,6 +11,7 @@ from torch.autograd import gradcheck
 
 from mmdet_moe.errors import ConfigError, NonFiniteRouterError
 from mmdet_moe.moe import (
+    BiasBalancing,
     GAPRouter,
     ImportanceLoss,
     MoELayer,
@@ -223,7 +224,7 @@ class TestNonFiniteRouter:
     def test_names_the_layer(self, value):
         layer = self.broken_model()['neck'][1].eval()
         nn.init.constant_(layer.router.fc.bias, value)
-        with pytest.raises(NonFiniteRouterError, match=r'MoE layer "neck\.1" produced logits'):
+        with pytest.raises(NonFiniteRouterError, match=r'MoE layer "neck\.1" produced values'):
             layer(torch.randn(2, C, 4, 4).double())
 
     def test_input(self):
@@ -350,7 +351,7 @@ class TestExperts:
         ({'grid_size': 3}, "grid_size=3 has no effect with granularity='image'"),
         ({'decision_weight': 'size'}, "decision_weight='size' is unknown; use one of"),
         ({'expert_init': 'random'}, "expert_init='random' is unknown; use one of"),
-        ({'upcycle_noise': -0.5}, 'upcycle_noise=-0.5 must not be negative'),
+        ({'upcycle_noise': -0.5}, 'upcycle_noise=-0.5 must be a number'),
         ({'top_k': 5}, 'top_k=5 must lie between 1 and num_experts=4'),
         ({'num_experts': 0}, 'num_experts=0'),
         ({'router': {'num_experts': 8}}, r"router.num_experts=8 contradicts the layer's .*=4"),
@@ -380,3 +381,44 @@ def test_find_and_count():
     active, total = count_parameters(model)
     assert total == 4 * 56 + 4 * 4 + 3 * 56 + 3 * 4
     assert active == 2 * 56 + 4 * 4 + 1 * 56 + 3 * 4
+
+
+@pytest.mark.parametrize(
+    ('options', 'message'),
+    [
+        ({'num_experts': '4'}, "num_experts='4' must be an integer"),
+        ({'top_k': 2.0}, r'top_k=2\.0 must be an integer'),
+        ({'router': 'mmdet_moe.GAPRouter'}, 'must be a config, such as dict'),
+        ({'router': {'constraint': 'mmdet_moe.BiasBalancing'}}, 'constraint=.* must be a config'),
+        ({'router': {'constraint': BiasBalancing(3)}}, 'constraint is for 3 experts'),
+        ({'upcycle_noise': '0.1'}, "upcycle_noise='0.1' must be a number"),
+    ],
+)
+def test_wrong_types_are_refused(options, message):
+    with pytest.raises(ConfigError, match=message):
+        MoELayer(nn.Conv2d(C, C, 1), **{'num_experts': 4, 'top_k': 2, 'in_channels': C, **options})
+
+
+def test_nan_of_the_noise_is_found():
+    layer = MoELayer(nn.Conv2d(C, C, 1), 4, 2, in_channels=C)
+    nn.init.constant_(layer.router.noise_fc.weight, float('inf'))
+    with pytest.raises(NonFiniteRouterError, match='not finite'):
+        layer(torch.randn(2, C, 4, 4))
+
+
+def test_decisions_are_counted_once():
+    """Weighing what a constraint has counted already would count it twice."""
+    constraint = {'type': 'mmdet_moe.RelativeImportanceConstraint'}
+    layer = MoELayer(nn.Conv2d(C, C, 1), 4, 2, {'constraint': constraint}, in_channels=C)
+    layer(torch.randn(2, C, 4, 4))
+    with pytest.raises(RuntimeError, match="decision_weight='positives'"):
+        layer.weigh_decisions(torch.ones(2))
+
+
+def test_sync_bn_in_experts_is_refused_across_ranks(monkeypatch):
+    """It would wait for a rank whose images went to other experts."""
+    layer = MoELayer(nn.Sequential(nn.SyncBatchNorm(C)), 4, 2, in_channels=C, granularity='image')
+    monkeypatch.setattr(torch.distributed, 'is_initialized', lambda: True)
+    monkeypatch.setattr(torch.distributed, 'get_world_size', lambda: 2)
+    with pytest.raises(ConfigError, match='SyncBN, which would wait for ranks'):
+        layer(torch.randn(2, C, 4, 4))

@@ -12,6 +12,7 @@ import pytest
 import mmdet_moe
 from mmdet_moe.analysis.runs import COCO_METRICS, RunResult, mean_std
 from mmdet_moe.errors import ConfigError
+from mmdet_moe.moe import UtilizationReport
 
 TOOLS = Path(mmdet_moe.__file__).parents[1] / 'tools'
 
@@ -48,8 +49,11 @@ def test_demo_trains_both_models_and_then_reuses_them(tmp_path):
 
 def result(ap, load, mi):
     metrics = dict.fromkeys(COCO_METRICS.values(), ap)
-    report = dict(load=load, load_cv2=0.5, mi_input=mi, mi_level=mi / 2)
-    return RunResult(metrics, 0.2, 1, 2, {'cls': report, 'reg': report})
+    report = UtilizationReport(
+        num_items=10, load=load, importance=load, load_cv2=0.5, usage_entropy=0.6,
+        decision_entropy=0.1, mi_input=mi, mi_level=mi / 2, level_shares=[load],
+    ).as_dict()  # fmt: skip
+    return RunResult(metrics, 0.2, 1, 2, 10, {'cls': report, 'reg': report})
 
 
 def test_table_has_mean_and_deviation_over_the_seeds():

@@ -96,7 +96,7 @@ def test_every_balancing_trains_validates_and_reports(run, config, loss_expected
         assert ('loss_moe_bbox_head_cls_moe' in line) == loss_expected
         parts = [value for key, value in line.items() if key.startswith('loss_')]
         assert line['loss'] == pytest.approx(sum(parts), rel=1e-4)
-    report = json.loads(Path('w/expert_utilization.json').read_text())
+    report = json.loads(Path('w/expert_utilization_val.json').read_text())
     assert report['mode'] == 'val'
     assert set(report['layers']) == {'bbox_head.cls_moe', 'bbox_head.reg_moe'}
     for layer in report['layers'].values():
@@ -204,7 +204,7 @@ def test_mmdetections_own_tool_runs_the_configs(run, digit_scenes_folder, tmp_pa
     monkeypatch.setattr(sys, 'argv', argv)
     runpy.run_path(str(tool), run_name='__main__')
     assert Path('own/iter_1.pth').is_file()
-    assert Path('own/expert_utilization.json').is_file()
+    assert Path('own/expert_utilization_val.json').is_file()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason='is about machines without a GPU')
@@ -223,10 +223,24 @@ def test_two_processes_route_together(tmp_path, digit_scenes_folder):
         cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    report = json.loads((tmp_path / 'both' / 'expert_utilization.json').read_text())
+    report = json.loads((tmp_path / 'both' / 'expert_utilization_val.json').read_text())
     # 8 images, shared out to two ranks, × 5 levels.
     assert {layer['num_items'] for layer in report['layers'].values()} == {8 * 5}
     state = read_checkpoint(str(tmp_path / 'both' / 'iter_2.pth'), map_location='cpu')['state_dict']
     relative = state['bbox_head.cls_moe.router.constraint.relative_importance']
     assert relative.abs().max() > 0
     assert relative.sum().item() == pytest.approx(0, abs=1e-5)
+
+
+def test_router_is_set_where_it_is_used(run, capsys):
+    sentence = failure(
+        capsys, run, 'retinanet_moe_hard_digits', 'r', 1, 'router.constraint.threshold=0.9'
+    )
+    assert 'model.bbox_head.router.constraint.threshold=' in sentence
+
+
+def test_wrong_field_of_a_base_class_is_recognised(run, capsys):
+    sentence = failure(
+        capsys, run, 'retinanet_moe_soft_digits', 'w', 1, 'model.bbox_head.stacked_conv=2'
+    )
+    assert "did you mean 'stacked_convs'?" in sentence

@@ -22,12 +22,13 @@ class BalancingLossHook(Hook):
 
     Args:
         loss: Config of one :class:`~mmdet_moe.moe.BalancingLoss`, or a list of them. With several,
-            each entry also carries the name of its loss.
+            each entry also carries the name of its loss, and a number if a name repeats.
         layers: Glob patterns of the names of the MoE layers (``'backbone.*'``) that pay; all by
             default.
 
     Raises:
-        ConfigError: For an empty list, and at the start of training if no MoE layer matches.
+        ConfigError: For an empty list, and at the start of training if no MoE layer matches, or
+            if one that matches is frozen.
     """
 
     def __init__(self, loss: dict | Sequence[dict], layers: str | Sequence[str] = '*') -> None:
@@ -47,6 +48,12 @@ class BalancingLossHook(Hook):
         """Whether the layer of that name pays."""
         return any(fnmatch(layer_name, pattern) for pattern in self.patterns)
 
+    def balances(self, layer_name: str) -> bool:
+        """Whether the losses keep all experts of that layer in use."""
+        return self.covers(layer_name) and any(
+            loss.balances and loss.weight > 0 for loss in self.losses
+        )
+
     def before_train(self, runner: Runner) -> None:
         """Attach the losses to the model."""
         layers = moe_layers_of(runner, self)
@@ -56,6 +63,12 @@ class BalancingLossHook(Hook):
                 f'BalancingLossHook: layers={self.patterns} matches none of the MoE layers '
                 f'{list(layers)}'
             )
+        for name in names:
+            if not any(p.requires_grad for p in layers[name].router.parameters()):
+                raise ConfigError(
+                    f'BalancingLossHook: MoE layer "{name}" is frozen, so that its loss would do '
+                    'nothing; unfreeze it, or leave it out with layers=[...]'
+                )
         self._handle = unwrapped_model(runner).register_forward_hook(
             _AddLosses(self.losses, names), with_kwargs=True
         )
@@ -83,5 +96,14 @@ class _AddLosses:
             key = 'loss_moe_' + name.replace('.', '_')
             for loss in self.losses:
                 suffix = f'_{type(loss).__name__}' if len(self.losses) > 1 else ''
-                output[key + suffix] = loss(routing)
+                output[_free_key(output, key + suffix)] = loss(routing)
         return output
+
+
+def _free_key(output: dict, key: str) -> str:
+    """``key``, numbered if two losses of one class, or two hooks, would share it."""
+    number, free = 1, key
+    while free in output:
+        number += 1
+        free = f'{key}_{number}'
+    return free

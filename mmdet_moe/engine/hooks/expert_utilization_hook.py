@@ -13,8 +13,8 @@ from mmdet_moe.moe import MoELayer
 from mmdet_moe.moe.utilization import Utilization, UtilizationReport
 from mmdet_moe.registry import HOOKS
 
-#: Written to the work directory after every validation or test.
-REPORT_FILE = 'expert_utilization.json'
+#: Written to the work directory after every validation (mode ``val``) or test (``test``).
+REPORT_FILE = 'expert_utilization_{mode}.json'
 
 
 @HOOKS.register_module()
@@ -24,8 +24,9 @@ class ExpertUtilizationHook(Hook):
     In training every ``interval`` iterations over the iterations since the last report, in
     validation and test over the whole data set; to the log and as scalars
     (``train/moe/<layer>/load_0``, …) to every visualisation backend. After a validation or a test
-    the report is written to ``expert_utilization.json`` in the work directory, too. Under
-    distributed training everything is summed over the ranks.
+    the report is written to ``expert_utilization_val.json`` or ``expert_utilization_test.json`` in
+    the work directory, too. Under distributed training everything is summed over the ranks. With
+    test-time augmentation only the last variant of each image is counted.
 
     It warns when MoE layers are trained without any balancing, when experts are dead, and when the
     routing has collapsed, i.e. when the decision does not depend on the input. The last cannot be
@@ -55,6 +56,7 @@ class ExpertUtilizationHook(Hook):
         self.collapse_share = collapse_share
         self._layers: dict[str, MoELayer] = {}
         self._windows: dict[str, dict[str, Utilization]] = {}
+        self._trains = False
 
     def before_run(self, runner: Runner) -> None:
         """Find the layers before anything is loaded or trained."""
@@ -62,13 +64,14 @@ class ExpertUtilizationHook(Hook):
 
     def before_train(self, runner: Runner) -> None:
         """Warn about layers that nothing balances."""
+        self._trains = True
         losses = [hook for hook in runner.hooks if isinstance(hook, BalancingLossHook)]
         free = [
             name
             for name, layer in self._layers.items()
             if layer.num_experts > 1
             and layer.router.constraint is None
-            and not any(hook.covers(name) for hook in losses)
+            and not any(hook.balances(name) for hook in losses)
         ]
         if free:
             runner.logger.warning(
@@ -96,7 +99,9 @@ class ExpertUtilizationHook(Hook):
 
     def after_val_epoch(self, runner: Runner, metrics=None) -> None:
         """Report on the whole validation set."""
-        self._report(runner, 'val', warn=runner.iter >= self.warmup_iters)
+        # Outside of a training nothing is warming up.
+        warn = not self._trains or runner.iter >= self.warmup_iters
+        self._report(runner, 'val', warn)
 
     def before_test_epoch(self, runner: Runner) -> None:
         """Start anew."""
@@ -157,5 +162,5 @@ class ExpertUtilizationHook(Hook):
             'iteration': runner.iter,
             'layers': {name: report.as_dict() for name, report in reports.items()},
         }
-        path = Path(runner.work_dir) / REPORT_FILE
+        path = Path(runner.work_dir) / REPORT_FILE.format(mode=mode)
         path.write_text(json.dumps(content, indent=2) + '\n')

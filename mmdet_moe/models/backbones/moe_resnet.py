@@ -43,7 +43,7 @@ class MoEResNet(ResNet):
         num_experts: int = 4,
         top_k: int = 2,
         router: dict | None = None,
-        moe_stages: Sequence[int] = (4,),
+        moe_stages: int | Sequence[int] = (4,),
         residual: bool = False,
         granularity: str = 'image',
         grid_size: int = 1,
@@ -52,7 +52,7 @@ class MoEResNet(ResNet):
         **kwargs,
     ) -> None:
         # Read by make_res_layer, which the base class calls from its constructor.
-        self.moe_stages = tuple(moe_stages)
+        self.moe_stages = (moe_stages,) if isinstance(moe_stages, int) else tuple(moe_stages)
         self.residual = residual
         self._moe_cfg = {
             'num_experts': num_experts,

@@ -1,10 +1,12 @@
 """RetinaNet's head with mixtures of whole subnets (the "predictor MoE" of arXiv 2204.10598)."""
 
 import copy
+import logging
 from collections.abc import Sequence
 
 import torch
 from mmdet.models.dense_heads import RetinaHead
+from mmengine.logging import print_log
 from mmengine.model import BaseModule
 from torch import Tensor, nn
 
@@ -66,12 +68,14 @@ class MoERetinaHead(RetinaHead):
         num_experts: int = 4,
         top_k: int = 2,
         router: dict | None = None,
-        moe_branches: Sequence[str] = BRANCHES,
+        moe_branches: str | Sequence[str] = BRANCHES,
         decision_weight: str = 'positives',
         expert_init: str = 'shared',
         upcycle_noise: float = 0.0,
         **kwargs,
     ) -> None:
+        if isinstance(moe_branches, str):
+            moe_branches = (moe_branches,)
         if not moe_branches or not set(moe_branches) <= set(BRANCHES):
             raise ConfigError(f"moe_branches={tuple(moe_branches)} must name 'cls', 'reg' or both")
         # Read by _init_layers, which the base class calls from its constructor.
@@ -85,6 +89,7 @@ class MoERetinaHead(RetinaHead):
             'upcycle_noise': upcycle_noise,
         }
         super().__init__(*args, **kwargs)
+        self._warn_of_scaled_predictions()
         self._hand_init_overrides_to_experts()
         self.register_load_state_dict_pre_hook(_upcycle_subnets)
 
@@ -98,6 +103,17 @@ class MoERetinaHead(RetinaHead):
             delattr(self, f'retina_{branch}')
             moe = MoELayer(subnet, in_channels=self.in_channels, **self._moe_cfg)
             self.add_module(f'{branch}_moe', moe)
+
+    def _warn_of_scaled_predictions(self) -> None:
+        router = getattr(self, f'{self.moe_branches[0]}_moe').router
+        if router.softmax == 'all' and router.num_experts > 1:
+            print_log(
+                "MoERetinaHead: with softmax='all' (the default for top_k=1) the weights of the "
+                'experts sum to less than 1 and scale the predictions, the prior of the focal loss '
+                "and a loaded dense model included; top_k > 1 with softmax='kept' keeps them.",
+                logger='current',
+                level=logging.WARNING,
+            )
 
     def _hand_init_overrides_to_experts(self) -> None:
         """Move ``init_cfg`` overrides of layers that moved into the experts (``retina_cls``)."""

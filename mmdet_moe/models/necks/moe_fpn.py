@@ -38,7 +38,7 @@ class MoEFPN(FPN):
         num_experts: int = 4,
         top_k: int = 2,
         router: dict | None = None,
-        moe_levels: Sequence[int] | None = None,
+        moe_levels: int | Sequence[int] | None = None,
         granularity: str = 'image',
         grid_size: int = 1,
         expert_init: str = 'shared',
@@ -49,6 +49,8 @@ class MoEFPN(FPN):
         num_convs = len(self.fpn_convs)
         if moe_levels is None:
             moe_levels = range(len(self.lateral_convs))
+        if isinstance(moe_levels, int):
+            moe_levels = (moe_levels,)
         if not moe_levels or not set(moe_levels) <= set(range(num_convs)):
             raise ConfigError(
                 f'moe_levels={tuple(moe_levels)} must name some of the {num_convs} output '
