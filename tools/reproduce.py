@@ -16,6 +16,10 @@ from pathlib import Path
 if importlib.util.find_spec('mmdet_moe') is None:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from mmengine.config import Config
+from torch import Tensor
+
+from mmdet_moe.analysis.levels import information_on_level, positives_per_level
 from mmdet_moe.analysis.runs import (
     REPOSITORY,
     RunResult,
@@ -24,6 +28,7 @@ from mmdet_moe.analysis.runs import (
     mean_std,
     train,
 )
+from mmdet_moe.cli import apply_data_root
 from mmdet_moe.datasets import digit_scenes
 from mmdet_moe.errors import ConfigError
 from mmdet_moe.moe import UtilizationReport
@@ -147,6 +152,9 @@ def _run(args: argparse.Namespace, method: Method, seed: int) -> Path:
 
 def write_tables(args: argparse.Namespace) -> None:
     """Rewrite the generated parts of docs/results.md."""
+    cfg = Config.fromfile(REPOSITORY / 'configs' / 'demo' / f'{METHODS[0].config}.py')
+    apply_data_root(cfg, str(args.data))
+    objects = positives_per_level(cfg)
     for marker, methods in (('digit-scenes', METHODS), ('decision-weights', DECISION_WEIGHTS)):
         results = {
             method.name: [
@@ -156,14 +164,19 @@ def write_tables(args: argparse.Namespace) -> None:
             ]
             for method in methods
         }
-        replace_between_markers(RESULTS, marker, markdown_table(results))
+        replace_between_markers(RESULTS, marker, markdown_table(results, objects))
 
 
-def markdown_table(results: dict[str, list[RunResult]]) -> str:
-    """Mean ± standard deviation over the seeds, one row per method."""
+def markdown_table(results: dict[str, list[RunResult]], objects: Tensor) -> str:
+    """Mean ± standard deviation over the seeds, one row per method.
+
+    Args:
+        results: The finished runs by method.
+        objects: Positive anchors of the validation set by level, (L,).
+    """
     columns = (
         'method', 'seeds', 'AP', 'AP50', 'AP small', 'AP medium', 'AP large', 'load CV²',
-        'dead experts', 'information on input', 'on level',
+        'dead experts', 'information on input', 'on level', 'on level, by objects',
     )  # fmt: skip
     lines = ['| ' + ' | '.join(columns) + ' |', '| --- ' * len(columns) + '|']
     for name, runs in results.items():
@@ -177,9 +190,12 @@ def markdown_table(results: dict[str, list[RunResult]]) -> str:
                 _dead(runs),
                 _per_layer(runs, lambda report: report['mi_input']),
                 _per_layer(runs, lambda report: report['mi_level']),
+                _per_layer(
+                    runs, lambda report: information_on_level(report['level_shares'], objects)
+                ),
             ]
         else:
-            cells += ['–'] * 4
+            cells += ['–'] * 5
         lines.append('| ' + ' | '.join(cells) + ' |')
     return '\n'.join(lines)
 

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import mmdet_moe
 from mmdet_moe.analysis.runs import COCO_METRICS, RunResult, mean_std
@@ -59,12 +60,15 @@ def result(ap, load, mi):
 def test_table_has_mean_and_deviation_over_the_seeds():
     reproduce = load_tool('reproduce')
     runs = [result(0.4, [0.5, 0.5], 0.2), result(0.6, [0.996, 0.004], 0.4)]
-    lines = reproduce.markdown_table({'some': runs, 'none yet': []}).splitlines()
+    # Both layers' only level has all objects.
+    table = reproduce.markdown_table({'some': runs, 'none yet': []}, torch.ones(1))
+    lines = table.splitlines()
     assert len(lines) == 3
     cells = [cell.strip() for cell in lines[2].split('|')[1:-1]]
     # Two of the eight experts (two layers, two experts, two seeds) get less than 1 % of 1 / 2.
     assert cells == [
-        'some', '2', *['0.500 ± 0.141'] * 5, '0.50 / 0.50', '2 of 8', '0.30 / 0.30', '0.15 / 0.15'
+        'some', '2', *['0.500 ± 0.141'] * 5, '0.50 / 0.50', '2 of 8', '0.30 / 0.30', '0.15 / 0.15',
+        '0.00 / 0.00',
     ]  # fmt: skip
 
 
