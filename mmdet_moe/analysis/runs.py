@@ -106,14 +106,16 @@ def collect(work_dir: Path) -> RunResult | None:
         raise ConfigError(f'{work_dir} holds the runs of several configs; use one folder for each')
     cfg = Config.fromfile(configs[0])
     lines = _logged_scalars(work_dir)
-    final = [line for line in lines if 'coco/bbox_mAP' in line]
-    if not final or final[-1].get('step') != cfg.train_cfg.get('max_iters'):
+    # A validation's line has the time of loading, as a training's has, but no loss.
+    validations = [line for line in lines if 'data_time' in line and 'loss' not in line]
+    if not validations or validations[-1]['step'] != cfg.train_cfg.max_iters:
         return None
     times = [line['time'] for line in lines if 'loss' in line and 'time' in line]
     report = work_dir / REPORT_FILE.format(mode='val')
     active, total = _parameters(cfg)
     return RunResult(
-        metrics={name: final[-1][key] for key, name in COCO_METRICS.items()},
+        # Where nothing at all was detected MMDetection logs no metric.
+        metrics={name: validations[-1].get(key, 0.0) for key, name in COCO_METRICS.items()},
         seconds_per_iteration=statistics.median(times),
         active_parameters=active,
         total_parameters=total,

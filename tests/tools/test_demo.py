@@ -45,7 +45,7 @@ def test_demo_trains_both_models_and_then_reuses_them(tmp_path):
         # Head of the dense model in M: 2 · 2 · 64 · 64 · 9 + 64 · 9 · 126 = 0.22; 1 and 3 more.
         assert moe[6:] == ['3.57 M', '4.01 M']
         assert re.search(r'expert load of bbox_head\.cls_moe: (0\.\d\d ?){4}', output)
-    assert (tmp_path / 'runs' / 'experts_by_level.png').stat().st_size > 10_000
+    assert (tmp_path / 'runs' / 'overview.png').stat().st_size > 10_000
 
 
 def result(ap, load, mi):
