@@ -5,6 +5,8 @@ is kept in buffers, so that a resumed run decides exactly as the uninterrupted o
 with sums over all ranks.
 """
 
+from abc import ABC, abstractmethod
+
 import torch
 from torch import Tensor, nn
 
@@ -14,7 +16,7 @@ from mmdet_moe.moe.routing import Routing
 from mmdet_moe.registry import MODELS
 
 
-class Constraint(nn.Module):
+class Constraint(nn.Module, ABC):
     """Base class. Subclasses say what :meth:`select` does and what :meth:`update` remembers.
 
     The state changes with every training forward pass. Do not put a layer with a constraint inside
@@ -31,13 +33,13 @@ class Constraint(nn.Module):
         super().__init__()
         self.num_experts = num_experts
 
+    @abstractmethod
     def select(self, logits: Tensor, training: bool) -> Tensor:
         """Values (T, E) by which the router chooses its top k; −inf forbids an expert."""
-        raise NotImplementedError
 
+    @abstractmethod
     def update(self, routing: Routing) -> None:
         """Take one training batch into account. Called after the batch has been routed."""
-        raise NotImplementedError
 
 
 class _HardConstraint(Constraint):
@@ -54,13 +56,13 @@ class _HardConstraint(Constraint):
             )
         self.threshold = threshold
 
+    @abstractmethod
     def usage(self) -> Tensor:
         """(E,): what is compared with :meth:`limit`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def limit(self) -> float:
         """Experts whose usage is above it are masked."""
-        raise NotImplementedError
 
     def masked(self) -> Tensor:
         """bool (E,): the experts that the next training batch cannot choose."""

@@ -5,6 +5,7 @@ each decision with its ``decision_weights``; with uniform ones the formulas are 
 """
 
 import math
+from abc import ABC, abstractmethod
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from mmdet_moe.registry import MODELS
 _EPS = 1e-10
 
 
-class BalancingLoss(nn.Module):
+class BalancingLoss(nn.Module, ABC):
     """Base class: ``weight · compute(routing)``.
 
     Args:
@@ -41,9 +42,9 @@ class BalancingLoss(nn.Module):
         """The weighted loss, a scalar of at least float32."""
         return self.weight * self.compute(routing)
 
+    @abstractmethod
     def compute(self, routing: Routing) -> Tensor:
         """The loss before its weight."""
-        raise NotImplementedError
 
     def extra_repr(self) -> str:
         return f'weight={self.weight}'

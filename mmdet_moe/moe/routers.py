@@ -1,5 +1,6 @@
 """Routers: from feature maps to one :class:`Routing`."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import torch
@@ -13,7 +14,7 @@ from mmdet_moe.moe.routing import Routing
 from mmdet_moe.registry import MODELS
 
 
-class Router(nn.Module):
+class Router(nn.Module, ABC):
     """Base class: noisy top-k over the logits of a subclass (arXiv 2204.10598, section 3).
 
     Each routed item is pooled to a vector, mapped to E logits, and its k best experts get the
@@ -94,9 +95,9 @@ class Router(nn.Module):
             # Equal noise for every expert at the start, as in arXiv 1701.06538.
             nn.init.zeros_(self.noise_fc.weight)
 
+    @abstractmethod
     def compute_logits(self, x: Tensor, patches: PatchGrid) -> Tensor:
         """Logits (items, E) of one feature map (N, C, H, W), without noise, at least float32."""
-        raise NotImplementedError
 
     def forward(
         self, x: Tensor | Sequence[Tensor], patches: Sequence[PatchGrid] | None = None
