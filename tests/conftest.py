@@ -18,9 +18,9 @@ def seed():
     torch.manual_seed(0)
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def mmengine_globals(monkeypatch):
-    """Whatever a test runs with MMEngine, its global instances are restored afterwards."""
+    """Every test has MMEngine's global instances, such as the default scope, to itself."""
     # Which compilers there are takes seconds to find out, and concerns no test.
     monkeypatch.setattr('mmengine.runner.runner.collect_env', dict)
     for manager in _subclasses(ManagerMixin):

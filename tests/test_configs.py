@@ -111,7 +111,7 @@ UNCHANGED_BUT_SMALL = (
         'retinanet_moe_soft_finetune_coco',
     ],
 )
-def test_coco_config_trains(name, coco_folder, tmp_path, monkeypatch, mmengine_globals):
+def test_coco_config_trains(name, coco_folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     DetLocalVisualizer._instance_dict.clear()
     options = [f'data_root={coco_folder}', *UNCHANGED_BUT_SMALL]

@@ -4,7 +4,7 @@ import math
 
 import torch
 from mmengine.config import Config
-from mmengine.registry import DATASETS, MODELS, init_default_scope
+from mmengine.registry import DATASETS, MODELS, DefaultScope
 from mmengine.structures import InstanceData
 from torch import Tensor
 
@@ -20,12 +20,13 @@ def positives_per_level(cfg: Config) -> Tensor:
     Returns:
         (L,) float tensor of counts.
     """
-    init_default_scope(cfg.get('default_scope', 'mmdet'))
-    model = MODELS.build(cfg.model)
+    with DefaultScope.overwrite_default_scope(cfg.get('default_scope', 'mmdet')):
+        model = MODELS.build(cfg.model)
+        samples = DATASETS.build(cfg.val_dataloader.dataset)
     divisor = model.data_preprocessor.pad_size_divisor
     priors, assigner = model.bbox_head.prior_generator, model.bbox_head.assigner
     counts = torch.zeros(priors.num_levels)
-    for sample in DATASETS.build(cfg.val_dataloader.dataset):
+    for sample in samples:
         objects = sample['data_samples'].gt_instances
         # Validation pipelines load the boxes after the resizing, in pixels of the original image.
         scale = objects.bboxes.tensor.new_tensor(sample['data_samples'].scale_factor * 2)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TextIO
 
 from mmengine.config import Config
-from mmengine.registry import init_default_scope
+from mmengine.registry import MODELS, DefaultScope
 
 from mmdet_moe.engine.hooks.expert_utilization_hook import REPORT_FILE
 from mmdet_moe.errors import ConfigError
@@ -131,10 +131,8 @@ def _logged_scalars(work_dir: Path) -> list[dict]:
 
 
 def _parameters(cfg: Config) -> tuple[int, int]:
-    init_default_scope(cfg.get('default_scope', 'mmdet'))
-    from mmengine.registry import MODELS
-
-    return count_parameters(MODELS.build(cfg.model))
+    with DefaultScope.overwrite_default_scope(cfg.get('default_scope', 'mmdet')):
+        return count_parameters(MODELS.build(cfg.model))
 
 
 def mean_std(values: Sequence[float]) -> tuple[float, float]:

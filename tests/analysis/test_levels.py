@@ -24,7 +24,7 @@ def overlap(anchor, box):
     return both / (sum(areas) - both)
 
 
-def test_positives_by_brute_force(digit_scenes_folder, mmengine_globals):
+def test_positives_by_brute_force(digit_scenes_folder):
     """RetinaNet's rule: an IoU of at least 0.5 with an object, or the best one of an object.
 
     Which of several best anchors are equally good depends on rounding: these are bounds.

@@ -85,7 +85,7 @@ def dense_model():
 
 
 @pytest.fixture
-def make_runner(tmp_path, mmengine_globals):
+def make_runner(tmp_path):
     """``make_runner(model, hooks, max_iters=4, …)``; further options go to the Runner."""
     runners = []
 

@@ -43,7 +43,7 @@ custom_hooks = [
 """
 
 
-def test_classifier_trains_with_hooks(tmp_path, monkeypatch, mmengine_globals):
+def test_classifier_trains_with_hooks(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     rng = np.random.default_rng(0)
     for i in range(8):

@@ -233,13 +233,13 @@ class TestNonFiniteRouter:
         with pytest.raises(NonFiniteRouterError, match='the input or a weight has become NaN'):
             conv_layer()(x)
 
-    def test_names_the_iteration(self, mmengine_globals):
+    def test_names_the_iteration(self):
         hub = MessageHub.get_instance('test_names_the_iteration')
         hub.update_info('iter', 41)  # counted from 0, told from 1 as in the log
         with pytest.raises(NonFiniteRouterError, match=r'"neck\.1" .* at training iteration 42;'):
             self.broken_model()['neck'][1](torch.randn(2, C, 4, 4).double())
 
-    def test_outside_of_a_runner(self, mmengine_globals):
+    def test_outside_of_a_runner(self):
         with pytest.raises(NonFiniteRouterError, match='not finite; the input'):
             self.broken_model()['neck'][1](torch.randn(2, C, 4, 4).double())
 

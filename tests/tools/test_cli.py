@@ -145,7 +145,7 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture
-def here(folder, monkeypatch, mmengine_globals):
+def here(folder, monkeypatch):
     """The folder as the working one."""
     monkeypatch.chdir(folder)
     monkeypatch.delenv(cli.TRACEBACK_VARIABLE, raising=False)

@@ -40,7 +40,7 @@ SMALL = (
 
 
 @pytest.fixture
-def run(tmp_path, digit_scenes_folder, mmengine_globals, monkeypatch):
+def run(tmp_path, digit_scenes_folder, monkeypatch):
     """``run(config, work_dir, iterations, *options)`` trains a shrunken demo model."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv(cli.TRACEBACK_VARIABLE, raising=False)
