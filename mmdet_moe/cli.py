@@ -7,6 +7,7 @@ status 2; ``MMDET_MOE_TRACEBACK=1`` shows where it came from.
 
 import argparse
 import copy
+import gc
 import os
 import os.path as osp
 import sys
@@ -370,6 +371,8 @@ def _execute(prepare: Callable[[], Runner], run: Callable[[Runner], object]) -> 
         run(runner)
     except Exception as error:
         _fail(error, running)
+    # The wrapped model keeps the group, and its threads, alive: they must not outlive Python.
+    del runner
     _leave_group()
 
 
@@ -378,6 +381,8 @@ def _leave_group() -> None:
     import torch.distributed as dist
 
     if dist.is_available() and dist.is_initialized():
+        dist.barrier()  # nobody leaves while another one still works
+        gc.collect()
         dist.destroy_process_group()
 
 
