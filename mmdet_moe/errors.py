@@ -3,6 +3,10 @@
 The command-line tools print the message alone, without a traceback, and exit with status 2.
 """
 
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class UserError(Exception):
     """Base class."""
@@ -14,3 +18,13 @@ class ConfigError(UserError, ValueError):
 
 class NonFiniteRouterError(UserError, FloatingPointError):
     """A router produced NaN or infinite logits."""
+
+
+@contextmanager
+def exit_on_user_error() -> Iterator[None]:
+    """Print a :class:`UserError` of the body as one line and exit with status 2."""
+    try:
+        yield
+    except UserError as error:
+        print(f'error: {error}', file=sys.stderr)
+        raise SystemExit(2) from None

@@ -29,7 +29,7 @@ from mmdet_moe.analysis.runs import (
     train,
 )
 from mmdet_moe.datasets import digit_scenes
-from mmdet_moe.errors import ConfigError
+from mmdet_moe.errors import ConfigError, exit_on_user_error
 
 PRETRAINING = 'retinanet_pretrain_digits'
 NUM_PICTURES = 4
@@ -51,11 +51,8 @@ def main() -> None:
     args = parser.parse_args()
     # Trainings run from the checkout, wherever the tool was called.
     args.data, args.work_dir = args.data.resolve(), args.work_dir.resolve()
-    try:
+    with exit_on_user_error():
         run_demo(args)
-    except ConfigError as error:
-        print(f'error: {error}', file=sys.stderr)
-        sys.exit(2)
 
 
 def run_demo(args: argparse.Namespace) -> None:

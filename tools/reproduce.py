@@ -30,7 +30,7 @@ from mmdet_moe.analysis.runs import (
 )
 from mmdet_moe.cli import apply_data_root
 from mmdet_moe.datasets import digit_scenes
-from mmdet_moe.errors import ConfigError
+from mmdet_moe.errors import ConfigError, exit_on_user_error
 from mmdet_moe.moe import UtilizationReport
 
 RESULTS = REPOSITORY / 'docs' / 'results.md'
@@ -88,10 +88,8 @@ def main() -> None:
     args = parser.parse_args()
     # Trainings run from the checkout, wherever the tool was called.
     args.data, args.work_dir = args.data.resolve(), args.work_dir.resolve()
-    try:
+    with exit_on_user_error():
         digit_scenes_tables(args)
-    except ConfigError as error:
-        sys.exit(f'error: {error}')
 
 
 def digit_scenes_tables(args: argparse.Namespace) -> None:

@@ -87,3 +87,18 @@ def test_only_the_marked_part_is_rewritten(tmp_path):
     with pytest.raises(ConfigError, match='lacks the markers <!-- b:begin -->'):
         reproduce.replace_between_markers(page, 'b', 'new')
     assert 'new' in page.read_text()
+
+
+@pytest.mark.parametrize('arguments', [['demo'], ['reproduce', 'digit-scenes']], ids=lambda a: a[0])
+def test_other_data_is_one_sentence(arguments, digit_scenes_folder, tmp_path, monkeypatch, capsys):
+    """The folder holds a data set of other parameters; nothing is trained or replaced."""
+    name, *rest = arguments
+    options = ['--data', str(digit_scenes_folder), '--work-dir', str(tmp_path / 'runs')]
+    monkeypatch.setattr(sys, 'argv', [name, *rest, *options])
+    with pytest.raises(SystemExit) as exit_:
+        load_tool(name).main()
+    assert exit_.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith('error: ')
+    assert str(digit_scenes_folder) in line
+    assert not (tmp_path / 'runs').exists()

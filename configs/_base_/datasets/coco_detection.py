@@ -13,7 +13,7 @@ train_pipeline = [
 test_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(type='Resize', scale=(1333, 800), keep_ratio=True),
-    # The image is loaded without annotations first, so that its size does not depend on them.
+    # After the resizing: the boxes stay in pixels of the original image, as the evaluation wants.
     dict(type='LoadAnnotations', with_bbox=True),
     dict(
         type='PackDetInputs',
