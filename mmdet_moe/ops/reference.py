@@ -1,70 +1,89 @@
-"""Dispatch and combine in plain PyTorch: the semantics that every faster kernel has to match."""
+"""The ops in plain PyTorch: what every kernel has to match, and what serves where none is built.
+
+Arguments, shapes and errors are described in :mod:`mmdet_moe.ops.functional`. ``sort_routes``,
+``dispatch`` and ``combine`` are differentiable by themselves, as often as wanted; the
+``*_backward`` functions spell out the first derivative for the registered ops.
+"""
 
 import torch
 from torch import Tensor
 
 
-def sort_routes(expert_ids_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Sort the M = T·K routes by expert, keeping the order of the items inside each expert.
-
-    Args:
-        expert_ids_TK: Chosen experts, int64 of shape (T, K), values in [0, num_experts).
-        num_experts: Number of experts E.
-
-    Returns:
-        ``order_M`` (int64): flat route indices ``t * K + j``, expert 0's routes first.
-        ``offsets`` (int64, shape (E + 1,)): expert e owns ``order_M[offsets[e]:offsets[e + 1]]``.
-        ``inverse_TK`` (int64): the position of route (t, j) in ``order_M``.
-
-    Raises:
-        ValueError: If ``expert_ids_TK`` is not a two-dimensional int64 tensor.
-    """
-    if expert_ids_TK.dim() != 2 or expert_ids_TK.dtype != torch.int64:
-        raise ValueError(
-            'expert_ids must be an int64 tensor of shape (T, K), got '
-            f'{expert_ids_TK.dtype} of shape {tuple(expert_ids_TK.shape)}'
-        )
-    flat_M = expert_ids_TK.flatten()
-    order_M = torch.argsort(flat_M, stable=True)
-    offsets = flat_M.new_zeros(num_experts + 1)
-    torch.cumsum(torch.bincount(flat_M, minlength=num_experts), dim=0, out=offsets[1:])
-    inverse_M = torch.empty_like(order_M)
-    inverse_M[order_M] = torch.arange(len(order_M), device=order_M.device)
-    return order_M, offsets, inverse_M.view_as(expert_ids_TK)
+def sort_routes(expert_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Stable sort of the routes by expert, those with id -1 last."""
+    flat = expert_ids.flatten()
+    if flat.numel() and not flat.is_meta:
+        low, high = flat.aminmax()
+        if low < -1 or high >= num_experts:
+            wrong = int(low) if low < -1 else int(high)
+            raise RuntimeError(
+                f'expert_ids holds {wrong}, but there are {num_experts} experts: ids must lie in '
+                f'[0, {num_experts}), or be -1 for no choice'
+            )
+    bucket = flat.where(flat >= 0, num_experts)
+    order = torch.argsort(bucket, stable=True)
+    counts = torch.bincount(bucket, minlength=num_experts + 1)[:num_experts]
+    offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+    return order, offsets, _invert(order, len(order)).view_as(expert_ids)
 
 
-def dispatch(x_T: Tensor, order_M: Tensor, k: int) -> Tensor:
-    """Gather the items in expert order.
-
-    Args:
-        x_T: Items, shape (T, ...), any dtype.
-        order_M: From :func:`sort_routes`.
-        k: Experts per item, K.
-
-    Returns:
-        Rows of shape (M, ...): row m is item ``order_M[m] // k``.
-    """
-    return x_T.index_select(0, torch.div(order_M, k, rounding_mode='floor'))
+def dispatch(x: Tensor, order: Tensor, k: int) -> Tensor:
+    """Row r is item ``order[r] // k``."""
+    return x.index_select(0, torch.div(order, k, rounding_mode='floor'))
 
 
-def combine(y_M: Tensor, weights_TK: Tensor, inverse_TK: Tensor) -> Tensor:
-    """Sum each item's K rows, weighted, in the fixed order of the choice (hence deterministic).
+def dispatch_backward(grad: Tensor, order: Tensor, k: int, num_items: int) -> Tensor:
+    """Sum over each item's rows, routes without a row left out."""
+    inverse = _invert(order, num_items * k).view(num_items, k)
+    ones = torch.ones(num_items, k, dtype=_wide(grad), device=grad.device)
+    return combine(grad, ones, inverse)
 
-    Half-precision rows are accumulated in float32.
 
-    Args:
-        y_M: Expert outputs in expert order, shape (M, ...).
-        weights_TK: Weights, shape (T, K).
-        inverse_TK: From :func:`sort_routes`.
+def combine(y: Tensor, weights: Tensor, inverse: Tensor) -> Tensor:
+    """Weighted sum over each item's rows; positions behind the rows contribute 0."""
+    weights = weights.to(_wide(y))
+    trailing = (1,) * (y.dim() - 1)
+    total = weights.new_zeros(inverse.shape[0], *y.shape[1:])
+    for j in range(inverse.shape[1]):
+        rows, kept = _rows(y, inverse[:, j])
+        weight = weights[:, j].where(kept, 0)
+        total = total + rows.to(weight.dtype) * weight.view(-1, *trailing)
+    return total.to(y.dtype)
 
-    Returns:
-        Tensor of shape (T, ...) and of ``y_M``'s dtype.
-    """
-    dtype = torch.promote_types(y_M.dtype, torch.float32)
-    weights_TK = weights_TK.to(dtype)
-    trailing = (1,) * (y_M.dim() - 1)
-    total = 0
-    for j in range(weights_TK.shape[1]):
-        rows_T = y_M.index_select(0, inverse_TK[:, j]).to(dtype)
-        total = total + rows_T * weights_TK[:, j].view(-1, *trailing)
-    return total.to(y_M.dtype)
+
+def combine_backward(
+    grad: Tensor, y: Tensor, weights: Tensor, inverse: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradients of :func:`combine` with respect to ``y`` and ``weights``."""
+    wide = grad.to(weights.dtype)
+    trailing = (1,) * (y.dim() - 1)
+    grad_y = torch.zeros_like(y)
+    grad_weights = torch.zeros_like(weights)
+    for j in range(inverse.shape[1]):
+        rows, kept = _rows(y, inverse[:, j])
+        dots = (wide * rows.to(wide.dtype)).flatten(1).sum(1)
+        grad_weights[:, j] = dots.where(kept, 0)
+        scaled = (wide * weights[:, j].view(-1, *trailing)).to(y.dtype)
+        grad_y[inverse[kept, j]] = scaled[kept]
+    return grad_y, grad_weights
+
+
+def _rows(y: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """The rows at the positions (zeros where there is none), and which positions have one."""
+    kept = positions < y.shape[0]
+    if y.shape[0] == 0:
+        return y.new_zeros(len(positions), *y.shape[1:]), kept
+    rows = y.index_select(0, positions.clamp(max=y.shape[0] - 1))
+    trailing = (1,) * (y.dim() - 1)
+    return rows.masked_fill(~kept.view(-1, *trailing), 0), kept
+
+
+def _invert(order: Tensor, num_routes: int) -> Tensor:
+    """Position of every route; ``len(order)`` for those that are not in it."""
+    inverse = order.new_full((num_routes,), len(order))
+    inverse[order] = torch.arange(len(order), device=order.device)
+    return inverse
+
+
+def _wide(rows: Tensor) -> torch.dtype:
+    return torch.float64 if rows.dtype == torch.float64 else torch.float32

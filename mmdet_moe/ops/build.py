@@ -1,0 +1,241 @@
+"""Compile the native kernels: ``python -m mmdet_moe.ops --build``, and what ``setup.py`` calls.
+
+Standard library only, and nothing is imported from this package: ``setup.py`` loads this file by
+its path, in an environment that may lack PyTorch. The sources use PyTorch's stable ABI alone, so
+all that is needed of PyTorch is its headers and the names of its libraries; the binaries then work
+with every PyTorch from 2.10 on and with every Python.
+"""
+
+import hashlib
+import importlib.util
+import json
+import os
+import platform
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+CSRC = Path(__file__).with_name('csrc')
+LIB = Path(__file__).with_name('lib')
+RECORD = 'build.json'
+DEVICES = ('cpu', 'cuda')
+OLDEST_TORCH = (2, 10)
+#: Compute capabilities that are built if nvcc knows them; the last one also as PTX, for later GPUs.
+CUDA_ARCHITECTURES = ('75', '80', '90', '100')
+
+
+class BuildError(Exception):
+    """Why the kernels of a device cannot be built."""
+
+
+@dataclass(frozen=True)
+class Built:
+    """What was built for one device, or why not.
+
+    Attributes:
+        device: ``'cpu'`` or ``'cuda'``.
+        file: Name of the binary; None if there is none.
+        reason: Why there is none.
+        compiler: Its version.
+        architectures: Instruction sets (CPU) or compute capabilities (CUDA) in the binary.
+        sources: Digest of the sources that it was made of.
+    """
+
+    device: str
+    file: str | None = None
+    reason: str | None = None
+    compiler: str | None = None
+    architectures: tuple[str, ...] = ()
+    sources: str | None = None
+
+
+@dataclass(frozen=True)
+class _Torch:
+    folder: Path
+    version: str
+    cuda: str | None  # the CUDA version that it was built with
+
+    @property
+    def flags(self) -> list[str]:
+        include = self.folder / 'include'
+        target = f'0x{OLDEST_TORCH[0]:02x}{OLDEST_TORCH[1]:02x}000000000000'
+        return [
+            '-std=c++20',
+            '-O3',
+            f'-DTORCH_TARGET_VERSION={target}',
+            f'-I{include}',
+            f'-I{include / "torch" / "csrc" / "api" / "include"}',
+        ]
+
+    def link_flags(self, *libraries: str) -> list[str]:
+        return [f'-L{self.folder / "lib"}', *(f'-l{library}' for library in libraries)]
+
+
+def build(folder: Path = LIB, devices: tuple[str, ...] = DEVICES) -> list[Built]:
+    """Compile what can be compiled here and write down the rest with the reason.
+
+    Args:
+        folder: Where the binaries and their record go.
+        devices: For which devices.
+
+    Returns:
+        One entry per device.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    results = []
+    for device in devices:
+        try:
+            torch = _find_torch()
+            result = (_build_cpu if device == 'cpu' else _build_cuda)(torch, folder)
+        except BuildError as error:
+            _binary(folder, device).unlink(missing_ok=True)
+            result = Built(device, reason=str(error))
+        results.append(result)
+    record = {entry.device: entry for entry in read_record(folder)}
+    record |= {entry.device: entry for entry in results}
+    text = json.dumps([asdict(entry) for entry in record.values()], indent=1)
+    (folder / RECORD).write_text(text + '\n')
+    return results
+
+
+def read_record(folder: Path = LIB) -> list[Built]:
+    """What the last :func:`build` wrote down; empty if there was none."""
+    try:
+        entries = json.loads((folder / RECORD).read_text())
+    except FileNotFoundError:
+        return []
+    return [Built(**{**entry, 'architectures': tuple(entry['architectures'])}) for entry in entries]
+
+
+def digest(device: str) -> str:
+    """Digest of the sources of a device's kernels."""
+    sha = hashlib.sha256()
+    for path in (*_sources(device), *sorted(CSRC.rglob('*.h')), *sorted(CSRC.rglob('*.cuh'))):
+        sha.update(path.read_bytes())
+    return sha.hexdigest()[:16]
+
+
+def _sources(device: str) -> list[Path]:
+    sources = sorted((CSRC / device).glob('*.cpp' if device == 'cpu' else '*.cu'))
+    if not sources:
+        raise BuildError(f'there are no sources in {CSRC / device}')
+    return sources
+
+
+def _binary(folder: Path, device: str) -> Path:
+    return folder / f'mmdet_moe_{device}.so'
+
+
+def _build_cpu(torch: _Torch, folder: Path) -> Built:
+    compiler = os.environ.get('CXX') or shutil.which('c++') or shutil.which('g++')
+    if not compiler:
+        raise BuildError('there is no C++ compiler; install g++ (12 or later) or set CXX')
+    command = [*shlex.split(compiler), '-shared', '-fPIC', *torch.flags]
+    if sys.platform == 'darwin':
+        command += ['-undefined', 'dynamic_lookup']
+    _compile(command, 'cpu', folder, torch.link_flags('torch_cpu', 'torch'))
+    architectures = [platform.machine()]
+    if b'arch_x86_64_v4' in _binary(folder, 'cpu').read_bytes():
+        architectures += ['x86-64-v3', 'x86-64-v4']
+    return Built(
+        'cpu',
+        file=_binary(folder, 'cpu').name,
+        compiler=_first_line([*shlex.split(compiler), '--version']),
+        architectures=tuple(architectures),
+        sources=digest('cpu'),
+    )
+
+
+def _build_cuda(torch: _Torch, folder: Path) -> Built:
+    if torch.cuda is None:
+        raise BuildError(f'PyTorch {torch.version} in this environment is built without CUDA')
+    home = os.environ.get('CUDA_HOME') or '/usr/local/cuda'
+    nvcc = shutil.which('nvcc', path=f'{home}/bin') or shutil.which('nvcc')
+    if not nvcc:
+        raise BuildError(
+            f'there is no nvcc; install the CUDA {torch.cuda} toolkit or set CUDA_HOME'
+        )
+    version = re.search(r'release (\d+)\.(\d+)', _output([nvcc, '--version']))
+    if version is None or version[1] != torch.cuda.split('.')[0]:
+        found = 'of an unknown version' if version is None else f'{version[1]}.{version[2]}'
+        raise BuildError(
+            f'nvcc is {found}, but PyTorch is built with CUDA {torch.cuda}; install a toolkit of '
+            'the same major version or set CUDA_HOME'
+        )
+    known = re.findall(r'compute_(\d+)', _output([nvcc, '--list-gpu-arch']))
+    architectures = [a for a in CUDA_ARCHITECTURES if a in known]
+    if wanted := os.environ.get('MMDET_MOE_CUDA_ARCHITECTURES'):
+        architectures = wanted.replace(';', ' ').replace(',', ' ').split()
+        if unknown := [a for a in architectures if a not in known]:
+            raise BuildError(
+                f'MMDET_MOE_CUDA_ARCHITECTURES names {unknown}, but nvcc knows {known}'
+            )
+    command = [nvcc, '-shared', '-Xcompiler', '-fPIC', '-cudart', 'static', '-DUSE_CUDA']
+    command += ['--threads', '0', *torch.flags]
+    for a in architectures:
+        command += ['-gencode', f'arch=compute_{a},code=sm_{a}']
+    command += ['-gencode', f'arch=compute_{architectures[-1]},code=compute_{architectures[-1]}']
+    _compile(command, 'cuda', folder, torch.link_flags('torch_cpu', 'torch_cuda', 'torch'))
+    return Built(
+        'cuda',
+        file=_binary(folder, 'cuda').name,
+        compiler=f'nvcc {version[1]}.{version[2]}',
+        architectures=(*(f'sm_{a}' for a in architectures), f'PTX {architectures[-1]}'),
+        sources=digest('cuda'),
+    )
+
+
+def _compile(command: list[str], device: str, folder: Path, link_flags: list[str]) -> None:
+    # A process that has the old binary loaded keeps it: the new one is another file.
+    handle, temporary = tempfile.mkstemp(dir=folder, suffix='.so')
+    os.close(handle)
+    try:
+        command = [*command, *map(str, _sources(device)), '-o', temporary, *link_flags]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            lines = [line for line in done.stderr.splitlines() if 'error' in line] or ['no message']
+            raise BuildError(f'`{shlex.join(command)}` failed: {lines[0]}')
+        os.chmod(temporary, 0o755)
+        os.replace(temporary, _binary(folder, device))
+    except OSError as error:
+        raise BuildError(f'the compiler cannot be run: {error}') from None
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+
+
+def _find_torch() -> _Torch:
+    """PyTorch of this environment, without importing it.
+
+    pip builds in an environment of its own, without PyTorch; a second, isolated interpreter sees
+    the one that the package is going to be installed into.
+    """
+    spec = importlib.util.find_spec('torch')
+    origin = spec and spec.origin
+    if not origin:
+        code = 'import importlib.util as u; s = u.find_spec("torch"); print(s and s.origin or "")'
+        origin = _output([sys.executable, '-I', '-c', code]).strip()
+    if not origin:
+        raise BuildError(
+            'PyTorch is not installed yet; run `python -m mmdet_moe.ops --build` later'
+        )
+    folder = Path(origin).parent
+    values: dict = {}
+    exec((folder / 'version.py').read_text(), values)
+    version = str(values['__version__'])
+    if tuple(map(int, version.split('.')[:2])) < OLDEST_TORCH:
+        oldest = '.'.join(map(str, OLDEST_TORCH))
+        raise BuildError(f'PyTorch {version} has no stable ABI for it; install {oldest} or later')
+    return _Torch(folder, version, values.get('cuda'))
+
+
+def _output(command: list[str]) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout
+
+
+def _first_line(command: list[str]) -> str:
+    return _output(command).partition('\n')[0]

@@ -1,0 +1,130 @@
+// What the CPU and the CUDA kernels share: the look at their arguments.
+//
+// Letters: T routed items, E experts, K experts per item, M = T * K routes, R <= M of them that are
+// kept, W values per row. The Python functions in mmdet_moe/ops/functional.py refuse bad arguments
+// with sentences for users; the checks here keep a direct call of torch.ops.mmdet_moe.* from
+// touching memory that is not its own.
+//
+// Only PyTorch's stable ABI is used, so one binary serves every PyTorch from 2.10 on.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <cstdint>
+#include <vector>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+namespace mmdet_moe {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// Values per row: the product of all sizes but the first.
+inline int64_t row_width(const Tensor& rows) {
+  int64_t width = 1;
+  for (int64_t d = 1; d < rows.dim(); ++d) width *= rows.size(d);
+  return width;
+}
+
+// The sizes of `rows` with another number of rows.
+inline std::vector<int64_t> with_rows(const Tensor& rows, int64_t count) {
+  std::vector<int64_t> sizes(rows.sizes().begin(), rows.sizes().end());
+  sizes[0] = count;
+  return sizes;
+}
+
+// Uninitialised memory. On the CPU large blocks come in huge pages: the C library returns them to
+// the system at once when they are freed, and to touch fresh 4 KiB pages costs more than to fill them.
+inline Tensor new_tensor(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType dtype) {
+  Tensor tensor = torch::stable::new_empty(like, sizes, dtype);
+#if defined(__linux__)
+  constexpr uintptr_t kPage = 4096, kLarge = 4 << 20;
+  const uintptr_t bytes = tensor.numel() * tensor.element_size();
+  if (tensor.is_cpu() && bytes >= kLarge) {
+    const uintptr_t begin = reinterpret_cast<uintptr_t>(tensor.mutable_data_ptr());
+    const uintptr_t first = (begin + kPage - 1) / kPage * kPage;
+    const uintptr_t last = (begin + bytes) / kPage * kPage;
+    // A hint: where huge pages are off, nothing changes.
+    madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+  }
+#endif
+  return tensor;
+}
+
+inline void check_same_device(const Tensor& a, const Tensor& b) {
+  STD_TORCH_CHECK(
+      a.is_cuda() == b.is_cuda() && a.get_device_index() == b.get_device_index(),
+      "mmdet_moe: all tensors of one call must lie on one device");
+}
+
+inline void check_ids(const Tensor& ids, const char* name, int64_t dim) {
+  STD_TORCH_CHECK(
+      ids.scalar_type() == ScalarType::Long && ids.dim() == dim,
+      "mmdet_moe: ", name, " must be an int64 tensor of ", dim, " dimension(s)");
+}
+
+inline void check_rows(const Tensor& rows, const char* name) {
+  STD_TORCH_CHECK(rows.dim() >= 1, "mmdet_moe: ", name, " must have at least one dimension");
+}
+
+// double rows are weighted and summed in double, all others in float.
+inline ScalarType accumulation_type(ScalarType rows) {
+  return rows == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+inline void check_dispatch(const Tensor& x, const Tensor& order, int64_t k) {
+  check_rows(x, "x");
+  check_ids(order, "order", 1);
+  check_same_device(x, order);
+  STD_TORCH_CHECK(k >= 1, "mmdet_moe: k must be at least 1, got ", k);
+  STD_TORCH_CHECK(
+      order.size(0) <= x.size(0) * k,
+      "mmdet_moe: order has ", order.size(0), " routes, more than ", x.size(0), " items times k=", k);
+}
+
+inline void check_dispatch_backward(
+    const Tensor& grad, const Tensor& order, int64_t k, int64_t num_items) {
+  check_rows(grad, "grad");
+  check_ids(order, "order", 1);
+  check_same_device(grad, order);
+  STD_TORCH_CHECK(k >= 1, "mmdet_moe: k must be at least 1, got ", k);
+  STD_TORCH_CHECK(
+      order.size(0) == grad.size(0) && order.size(0) <= num_items * k,
+      "mmdet_moe: order has ", order.size(0), " routes for ", grad.size(0), " rows and ", num_items,
+      " items times k=", k);
+}
+
+inline void check_combine(const Tensor& y, const Tensor& weights, const Tensor& inverse) {
+  check_rows(y, "y");
+  check_ids(inverse, "inverse", 2);
+  check_same_device(y, weights);
+  check_same_device(y, inverse);
+  STD_TORCH_CHECK(
+      weights.scalar_type() == accumulation_type(y.scalar_type()),
+      "mmdet_moe: weights must be float64 for float64 rows and float32 for all others");
+  STD_TORCH_CHECK(
+      weights.dim() == 2 && weights.size(0) == inverse.size(0) && weights.size(1) == inverse.size(1),
+      "mmdet_moe: weights and inverse must have the same shape (T, K)");
+  STD_TORCH_CHECK(
+      y.size(0) <= inverse.size(0) * inverse.size(1),
+      "mmdet_moe: y has ", y.size(0), " rows, more than there are routes");
+}
+
+inline void check_combine_backward(
+    const Tensor& grad, const Tensor& y, const Tensor& weights, const Tensor& inverse) {
+  check_combine(y, weights, inverse);
+  check_rows(grad, "grad");
+  check_same_device(y, grad);
+  STD_TORCH_CHECK(
+      grad.scalar_type() == y.scalar_type() && grad.size(0) == inverse.size(0) &&
+          row_width(grad) == row_width(y),
+      "mmdet_moe: grad must have y's dtype and one row of y's width per item");
+}
+
+}  // namespace mmdet_moe

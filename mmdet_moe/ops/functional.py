@@ -1,0 +1,116 @@
+"""The ops as functions with their checks."""
+
+import torch
+from torch import Tensor
+
+from mmdet_moe.ops import library  # noqa: F401  # registers torch.ops.mmdet_moe.*
+
+
+def sort_routes(expert_ids_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Sort the M = T·K routes by expert, keeping the order of the items inside each expert.
+
+    Args:
+        expert_ids_TK: Chosen experts, int64 of shape (T, K), values in [0, num_experts), or -1 for
+            "no choice". Such routes are sorted behind all others and belong to nobody.
+        num_experts: Number of experts E.
+
+    Returns:
+        ``order_M`` (int64): flat route indices ``t * K + j``, expert 0's routes first.
+        ``offsets`` (int64, shape (E + 1,)): expert e owns ``order_M[offsets[e]:offsets[e + 1]]``;
+        ``R = offsets[E]`` routes are somebody's.
+        ``inverse_TK`` (int64): the position of route (t, j) in ``order_M``; R and more for routes
+        of nobody.
+
+    Raises:
+        ValueError: If ``expert_ids_TK`` is not a two-dimensional int64 tensor.
+        RuntimeError: If an id is out of range. On a GPU this is a device-side assertion, which
+            shows up at the next synchronisation.
+    """
+    if expert_ids_TK.dim() != 2 or expert_ids_TK.dtype != torch.int64:
+        raise ValueError(
+            'expert_ids must be an int64 tensor of shape (T, K), got '
+            f'{expert_ids_TK.dtype} of shape {tuple(expert_ids_TK.shape)}'
+        )
+    if num_experts < 1:
+        raise ValueError(f'num_experts must be at least 1, got {num_experts}')
+    return torch.ops.mmdet_moe.sort_routes(expert_ids_TK, num_experts)
+
+
+def dispatch(x_T: Tensor, order: Tensor, k: int) -> Tensor:
+    """Gather the items in expert order.
+
+    Args:
+        x_T: Items, shape (T, ...), any dtype.
+        order: From :func:`sort_routes`, or its first R entries, which leaves out the routes of
+            nobody. No route may occur twice.
+        k: Experts per item, K.
+
+    Returns:
+        Rows of shape (R, ...): row r is item ``order[r] // k``.
+
+    Raises:
+        ValueError: For an ``order`` of a wrong dtype, shape or device, and for k < 1.
+    """
+    if x_T.dim() < 1:
+        raise ValueError('x must have at least one dimension, the items')
+    if order.dim() != 1 or order.dtype != torch.int64:
+        raise ValueError(
+            f'order must be an int64 tensor of shape (R,), got {order.dtype} of shape '
+            f'{tuple(order.shape)}'
+        )
+    if k < 1:
+        raise ValueError(f'k must be at least 1, got {k}')
+    _check_device('order', order, 'x', x_T)
+    if order.shape[0] > x_T.shape[0] * k:
+        raise ValueError(
+            f'order has {order.shape[0]} routes, but {x_T.shape[0]} items with k={k} have only '
+            f'{x_T.shape[0] * k}'
+        )
+    return torch.ops.mmdet_moe.dispatch(x_T, order, k)
+
+
+def combine(y_R: Tensor, weights_TK: Tensor, inverse_TK: Tensor) -> Tensor:
+    """Sum each item's rows, weighted, in the fixed order of the choice (hence deterministic).
+
+    Rows are weighted and summed in float32, those of float64 in float64.
+
+    Args:
+        y_R: Expert outputs in expert order, shape (R, ...), floating point.
+        weights_TK: Weights, shape (T, K), of any floating-point dtype.
+        inverse_TK: From :func:`sort_routes`. Positions of R and more contribute 0; every one below
+            must occur exactly once.
+
+    Returns:
+        Tensor of shape (T, ...) and of ``y_R``'s dtype, also under autocast.
+
+    Raises:
+        ValueError: For wrong dtypes, shapes or devices.
+    """
+    if y_R.dim() < 1 or not y_R.is_floating_point():
+        raise ValueError(f'y must be a floating-point tensor of shape (R, ...), got {y_R.dtype}')
+    if inverse_TK.dim() != 2 or inverse_TK.dtype != torch.int64:
+        raise ValueError(
+            'inverse must be an int64 tensor of shape (T, K), got '
+            f'{inverse_TK.dtype} of shape {tuple(inverse_TK.shape)}'
+        )
+    if weights_TK.shape != inverse_TK.shape or not weights_TK.is_floating_point():
+        raise ValueError(
+            f'weights must be a floating-point tensor of shape {tuple(inverse_TK.shape)}, as '
+            f'inverse, got {weights_TK.dtype} of shape {tuple(weights_TK.shape)}'
+        )
+    _check_device('weights', weights_TK, 'y', y_R)
+    _check_device('inverse', inverse_TK, 'y', y_R)
+    if y_R.shape[0] > inverse_TK.numel():
+        raise ValueError(
+            f'y has {y_R.shape[0]} rows, but inverse has only {inverse_TK.numel()} positions'
+        )
+    wide = torch.float64 if y_R.dtype == torch.float64 else torch.float32
+    return torch.ops.mmdet_moe.combine(y_R, weights_TK.to(wide), inverse_TK)
+
+
+def _check_device(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
+    if tensor.device != other.device:
+        raise ValueError(
+            f'{name} is on {tensor.device}, but {other_name} on {other.device}; '
+            'move both to one device'
+        )

@@ -1,0 +1,114 @@
+"""The ops ``torch.ops.mmdet_moe.*``: schemas, shapes, gradients, and which kernels serve them.
+
+The PyTorch reference serves every device. Where a binary has been built for a device
+(:mod:`mmdet_moe.ops.native`), its kernels are registered for that device and take precedence.
+"""
+
+import torch
+from torch import Tensor
+
+from mmdet_moe.ops import native, reference
+
+_SCHEMAS = (
+    'sort_routes(Tensor expert_ids, int num_experts) -> (Tensor order, Tensor offsets, '
+    'Tensor inverse)',
+    'dispatch(Tensor x, Tensor order, int k) -> Tensor',
+    'dispatch_backward(Tensor grad, Tensor order, int k, int num_items) -> Tensor',
+    'combine(Tensor y, Tensor weights, Tensor inverse) -> Tensor',
+    'combine_backward(Tensor grad, Tensor y, Tensor weights, Tensor inverse) -> (Tensor grad_y, '
+    'Tensor grad_weights)',
+)
+
+# Kept for as long as the process lives: dropping it would unregister everything.
+_LIBRARY = torch.library.Library('mmdet_moe', 'DEF')
+
+
+def _sort_routes_shapes(expert_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        expert_ids.new_empty(expert_ids.shape[0] * expert_ids.shape[1]),
+        expert_ids.new_empty(num_experts + 1),
+        expert_ids.new_empty(expert_ids.shape),
+    )
+
+
+def _dispatch_shape(x: Tensor, order: Tensor, k: int) -> Tensor:
+    return x.new_empty(order.shape[0], *x.shape[1:])
+
+
+def _dispatch_backward_shape(grad: Tensor, order: Tensor, k: int, num_items: int) -> Tensor:
+    return grad.new_empty(num_items, *grad.shape[1:])
+
+
+def _combine_shape(y: Tensor, weights: Tensor, inverse: Tensor) -> Tensor:
+    return y.new_empty(inverse.shape[0], *y.shape[1:])
+
+
+def _combine_backward_shapes(
+    grad: Tensor, y: Tensor, weights: Tensor, inverse: Tensor
+) -> tuple[Tensor, Tensor]:
+    return y.new_empty(y.shape), weights.new_empty(weights.shape)
+
+
+def _save_for_dispatch(ctx, inputs, output) -> None:
+    x, order, k = inputs
+    ctx.save_for_backward(order)
+    ctx.k, ctx.num_items = k, x.shape[0]
+
+
+def _dispatch_gradient(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+    (order,) = ctx.saved_tensors
+    return torch.ops.mmdet_moe.dispatch_backward(grad, order, ctx.k, ctx.num_items), None, None
+
+
+def _save_for_dispatch_backward(ctx, inputs, output) -> None:
+    _, order, k, _ = inputs
+    ctx.save_for_backward(order)
+    ctx.k = k
+
+
+def _dispatch_backward_gradient(ctx, grad: Tensor) -> tuple[Tensor, None, None, None]:
+    (order,) = ctx.saved_tensors
+    return torch.ops.mmdet_moe.dispatch(grad, order, ctx.k), None, None, None
+
+
+def _save_for_combine(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _combine_gradient(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+    return *torch.ops.mmdet_moe.combine_backward(grad, *ctx.saved_tensors), None
+
+
+def _no_second_derivative(ctx, *grads) -> None:
+    raise RuntimeError(
+        'mmdet_moe.combine has no second derivative; compute it with combine of '
+        'mmdet_moe.ops.reference'
+    )
+
+
+def _register() -> None:
+    for schema in _SCHEMAS:
+        _LIBRARY.define(schema)
+    shapes = {
+        'sort_routes': _sort_routes_shapes,
+        'dispatch': _dispatch_shape,
+        'dispatch_backward': _dispatch_backward_shape,
+        'combine': _combine_shape,
+        'combine_backward': _combine_backward_shapes,
+    }
+    for name, shape in shapes.items():
+        _LIBRARY.impl(name, getattr(reference, name), 'CompositeExplicitAutograd')
+        torch.library.register_fake(f'mmdet_moe::{name}', shape, lib=_LIBRARY)
+    for name, gradient, save in (
+        ('dispatch', _dispatch_gradient, _save_for_dispatch),
+        ('dispatch_backward', _dispatch_backward_gradient, _save_for_dispatch_backward),
+        ('combine', _combine_gradient, _save_for_combine),
+        ('combine_backward', _no_second_derivative, None),
+    ):
+        torch.library.register_autograd(
+            f'mmdet_moe::{name}', gradient, setup_context=save, lib=_LIBRARY
+        )
+    native.load()
+
+
+_register()
