@@ -6,7 +6,7 @@ from mmdet_moe.moe.constraints import (
     MeanImportanceConstraint,
     RelativeImportanceConstraint,
 )
-from mmdet_moe.moe.experts import upcycle
+from mmdet_moe.moe.experts import Experts, ModuleExperts, StackedExperts, upcycle
 from mmdet_moe.moe.layer import (
     DECISION_WEIGHTS,
     MoELayer,
@@ -33,15 +33,18 @@ __all__ = [
     'Constraint',
     'ConvGAPRouter',
     'EntropyLoss',
+    'Experts',
     'GAPRouter',
     'ImportanceLoss',
     'KLLoss',
     'MeanImportanceConstraint',
     'MoELayer',
+    'ModuleExperts',
     'RelativeImportanceConstraint',
     'Router',
     'RouterZLoss',
     'Routing',
+    'StackedExperts',
     'SwitchLoss',
     'Utilization',
     'UtilizationReport',

@@ -1,19 +1,20 @@
 """The MoE layer: a router that routes, experts that compute, glued by dispatch and combine."""
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from mmengine.logging import MessageHub
-from mmengine.model import BaseModule, ModuleList
+from mmengine.model import BaseModule
 from torch import Tensor, nn
 
-from mmdet_moe import ops
 from mmdet_moe.errors import ConfigError, NonFiniteRouterError
-from mmdet_moe.moe.experts import independent_copies, upcycle
-from mmdet_moe.moe.patches import PatchGrid, receptive_field
+from mmdet_moe.moe.experts import Experts, ModuleExperts, independent_copies, upcycle
+from mmdet_moe.moe.patches import PatchGrid
 from mmdet_moe.moe.routers import Router
+from mmdet_moe.moe.routes import Routes
 from mmdet_moe.moe.routing import Routing
 from mmdet_moe.registry import MODELS
 
@@ -36,8 +37,10 @@ class MoELayer(BaseModule):
     5. The rows go back to the order of the items and are summed with their weights (combine).
 
     Args:
-        expert: A config (built ``num_experts`` times), a module (copied, with fresh weights), or a
-            sequence of modules that are used as they are.
+        expert: A config (built ``num_experts`` times), a module (copied, with fresh weights), a
+            sequence of modules that are used as they are, or a kind of
+            :class:`~mmdet_moe.moe.Experts` (a config or an instance), which evaluates all of them
+            together.
         num_experts: E.
         top_k: k.
         router: Config of a :class:`~mmdet_moe.moe.Router`, without the numbers given here, or an
@@ -62,7 +65,7 @@ class MoELayer(BaseModule):
 
     def __init__(
         self,
-        expert: dict | nn.Module | Sequence[nn.Module],
+        expert: dict | nn.Module | Experts | Sequence[nn.Module],
         num_experts: int,
         top_k: int,
         router: dict | Router | None = None,
@@ -99,7 +102,7 @@ class MoELayer(BaseModule):
             raise ConfigError(f'upcycle_noise={upcycle_noise!r} must be a number of at least 0')
         self.granularity = granularity
         self.grid_size = grid_size
-        self.halo, self.stride = receptive_field(self.experts[0]) if grid_size > 1 else (0, 1)
+        self.halo, self.stride = self.experts.receptive_field() if grid_size > 1 else (0, 1)
         self.decision_weight = decision_weight
         self.upcycle_noise = upcycle_noise
         self.name = type(self).__name__
@@ -117,8 +120,7 @@ class MoELayer(BaseModule):
 
     def _share_initial_weights(self) -> None:
         if self.expert_init == 'shared':
-            for expert in self.experts[1:]:
-                expert.load_state_dict(self.experts[0].state_dict())
+            self.experts.share_weights()
 
     @property
     def num_experts(self) -> int:
@@ -202,22 +204,8 @@ class MoELayer(BaseModule):
 
     def _mix(self, x: Tensor, patches: PatchGrid, expert_ids: Tensor, weights: Tensor) -> Tensor:
         """Steps 3 to 5 for one map."""
-        crops_T = patches.crop(x)
-        # A weight of exactly 0 is no choice: such rows go to a bucket behind the last expert.
-        expert_ids = expert_ids.masked_fill(weights == 0, self.num_experts)
-        order_M, offsets, inverse_TK = ops.sort_routes(expert_ids, self.num_experts + 1)
-        rows_M = ops.dispatch(crops_T, order_M, self.top_k)
-        bounds = offsets.tolist()
-        results = [
-            expert(rows_M[start:stop])
-            for expert, start, stop in zip(self.experts, bounds[:-2], bounds[1:-1], strict=True)
-            if stop > start
-        ]
-        if not results:  # an empty batch; one expert still says the output's shape
-            results = [self.experts[0](rows_M)]
-        if dropped := bounds[-1] - bounds[-2]:
-            results.append(results[0].new_zeros(dropped, *results[0].shape[1:]))
-        y = patches.place(ops.combine(torch.cat(results), weights, inverse_TK))
+        routes = Routes(expert_ids, weights, self.num_experts)
+        y = patches.place(self.experts(patches.crop(x), routes))
         return y if self.shortcut is None else y + self.shortcut(x)
 
     def _keep_in_graph(self, output: Tensor, routing: Routing) -> Tensor:
@@ -227,7 +215,7 @@ class MoELayer(BaseModule):
         should be 0, not missing, whether or not another rank used its expert.
         """
         unused = (routing.load() == 0).nonzero().flatten().tolist()
-        parameters = [p for e in unused for p in self.experts[e].parameters() if p.requires_grad]
+        parameters = [p for e in unused for p in self.experts.parameters_of(e) if p.requires_grad]
         return _ZeroGradient.apply(output, *parameters) if parameters else output
 
     def _check_norms(self) -> None:
@@ -324,17 +312,22 @@ def _build_router(
 
 
 def _build_experts(
-    expert: dict | nn.Module | Sequence[nn.Module], num_experts: int
-) -> nn.ModuleList:
+    expert: dict | nn.Module | Experts | Sequence[nn.Module], num_experts: int
+) -> Experts:
     if isinstance(expert, dict):
-        experts = [MODELS.build(expert) for _ in range(num_experts)]
-    elif isinstance(expert, nn.Module) and not isinstance(expert, nn.ModuleList):
-        experts = independent_copies(expert, num_experts)
-    else:
-        experts = list(expert)
-    if len(experts) != num_experts:
-        raise ConfigError(f'num_experts={num_experts}, but {len(experts)} experts were given')
-    return ModuleList(experts)
+        kind = MODELS.get(expert['type']) if isinstance(expert.get('type'), str) else None
+        if inspect.isclass(kind) and issubclass(kind, Experts):
+            expert = MODELS.build({**expert, 'num_experts': num_experts})
+        else:
+            expert = [MODELS.build(expert) for _ in range(num_experts)]
+    elif isinstance(expert, nn.Module) and not isinstance(expert, (nn.ModuleList, Experts)):
+        expert = independent_copies(expert, num_experts)
+    experts = expert if isinstance(expert, Experts) else ModuleExperts(expert)
+    if experts.num_experts != num_experts:
+        raise ConfigError(
+            f'num_experts={num_experts}, but {experts.num_experts} experts were given'
+        )
+    return experts
 
 
 def _areas(routing: Routing, maps: list[Tensor], patches: list[PatchGrid]) -> Tensor:

@@ -9,7 +9,7 @@ from torch import nn
 
 from mmdet_moe.errors import ConfigError
 from mmdet_moe.moe import MoELayer
-from mmdet_moe.moe.experts import upcycle
+from mmdet_moe.moe.experts import ModuleExperts, upcycle
 
 
 def stage(width=6):
@@ -135,7 +135,7 @@ def test_a_deep_copy_loads_into_itself(randomise):
 def test_other_classes_are_left_to_the_loader(randomise):
     """A prediction layer of another shape is handed on; what fits is loaded."""
     dense = randomise(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 80, 1)))
-    experts = nn.ModuleList(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 7, 1)) for _ in range(2))
+    experts = ModuleExperts(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 7, 1)) for _ in range(2))
     state = dense.state_dict(prefix='head.')
     upcycle(state, 'head.', 'head.', experts, noise=0)
     for e in range(2):
@@ -147,7 +147,7 @@ def test_other_classes_are_left_to_the_loader(randomise):
 def test_noise_is_the_same_on_every_rank(randomise):
     """Whatever the random state of the process; but another one for each expert."""
     dense = randomise(nn.Sequential(nn.Conv2d(3, 4, 3)))
-    experts = nn.ModuleList(nn.Sequential(nn.Conv2d(3, 4, 3)) for _ in range(2))
+    experts = ModuleExperts(nn.Sequential(nn.Conv2d(3, 4, 3)) for _ in range(2))
     states = []
     for seed in (1, 2):
         torch.manual_seed(seed)

@@ -1,34 +1,19 @@
-"""Making experts of a dense module, and loading a dense checkpoint into them."""
+"""Loading a dense checkpoint into experts."""
 
-import copy
-import re
 import zlib
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mmdet_moe.errors import ConfigError
-
-
-def independent_copies(module: nn.Module, num: int) -> list[nn.Module]:
-    """The module itself and ``num - 1`` copies whose weights are drawn anew.
-
-    Layers with a ``reset_parameters`` method (all of PyTorch's own) get fresh values, so experts
-    differ from the start; further initialisation is the business of MMEngine's ``init_weights``.
-    """
-    copies = [module] + [copy.deepcopy(module) for _ in range(num - 1)]
-    for clone in copies[1:]:
-        for layer in clone.modules():
-            if callable(getattr(layer, 'reset_parameters', None)):
-                layer.reset_parameters()
-    return copies
+from mmdet_moe.moe.experts.base import Experts
 
 
 def upcycle(
     state_dict: dict[str, Tensor],
     dense_prefix: str,
     moe_prefix: str,
-    experts: nn.ModuleList,
+    experts: Experts,
     noise: float,
 ) -> None:
     """Turn the entries of a dense module into entries of its experts, in place.
@@ -51,16 +36,22 @@ def upcycle(
         ConfigError: If the checkpoint holds another number of experts, or if no dense weight has
             the shape of the experts'.
     """
-    _check_number_of_experts(state_dict, moe_prefix, len(experts))
-    if any(key.startswith(moe_prefix + 'experts.') for key in state_dict):
-        return
-    expected = experts[0].state_dict()
+    prefix = moe_prefix + 'experts.'
+    dense_prefix += experts.dense_scope
+    expected = experts.entries()
+    found = experts.count(state_dict, prefix)
+    if found not in (0, experts.num_experts):
+        raise ConfigError(
+            f'The checkpoint has {found} experts in "{moe_prefix.rstrip(".")}" but the model has '
+            f'{experts.num_experts}; set num_experts={found} in the config, or load a dense '
+            'checkpoint'
+        )
     dense = {
         name: state_dict[dense_prefix + name]
         for name in expected
         if dense_prefix + name in state_dict
     }
-    if not dense:
+    if found or not dense:
         return
     weights = [name for name, value in dense.items() if value.dim() > 1]
     if weights and all(dense[name].shape != expected[name].shape for name in weights):
@@ -73,21 +64,14 @@ def upcycle(
         )
     for name, value in dense.items():
         del state_dict[dense_prefix + name]
-        for e in range(len(experts)):
-            key = f'{moe_prefix}experts.{e}.{name}'
-            clone = value.clone()
-            if noise > 0 and value.is_floating_point() and value.dim() > 1:
-                generator = torch.Generator().manual_seed(zlib.crc32(key.encode()))
-                draw = torch.randn(value.shape, generator=generator).to(value)
-                clone += noise * value.std(correction=0) * draw
-            state_dict[key] = clone
+        copies = [_copy(value, noise, f'{prefix}{e}.{name}') for e in range(experts.num_experts)]
+        experts.store(state_dict, prefix, name, copies)
 
 
-def _check_number_of_experts(state_dict: dict[str, Tensor], prefix: str, num_experts: int) -> None:
-    pattern = re.compile(re.escape(prefix) + r'experts\.(\d+)\.')
-    found = {int(m.group(1)) for m in map(pattern.match, state_dict) if m}
-    if found and len(found) != num_experts:
-        raise ConfigError(
-            f'The checkpoint has {len(found)} experts in "{prefix.rstrip(".")}" but the model has '
-            f'{num_experts}; set num_experts={len(found)} in the config, or load a dense checkpoint'
-        )
+def _copy(value: Tensor, noise: float, name: str) -> Tensor:
+    clone = value.clone()
+    if noise > 0 and value.is_floating_point() and value.dim() > 1:
+        generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+        draw = torch.randn(value.shape, generator=generator).to(value)
+        clone += noise * value.std(correction=0) * draw
+    return clone

@@ -1,0 +1,106 @@
+"""What an MoE layer needs of its experts, of whatever kind they are."""
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor, nn
+
+from mmdet_moe.moe.routes import Routes
+
+
+class Experts(nn.Module, ABC):
+    """E experts of one kind, evaluated together.
+
+    A subclass decides where the weights live and how items meet their experts; routers, balancing,
+    granularity and analysis do not depend on it.
+    """
+
+    #: Where in the dense module the entries lie, with a dot: ``'conv.'`` in a ``ConvModule``.
+    dense_scope: str = ''
+
+    @property
+    @abstractmethod
+    def num_experts(self) -> int:
+        """E."""
+
+    @abstractmethod
+    def forward(self, x_T: Tensor, routes: Routes) -> Tensor:
+        """``y_t = sum_j w_tj E_{id_tj}(x_t)``.
+
+        Args:
+            x_T: Items, (T, ...).
+            routes: Which experts each item goes to, and with what weights.
+
+        Returns:
+            (T, ...).
+        """
+
+    @abstractmethod
+    def receptive_field(self) -> tuple[int, int]:
+        """Radius of one expert's receptive field in input pixels, and its total stride.
+
+        Raises:
+            ConfigError: If they cannot be told.
+        """
+
+    @abstractmethod
+    def share_weights(self) -> None:
+        """Make all experts copies of the first one."""
+
+    @abstractmethod
+    def parameters_of(self, expert: int) -> list[nn.Parameter]:
+        """The parameters that are missing in the graph when this expert gets no items."""
+
+    @abstractmethod
+    def entries(self) -> dict[str, Tensor]:
+        """One expert's parameters and buffers by the names that they have in a dense module."""
+
+    @abstractmethod
+    def count(self, state_dict: dict[str, Tensor], prefix: str) -> int:
+        """How many experts a checkpoint has under ``prefix``; 0 if it has none."""
+
+    @abstractmethod
+    def store(
+        self, state_dict: dict[str, Tensor], prefix: str, name: str, copies: list[Tensor]
+    ) -> None:
+        """Put one entry of every expert into a checkpoint, in place."""
+
+
+class StackedExperts(Experts):
+    """Experts whose weights lie in common parameters, stacked along a first axis of length E."""
+
+    @property
+    def num_experts(self) -> int:
+        return next(self.parameters()).shape[0]
+
+    @torch.no_grad()
+    def share_weights(self) -> None:
+        for parameter in self.parameters():
+            parameter[1:] = parameter[0].clone()
+
+    def parameters_of(self, expert: int) -> list[nn.Parameter]:
+        return []
+
+    def entries(self) -> dict[str, Tensor]:
+        return {name: value[0] for name, value in self.state_dict().items()}
+
+    def count(self, state_dict: dict[str, Tensor], prefix: str) -> int:
+        self._stack_listed(state_dict, prefix)
+        found = [state_dict[prefix + n] for n in self.state_dict() if prefix + n in state_dict]
+        return len(found[0]) if found else 0
+
+    def store(
+        self, state_dict: dict[str, Tensor], prefix: str, name: str, copies: list[Tensor]
+    ) -> None:
+        state_dict[prefix + name] = torch.stack(copies)
+
+    def _stack_listed(self, state_dict: dict[str, Tensor], prefix: str) -> None:
+        """Stack the entries of a checkpoint whose experts are a list of modules."""
+        for name in self.state_dict():
+            listed = []
+            while (key := f'{prefix}{len(listed)}.{self.dense_scope}{name}') in state_dict:
+                listed.append(state_dict[key])
+            if listed:
+                for e in range(len(listed)):
+                    del state_dict[f'{prefix}{e}.{self.dense_scope}{name}']
+                self.store(state_dict, prefix, name, listed)

@@ -1,0 +1,74 @@
+"""Experts that are modules of any kind, each with its own weights."""
+
+import copy
+import re
+
+import torch
+from mmengine.model import ModuleList
+from torch import Tensor, nn
+
+from mmdet_moe.moe.experts.base import Experts
+from mmdet_moe.moe.patches import receptive_field
+from mmdet_moe.moe.routes import Routes
+
+
+class ModuleExperts(ModuleList, Experts):
+    """A list of E modules of the same kind. Each computes its items as one sub-batch; one without
+    items is not evaluated.
+
+    Args:
+        modules: The experts, which map (T, ...) to (T, ...).
+    """
+
+    @property
+    def num_experts(self) -> int:
+        return len(self)
+
+    def forward(self, x_T: Tensor, routes: Routes) -> Tensor:
+        rows_R = routes.dispatch(x_T)
+        bounds = routes.bounds
+        results = [
+            expert(rows_R[start:stop])
+            for expert, start, stop in zip(self, bounds[:-1], bounds[1:], strict=True)
+            if stop > start
+        ]
+        if not results:  # nothing to do; one expert still says the output's shape
+            results = [self[0](rows_R)]
+        return routes.combine(results[0] if len(results) == 1 else torch.cat(results))
+
+    def receptive_field(self) -> tuple[int, int]:
+        return receptive_field(self[0])
+
+    def share_weights(self) -> None:
+        for expert in self[1:]:
+            expert.load_state_dict(self[0].state_dict())
+
+    def parameters_of(self, expert: int) -> list[nn.Parameter]:
+        return list(self[expert].parameters())
+
+    def entries(self) -> dict[str, Tensor]:
+        return dict(self[0].state_dict())
+
+    def count(self, state_dict: dict[str, Tensor], prefix: str) -> int:
+        pattern = re.compile(re.escape(prefix) + r'(\d+)\.')
+        return len({int(m.group(1)) for m in map(pattern.match, state_dict) if m})
+
+    def store(
+        self, state_dict: dict[str, Tensor], prefix: str, name: str, copies: list[Tensor]
+    ) -> None:
+        for e, value in enumerate(copies):
+            state_dict[f'{prefix}{e}.{name}'] = value
+
+
+def independent_copies(module: nn.Module, num: int) -> list[nn.Module]:
+    """The module itself and ``num - 1`` copies whose weights are drawn anew.
+
+    Layers with a ``reset_parameters`` method (all of PyTorch's own) get fresh values, so experts
+    differ from the start; further initialisation is the business of MMEngine's ``init_weights``.
+    """
+    copies = [module] + [copy.deepcopy(module) for _ in range(num - 1)]
+    for clone in copies[1:]:
+        for layer in clone.modules():
+            if callable(getattr(layer, 'reset_parameters', None)):
+                layer.reset_parameters()
+    return copies

@@ -1,0 +1,47 @@
+"""The way of one map's items to their experts and back."""
+
+from functools import cached_property
+
+from torch import Tensor
+
+from mmdet_moe import ops
+
+
+class Routes:
+    """The routes of T items, sorted by expert.
+
+    A weight of exactly 0 is no choice: such a route belongs to no expert and takes no row.
+
+    Args:
+        expert_ids: int64 (T, K).
+        weights: (T, K).
+        num_experts: E.
+
+    Attributes:
+        offsets: int64 (E + 1,): expert e owns the rows ``offsets[e]`` to ``offsets[e + 1]``.
+    """
+
+    def __init__(self, expert_ids: Tensor, weights: Tensor, num_experts: int) -> None:
+        self.expert_ids = expert_ids
+        self.weights = weights
+        self.num_experts = num_experts
+        chosen = expert_ids.masked_fill(weights == 0, -1)
+        self._order, self.offsets, self._inverse = ops.sort_routes(chosen, num_experts)
+
+    @property
+    def top_k(self) -> int:
+        """K."""
+        return self.expert_ids.shape[1]
+
+    @cached_property
+    def bounds(self) -> list[int]:
+        """``offsets`` on the host, which waits for the device."""
+        return self.offsets.tolist()
+
+    def dispatch(self, x_T: Tensor) -> Tensor:
+        """Copy the items to rows in the order of the experts: (T, ...) to (R, ...)."""
+        return ops.dispatch(x_T, self._order[: self.bounds[-1]], self.top_k)
+
+    def combine(self, y_R: Tensor) -> Tensor:
+        """Sum each item's rows with their weights: (R, ...) to (T, ...)."""
+        return ops.combine(y_R, self.weights, self._inverse)
