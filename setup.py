@@ -2,15 +2,49 @@
 
 The requirements here are lower bounds, so that the plugin fits into an environment that a user has
 already; ``requirements/runtime.txt`` pins the versions that are tested together.
+
+The native kernels are compiled if the environment that is installed into has PyTorch and a compiler
+(and, for CUDA, ``nvcc``). An installation never fails for the lack of them: PyTorch code serves
+instead, and ``python -m mmdet_moe.ops`` tells why, and builds later.
 """
 
+import importlib.util
+import sys
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import Extension, find_packages, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
 version: dict[str, str] = {}
 exec((ROOT / 'mmdet_moe' / 'version.py').read_text(), version)
+
+
+class BuildKernels(build_ext):
+    """Compile with ``mmdet_moe/ops/build.py``, which needs no Python headers."""
+
+    def run(self) -> None:
+        spec = importlib.util.spec_from_file_location('ops_build', ROOT / 'mmdet_moe/ops/build.py')
+        build = sys.modules['ops_build'] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(build)
+        target = ROOT if self.inplace or self.editable_mode else Path(self.build_lib)
+        for entry in build.build(target / 'mmdet_moe' / 'ops' / 'lib'):
+            print(f'native kernels for {entry.device}: {entry.reason or "built"}', file=sys.stderr)
+
+    def get_outputs(self) -> list[str]:
+        return []
+
+    def get_output_mapping(self) -> dict[str, str]:
+        return {}
+
+
+class AnyPython(bdist_wheel):
+    """The binaries belong to a platform, but to no version of Python."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return 'py3', 'none', super().get_tag()[2]
+
 
 setup(
     name='mmdet_moe',
@@ -20,6 +54,9 @@ setup(
     long_description_content_type='text/markdown',
     license='Apache-2.0',
     packages=find_packages(include=['mmdet_moe', 'mmdet_moe.*']),
+    package_data={'mmdet_moe.ops': ['csrc/*.h', 'csrc/*/*']},
+    ext_modules=[Extension('mmdet_moe.ops.lib', [])],
+    cmdclass={'build_ext': BuildKernels, 'bdist_wheel': AnyPython},
     python_requires='>=3.10',
     install_requires=[
         'torch>=2.6',
