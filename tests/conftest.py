@@ -42,6 +42,14 @@ def digit_scenes_folder(tmp_path_factory):
 
 
 @pytest.fixture
+def set_threads():
+    """Change the number of PyTorch's threads until the end of the test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
 def randomise():
     """Fill all parameters and normalisation statistics of a module with random values.
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from mmdet_moe.errors import ConfigError
+from mmdet_moe.moe.items import Items
 
 #: Layers that compute every pixel by itself, given fixed normalisation statistics.
 _POINTWISE = (
@@ -78,7 +79,7 @@ class _Axis:
 
 
 @dataclass(frozen=True)
-class PatchGrid:
+class PatchGrid(Items):
     """The patches of one feature map.
 
     Args:
@@ -211,6 +212,6 @@ def _computes(leaf: nn.Module) -> bool:
 
 def _unknown(module: nn.Module) -> ConfigError:
     return ConfigError(
-        f'granularity="patch" cannot tell the receptive field of {type(module).__name__}; use '
-        'granularity="image", or experts made of convolutions, pointwise layers and batch norm'
+        'granularity="patch" and granularity="pixel" cannot tell the receptive field of '
+        f'{type(module).__name__}; use granularity="image", or experts made of convolutions, pointwise layers and batch norm'
     )

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from mmdet_moe.errors import ConfigError
 from mmdet_moe.moe.constraints import Constraint
+from mmdet_moe.moe.items import Items
 from mmdet_moe.moe.patches import PatchGrid
 from mmdet_moe.moe.routing import Routing
 from mmdet_moe.registry import MODELS
@@ -95,18 +96,25 @@ class Router(nn.Module, ABC):
             # Equal noise for every expert at the start, as in arXiv 1701.06538.
             nn.init.zeros_(self.noise_fc.weight)
 
+    #: Whether the router computes on feature maps, so that it cannot route tokens.
+    needs_maps = False
+
     @abstractmethod
-    def compute_logits(self, x: Tensor, patches: PatchGrid) -> Tensor:
-        """Logits (items, E) of one feature map (N, C, H, W), without noise, at least float32."""
+    def compute_logits(self, x: Tensor, patches: Items) -> Tensor:
+        """Logits (items, E) of one feature map (N, C, H, W), without noise, at least float32.
+
+        With tokens, the input is (..., C) instead of a map; ``patches.pool`` knows the difference.
+        """
 
     def forward(
-        self, x: Tensor | Sequence[Tensor], patches: Sequence[PatchGrid] | None = None
+        self, x: Tensor | Sequence[Tensor], patches: Sequence[Items] | None = None
     ) -> Routing:
         """Route one feature map, or all pyramid levels of a batch together.
 
         Args:
-            x: (N, C, H, W), or a sequence of such maps with the same N and C.
-            patches: One grid per map; by default every image of every map is one item.
+            x: (N, C, H, W), or a sequence of such maps with the same N and C. Tokens: (N, ..., C),
+                or a sequence of such inputs with the same N and C.
+            patches: The items of each map; by default every image of every map is one item.
 
         Returns:
             One Routing for all items, with uniform ``decision_weights``.
@@ -173,7 +181,7 @@ class GAPRouter(Router):
         self.fc = nn.Linear(in_channels, num_experts)
         _init_fc(self.fc)
 
-    def compute_logits(self, x: Tensor, patches: PatchGrid) -> Tensor:
+    def compute_logits(self, x: Tensor, patches: Items) -> Tensor:
         return _linear(self.fc, patches.pool(x))
 
 
@@ -185,6 +193,8 @@ class ConvGAPRouter(Router):
         conv_channels: Channels of the convolution, 256 in the paper.
     """
 
+    needs_maps = True
+
     def __init__(
         self, in_channels: int, num_experts: int, top_k: int, conv_channels: int = 256, **kwargs
     ) -> None:
@@ -193,7 +203,7 @@ class ConvGAPRouter(Router):
         self.fc = nn.Linear(conv_channels, num_experts)
         _init_fc(self.fc)
 
-    def compute_logits(self, x: Tensor, patches: PatchGrid) -> Tensor:
+    def compute_logits(self, x: Tensor, patches: Items) -> Tensor:
         x = x.to(torch.promote_types(x.dtype, torch.float32))
         weight, bias = self.conv.weight.to(x.dtype), self.conv.bias.to(x.dtype)
         features = F.relu(F.conv2d(x, weight, bias, padding=1))

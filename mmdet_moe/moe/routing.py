@@ -15,7 +15,7 @@ from torch import Tensor
 class Routing:
     """Which experts were chosen for which item, and with what weight.
 
-    Items are ordered by level, then by image, then by patch (row by row).
+    Items are ordered by level, then by image, then by patch, pixel or token (row by row).
 
     Attributes:
         expert_ids: int64 (T, K), the chosen experts, best first.
@@ -24,7 +24,9 @@ class Routing:
             fewer free experts than K).
         logits: (T, E), the router's output without training noise and without masks.
         items_per_level: How many of the T items each level has; their sum is T.
-        num_images: Number of images N; every level has N × patches items.
+        num_images: Number of images N, of which every level has all, each with the same number of
+            items. Tokens (N, ..., C) count the first dimension as images, so (T, C) has T images
+            of one token each, as RoI features (T, C, h, w) have.
         decision_weights: (T,) what each decision counts in the balancing; None until the owner of
             the layer has said so (see :meth:`mmdet_moe.moe.MoELayer.weigh_decisions`).
     """
@@ -63,9 +65,8 @@ class Routing:
     def image_ids(self) -> Tensor:
         """int64 (T,): the index of each item's image in the batch."""
         images = torch.arange(self.num_images, device=self.expert_ids.device)
-        return torch.cat(
-            [images.repeat_interleave(items // self.num_images) for items in self.items_per_level]
-        )
+        items_per_image = [items // max(self.num_images, 1) for items in self.items_per_level]
+        return torch.cat([images.repeat_interleave(items) for items in items_per_image])
 
     def dense_weights(self) -> Tensor:
         """(T, E): the weights with an exact 0 for every expert that was not chosen."""

@@ -221,7 +221,7 @@ def _find_torch() -> _Torch:
         origin = _output([sys.executable, '-I', '-c', code]).strip()
     if not origin:
         raise BuildError(
-            'PyTorch is not installed yet; run `python -m mmdet_moe.ops --build` later'
+            'PyTorch is not installed yet; run `python -m mmdet_moe.ops --build` once it is'
         )
     folder = Path(origin).parent
     values: dict = {}

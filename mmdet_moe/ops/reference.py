@@ -61,7 +61,7 @@ def combine_backward(
     grad_weights = torch.zeros_like(weights)
     for j in range(inverse.shape[1]):
         rows, kept = _rows(y, inverse[:, j])
-        dots = (wide * rows.to(wide.dtype)).flatten(1).sum(1)
+        dots = (wide * rows.to(wide.dtype)).unsqueeze(-1).flatten(1).sum(1)
         grad_weights[:, j] = dots.where(kept, 0)
         scaled = (wide * weights[:, j].view(-1, *trailing)).to(y.dtype)
         grad_y[inverse[kept, j]] = scaled[kept]

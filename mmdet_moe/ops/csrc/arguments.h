@@ -16,10 +16,6 @@
 #include <cstdint>
 #include <vector>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 namespace mmdet_moe {
 
 using torch::headeronly::ScalarType;
@@ -37,24 +33,6 @@ inline std::vector<int64_t> with_rows(const Tensor& rows, int64_t count) {
   std::vector<int64_t> sizes(rows.sizes().begin(), rows.sizes().end());
   sizes[0] = count;
   return sizes;
-}
-
-// Uninitialised memory. On the CPU large blocks come in huge pages: the C library returns them to
-// the system at once when they are freed, and to touch fresh 4 KiB pages costs more than to fill them.
-inline Tensor new_tensor(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType dtype) {
-  Tensor tensor = torch::stable::new_empty(like, sizes, dtype);
-#if defined(__linux__)
-  constexpr uintptr_t kPage = 4096, kLarge = 4 << 20;
-  const uintptr_t bytes = tensor.numel() * tensor.element_size();
-  if (tensor.is_cpu() && bytes >= kLarge) {
-    const uintptr_t begin = reinterpret_cast<uintptr_t>(tensor.mutable_data_ptr());
-    const uintptr_t first = (begin + kPage - 1) / kPage * kPage;
-    const uintptr_t last = (begin + bytes) / kPage * kPage;
-    // A hint: where huge pages are off, nothing changes.
-    madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-  }
-#endif
-  return tensor;
 }
 
 inline void check_same_device(const Tensor& a, const Tensor& b) {

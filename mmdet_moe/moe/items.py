@@ -1,0 +1,136 @@
+"""Items: what an input is divided into, and what one decision of the router covers.
+
+Images and patches of images are in :mod:`mmdet_moe.moe.patches`.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import Tensor
+
+from mmdet_moe.errors import ConfigError
+
+
+class Items(ABC):
+    """The items of one input, which holds N images (its first dimension) with equally many each."""
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Items per image."""
+
+    @abstractmethod
+    def pool(self, x: Tensor) -> Tensor:
+        """One vector per item, for the router: (N · items, C), at least in float32."""
+
+    @abstractmethod
+    def crop(self, x: Tensor) -> Tensor:
+        """The items themselves, for the experts: (N · items, ...)."""
+
+    @abstractmethod
+    def place(self, y: Tensor) -> Tensor:
+        """Put the experts' outputs for the items together to one output.
+
+        Raises:
+            ConfigError: If the experts' outputs do not fit their places.
+        """
+
+
+@dataclass(frozen=True)
+class Pixels(Items):
+    """Every pixel of one feature map (N, C, H, W), row by row.
+
+    Nothing is copied if the map that is divided has the memory format ``channels_last``.
+
+    Args:
+        shape: (N, H, W).
+        memory_format: Of the output, ``torch.contiguous_format`` or ``torch.channels_last``.
+    """
+
+    shape: tuple[int, int, int]
+    memory_format: torch.memory_format = torch.contiguous_format
+
+    @classmethod
+    def of(cls, x: Tensor) -> 'Pixels':
+        """The pixels of a map, whose output is to have the map's own memory format."""
+        memory_format = torch.contiguous_format
+        if not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last):
+            memory_format = torch.channels_last
+        return cls((x.shape[0], *x.shape[2:]), memory_format)
+
+    def __len__(self) -> int:
+        return self.shape[1] * self.shape[2]
+
+    def pool(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) to (N · H · W, C), at least float32."""
+        return _at_least_float32(x.permute(0, 2, 3, 1).flatten(0, 2))
+
+    def crop(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) to (N · H · W, C, 1, 1)."""
+        return x.permute(0, 2, 3, 1).flatten(0, 2)[:, :, None, None]
+
+    def place(self, y: Tensor) -> Tensor:
+        """(N · H · W, C') or (N · H · W, C', 1, 1) to (N, C', H, W).
+
+        Raises:
+            ConfigError: If the experts' outputs have another shape.
+        """
+        if y.dim() not in (2, 4) or tuple(y.shape[2:]) not in ((), (1, 1)):
+            raise ConfigError(
+                'granularity="pixel" needs experts that make one pixel of one pixel, but an expert '
+                f'gave it the shape {tuple(y.shape[1:])}; use 1×1 convolutions without padding, or '
+                'LinearExperts'
+            )
+        y = y.flatten(1).unflatten(0, self.shape).permute(0, 3, 1, 2)
+        return y.contiguous(memory_format=self.memory_format)
+
+
+@dataclass(frozen=True)
+class Tokens(Items):
+    """Every vector along the last dimension of one input (..., C), in the order of memory.
+
+    Args:
+        shape: The dimensions before C; the first one counts as the images.
+    """
+
+    shape: tuple[int, ...]
+
+    @classmethod
+    def of(cls, x: Tensor) -> 'Tokens':
+        """The tokens of an input.
+
+        Raises:
+            ValueError: If it has less than two dimensions.
+        """
+        if x.dim() < 2:
+            raise ValueError(f'tokens need an input of shape (..., C), got {tuple(x.shape)}')
+        return cls(tuple(x.shape[:-1]))
+
+    def __len__(self) -> int:
+        return prod(self.shape[1:])
+
+    def pool(self, x: Tensor) -> Tensor:
+        """(..., C) to (tokens, C), at least float32."""
+        return _at_least_float32(x.flatten(0, -2))
+
+    def crop(self, x: Tensor) -> Tensor:
+        """(..., C) to (tokens, C)."""
+        return x.flatten(0, -2)
+
+    def place(self, y: Tensor) -> Tensor:
+        """(tokens, C') to (..., C').
+
+        Raises:
+            ConfigError: If the experts' outputs are no vectors.
+        """
+        if y.dim() != 2:
+            raise ConfigError(
+                'granularity="token" needs experts that make a vector of a vector, but an expert '
+                f'gave it the shape {tuple(y.shape[1:])}; use LinearExperts or MLPExperts'
+            )
+        return y.unflatten(0, self.shape)
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -1,0 +1,104 @@
+// sort_routes on CUDA: a stable radix sort of the routes by expert.
+
+// CUB in a namespace of its own: PyTorch brings another version of it into the same process.
+#define CUB_WRAPPED_NAMESPACE mmdet_moe_cub
+
+#include "common.cuh"
+
+#include <cub/device/device_radix_sort.cuh>
+
+#include <bit>
+
+namespace mmdet_moe::cuda {
+namespace {
+
+// Numbers the routes and takes their experts as keys; "no choice" is the expert behind the last.
+__global__ void __launch_bounds__(kThreads) prepare_kernel(
+    uint32_t* keys, int32_t* routes, const int64_t* expert_ids, int64_t num_experts,
+    uint32_t count) {
+  const uint32_t r = blockIdx.x * kThreads + threadIdx.x;
+  if (r >= count) return;
+  const int64_t id = expert_ids[r];
+  const bool chosen = id >= 0 && id < num_experts;
+  CUDA_KERNEL_ASSERT_MSG(
+      chosen || id == -1,
+      "mmdet_moe: expert_ids must lie in [0, num_experts), or be -1 for no choice");
+  keys[r] = static_cast<uint32_t>(chosen ? id : num_experts);
+  routes[r] = static_cast<int32_t>(r);
+}
+
+// offsets[e] is the number of keys below e: thread m writes it for all e above the key before its
+// own and up to its own, and the last thread also for those above its own.
+__global__ void __launch_bounds__(kThreads) finish_kernel(
+    int64_t* order, int64_t* offsets, int64_t* inverse, const uint32_t* keys, const int32_t* routes,
+    int64_t num_experts, uint32_t count) {
+  const uint32_t m = blockIdx.x * kThreads + threadIdx.x;
+  if (m >= count) return;
+  const int32_t route = routes[m];
+  order[m] = route;
+  inverse[route] = m;
+  const int64_t key = keys[m];
+  const int64_t previous = m == 0 ? -1 : int64_t{keys[m - 1]};
+  for (int64_t e = previous + 1; e <= key; ++e) offsets[e] = m;
+  if (m == count - 1) {
+    for (int64_t e = key + 1; e <= num_experts; ++e) offsets[e] = count;
+  }
+}
+
+std::tuple<Tensor, Tensor, Tensor> sort_routes(Tensor expert_ids, int64_t num_experts) {
+  check_ids(expert_ids, "expert_ids", 2);
+  STD_TORCH_CHECK(
+      num_experts >= 1 && num_experts < INT32_MAX,
+      "mmdet_moe: num_experts must be at least 1 and below ", INT32_MAX, ", got ", num_experts);
+  const DeviceGuard guard(expert_ids.get_device_index());
+  const cudaStream_t stream = current_stream(expert_ids);
+  const Tensor ids = torch::stable::contiguous(expert_ids);
+  const int64_t items = ids.size(0), k = ids.size(1);
+  const uint32_t count = checked_routes(items, k);
+  Tensor order = new_tensor(ids, {int64_t{count}}, ScalarType::Long);
+  Tensor offsets = new_tensor(ids, {num_experts + 1}, ScalarType::Long);
+  Tensor inverse = new_tensor(ids, {items, k}, ScalarType::Long);
+  int64_t* offsets_out = offsets.mutable_data_ptr<int64_t>();
+  if (count == 0) {
+    STD_CUDA_CHECK(cudaMemsetAsync(offsets_out, 0, (num_experts + 1) * sizeof(int64_t), stream));
+    return {order, offsets, inverse};
+  }
+
+  using Keys = mmdet_moe_cub::cub::DoubleBuffer<uint32_t>;
+  using Routes = mmdet_moe_cub::cub::DoubleBuffer<int32_t>;
+  const int key_bits = std::bit_width(static_cast<uint32_t>(num_experts));  // the largest key
+  const auto sort = [&](void* scratch, size_t& scratch_bytes, Keys& keys, Routes& routes) {
+    STD_CUDA_CHECK(mmdet_moe_cub::cub::DeviceRadixSort::SortPairs(
+        scratch, scratch_bytes, keys, routes, static_cast<int>(count), 0, key_bits, stream));
+  };
+  Keys keys;
+  Routes routes;
+  size_t scratch_bytes = 0;
+  sort(nullptr, scratch_bytes, keys, routes);  // only asks for the size
+
+  // One piece of memory for both buffers of keys, both of routes, and CUB's own needs.
+  const int64_t buffer_bytes = (int64_t{count} * 4 + 255) / 256 * 256;
+  const Tensor memory = new_tensor(
+      ids, {4 * buffer_bytes + static_cast<int64_t>(scratch_bytes)}, ScalarType::Byte);
+  char* base = static_cast<char*>(memory.mutable_data_ptr());
+  const auto buffer = [&](int i) { return static_cast<void*>(base + i * buffer_bytes); };
+  keys = Keys(static_cast<uint32_t*>(buffer(0)), static_cast<uint32_t*>(buffer(1)));
+  routes = Routes(static_cast<int32_t*>(buffer(2)), static_cast<int32_t*>(buffer(3)));
+
+  prepare_kernel<<<blocks_for(count), kThreads, 0, stream>>>(
+      keys.Current(), routes.Current(), ids.const_data_ptr<int64_t>(), num_experts, count);
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  sort(buffer(4), scratch_bytes, keys, routes);
+  finish_kernel<<<blocks_for(count), kThreads, 0, stream>>>(
+      order.mutable_data_ptr<int64_t>(), offsets_out, inverse.mutable_data_ptr<int64_t>(),
+      keys.Current(), routes.Current(), num_experts, count);
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  return {order, offsets, inverse};
+}
+
+}  // namespace
+}  // namespace mmdet_moe::cuda
+
+STABLE_TORCH_LIBRARY_IMPL(mmdet_moe, CUDA, m) {
+  m.impl("sort_routes", TORCH_BOX(&mmdet_moe::cuda::sort_routes));
+}

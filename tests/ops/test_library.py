@@ -1,0 +1,170 @@
+"""The registered ops: gradients, shapes, autocast, compilation, and the checks of the functions."""
+
+import pytest
+import torch
+from torch.autograd import gradcheck
+
+from mmdet_moe.ops import combine, dispatch, reference, sort_routes
+
+
+def example(dtype=torch.float64, drop=True):
+    """Items, rows, weights that require gradients, and the routes of 5 items to 2 of 4 experts."""
+    ids = torch.tensor([[2, 0], [0, 1], [2, 1], [3, -1 if drop else 0], [1, 3]])
+    order, offsets, inverse = sort_routes(ids, 4)
+    order = order[: int(offsets[-1])]
+    x = torch.randn(5, 2, 3, dtype=dtype, requires_grad=True)
+    y = torch.randn(len(order), 2, 3, dtype=dtype, requires_grad=True)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    weights = torch.rand(5, 2, dtype=wide, requires_grad=True)
+    return ids, order, inverse, x, y, weights
+
+
+@pytest.mark.parametrize('drop', [False, True])
+def test_gradients_by_finite_differences(drop):
+    _, order, inverse, x, y, weights = example(drop=drop)
+    assert gradcheck(lambda x: dispatch(x, order, 2), (x,))
+    assert gradcheck(lambda y, w: combine(y, w, inverse), (y, weights))
+    rows = torch.randn(len(order), 2, 3, dtype=torch.float64, requires_grad=True)
+    backward = torch.ops.mmdet_moe.dispatch_backward
+    assert gradcheck(lambda g: backward(g, order, 2, 5), (rows,))
+
+
+@pytest.mark.parametrize('dtype', [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_opcheck(dtype):
+    """PyTorch's own checks of schema, autograd registration, fake kernels and AOT dispatch."""
+    ids, order, inverse, x, y, weights = example(dtype)
+    ops = torch.ops.mmdet_moe
+    tests = ('test_schema', 'test_autograd_registration', 'test_faketensor')
+    grad, rows = torch.randn_like(x), torch.randn_like(y)
+    for op, arguments in (
+        (ops.sort_routes, (ids, 4)),
+        (ops.dispatch, (x, order, 2)),
+        (ops.dispatch_backward, (rows.detach().requires_grad_(), order, 2, 5)),
+        (ops.combine, (y, weights, inverse)),
+        (ops.combine_backward, (grad, y.detach(), weights.detach(), inverse)),
+    ):
+        torch.library.opcheck(op, arguments, test_utils=tests)
+        torch.library.opcheck(op, arguments, test_utils='test_aot_dispatch_dynamic')
+
+
+def test_weights_may_have_another_dtype():
+    """Routers compute in float32 whatever the experts do; gradients come back in their dtypes."""
+    _, _, inverse, _, y, weights = example(torch.float32)
+    for rows_dtype in (torch.float64, torch.bfloat16):
+        for weights_dtype in (torch.float64, torch.float32, torch.bfloat16):
+            rows = y.detach().to(rows_dtype).requires_grad_()
+            w = weights.detach().to(weights_dtype).requires_grad_()
+            total = combine(rows, w, inverse)
+            total.sum().backward()
+            assert total.dtype == rows.grad.dtype == rows_dtype
+            assert w.grad.dtype == weights_dtype
+            expected = reference.combine(rows.double(), w.double(), inverse)
+            torch.testing.assert_close(total.double(), expected, rtol=0.01, atol=0.01)
+
+
+def test_autocast_leaves_the_rows_as_they_are():
+    _, order, inverse, x, y, weights = example(torch.float32)
+    with torch.autocast('cpu', torch.bfloat16):
+        assert dispatch(x, order, 2).dtype == torch.float32
+        assert dispatch(x.bfloat16(), order, 2).dtype == torch.bfloat16
+        total = combine(y.bfloat16(), weights, inverse)
+        assert total.dtype == torch.bfloat16
+        assert combine(y, weights, inverse).dtype == torch.float32
+    total.sum().backward()
+    assert weights.grad.dtype == torch.float32
+
+
+def test_second_derivatives():
+    """Dispatch is linear; combine says that it has none."""
+    _, order, inverse, x, y, weights = example()
+    (grad,) = torch.autograd.grad(dispatch(x, order, 2).square().sum(), x, create_graph=True)
+    (second,) = torch.autograd.grad(grad.sum(), x)
+    kept = torch.bincount(order // 2, minlength=5).double()
+    torch.testing.assert_close(second, 2 * kept.view(5, 1, 1).expand_as(x))
+    total = combine(y, weights, inverse).square().sum()
+    (grad,) = torch.autograd.grad(total, y, create_graph=True)
+    with pytest.raises(RuntimeError, match='combine has no second derivative'):
+        grad.sum().backward()
+
+
+@pytest.mark.parametrize('dynamic', [False, True])
+def test_compiles_without_graph_breaks(dynamic):
+    """Also when the number of rows is known to the device only."""
+
+    def layer(x, ids, weights):
+        order, offsets, inverse = sort_routes(ids, 4)
+        rows = dispatch(x * 2, order, 2)
+        return combine(rows.relu(), weights, inverse), offsets
+
+    compiled = torch.compile(layer, fullgraph=True, dynamic=dynamic, backend='aot_eager')
+    for num_items in (5, 9):
+        ids = torch.stack([torch.randperm(4)[:2] for _ in range(num_items)])
+        inputs = [
+            (torch.randn(num_items, 3, requires_grad=True), torch.rand(num_items, 2))
+            for _ in range(2)
+        ]
+        inputs[1][0].data.copy_(inputs[0][0].data)
+        results = []
+        for function, (x, _) in zip((layer, compiled), inputs, strict=True):
+            y, offsets = function(x, ids, inputs[0][1])
+            y.sum().backward()
+            results.append((y, offsets, x.grad))
+        torch.testing.assert_close(*results)
+
+
+def test_shapes_without_data():
+    ids = torch.zeros(7, 2, dtype=torch.int64, device='meta')
+    order, offsets, inverse = sort_routes(ids, 5)
+    assert (order.shape, offsets.shape, inverse.shape) == ((14,), (6,), (7, 2))
+    rows = dispatch(torch.zeros(7, 3, 4, device='meta', dtype=torch.bfloat16), order, 2)
+    assert (rows.shape, rows.dtype) == ((14, 3, 4), torch.bfloat16)
+    total = combine(rows, torch.zeros(7, 2, device='meta'), inverse)
+    assert (total.shape, total.dtype) == ((7, 3, 4), torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    'ids', [torch.zeros(4, dtype=torch.int64), torch.zeros(4, 2), torch.zeros(4, 2).int()]
+)
+def test_sort_routes_refuses_other_tensors(ids):
+    with pytest.raises(ValueError, match='expert_ids must be an int64 tensor of shape'):
+        sort_routes(ids, 3)
+
+
+def test_arguments_that_do_not_fit():
+    _, order, inverse, x, y, weights = example(torch.float32)
+    meta = weights.detach().to('meta')
+    for message, call in {
+        'num_experts must be at least 1, got 0': lambda: sort_routes(inverse, 0),
+        'x must have at least one dimension': lambda: dispatch(torch.tensor(1.0), order, 2),
+        'order must be an int64 tensor of shape': lambda: dispatch(x, order.int(), 2),
+        'k must be at least 1, got 0': lambda: dispatch(x, order, 0),
+        'order has 9 routes, but 5 items with k=1 have only 5': lambda: dispatch(x, order, 1),
+        'order is on meta, but x on cpu; move both': lambda: dispatch(x, order.to('meta'), 2),
+        'y must be a floating-point tensor': lambda: combine(y.long(), weights, inverse),
+        'inverse must be an int64 tensor': lambda: combine(y, weights, inverse[:, 0]),
+        r'weights must be .* of shape \(5, 2\), as inverse': lambda: combine(
+            y, weights.t(), inverse
+        ),
+        'weights is on meta, but y on cpu': lambda: combine(y, meta, inverse),
+        'y has 18 rows, but inverse has only 10 positions': lambda: combine(
+            torch.cat([y, y]), weights, inverse
+        ),
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+def test_direct_calls_cannot_touch_memory_of_others():
+    """Arguments that the public functions do not see as wrong, or do not get to see."""
+    ops = torch.ops.mmdet_moe
+    _, order, inverse, x, y, weights = example(torch.float32)
+    for arguments in ((x, order + 5, 2), (x, order - 1, 2), (x, order.int(), 2), (x, order, 1)):
+        with pytest.raises((RuntimeError, IndexError)):
+            ops.dispatch(*arguments)
+    for wrong in (order + 5, order - 1):
+        with pytest.raises((RuntimeError, IndexError)):
+            ops.dispatch_backward(y, wrong, 2, 5)
+    with pytest.raises((RuntimeError, IndexError)):
+        ops.combine(y, weights, inverse - 1)
+    with pytest.raises((RuntimeError, IndexError)):
+        ops.combine_backward(x, y, weights, inverse - 1)
