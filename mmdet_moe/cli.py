@@ -26,6 +26,7 @@ from mmdet_moe.compat.distributed import (
     init_cpu_group,
     local_rank,
 )
+from mmdet_moe.compat.malloc import keep_large_blocks
 from mmdet_moe.engine.explain import explain, in_one_line
 from mmdet_moe.engine.image_errors import ImageErrorHook
 from mmdet_moe.engine.preflight import check_checkpoint, check_config
@@ -397,6 +398,8 @@ def _build_runner(cfg: Config) -> Runner:
 
         setup_cache_size_limit_of_dynamo()
     init_cpu_group(cfg)
+    if get_device() == 'cpu':
+        keep_large_blocks()
     runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
     runner.register_hook(ImageErrorHook())
     return runner

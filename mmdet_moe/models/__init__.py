@@ -4,5 +4,6 @@ from mmdet_moe.models.backbones import MoEResNet
 from mmdet_moe.models.dense_heads import MoERetinaHead
 from mmdet_moe.models.frozen import frozen
 from mmdet_moe.models.necks import MoEFPN
+from mmdet_moe.models.roi_heads import MoEShared2FCBBoxHead
 
-__all__ = ['MoEFPN', 'MoEResNet', 'MoERetinaHead', 'frozen']
+__all__ = ['MoEFPN', 'MoEResNet', 'MoERetinaHead', 'MoEShared2FCBBoxHead', 'frozen']

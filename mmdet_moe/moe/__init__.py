@@ -6,7 +6,15 @@ from mmdet_moe.moe.constraints import (
     MeanImportanceConstraint,
     RelativeImportanceConstraint,
 )
-from mmdet_moe.moe.experts import Experts, ModuleExperts, StackedExperts, upcycle
+from mmdet_moe.moe.experts import (
+    ConvExperts,
+    Experts,
+    LinearExperts,
+    MLPExperts,
+    ModuleExperts,
+    StackedExperts,
+    upcycle,
+)
 from mmdet_moe.moe.layer import (
     DECISION_WEIGHTS,
     MoELayer,
@@ -31,12 +39,15 @@ __all__ = [
     'BalancingLoss',
     'BiasBalancing',
     'Constraint',
+    'ConvExperts',
     'ConvGAPRouter',
     'EntropyLoss',
     'Experts',
     'GAPRouter',
     'ImportanceLoss',
     'KLLoss',
+    'LinearExperts',
+    'MLPExperts',
     'MeanImportanceConstraint',
     'MoELayer',
     'ModuleExperts',

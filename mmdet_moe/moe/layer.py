@@ -11,7 +11,9 @@ from mmengine.model import BaseModule
 from torch import Tensor, nn
 
 from mmdet_moe.errors import ConfigError, NonFiniteRouterError
+from mmdet_moe.moe.capacity import overflow
 from mmdet_moe.moe.experts import Experts, ModuleExperts, independent_copies, upcycle
+from mmdet_moe.moe.items import Items, Pixels, Tokens
 from mmdet_moe.moe.patches import PatchGrid
 from mmdet_moe.moe.routers import Router
 from mmdet_moe.moe.routes import Routes
@@ -19,6 +21,7 @@ from mmdet_moe.moe.routing import Routing
 from mmdet_moe.registry import MODELS
 
 EXPERT_INITS = ('independent', 'shared')
+GRANULARITIES = ('image', 'patch', 'pixel', 'token')
 DECISION_WEIGHTS = ('uniform', 'area', 'positives')
 
 
@@ -29,7 +32,7 @@ class MoELayer(BaseModule):
     The journey of a batch:
 
     1. Every feature map (one, or all pyramid levels) is divided into items: its images, or the
-       patches of its images.
+       patches or pixels of its images.
     2. The router decides once for all items of all maps: one :class:`Routing`.
     3. Per map, the items are copied to the experts that they were sent to, sorted by expert
        (dispatch). An expert without items is not evaluated.
@@ -46,18 +49,25 @@ class MoELayer(BaseModule):
         router: Config of a :class:`~mmdet_moe.moe.Router`, without the numbers given here, or an
             instance.
         in_channels: Channels of the input; needed when ``router`` is a config without it.
-        granularity: What one decision covers: ``'image'`` (one image of one feature map) or
-            ``'patch'`` (one cell of a ``grid_size`` × ``grid_size`` grid over it).
+        granularity: What one decision covers: ``'image'`` (one image of one feature map),
+            ``'patch'`` (one cell of a ``grid_size`` × ``grid_size`` grid over it) or ``'pixel'``
+            (experts that see one pixel at a time: 1×1 convolutions, as maps of that size, or
+            :class:`~mmdet_moe.moe.LinearExperts`). ``'token'``: every vector along the last
+            dimension of an input (N, ..., C), which is no feature map.
         grid_size: g for patch granularity. Small maps get fewer patches.
         decision_weight: What one decision counts in the balancing. ``'uniform'``: 1. ``'area'``:
             the pixels of its part of the feature map. ``'positives'``:
             the positive anchors in it, which only a detection head knows; the head tells them
-            with :meth:`weigh_decisions`.
+            with :meth:`weigh_decisions`. Tokens are always ``'uniform'``.
         shortcut: Module added around the MoE: ``y = MoE(x) + shortcut(x)`` (residual variant).
         expert_init: ``'independent'``: every expert draws its own initial weights. ``'shared'``:
             all start as copies of the first one, so that the untrained layer is the dense one, and
             grow apart with the items that they get.
         upcycle_noise: Relative noise on the experts when a dense checkpoint is loaded into them.
+        capacity_factor: In training an expert gets at most this multiple of its fair share
+            ``T · k / E`` of the items of one forward pass; the routes with the least weight give 0
+            beyond it. Default: no bound. At inference there is none, because what is predicted
+            for an image must not depend on the other images of its batch.
 
     Raises:
         ConfigError: For options out of range.
@@ -76,24 +86,22 @@ class MoELayer(BaseModule):
         shortcut: nn.Module | None = None,
         expert_init: str = 'independent',
         upcycle_noise: float = 0.0,
+        capacity_factor: float | None = None,
     ) -> None:
         super().__init__()
+        if capacity_factor is not None and not capacity_factor > 0:
+            raise ConfigError(
+                f'capacity_factor={capacity_factor!r} must be above 0 (1.25 is usual), or None for '
+                'no bound'
+            )
+        self.capacity_factor = capacity_factor
         if expert_init not in EXPERT_INITS:
             raise ConfigError(f'expert_init={expert_init!r} is unknown; use one of {EXPERT_INITS}')
         self.expert_init = expert_init
         self.router = _build_router(router, in_channels, num_experts, top_k)
         self.experts = _build_experts(expert, num_experts)
-        self._share_initial_weights()
+        self.share_initial_weights()
         self.shortcut = shortcut
-        if granularity not in ('image', 'patch'):
-            raise ConfigError(f"granularity={granularity!r} is unknown; use 'image' or 'patch'")
-        if granularity == 'patch' and grid_size < 2:
-            raise ConfigError(f"granularity='patch' needs grid_size of at least 2, got {grid_size}")
-        if granularity == 'image' and grid_size != 1:
-            raise ConfigError(
-                f"grid_size={grid_size} has no effect with granularity='image'; "
-                "set granularity='patch'"
-            )
         if decision_weight not in DECISION_WEIGHTS:
             raise ConfigError(
                 f'decision_weight={decision_weight!r} is unknown; use one of {DECISION_WEIGHTS}'
@@ -102,8 +110,9 @@ class MoELayer(BaseModule):
             raise ConfigError(f'upcycle_noise={upcycle_noise!r} must be a number of at least 0')
         self.granularity = granularity
         self.grid_size = grid_size
-        self.halo, self.stride = self.experts.receptive_field() if grid_size > 1 else (0, 1)
         self.decision_weight = decision_weight
+        self._check_granularity()
+        self.halo, self.stride = self.experts.receptive_field() if grid_size > 1 else (0, 1)
         self.upcycle_noise = upcycle_noise
         self.name = type(self).__name__
         self._routing: Routing | None = None
@@ -111,14 +120,45 @@ class MoELayer(BaseModule):
         self._norms_checked = False
         self.register_load_state_dict_pre_hook(_upcycle_same_place)
 
+    def _check_granularity(self) -> None:
+        granularity, grid_size = self.granularity, self.grid_size
+        if granularity not in GRANULARITIES:
+            raise ConfigError(f'granularity={granularity!r} is unknown; use one of {GRANULARITIES}')
+        if granularity == 'patch' and grid_size < 2:
+            raise ConfigError(f"granularity='patch' needs grid_size of at least 2, got {grid_size}")
+        if granularity != 'patch' and grid_size != 1:
+            raise ConfigError(
+                f'grid_size={grid_size} has no effect with granularity={granularity!r}; '
+                "set granularity='patch'"
+            )
+        if granularity == 'pixel' and not self.experts.take_vectors:
+            radius, stride = self.experts.receptive_field()
+            if radius > 0 or stride > 1:
+                raise ConfigError(
+                    "granularity='pixel' needs experts that see one pixel at a time, but these "
+                    f'have a receptive field of radius {radius} and stride {stride}; use 1×1 '
+                    "convolutions, or granularity='patch'"
+                )
+        if granularity == 'token' and self.router.needs_maps:
+            raise ConfigError(
+                f'router.type={type(self.router).__name__} routes feature maps, which '
+                "granularity='token' has not; use mmdet_moe.GAPRouter"
+            )
+        if granularity == 'token' and self.decision_weight != 'uniform':
+            raise ConfigError(
+                f'decision_weight={self.decision_weight!r} is about feature maps, which '
+                "granularity='token' has not; use decision_weight='uniform'"
+            )
+
     def init_weights(self) -> None:
         """Initialise as MMEngine's modules do, then share the weights if asked to."""
         first_call = not self.is_init  # MMEngine's modules ignore all later ones
         super().init_weights()
         if first_call:
-            self._share_initial_weights()
+            self.share_initial_weights()
 
-    def _share_initial_weights(self) -> None:
+    def share_initial_weights(self) -> None:
+        """Make the experts copies of the first one, if ``expert_init`` says so."""
         if self.expert_init == 'shared':
             self.experts.share_weights()
 
@@ -147,10 +187,11 @@ class MoELayer(BaseModule):
         """Compute the layer.
 
         Args:
-            x: One map (N, C, H, W), or a sequence of maps with the same N and C.
+            x: One map (N, C, H, W), or a sequence of maps with the same N and C. With token
+                granularity one input (N, ..., C), or a sequence of inputs with the same N and C.
 
         Returns:
-            One output map, or a list of them.
+            One output (N, C', H', W') or (N, ..., C'), or a list of them.
 
         Raises:
             NonFiniteRouterError: If the router's logits are not finite.
@@ -159,12 +200,15 @@ class MoELayer(BaseModule):
             self._check_norms()
         single = isinstance(x, Tensor)
         maps = [x] if single else list(x)
-        patches = [
-            PatchGrid(tuple(m.shape[-2:]), self.grid_size, self.stride, self.halo) for m in maps
-        ]
+        patches = [self._divide(m) for m in maps]
+        if self.granularity == 'pixel':
+            # Copied here once: the pixels are then rows, for the router as for the experts.
+            maps = [m.contiguous(memory_format=torch.channels_last) for m in maps]
         self._routing = None
         routing = self.router(maps, patches)
         self._check_finite(routing)
+        if self.training and self.capacity_factor is not None:
+            routing.dropped = overflow(routing, self.capacity_factor)
         self._routing = routing
         if self.decision_weight == 'area':
             self.weigh_decisions(_areas(routing, maps, patches))
@@ -179,6 +223,14 @@ class MoELayer(BaseModule):
         if torch.is_grad_enabled():
             outputs[0] = self._keep_in_graph(outputs[0], routing)
         return outputs[0] if single else outputs
+
+    def _divide(self, x: Tensor) -> Items:
+        """Step 1 for one map."""
+        if self.granularity == 'pixel':
+            return Pixels.of(x)
+        if self.granularity == 'token':
+            return Tokens.of(x)
+        return PatchGrid(tuple(x.shape[-2:]), self.grid_size, self.stride, self.halo)
 
     def weigh_decisions(self, decision_weights: Tensor) -> None:
         """Say what each decision of the latest forward counts in the balancing.
@@ -202,7 +254,7 @@ class MoELayer(BaseModule):
             constraint.update(self.routing)
             self._counted = self.routing
 
-    def _mix(self, x: Tensor, patches: PatchGrid, expert_ids: Tensor, weights: Tensor) -> Tensor:
+    def _mix(self, x: Tensor, patches: Items, expert_ids: Tensor, weights: Tensor) -> Tensor:
         """Steps 3 to 5 for one map."""
         routes = Routes(expert_ids, weights, self.num_experts)
         y = patches.place(self.experts(patches.crop(x), routes))
@@ -330,7 +382,7 @@ def _build_experts(
     return experts
 
 
-def _areas(routing: Routing, maps: list[Tensor], patches: list[PatchGrid]) -> Tensor:
+def _areas(routing: Routing, maps: list[Tensor], patches: list[Items]) -> Tensor:
     per_level = [m.shape[-2] * m.shape[-1] / len(p) for m, p in zip(maps, patches, strict=True)]
     return routing.weights.new_tensor(per_level)[routing.level_ids]
 

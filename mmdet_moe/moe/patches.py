@@ -212,6 +212,7 @@ def _computes(leaf: nn.Module) -> bool:
 
 def _unknown(module: nn.Module) -> ConfigError:
     return ConfigError(
-        'granularity="patch" and granularity="pixel" cannot tell the receptive field of '
-        f'{type(module).__name__}; use granularity="image", or experts made of convolutions, pointwise layers and batch norm'
+        'granularity="patch" or "pixel" needs to know how far the experts see, and cannot tell the '
+        f'receptive field of {type(module).__name__}; use granularity="image", or experts made of '
+        'convolutions, pointwise layers and batch norm'
     )

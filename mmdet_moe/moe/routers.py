@@ -39,6 +39,9 @@ class Router(nn.Module, ABC):
             the router no gradient at all: the weight is the constant 1.
     """
 
+    #: Whether it computes on whole feature maps, and so cannot route tokens.
+    needs_maps = False
+
     def __init__(
         self,
         in_channels: int,
@@ -96,9 +99,6 @@ class Router(nn.Module, ABC):
             # Equal noise for every expert at the start, as in arXiv 1701.06538.
             nn.init.zeros_(self.noise_fc.weight)
 
-    #: Whether the router computes on feature maps, so that it cannot route tokens.
-    needs_maps = False
-
     @abstractmethod
     def compute_logits(self, x: Tensor, patches: Items) -> Tensor:
         """Logits (items, E) of one feature map (N, C, H, W), without noise, at least float32.
@@ -118,8 +118,17 @@ class Router(nn.Module, ABC):
 
         Returns:
             One Routing for all items, with uniform ``decision_weights``.
+
+        Raises:
+            ValueError: If the maps hold different numbers of images.
         """
         maps = [x] if isinstance(x, Tensor) else list(x)
+        num_images = maps[0].shape[0]
+        if any(m.shape[0] != num_images for m in maps):
+            raise ValueError(
+                'all maps must hold the same images, but their first dimensions are '
+                f'{[m.shape[0] for m in maps]}'
+            )
         if patches is None:
             patches = [PatchGrid(tuple(level.shape[-2:])) for level in maps]
         with torch.autocast(maps[0].device.type, enabled=False):
@@ -132,7 +141,6 @@ class Router(nn.Module, ABC):
                 scale = F.softplus(_linear(self.noise_fc, pooled) + 0.01)
                 noisy = logits + torch.randn_like(logits) * scale
             expert_ids, weights = self.choose(noisy, self.training)
-        num_images = maps[0].shape[0]
         return Routing(
             expert_ids=expert_ids,
             weights=weights,

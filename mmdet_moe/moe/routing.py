@@ -29,6 +29,8 @@ class Routing:
             of one token each, as RoI features (T, C, h, w) have.
         decision_weights: (T,) what each decision counts in the balancing; None until the owner of
             the layer has said so (see :meth:`mmdet_moe.moe.MoELayer.weigh_decisions`).
+        dropped: bool (T, K), the routes that exceed the capacity of their expert and give 0; None
+            without a capacity. Importance and load count them: balancing has to see the overload.
     """
 
     expert_ids: Tensor
@@ -37,6 +39,7 @@ class Routing:
     items_per_level: tuple[int, ...]
     num_images: int
     decision_weights: Tensor | None = None
+    dropped: Tensor | None = None
 
     @property
     def num_items(self) -> int:
@@ -89,11 +92,18 @@ class Routing:
         """
         return self._sum_per_expert((self.weights > 0).to(self.weights.dtype), balancing)
 
+    def num_dropped(self) -> Tensor:
+        """How many routes exceed the capacity of their expert, a scalar."""
+        return self.weights.new_zeros(()) if self.dropped is None else self.dropped.sum()
+
     def level(self, index: int) -> tuple[Tensor, Tensor]:
-        """``expert_ids`` and ``weights`` of one level's items."""
+        """``expert_ids`` of one level's items, and their weights, 0 where a route is dropped."""
         start = sum(self.items_per_level[:index])
-        stop = start + self.items_per_level[index]
-        return self.expert_ids[start:stop], self.weights[start:stop]
+        items = slice(start, start + self.items_per_level[index])
+        weights = self.weights[items]
+        if self.dropped is not None:
+            weights = weights.masked_fill(self.dropped[items], 0)
+        return self.expert_ids[items], weights
 
     def known_decision_weights(self) -> Tensor:
         """``decision_weights``, or an error that says who should have given them."""

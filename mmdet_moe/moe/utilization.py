@@ -29,6 +29,7 @@ class UtilizationReport:
         mi_level: The part of it that the pyramid level alone explains.
         level_shares: For each pyramid level, the share of its decisions that goes to each expert,
             (L, E), again as inference would decide; rows sum to 1.
+        dropped: Share of the routed rows that exceeded the capacity of their expert.
     """
 
     num_items: int
@@ -40,6 +41,7 @@ class UtilizationReport:
     mi_input: float
     mi_level: float
     level_shares: list[list[float]]
+    dropped: float = 0.0
 
     @property
     def num_experts(self) -> int:
@@ -80,6 +82,7 @@ class UtilizationReport:
             f'load {load} | importance {importance} | decision entropy {self.decision_entropy:.2f} '
             f'| information on input {self.mi_input:.3f}, on level {self.mi_level:.3f} nats '
             f'of {self.usage_entropy:.2f}'
+            + (f' | dropped {100 * self.dropped:.1f} %' if self.dropped else '')
         )
 
 
@@ -114,6 +117,7 @@ class Utilization:
             'importance': routing.importance(),
             'decision_entropy': entropy(weights_TE).sum(),
             'levels': levels,
+            'dropped': routing.num_dropped(),
         }
         for key, value in sums.items():
             value = value.detach().double()
@@ -139,6 +143,7 @@ class Utilization:
             mi_input=max(0.0, float(entropy(usage) - decision_entropy)),
             mi_level=float(mutual_information(sums['levels'])),
             level_shares=_normalised(sums['levels']).tolist(),
+            dropped=float(sums['dropped'] / sums['load'].sum().clamp(min=1)),
         )
 
 

@@ -6,7 +6,7 @@ from mmdet.registry import MODELS
 from mmengine.runner import load_checkpoint, load_state_dict
 
 from mmdet_moe.errors import ConfigError
-from mmdet_moe.moe import MoELayer, find_moe_layers
+from mmdet_moe.moe import ConvExperts, ModuleExperts, MoELayer, find_moe_layers
 
 CHANNELS = [4, 6, 8]
 SIZES = [(25, 31), (13, 16), (7, 8)]
@@ -43,7 +43,11 @@ def check_same(dense, moe, maps):
         layer = '.'.join(name.split('.')[:2])
         if layer in experts:
             inner = name.removeprefix(layer + '.')
-            gradient = sum(expert.get_parameter(inner).grad for expert in experts[layer])
+            if isinstance(experts[layer], ConvExperts):
+                inner = inner.removeprefix('conv.')
+                gradient = experts[layer].get_parameter(inner).grad.sum(0)
+            else:
+                gradient = sum(expert.get_parameter(inner).grad for expert in experts[layer])
         else:
             gradient = moe.get_parameter(name).grad
         torch.testing.assert_close(gradient, parameter.grad, rtol=0, atol=1e-9)
@@ -93,11 +97,54 @@ def test_different_experts_on_patches(randomise):
 def test_noise_perturbs_the_copies(randomise):
     dense, model = randomise(build()), build({'upcycle_noise': 0.1})
     load_state_dict(model, dense.state_dict())
-    weights = [expert.conv.weight for expert in model.fpn_convs[0].experts]
+    weights = model.fpn_convs[0].experts.weight
     for weight in weights:
         relative = (weight - dense.fpn_convs[0].conv.weight).std() / weights[0].std()
         assert 0.05 < relative < 0.15
     assert not torch.equal(weights[0], weights[1])
+
+
+@pytest.mark.parametrize('norm', [{}, BN], ids=['plain', 'bn'])
+@pytest.mark.parametrize('expert_init', ['shared', 'independent'])
+def test_initial_weights(norm, expert_init):
+    """Every expert as FPN's convolutions: Xavier uniform; alike or each with its own."""
+    model = build({'expert_init': expert_init}, **norm)
+    model.init_weights()
+    for layer in (model.fpn_convs[0], model.fpn_convs[2]):
+        if norm:
+            assert isinstance(layer.experts, ModuleExperts)
+            weights = torch.stack([expert.conv.weight for expert in layer.experts])
+        else:
+            weights = layer.experts.weight
+            assert not layer.experts.bias.any()
+        limit = (6 / (6 * 9 + 6 * 9)) ** 0.5  # fan in and fan out of a 3×3 convolution, 6 to 6
+        assert 0.9 * limit < weights.abs().max() <= limit
+        # The standard deviation of a uniform distribution; 324 draws per expert.
+        assert weights[3].std().item() == pytest.approx(limit / 3**0.5, rel=0.1)
+        assert torch.equal(weights[0], weights[3]) == (expert_init == 'shared')
+
+
+def test_convolutions_are_evaluated_together():
+    """Plain ones in the way that is asked for; with normalisation one after the other."""
+    model = build({'impl': 'grouped'})
+    assert {layer.experts.impl for layer in find_moe_layers(model).values()} == {'grouped'}
+    with pytest.raises(ConfigError, match="impl='fast' is unknown"):
+        build({'impl': 'fast'})
+
+
+def test_checkpoints_of_lists_of_experts_load(randomise):
+    model = randomise(build({'num_experts': 2}))
+    listed = {}
+    for name, value in model.state_dict().items():
+        if '.experts.' in name:
+            prefix, inner = name.split('.experts.')
+            listed.update({f'{prefix}.experts.{e}.conv.{inner}': v for e, v in enumerate(value)})
+        else:
+            listed[name] = value
+    other = build({'num_experts': 2})
+    other.load_state_dict(listed)  # strict
+    for name, value in model.state_dict().items():
+        assert torch.equal(other.state_dict()[name], value)
 
 
 def test_default_levels_are_those_of_the_laterals():

@@ -32,6 +32,8 @@ class MoEResNet(ResNet):
         expert_init: Whether experts start as copies of one another (``'shared'``, as in the paper)
             or each with its own weights (``'independent'``).
         upcycle_noise: Relative noise on the experts when a dense checkpoint is loaded into them.
+        capacity_factor: Bound on an expert's share of the items in training, see
+            :class:`~mmdet_moe.moe.MoELayer`.
 
     Raises:
         ConfigError: For options out of range.
@@ -49,6 +51,7 @@ class MoEResNet(ResNet):
         grid_size: int = 1,
         expert_init: str = 'shared',
         upcycle_noise: float = 0.0,
+        capacity_factor: float | None = None,
         **kwargs,
     ) -> None:
         # Read by make_res_layer, which the base class calls from its constructor.
@@ -62,6 +65,7 @@ class MoEResNet(ResNet):
             'grid_size': grid_size,
             'expert_init': expert_init,
             'upcycle_noise': upcycle_noise,
+            'capacity_factor': capacity_factor,
         }
         self._next_stage = 1
         super().__init__(*args, **kwargs)

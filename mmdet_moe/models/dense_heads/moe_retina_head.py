@@ -57,6 +57,8 @@ class MoERetinaHead(RetinaHead):
         expert_init: Whether experts start as copies of one another (``'shared'``, as in the paper)
             or each with its own weights (``'independent'``).
         upcycle_noise: Relative noise on the experts when a dense checkpoint is loaded into them.
+        capacity_factor: Bound on an expert's share of the items in training, see
+            :class:`~mmdet_moe.moe.MoELayer`.
 
     Raises:
         ConfigError: For options out of range.
@@ -72,6 +74,7 @@ class MoERetinaHead(RetinaHead):
         decision_weight: str = 'positives',
         expert_init: str = 'shared',
         upcycle_noise: float = 0.0,
+        capacity_factor: float | None = None,
         **kwargs,
     ) -> None:
         if isinstance(moe_branches, str):
@@ -87,6 +90,7 @@ class MoERetinaHead(RetinaHead):
             'decision_weight': decision_weight,
             'expert_init': expert_init,
             'upcycle_noise': upcycle_noise,
+            'capacity_factor': capacity_factor,
         }
         super().__init__(*args, **kwargs)
         self._warn_of_scaled_predictions()

@@ -2,10 +2,12 @@
 
 from collections.abc import Sequence
 
+from mmcv.cnn import ConvModule
 from mmdet.models.necks import FPN
+from torch import nn
 
 from mmdet_moe.errors import ConfigError
-from mmdet_moe.moe import MoELayer
+from mmdet_moe.moe import ConvExperts, MoELayer
 from mmdet_moe.registry import MODELS
 
 
@@ -27,6 +29,10 @@ class MoEFPN(FPN):
         expert_init: Whether experts start as copies of one another (``'shared'``, as in the paper)
             or each with its own weights (``'independent'``).
         upcycle_noise: Relative noise on the experts when a dense checkpoint is loaded into them.
+        capacity_factor: Bound on an expert's share of the items in training, see
+            :class:`~mmdet_moe.moe.MoELayer`.
+        impl: How experts that are plain convolutions (no normalisation, no activation) are
+            evaluated, see :class:`~mmdet_moe.moe.ConvExperts`.
 
     Raises:
         ConfigError: For options out of range.
@@ -43,6 +49,8 @@ class MoEFPN(FPN):
         grid_size: int = 1,
         expert_init: str = 'shared',
         upcycle_noise: float = 0.0,
+        capacity_factor: float | None = None,
+        impl: str = 'auto',
         **kwargs,
     ) -> None:
         super().__init__(*args, **kwargs)
@@ -59,7 +67,7 @@ class MoEFPN(FPN):
         for level in moe_levels:
             conv = self.fpn_convs[level]
             self.fpn_convs[level] = MoELayer(
-                conv,
+                self._experts(conv, num_experts, impl),
                 num_experts,
                 top_k,
                 router,
@@ -68,4 +76,23 @@ class MoEFPN(FPN):
                 grid_size=grid_size,
                 expert_init=expert_init,
                 upcycle_noise=upcycle_noise,
+                capacity_factor=capacity_factor,
             )
+
+    def init_weights(self) -> None:
+        """Initialise as ``FPN`` does, which does not reach into its list of convolutions itself."""
+        first_call = not self.is_init
+        super().init_weights()
+        if first_call:
+            for layer in self.fpn_convs:
+                if isinstance(layer, MoELayer):
+                    if isinstance(layer.experts, ConvExperts):
+                        layer.experts.init_weights()
+                    layer.share_initial_weights()
+
+    def _experts(self, conv: ConvModule, num_experts: int, impl: str) -> nn.Module:
+        if conv.with_norm or conv.with_activation or type(conv.conv) is not nn.Conv2d:
+            return conv
+        experts = ConvExperts.like(conv.conv, num_experts, impl=impl, init_cfg=self.init_cfg)
+        experts.dense_scope = 'conv.'
+        return experts

@@ -18,6 +18,9 @@ class Experts(nn.Module, ABC):
     #: Where in the dense module the entries lie, with a dot: ``'conv.'`` in a ``ConvModule``.
     dense_scope: str = ''
 
+    #: Whether an item of any shape is one vector to them, instead of a feature map.
+    take_vectors: bool = False
+
     @property
     @abstractmethod
     def num_experts(self) -> int:

@@ -1,0 +1,37 @@
+"""A bound on what one expert computes in one forward pass."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from mmdet_moe import ops
+from mmdet_moe.moe.routing import Routing
+
+
+def overflow(routing: Routing, capacity_factor: float) -> Tensor:
+    """Which routes exceed the capacity of their expert, the least weighted first.
+
+    The capacity is ``ceil(capacity_factor · T · K / E)`` items for each expert (arXiv 2101.03961,
+    equation 3, with K choices as in arXiv 2006.16668), over all levels together: an expert may
+    specialise in one of them.
+
+    Args:
+        routing: What was decided.
+        capacity_factor: 1 gives every expert its fair share of the items.
+
+    Returns:
+        bool (T, K). Among equal weights the later item is dropped; a weight of exactly 0 takes no
+        capacity.
+    """
+    weights = routing.weights.detach().flatten()
+    fair = weights.numel() / routing.num_experts
+    capacity = math.ceil(capacity_factor * fair)
+    by_weight = weights.argsort(descending=True, stable=True)
+    chosen = routing.expert_ids.flatten().masked_fill(weights == 0, -1)[by_weight]
+    _, offsets, position = ops.sort_routes(chosen[:, None], routing.num_experts)
+    # The sort is stable: inside an expert, routes stay in the order of their weights.
+    rank = position.flatten() - offsets[chosen.clamp(min=0)]
+    dropped = torch.empty_like(weights, dtype=torch.bool)
+    dropped[by_weight] = (rank >= capacity) & (chosen >= 0)
+    return dropped.view_as(routing.weights)

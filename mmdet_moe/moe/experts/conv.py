@@ -1,0 +1,287 @@
+"""Convolutions as experts: E kernels in one tensor, and three exact ways to apply them.
+
+An item's output is ``sum_j w_j (W_j * x + b_j)``, and convolution is linear in the kernel, so it
+is also ``(sum_j w_j W_j) * x + sum_j w_j b_j``: instead of k convolutions of the item, one with its
+own mixture of k kernels.
+"""
+
+import torch
+import torch.nn.functional as F
+from mmengine.model import BaseModule, initialize
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from mmdet_moe.errors import ConfigError
+from mmdet_moe.moe.experts.base import StackedExperts
+from mmdet_moe.moe.experts.conv_cost import cheapest
+from mmdet_moe.moe.patches import receptive_field
+from mmdet_moe.moe.routes import Routes
+from mmdet_moe.registry import MODELS
+
+IMPLS = ('auto', 'subbatches', 'grouped', 'views')
+
+
+@MODELS.register_module()
+class ConvExperts(StackedExperts, BaseModule):
+    """E two-dimensional convolutions of the same kind, with zero padding.
+
+    Args:
+        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias: As for
+            ``torch.nn.Conv2d``, for each expert.
+        num_experts: E.
+        impl: How they are evaluated; all ways give the same result up to rounding.
+            ``'subbatches'``: the items are sorted by expert, and each expert convolves its own.
+            ``'views'``: item by item, without copying any; each is convolved once, with the mixture
+            of its experts' kernels. ``'grouped'``: the mixtures of all items, in one grouped
+            convolution. ``'auto'``: the one that
+            :func:`~mmdet_moe.moe.experts.conv_cost.cheapest` expects to be the fastest.
+        init_cfg: MMEngine's initialisation of one expert, seen as an ``nn.Conv2d``. Default: that
+            of ``nn.Conv2d`` itself.
+
+    Raises:
+        ConfigError: If ``impl`` is unknown.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        num_experts: int,
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] | str = 0,
+        dilation: int | tuple[int, int] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        impl: str = 'auto',
+        init_cfg: dict | list[dict] | None = None,
+    ) -> None:
+        super().__init__(init_cfg)
+        if impl not in IMPLS:
+            raise ConfigError(f'impl={impl!r} is unknown; use one of {IMPLS}')
+        self.impl = impl
+        self._options = {
+            'in_channels': in_channels,
+            'out_channels': out_channels,
+            'kernel_size': kernel_size,
+            'stride': stride,
+            'padding': padding,
+            'dilation': dilation,
+            'groups': groups,
+            'bias': bias,
+        }
+        convs = [self._dense() for _ in range(num_experts)]
+        first = convs[0]
+        self.stride, self.dilation, self.groups = first.stride, first.dilation, first.groups
+        self.padding = _symmetric_padding(first)
+        self.weight = nn.Parameter(torch.stack([conv.weight.detach() for conv in convs]))
+        stacked = torch.stack([conv.bias.detach() for conv in convs]) if bias else None
+        self.register_parameter('bias', None if stacked is None else nn.Parameter(stacked))
+
+    @classmethod
+    def like(cls, conv: nn.Conv2d, num_experts: int, **kwargs) -> 'ConvExperts':
+        """Experts of the kind of a given convolution; further arguments as of the class.
+
+        Raises:
+            ConfigError: If the convolution pads with anything but zeros.
+        """
+        if conv.padding_mode != 'zeros':
+            raise ConfigError(
+                f'padding_mode={conv.padding_mode!r} is not supported by ConvExperts; use zeros'
+            )
+        return cls(
+            conv.in_channels,
+            conv.out_channels,
+            conv.kernel_size,
+            num_experts,
+            stride=conv.stride,
+            padding=conv.padding,
+            dilation=conv.dilation,
+            groups=conv.groups,
+            bias=conv.bias is not None,
+            **kwargs,
+        )
+
+    def init_weights(self) -> None:
+        """Initialise every expert as its ``init_cfg`` says."""
+        if self._is_init or self.init_cfg is None:
+            return
+        with torch.no_grad():
+            for e in range(self.num_experts):
+                conv = self._dense()
+                initialize(nn.Sequential(conv), self.init_cfg)
+                self.weight[e] = conv.weight
+                if self.bias is not None:
+                    self.bias[e] = conv.bias
+        self._is_init = True
+
+    def _dense(self) -> nn.Conv2d:
+        return nn.Conv2d(**self._options)
+
+    def receptive_field(self) -> tuple[int, int]:
+        with torch.device('meta'):
+            return receptive_field(self._dense())
+
+    def forward(self, x_T: Tensor, routes: Routes) -> Tensor:
+        impl = self.impl
+        if impl == 'auto':
+            impl = cheapest(self, x_T, routes)
+        return getattr(self, f'_{impl}')(x_T, routes)
+
+    def _convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> Tensor:
+        return F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, groups)
+
+    def _subbatches(self, x_T: Tensor, routes: Routes) -> Tensor:
+        rows_R = routes.dispatch(x_T)
+        weights = self.weight.unbind(0)
+        biases = [None] * self.num_experts if self.bias is None else self.bias.unbind(0)
+        bounds = routes.bounds
+        results = [
+            self._convolve(rows_R[bounds[e] : bounds[e + 1]], weights[e], biases[e], self.groups)
+            for e in range(self.num_experts)
+            if bounds[e + 1] > bounds[e]
+        ]
+        if not results:  # nothing to do; one expert still says the output's shape
+            results = [self._convolve(rows_R, weights[0], biases[0], self.groups)]
+        return routes.combine(results[0] if len(results) == 1 else torch.cat(results))
+
+    def _grouped(self, x_T: Tensor, routes: Routes) -> Tensor:
+        num_items = x_T.shape[0]
+        if num_items == 0:
+            return self._subbatches(x_T, routes)
+        mixture = self._mixture(routes)
+        with torch.autocast(x_T.device.type, enabled=False):
+            kernels = (mixture @ self.weight.flatten(1)).view(-1, *self.weight.shape[2:])
+            biases = None if self.bias is None else (mixture @ self.bias).flatten()
+        # All items side by side as the channels of one image.
+        wide = x_T.reshape(1, -1, *x_T.shape[2:])
+        y = self._convolve(wide, kernels, biases, self.groups * num_items)
+        return y.view(num_items, -1, *y.shape[2:])
+
+    def _views(self, x_T: Tensor, routes: Routes) -> Tensor:
+        if x_T.shape[0] == 0:
+            return self._subbatches(x_T, routes)
+        device = x_T.device.type
+        dtype = self.weight.dtype
+        if torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+            x_T = x_T.to(dtype)
+        geometry = (self.stride, self.padding, self.dilation, self.groups)
+        with torch.autocast(device, enabled=False):
+            biases = None if self.bias is None else (self._mixture(routes) @ self.bias).to(dtype)
+            weights = routes.weights.to(self.weight.dtype)
+            return _ConvolveViews.apply(
+                x_T, self.weight, weights, biases, routes.expert_ids.tolist(), dtype, geometry
+            )
+
+    def _mixture(self, routes: Routes) -> Tensor:
+        """(T, E): each item's weights, 0 for the experts that it does not go to."""
+        weights = routes.weights.to(self.weight.dtype)
+        empty = weights.new_zeros(len(weights), self.num_experts)
+        return empty.scatter(1, routes.expert_ids, weights)
+
+    def extra_repr(self) -> str:
+        options = ', '.join(f'{k}={v}' for k, v in self._options.items())
+        return f'num_experts={self.num_experts}, {options}, impl={self.impl!r}'
+
+
+class _ConvolveViews(torch.autograd.Function):
+    """Item t convolved with ``sum_j weights[t, j] · weight[ids[t][j]]``, one item after the other.
+
+    Written out because autograd would keep T mixed kernels for the backward pass; to mix again is
+    cheaper than to read them back from memory.
+    """
+
+    @staticmethod
+    def forward(
+        ctx,
+        x: Tensor,
+        weight: Tensor,
+        weights: Tensor,
+        biases: Tensor | None,
+        ids: list[list[int]],
+        dtype: torch.dtype,
+        geometry: tuple,
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight, weights)
+        ctx.ids, ctx.dtype, ctx.geometry = ids, dtype, geometry
+        ctx.has_bias = biases is not None
+        shares = weights.tolist()
+        kernel = torch.empty_like(weight[0])
+        y = None
+        for t, experts in enumerate(ids):
+            mixed = _mix(kernel, weight, experts, shares[t]).to(dtype)
+            bias = None if biases is None else biases[t]
+            out = F.conv2d(x[t : t + 1], mixed, bias, *geometry)
+            if y is None:
+                y = out.new_empty(len(ids), *out.shape[1:])
+            y[t] = out[0]
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple:
+        x, weight, weights = ctx.saved_tensors
+        stride, padding, dilation, groups = ctx.geometry
+        need_x, need_weight, need_weights, need_biases = ctx.needs_input_grad[:4]
+        shares = weights.tolist()
+        grad_x = torch.empty_like(x) if need_x else None
+        grad_weight = torch.zeros_like(weight) if need_weight else None
+        grad_weights = torch.zeros_like(weights) if need_weights else None
+        grad_biases = grad.new_empty(grad.shape[:2]) if need_biases else None
+        kernel = torch.empty_like(weight[0])
+        for t, experts in enumerate(ctx.ids):
+            mixed = _mix(kernel, weight, experts, shares[t]).to(ctx.dtype)
+            of_x, of_kernel, of_bias = torch.ops.aten.convolution_backward(
+                grad[t : t + 1],
+                x[t : t + 1],
+                mixed,
+                [weight.shape[1]] if ctx.has_bias else None,
+                stride,
+                padding,
+                dilation,
+                False,
+                [0, 0],
+                groups,
+                [need_x, need_weight or need_weights, need_biases],
+            )
+            if need_x:
+                grad_x[t] = of_x[0]
+            if need_biases:
+                grad_biases[t] = of_bias
+            if of_kernel is None:
+                continue
+            of_kernel = of_kernel.to(weight.dtype)
+            for j, (e, share) in enumerate(zip(experts, shares[t], strict=True)):
+                if need_weight and share != 0:
+                    grad_weight[e].add_(of_kernel, alpha=share)
+                if need_weights:
+                    grad_weights[t, j] = torch.dot(of_kernel.flatten(), weight[e].flatten())
+        return grad_x, grad_weight, grad_weights, grad_biases, None, None, None
+
+
+def _mix(kernel: Tensor, weight: Tensor, experts: list[int], shares: list[float]) -> Tensor:
+    """``sum_j shares[j] · weight[experts[j]]``, in the memory of ``kernel``."""
+    if shares[0] == 0:
+        kernel.zero_()
+    else:
+        torch.mul(weight[experts[0]], shares[0], out=kernel)
+    for e, share in zip(experts[1:], shares[1:], strict=True):
+        if share != 0:
+            kernel.add_(weight[e], alpha=share)
+    return kernel
+
+
+def _symmetric_padding(conv: nn.Conv2d) -> tuple[int, int]:
+    """Padding in numbers, also of ``'same'`` and ``'valid'``."""
+    if not isinstance(conv.padding, str):
+        return conv.padding
+    if conv.padding == 'valid':
+        return (0, 0)
+    total = [(k - 1) * d for k, d in zip(conv.kernel_size, conv.dilation, strict=True)]
+    if any(t % 2 for t in total):
+        raise ConfigError(
+            f"padding='same' needs odd kernel sizes, got kernel_size={conv.kernel_size}; "
+            'give the padding in numbers'
+        )
+    return (total[0] // 2, total[1] // 2)

@@ -1,0 +1,225 @@
+"""Linear layers and multilayer perceptrons as experts, whose items are vectors."""
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from mmengine.model import BaseModule, initialize
+from torch import Tensor, nn
+
+from mmdet_moe.errors import ConfigError
+from mmdet_moe.moe.experts.base import StackedExperts
+from mmdet_moe.moe.routes import Routes
+from mmdet_moe.registry import MODELS
+
+
+class VectorExperts(StackedExperts, BaseModule):
+    """Base class of experts on vectors: an item of any shape (T, ...) is flattened to (T, C).
+
+    Items are copied to their experts and back once, however many layers an expert has.
+    """
+
+    take_vectors = True
+
+    @abstractmethod
+    def compute(self, x_R: Tensor, routes: Routes) -> Tensor:
+        """Every expert on its own rows: (R, C) to (R, C'), sorted by expert as in ``routes``."""
+
+    @abstractmethod
+    def dense(self) -> nn.Module:
+        """One expert as a module of its own, with fresh weights."""
+
+    def forward(self, x_T: Tensor, routes: Routes) -> Tensor:
+        # Cast before the copying: half the bytes.
+        x_R = routes.dispatch(_autocast(x_T.flatten(1)))
+        return routes.combine(self.compute(x_R, routes))
+
+    def init_weights(self) -> None:
+        """Initialise every expert by itself, as ``init_cfg`` says of its dense layers."""
+        if self.init_cfg and not self._is_init:
+            for e in range(self.num_experts):
+                dense = self.dense()
+                initialize(nn.Sequential(dense), self.init_cfg)
+                self._set_expert(e, dense)
+            self._is_init = True
+
+    @torch.no_grad()
+    def _set_expert(self, e: int, dense: nn.Module) -> None:
+        for name, parameter in dense.named_parameters():
+            self.get_parameter(name)[e] = parameter
+
+    def receptive_field(self) -> tuple[int, int]:
+        raise ConfigError(
+            f'{type(self).__name__} take an item as one vector, so that its neighbours are out of '
+            'their sight; use granularity="image", "pixel" or "token"'
+        )
+
+
+@MODELS.register_module()
+class LinearExperts(VectorExperts):
+    """E linear layers; for pixels, E 1×1 convolutions.
+
+    Args:
+        in_features: C, the numbers of one item: C·h·w for feature maps (C, h, w) as items.
+        out_features: C'.
+        num_experts: E.
+        bias: Whether they have a bias.
+        init_cfg: MMEngine's initialisation of one expert, seen as an ``nn.Linear``. Default: that
+            of ``nn.Linear`` itself. Each expert draws its own values.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        num_experts: int,
+        bias: bool = True,
+        init_cfg: dict | list[dict] | None = None,
+    ) -> None:
+        super().__init__(init_cfg)
+        self.weight = nn.Parameter(torch.empty(num_experts, out_features, in_features))
+        stacked = nn.Parameter(torch.empty(num_experts, out_features)) if bias else None
+        self.register_parameter('bias', stacked)
+        for e in range(num_experts):
+            self._set_expert(e, self.dense())
+
+    def dense(self) -> nn.Linear:
+        _, out_features, in_features = self.weight.shape
+        return nn.Linear(in_features, out_features, self.bias is not None)
+
+    def compute(self, x_R: Tensor, routes: Routes) -> Tensor:
+        x_R, weight = _autocast(x_R), _autocast(self.weight)
+        y_R = _grouped_product(x_R, weight, routes)
+        if self.bias is None:
+            return y_R
+        return _AddBias.apply(y_R, self.bias.to(y_R.dtype), routes.bounds)
+
+    def extra_repr(self) -> str:
+        num_experts, out_features, in_features = self.weight.shape
+        return (
+            f'num_experts={num_experts}, in_features={in_features}, out_features={out_features}, '
+            f'bias={self.bias is not None}'
+        )
+
+
+@MODELS.register_module()
+class MLPExperts(VectorExperts):
+    """E multilayer perceptrons: linear layers with an activation in between.
+
+    One expert's entries are called as the linear layers of an ``nn.ModuleList`` (``0.weight``,
+    ``0.bias``, ``1.weight``, …), such as ``shared_fcs`` of MMDetection's RoI heads.
+
+    Args:
+        in_features: C, the numbers of one item: C·h·w for feature maps (C, h, w) as items.
+        hidden_features: Outputs of the hidden layer, or of each of several hidden layers.
+        out_features: C'.
+        num_experts: E.
+        bias: Whether the layers have biases.
+        activation: Name (``'ReLU'``) or config of a module without parameters.
+        activate_last: Whether the activation follows the last layer, too.
+        init_cfg: MMEngine's initialisation of one expert, seen as an ``nn.ModuleList`` of
+            ``nn.Linear``. Default: that of ``nn.Linear`` itself. Each expert draws its own values.
+
+    Raises:
+        ConfigError: If the activation has parameters.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        hidden_features: int | Sequence[int],
+        out_features: int,
+        num_experts: int,
+        bias: bool = True,
+        activation: str | dict = 'ReLU',
+        activate_last: bool = False,
+        init_cfg: dict | list[dict] | None = None,
+    ) -> None:
+        super().__init__(init_cfg)
+        hidden = [hidden_features] if isinstance(hidden_features, int) else hidden_features
+        features = [in_features, *hidden, out_features]
+        self.num_layers = len(features) - 1
+        for i, (inputs, outputs) in enumerate(pairwise(features)):
+            self.add_module(str(i), LinearExperts(inputs, outputs, num_experts, bias))
+        config = {'type': activation} if isinstance(activation, str) else activation
+        self.activation = MODELS.build(config)
+        if any(True for _ in self.activation.parameters()):
+            raise ConfigError(
+                f'activation={activation!r} has parameters, which all experts would share; use one '
+                "without, such as 'ReLU'"
+            )
+        self.activate_last = activate_last
+
+    @property
+    def layers(self) -> list[LinearExperts]:
+        """The linear layers, first to last."""
+        return [self.get_submodule(str(i)) for i in range(self.num_layers)]
+
+    def dense(self) -> nn.ModuleList:
+        return nn.ModuleList(layer.dense() for layer in self.layers)
+
+    def compute(self, x_R: Tensor, routes: Routes) -> Tensor:
+        for i, layer in enumerate(self.layers):
+            x_R = layer.compute(x_R, routes)
+            if self.activate_last or i < self.num_layers - 1:
+                x_R = self.activation(x_R)
+        return x_R
+
+
+def _autocast(x: Tensor) -> Tensor:
+    """As autocast casts what goes into a matrix product; it does not know all of ours."""
+    device = x.device.type
+    if x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+        return x
+    return x.to(torch.get_autocast_dtype(device))
+
+
+def _grouped_product(x_R: Tensor, weight: Tensor, routes: Routes) -> Tensor:
+    """``W_e x_r`` for the rows r of each expert e: (R, in) and (E, out, in) to (R, out)."""
+    if _grouped_mm_serves(x_R, weight):
+        ends = routes.offsets[1:].to(torch.int32)
+        return F.grouped_mm(x_R, weight.transpose(1, 2), offs=ends)
+    rows = x_R.split([stop - start for start, stop in pairwise(routes.bounds)])
+    # With the empty ones: so the weights of every expert have a gradient.
+    return torch.cat([x @ w.T for x, w in zip(rows, weight.unbind(), strict=True)])
+
+
+def _grouped_mm_serves(x_R: Tensor, weight: Tensor) -> bool:
+    """Whether ``grouped_mm`` takes these operands, and those of its backward pass.
+
+    It is younger than the oldest PyTorch that we support, knows no float64, and wants every row to
+    start at a multiple of 16 bytes.
+    """
+    aligned = 16 // weight.itemsize
+    return (
+        hasattr(F, 'grouped_mm')
+        and x_R.device.type in ('cpu', 'cuda')
+        and x_R.dtype == weight.dtype
+        and weight.dtype in (torch.float32, torch.bfloat16, torch.float16)
+        and x_R.shape[0] > 0
+        and all(n % aligned == 0 for n in (*weight.shape[1:], weight.storage_offset()))
+    )
+
+
+class _AddBias(torch.autograd.Function):
+    """Adds each expert's bias to its rows, in place: (R, C) and (E, C) to (R, C).
+
+    Spelled out, because a row of biases for every row of outputs would be as large as they are.
+    """
+
+    @staticmethod
+    def forward(ctx, y_R: Tensor, bias: Tensor, bounds: list[int]) -> Tensor:
+        ctx.bounds = bounds
+        ctx.mark_dirty(y_R)
+        for e, (start, stop) in enumerate(pairwise(bounds)):
+            y_R[start:stop] += bias[e]
+        return y_R
+
+    @staticmethod
+    def backward(ctx, grad_R: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        grad_bias = None
+        if ctx.needs_input_grad[1]:
+            grad_bias = torch.stack([grad_R[a:b].sum(0) for a, b in pairwise(ctx.bounds)])
+        return grad_R, grad_bias, None

@@ -1,0 +1,232 @@
+"""The three ways to convolve, against every expert on every item and against one another."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.autograd import gradcheck
+
+from mmdet_moe.errors import ConfigError
+from mmdet_moe.moe import ConvExperts, MoELayer
+from mmdet_moe.moe.routes import Routes
+
+IMPLS = ['subbatches', 'grouped', 'views', 'auto']
+E = 4
+GEOMETRIES = [
+    {'kernel_size': 3, 'padding': 1},
+    {'kernel_size': 1},
+    {'kernel_size': 3, 'stride': 2, 'padding': 1, 'groups': 2},
+    {'kernel_size': (3, 5), 'padding': (0, 2), 'dilation': (2, 1), 'bias': False},
+    {'kernel_size': 3, 'padding': 'same', 'dilation': 2},
+]
+
+
+def build(impl, **options):
+    return ConvExperts(4, 6, num_experts=E, impl=impl, **(options or GEOMETRIES[0])).double()
+
+
+def routes(num_items, k, drop=0.0):
+    ids = torch.rand(num_items, E).topk(k).indices
+    weights = torch.rand(num_items, k, dtype=torch.float64)
+    return ids, weights.masked_fill(torch.rand(num_items, k) < drop, 0)
+
+
+def dense(experts, x, ids, weights, conv):
+    """Each expert on each item, in PyTorch's own convolutions."""
+    outputs = []
+    for e in range(E):
+        single = copy.deepcopy(conv)
+        single.weight.data = experts.weight.data[e]
+        if single.bias is not None:
+            single.bias.data = experts.bias.data[e]
+        outputs.append(single(x))
+    outputs = torch.stack(outputs, 1)
+    mixture = weights.new_zeros(len(x), E).scatter(1, ids, weights)
+    return (mixture[:, :, None, None, None] * outputs).sum(1)
+
+
+@pytest.mark.parametrize('impl', IMPLS)
+@pytest.mark.parametrize('geometry', GEOMETRIES, ids=str)
+@pytest.mark.parametrize(('k', 'drop'), [(1, 0.0), (2, 0.0), (3, 0.4), (E, 1.0)])
+def test_against_every_expert_on_every_item(impl, geometry, k, drop):
+    experts = build(impl, **geometry)
+    conv = nn.Conv2d(4, 6, **geometry).double()
+    x = torch.randn(5, 4, 9, 8, dtype=torch.float64)
+    ids, weights = routes(5, k, drop)
+    y = experts(x, Routes(ids, weights, E))
+    torch.testing.assert_close(y, dense(experts, x, ids, weights, conv))
+
+
+@pytest.mark.parametrize('impl', IMPLS)
+@pytest.mark.parametrize('geometry', GEOMETRIES, ids=str)
+def test_gradients_by_finite_differences(impl, geometry):
+    """For the input, the weights, the kernels and the biases; expert 3 is not used."""
+    experts = build(impl, **geometry)
+    x = torch.randn(3, 4, 5, 5, dtype=torch.float64, requires_grad=True)
+    ids = torch.tensor([[0, 1], [2, 0], [1, 2]])
+    weights = torch.tensor([[0.3, 0.7], [1.0, 0.5], [0.6, 0.4]]).double().requires_grad_()
+    names, parameters = zip(*experts.named_parameters(), strict=True)
+
+    def run(x, weights, *parameters):
+        values = dict(zip(names, parameters, strict=True))
+        return torch.func.functional_call(experts, values, (x, Routes(ids, weights, E)))
+
+    assert gradcheck(run, (x, weights, *parameters))
+
+
+@pytest.mark.parametrize('frozen', ['weight', 'bias', 'x', 'weights', 'weight and weights'])
+@pytest.mark.parametrize('impl', IMPLS)
+def test_only_the_gradients_that_are_needed(impl, frozen):
+    def run(impl, frozen):
+        torch.manual_seed(0)
+        experts = build(impl)
+        ids, weights = routes(4, 2)
+        leaves = {'x': torch.randn(4, 4, 5, 5).double(), 'weights': weights}
+        leaves |= dict(experts.named_parameters())
+        for name, leaf in leaves.items():
+            leaf.requires_grad_(name not in frozen.split(' and '))
+        experts(leaves['x'], Routes(ids, leaves['weights'], E)).square().sum().backward()
+        return {name: leaf.grad for name, leaf in leaves.items()}
+
+    free, some = run('subbatches', ''), run(impl, frozen)
+    for name, gradient in some.items():
+        if name in frozen.split(' and '):
+            assert gradient is None
+        else:
+            torch.testing.assert_close(gradient, free[name])
+
+
+@pytest.mark.parametrize('impl', IMPLS)
+def test_no_items(impl):
+    """No item at all, and items without any choice; every parameter still has a gradient."""
+    layer = MoELayer(build(impl), E, 2, in_channels=4).double()
+    y = layer(torch.zeros(0, 4, 7, 7, dtype=torch.float64))
+    assert y.shape == (0, 6, 7, 7)
+    y.sum().backward()
+    assert all(torch.equal(p.grad, torch.zeros_like(p)) for p in layer.experts.parameters())
+    ids, weights = routes(3, 2)
+    y = build(impl)(torch.randn(3, 4, 7, 7).double(), Routes(ids, weights * 0, E))
+    assert torch.equal(y, torch.zeros(3, 6, 7, 7, dtype=torch.float64))
+
+
+@pytest.mark.parametrize('impl', IMPLS)
+def test_mixed_precision(impl):
+    """Under autocast as PyTorch's convolution: bfloat16 out, float32 gradients for parameters."""
+    experts = build(impl).float()
+    x = torch.randn(4, 4, 6, 6, requires_grad=True)
+    ids, weights = routes(4, 2)
+    weights = weights.float().requires_grad_()
+    expected = experts(x, Routes(ids, weights, E))
+    leaves = [x, weights, *experts.parameters()]
+    expected_grads = torch.autograd.grad(expected.square().sum(), leaves)
+    with torch.autocast('cpu', torch.bfloat16):
+        y = experts(x, Routes(ids, weights, E))
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y.float(), expected, rtol=0.03, atol=0.03)
+    grads = torch.autograd.grad(y.float().square().sum(), leaves)
+    for grad, reference in zip(grads, expected_grads, strict=True):
+        assert grad.dtype == torch.float32
+        assert (grad - reference).norm() < 0.03 * reference.norm()
+
+
+def test_impls_agree_in_float32_on_larger_maps():
+    ids, weights = routes(6, 2)
+    x, experts, results = torch.randn(6, 4, 31, 40), build('auto').float(), []
+    for experts.impl in IMPLS:
+        results.append(experts(x, Routes(ids, weights.float(), E)))
+    for result in results[1:]:
+        torch.testing.assert_close(result, results[0], rtol=1e-5, atol=1e-5)
+
+
+def test_views_follow_a_dense_convolution_exactly():
+    """With one expert and weight 1 nothing is mixed."""
+    conv = nn.Conv2d(4, 6, 3, padding=1)
+    experts = ConvExperts.like(conv, 1, impl='views')
+    experts.weight.data[0], experts.bias.data[0] = conv.weight.data, conv.bias.data
+    x = torch.randn(3, 4, 8, 8)
+    one = Routes(torch.zeros(3, 1, dtype=torch.int64), torch.ones(3, 1), 1)
+    expected = torch.cat([conv(x[t : t + 1]) for t in range(3)])
+    torch.testing.assert_close(experts(x, one), expected, rtol=0, atol=1e-6)
+
+
+def test_initial_weights_are_those_of_convolutions():
+    """Each expert's is its own draw, the one that ``nn.Conv2d`` would make in its place."""
+    torch.manual_seed(3)
+    experts = ConvExperts(4, 6, 3, num_experts=3)
+    torch.manual_seed(3)
+    for e in range(3):
+        conv = nn.Conv2d(4, 6, 3)
+        assert torch.equal(experts.weight[e], conv.weight)
+        assert torch.equal(experts.bias[e], conv.bias)
+
+
+def test_initialisation_by_mmengine():
+    cfg = {'type': 'Normal', 'layer': 'Conv2d', 'mean': 5.0, 'std': 0.1, 'bias': 2.0}
+    experts = ConvExperts(4, 6, 3, num_experts=3, init_cfg=cfg)
+    experts.init_weights()
+    assert (experts.weight.mean(dim=(1, 2, 3, 4)) - 5).abs().max() < 0.05
+    assert (experts.bias == 2).all()
+    assert not torch.equal(experts.weight[0], experts.weight[1])
+    layer = MoELayer(copy.deepcopy(experts), 3, 2, in_channels=4, expert_init='shared')
+    layer.init_weights()
+    assert torch.equal(layer.experts.weight[0], layer.experts.weight[2])
+
+
+def test_config_and_state_dict():
+    config = {'type': 'mmdet_moe.ConvExperts', 'in_channels': 4, 'out_channels': 6}
+    layer = MoELayer({**config, 'kernel_size': 3}, E, 2, in_channels=4)
+    assert {n: tuple(v.shape) for n, v in layer.experts.state_dict().items()} == {
+        'weight': (E, 6, 4, 3, 3),
+        'bias': (E, 6),
+    }
+
+
+def test_dense_checkpoints_and_lists_of_experts_load():
+    conv = nn.Conv2d(4, 6, 3, padding=1)
+    layer = MoELayer(ConvExperts.like(conv, E), E, 2, in_channels=4)
+    layer.load_state_dict(conv.state_dict(), strict=False)
+    for e in range(E):
+        assert torch.equal(layer.experts.weight[e], conv.weight)
+        assert torch.equal(layer.experts.bias[e], conv.bias)
+    listed = MoELayer(conv, E, 2, in_channels=4)
+    layer.load_state_dict(listed.state_dict())  # strict
+    for e, expert in enumerate(listed.experts):
+        assert torch.equal(layer.experts.weight[e], expert.weight)
+    x = torch.randn(5, 4, 7, 7)
+    torch.testing.assert_close(layer.eval()(x), listed.eval()(x), rtol=1e-5, atol=1e-5)
+    layer.load_state_dict(copy.deepcopy(layer.state_dict()))  # strict
+    with pytest.raises(ConfigError, match=r'has 3 experts .* but the model has 4'):
+        layer.load_state_dict(MoELayer(conv, 3, 2, in_channels=4).state_dict())
+    fewer = MoELayer(ConvExperts.like(conv, 3), 3, 2, in_channels=4)
+    with pytest.raises(ConfigError, match=r'has 3 experts .* but the model has 4'):
+        layer.load_state_dict(fewer.state_dict())
+
+
+@pytest.mark.parametrize('impl', IMPLS)
+def test_patches_see_their_neighbours(impl):
+    """Patch granularity needs the receptive field of the stacked kernels."""
+    experts = build(impl, kernel_size=5, padding=2)
+    assert experts.receptive_field() == (2, 1)
+    layer = MoELayer(experts, E, E, in_channels=4, granularity='patch', grid_size=3).double().eval()
+    x = torch.randn(2, 4, 13, 11, dtype=torch.float64)
+    y = layer(x)
+    outputs = [
+        F.conv2d(x, w, b, padding=2) for w, b in zip(experts.weight, experts.bias, strict=True)
+    ]
+    weights = layer.routing.dense_weights().view(2, 3, 3, E)
+    for n, i, j in ((0, 0, 0), (1, 1, 2), (0, 2, 1)):
+        top, left = i * 13 // 3, j * 11 // 3
+        here = (n, slice(None), top, left)
+        expected = sum(w * o[here] for w, o in zip(weights[n, i, j], outputs, strict=True))
+        torch.testing.assert_close(y[here], expected)
+
+
+def test_wrong_options():
+    with pytest.raises(ConfigError, match="impl='fast' is unknown; use one of"):
+        build('fast')
+    with pytest.raises(ConfigError, match="padding_mode='reflect' is not supported"):
+        ConvExperts.like(nn.Conv2d(2, 2, 3, padding_mode='reflect'), 2)
+    with pytest.raises(ConfigError, match="padding='same' needs odd kernel sizes"):
+        build('auto', kernel_size=4, padding='same')
