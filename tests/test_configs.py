@@ -20,7 +20,10 @@ COCO = sorted(CONFIGS.glob('*_coco.py'))
 DEMO = sorted((CONFIGS / 'demo').glob('*.py'))
 
 # What a reader expects of a name: where the experts sit, and what balances them.
-HEAD = {'bbox_head.cls_moe', 'bbox_head.reg_moe'}
+HEADS = {
+    'retinanet': {'bbox_head.cls_moe', 'bbox_head.reg_moe'},
+    'faster_rcnn': {'roi_head.bbox_head.shared_fcs'},
+}
 PLACES = {'neck': {f'neck.fpn_convs.{i}' for i in range(3)}, 'backbone': {'backbone.layer4'}}
 BALANCING = {
     'soft_kl': ('KLLoss', None),
@@ -44,8 +47,9 @@ def test_config_is_what_its_name_says(path):
     if '_moe_' not in path.stem:
         assert not layers
         return
-    name = path.stem.split('_moe_')[1]
-    assert set(layers) == next((v for k, v in PLACES.items() if name.startswith(k)), HEAD)
+    detector, name = path.stem.split('_moe_')
+    places = (v for k, v in PLACES.items() if name.startswith(k))
+    assert set(layers) == next(places, HEADS[detector])
     loss, constraint = next(v for k, v in BALANCING.items() if name.startswith(k))
     losses = [hook['loss']['type'] for hook in cfg.custom_hooks if 'loss' in hook]
     assert losses == ([f'mmdet_moe.{loss}'] if loss else [])
@@ -109,6 +113,7 @@ UNCHANGED_BUT_SMALL = (
         'retinanet_moe_neck_coco',
         'retinanet_moe_backbone_coco',
         'retinanet_moe_soft_finetune_coco',
+        'faster_rcnn_moe_soft_coco',
     ],
 )
 def test_coco_config_trains(name, coco_folder, tmp_path, monkeypatch):

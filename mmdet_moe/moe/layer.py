@@ -120,36 +120,6 @@ class MoELayer(BaseModule):
         self._norms_checked = False
         self.register_load_state_dict_pre_hook(_upcycle_same_place)
 
-    def _check_granularity(self) -> None:
-        granularity, grid_size = self.granularity, self.grid_size
-        if granularity not in GRANULARITIES:
-            raise ConfigError(f'granularity={granularity!r} is unknown; use one of {GRANULARITIES}')
-        if granularity == 'patch' and grid_size < 2:
-            raise ConfigError(f"granularity='patch' needs grid_size of at least 2, got {grid_size}")
-        if granularity != 'patch' and grid_size != 1:
-            raise ConfigError(
-                f'grid_size={grid_size} has no effect with granularity={granularity!r}; '
-                "set granularity='patch'"
-            )
-        if granularity == 'pixel' and not self.experts.take_vectors:
-            radius, stride = self.experts.receptive_field()
-            if radius > 0 or stride > 1:
-                raise ConfigError(
-                    "granularity='pixel' needs experts that see one pixel at a time, but these "
-                    f'have a receptive field of radius {radius} and stride {stride}; use 1×1 '
-                    "convolutions, or granularity='patch'"
-                )
-        if granularity == 'token' and self.router.needs_maps:
-            raise ConfigError(
-                f'router.type={type(self.router).__name__} routes feature maps, which '
-                "granularity='token' has not; use mmdet_moe.GAPRouter"
-            )
-        if granularity == 'token' and self.decision_weight != 'uniform':
-            raise ConfigError(
-                f'decision_weight={self.decision_weight!r} is about feature maps, which '
-                "granularity='token' has not; use decision_weight='uniform'"
-            )
-
     def init_weights(self) -> None:
         """Initialise as MMEngine's modules do, then share the weights if asked to."""
         first_call = not self.is_init  # MMEngine's modules ignore all later ones
@@ -269,6 +239,36 @@ class MoELayer(BaseModule):
         unused = (routing.load() == 0).nonzero().flatten().tolist()
         parameters = [p for e in unused for p in self.experts.parameters_of(e) if p.requires_grad]
         return _ZeroGradient.apply(output, *parameters) if parameters else output
+
+    def _check_granularity(self) -> None:
+        granularity, grid_size = self.granularity, self.grid_size
+        if granularity not in GRANULARITIES:
+            raise ConfigError(f'granularity={granularity!r} is unknown; use one of {GRANULARITIES}')
+        if granularity == 'patch' and grid_size < 2:
+            raise ConfigError(f"granularity='patch' needs grid_size of at least 2, got {grid_size}")
+        if granularity != 'patch' and grid_size != 1:
+            raise ConfigError(
+                f'grid_size={grid_size} has no effect with granularity={granularity!r}; '
+                "set granularity='patch'"
+            )
+        if granularity == 'pixel' and not self.experts.take_vectors:
+            radius, stride = self.experts.receptive_field()
+            if radius > 0 or stride > 1:
+                raise ConfigError(
+                    "granularity='pixel' needs experts that see one pixel at a time, but these "
+                    f'have a receptive field of radius {radius} and stride {stride}; use 1×1 '
+                    "convolutions, or granularity='patch'"
+                )
+        if granularity == 'token' and self.router.needs_maps:
+            raise ConfigError(
+                f'router.type={type(self.router).__name__} routes feature maps, which '
+                "granularity='token' has not; use mmdet_moe.GAPRouter"
+            )
+        if granularity == 'token' and self.decision_weight != 'uniform':
+            raise ConfigError(
+                f'decision_weight={self.decision_weight!r} is about feature maps, which '
+                "granularity='token' has not; use decision_weight='uniform'"
+            )
 
     def _check_norms(self) -> None:
         """Refuse collective normalisation in experts, once it is known how the model is run."""

@@ -10,7 +10,8 @@ from mmdet_moe import ops
 class Routes:
     """The routes of T items, sorted by expert.
 
-    A weight of exactly 0 is no choice: such a route belongs to no expert and takes no row.
+    A weight of exactly 0 is no choice: such a route belongs to no expert, takes no row and gets no
+    gradient.
 
     Args:
         expert_ids: int64 (T, K).

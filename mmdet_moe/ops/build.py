@@ -44,6 +44,7 @@ class Built:
         compiler: Its version.
         architectures: Instruction sets (CPU) or compute capabilities (CUDA) in the binary.
         sources: Digest of the sources that it was made of.
+        cuda_major: Major version of the CUDA toolkit; 0 for the CPU.
     """
 
     device: str
@@ -52,6 +53,7 @@ class Built:
     compiler: str | None = None
     architectures: tuple[str, ...] = ()
     sources: str | None = None
+    cuda_major: int = 0
 
 
 @dataclass(frozen=True)
@@ -135,7 +137,9 @@ def _build_cpu(torch: _Torch, folder: Path) -> Built:
     compiler = os.environ.get('CXX') or shutil.which('c++') or shutil.which('g++')
     if not compiler:
         raise BuildError('there is no C++ compiler; install g++ (12 or later) or set CXX')
-    command = [*shlex.split(compiler), '-shared', '-fPIC', *torch.flags]
+    # Messages name the file from csrc on, not by where it was compiled.
+    command = [*shlex.split(compiler), '-shared', '-fPIC', f'-fmacro-prefix-map={CSRC}=csrc']
+    command += torch.flags
     if sys.platform == 'darwin':
         command += ['-undefined', 'dynamic_lookup']
     _compile(command, 'cpu', folder, torch.link_flags('torch_cpu', 'torch'))
@@ -175,7 +179,8 @@ def _build_cuda(torch: _Torch, folder: Path) -> Built:
             raise BuildError(
                 f'MMDET_MOE_CUDA_ARCHITECTURES names {unknown}, but nvcc knows {known}'
             )
-    command = [nvcc, '-shared', '-Xcompiler', '-fPIC', '-cudart', 'static', '-DUSE_CUDA']
+    command = [nvcc, '-shared', '-Xcompiler', f'-fPIC,-fmacro-prefix-map={CSRC}=csrc']
+    command += ['-cudart', 'static', '-DUSE_CUDA']
     command += ['--threads', '0', *torch.flags]
     for a in architectures:
         command += ['-gencode', f'arch=compute_{a},code=sm_{a}']
@@ -187,6 +192,7 @@ def _build_cuda(torch: _Torch, folder: Path) -> Built:
         compiler=f'nvcc {version[1]}.{version[2]}',
         architectures=(*(f'sm_{a}' for a in architectures), f'PTX {architectures[-1]}'),
         sources=digest('cuda'),
+        cuda_major=int(version[1]),
     )
 
 

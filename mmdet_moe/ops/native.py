@@ -84,6 +84,14 @@ def _load(device: str) -> Kernels:
         return Kernels(device, False, f'PyTorch {torch.__version__} is too old for them')
     if device == 'cuda' and not torch.backends.cuda.is_built():
         return Kernels(device, False, f'PyTorch {torch.__version__} is built without CUDA')
+    if device == 'cuda' and entry.cuda_major > int(str(torch.version.cuda).split('.')[0]):
+        # The driver that serves this PyTorch may be too old for them.
+        return Kernels(
+            device,
+            False,
+            f'built by {entry.compiler}, but this PyTorch uses CUDA {torch.version.cuda}; '
+            f'run `{BUILD_COMMAND}` again',
+        )
     if entry.sources != build.digest(device):
         return Kernels(
             device, False, f'built of other sources than these; run `{BUILD_COMMAND}` again'

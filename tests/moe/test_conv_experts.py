@@ -10,6 +10,7 @@ from torch.autograd import gradcheck
 
 from mmdet_moe.errors import ConfigError
 from mmdet_moe.moe import ConvExperts, MoELayer
+from mmdet_moe.moe.experts.conv_cost import cheapest
 from mmdet_moe.moe.routes import Routes
 
 IMPLS = ['subbatches', 'grouped', 'views', 'auto']
@@ -74,6 +75,26 @@ def test_gradients_by_finite_differences(impl, geometry):
         return torch.func.functional_call(experts, values, (x, Routes(ids, weights, E)))
 
     assert gradcheck(run, (x, weights, *parameters))
+
+
+@pytest.mark.parametrize('impl', IMPLS)
+@pytest.mark.parametrize('bias', [True, False])
+def test_pixels_as_items(impl, bias):
+    """1×1 kernels on 1×1 maps are matrix products; values and gradients of a convolution."""
+    experts = build(impl, kernel_size=1, bias=bias)
+    conv = nn.Conv2d(4, 6, 1, bias=bias).double()
+    x = torch.randn(40, 4, 1, 1, dtype=torch.float64)
+    ids, weights = routes(40, 2, 0.2)
+    expected = dense(experts, x, ids, weights, conv)
+    torch.testing.assert_close(experts(x, Routes(ids, weights, E)), expected)
+    leaves = [x.requires_grad_(), weights.requires_grad_(), *experts.parameters()]
+    grads = torch.autograd.grad(experts(x, Routes(ids, weights, E)).square().sum(), leaves)
+    mixture = weights.new_zeros(40, E).scatter(1, ids, weights.where(weights != 0, 0.0))
+    every = torch.einsum('eoi,ti->teo', experts.weight.flatten(2), x.flatten(1))
+    if bias:
+        every = every + experts.bias
+    y = torch.einsum('te,teo->to', mixture, every)
+    torch.testing.assert_close(grads, torch.autograd.grad(y.square().sum(), leaves))
 
 
 @pytest.mark.parametrize('frozen', ['weight', 'bias', 'x', 'weights', 'weight and weights'])
@@ -221,6 +242,44 @@ def test_patches_see_their_neighbours(impl):
         here = (n, slice(None), top, left)
         expected = sum(w * o[here] for w, o in zip(weights[n, i, j], outputs, strict=True))
         torch.testing.assert_close(y[here], expected)
+
+
+@pytest.mark.parametrize('geometry', GEOMETRIES, ids=str)
+def test_output_size(geometry):
+    experts, conv = build('auto', **geometry), nn.Conv2d(4, 6, **geometry)
+    for size in ((9, 8), (16, 5)):
+        assert experts.output_size(size) == tuple(conv(torch.zeros(1, 4, *size)).shape[2:])
+
+
+def choice(num_items, channels, size, k, num_experts, kernel_size=3, trains=False):
+    """What auto decides for a layer of these sizes, whose kernels are not in memory."""
+    with torch.device('meta'):
+        experts = ConvExperts(channels, channels, kernel_size, num_experts, padding='same')
+    ids = torch.rand(num_items, num_experts).topk(k).indices
+    routes = Routes(ids, torch.rand(num_items, k), num_experts)
+    x = torch.empty(1).expand(num_items, channels, size, size).requires_grad_(trains)
+    with torch.set_grad_enabled(trains):
+        return cheapest(experts, x, routes)
+
+
+def test_auto_follows_the_measurements():
+    """Clear cases of the measurements (milliseconds on 2 cores)."""
+    for trains in (False, True):
+        # Single pixels are not worth a kernel each.
+        assert choice(64, 256, 1, 2, 4, trains=trains) == 'subbatches'
+        assert choice(20000, 64, 1, 2, 8, kernel_size=1, trains=trains) == 'subbatches'
+        # 16 x 256 x 32 x 32: mixing halves the FLOPs (75 against 174 in sub-batches).
+        assert choice(16, 256, 32, 2, 8, trains=trains) != 'subbatches'
+        # 64 x 64 x 32 x 32: one grouped convolution (16) beats 64 single ones (18).
+        assert choice(64, 64, 32, 2, 10, trains=trains) == 'grouped'
+        # More experts make the mixing in one product dearer, not that of single items.
+        assert choice(64, 128, 16, 2, 512, trains=trains) == 'views'
+
+
+def test_auto_does_not_fill_the_memory():
+    """Mixed kernels of 512 items of 512 channels would take 4.8 GB."""
+    assert choice(64, 512, 32, 2, 4) in ('grouped', 'views')
+    assert choice(512, 512, 64, 4, 4) == 'views'
 
 
 def test_wrong_options():

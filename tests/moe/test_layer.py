@@ -346,7 +346,7 @@ class TestExperts:
 @pytest.mark.parametrize(
     ('options', 'message'),
     [
-        ({'granularity': 'pixel'}, "granularity='pixel' is unknown"),
+        ({'granularity': 'voxel'}, "granularity='voxel' is unknown; use one of"),
         ({'granularity': 'patch'}, "granularity='patch' needs grid_size of at least 2, got 1"),
         ({'grid_size': 3}, "grid_size=3 has no effect with granularity='image'"),
         ({'decision_weight': 'size'}, "decision_weight='size' is unknown; use one of"),

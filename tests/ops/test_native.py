@@ -167,3 +167,37 @@ def test_nvcc_of_another_version(tmp_path, monkeypatch):
     monkeypatch.setattr(build, '_output', lambda command: 'Cuda compilation tools, release 9.2,')
     reason = built(tmp_path, 'cuda')
     assert reason.startswith('nvcc is 9.2, but PyTorch is built with CUDA')
+
+
+# A step takes 96 MiB of results above the limit of the store, and lets go of them.
+STORE = """
+import resource, torch
+from mmdet_moe.ops import combine, dispatch, sort_routes
+ids = torch.rand(16384, 8).topk(2).indices
+order, _, inverse = sort_routes(ids, 8)
+x, weights = torch.rand(16384, 512), torch.rand(16384, 2)
+def step():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    combine(dispatch(x, order, 2), weights, inverse)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+step(), step()
+print(step() + step())
+kept = [dispatch(x * factor, order, 2) for factor in range(20)]  # 1.3 GB at once
+rows = x.index_select(0, order // 2)
+assert all(torch.equal(y, rows * factor) for factor, y in enumerate(kept))
+del kept
+memory = int(open('/proc/self/statm').read().split()[1]) * resource.getpagesize()
+print(memory)
+"""
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='Linux only')
+def test_large_results_reuse_memory_and_give_back_what_is_too_much():
+    needs_native()
+    if tuple(map(int, torch.__version__.split('.')[:2])) < (2, 11):
+        pytest.skip('tensors with a deleter exist since PyTorch 2.11')
+    done = run('-c', STORE)
+    assert done.returncode == 0, done.stderr
+    faults, memory = map(int, done.stdout.split())
+    assert faults < 500  # of 24,576 pages of 4 KiB
+    assert memory < 1.3e9  # 0.5 GB are kept; Python, PyTorch and the inputs are the rest

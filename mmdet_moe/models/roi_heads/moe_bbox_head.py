@@ -27,6 +27,8 @@ class MoEShared2FCBBoxHead(Shared2FCBBoxHead):
         expert_init: Whether experts start as copies of one another (``'shared'``) or each with its
             own weights (``'independent'``).
         upcycle_noise: Relative noise on the experts when a dense checkpoint is loaded into them.
+        capacity_factor: Bound on an expert's share of the items in training, see
+            :class:`~mmdet_moe.moe.MoELayer`.
 
     Raises:
         ConfigError: For options out of range.
@@ -40,6 +42,7 @@ class MoEShared2FCBBoxHead(Shared2FCBBoxHead):
         router: dict | None = None,
         expert_init: str = 'shared',
         upcycle_noise: float = 0.0,
+        capacity_factor: float | None = None,
         **kwargs,
     ) -> None:
         super().__init__(*args, **kwargs)
@@ -61,6 +64,7 @@ class MoEShared2FCBBoxHead(Shared2FCBBoxHead):
             in_channels=self.in_channels,
             expert_init=expert_init,
             upcycle_noise=upcycle_noise,
+            capacity_factor=capacity_factor,
         )
 
     def _take_init_of_shared_fcs(self) -> list[dict]:

@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 from mmdet_moe.errors import ConfigError
 from mmdet_moe.moe.experts.base import StackedExperts
 from mmdet_moe.moe.experts.conv_cost import cheapest
+from mmdet_moe.moe.experts.linear import grouped_linear
 from mmdet_moe.moe.patches import receptive_field
 from mmdet_moe.moe.routes import Routes
 from mmdet_moe.registry import MODELS
@@ -30,7 +31,8 @@ class ConvExperts(StackedExperts, BaseModule):
             ``torch.nn.Conv2d``, for each expert.
         num_experts: E.
         impl: How they are evaluated; all ways give the same result up to rounding.
-            ``'subbatches'``: the items are sorted by expert, and each expert convolves its own.
+            ``'subbatches'``: the items are sorted by expert, and each expert convolves its own
+            (1×1 kernels on pixels: one grouped matrix product).
             ``'views'``: item by item, without copying any; each is convolved once, with the mixture
             of its experts' kernels. ``'grouped'``: the mixtures of all items, in one grouped
             convolution. ``'auto'``: the one that
@@ -118,6 +120,15 @@ class ConvExperts(StackedExperts, BaseModule):
     def _dense(self) -> nn.Conv2d:
         return nn.Conv2d(**self._options)
 
+    def output_size(self, size: tuple[int, int]) -> tuple[int, int]:
+        """(H', W') of the output for (H, W) of the input."""
+        return tuple(
+            (n + 2 * p - d * (k - 1) - 1) // s + 1
+            for n, p, d, k, s in zip(
+                size, self.padding, self.dilation, self.weight.shape[3:], self.stride, strict=True
+            )
+        )
+
     def receptive_field(self) -> tuple[int, int]:
         with torch.device('meta'):
             return receptive_field(self._dense())
@@ -133,6 +144,10 @@ class ConvExperts(StackedExperts, BaseModule):
 
     def _subbatches(self, x_T: Tensor, routes: Routes) -> Tensor:
         rows_R = routes.dispatch(x_T)
+        if self._is_linear_on(x_T):
+            weight = self.weight.flatten(2)
+            y_R = grouped_linear(rows_R.flatten(1), weight, self.bias, routes)
+            return routes.combine(y_R)[:, :, None, None]
         weights = self.weight.unbind(0)
         biases = [None] * self.num_experts if self.bias is None else self.bias.unbind(0)
         bounds = routes.bounds
@@ -144,6 +159,15 @@ class ConvExperts(StackedExperts, BaseModule):
         if not results:  # nothing to do; one expert still says the output's shape
             results = [self._convolve(rows_R, weights[0], biases[0], self.groups)]
         return routes.combine(results[0] if len(results) == 1 else torch.cat(results))
+
+    def _is_linear_on(self, x_T: Tensor) -> bool:
+        """Whether the items are pixels and the convolutions matrix products."""
+        return (
+            tuple(x_T.shape[2:]) == (1, 1)
+            and tuple(self.weight.shape[3:]) == (1, 1)
+            and tuple(self.padding) == (0, 0)
+            and self.groups == 1
+        )
 
     def _grouped(self, x_T: Tensor, routes: Routes) -> Tensor:
         num_items = x_T.shape[0]
@@ -177,6 +201,7 @@ class ConvExperts(StackedExperts, BaseModule):
     def _mixture(self, routes: Routes) -> Tensor:
         """(T, E): each item's weights, 0 for the experts that it does not go to."""
         weights = routes.weights.to(self.weight.dtype)
+        weights = weights.masked_fill(weights == 0, 0)  # no choice, hence no gradient
         empty = weights.new_zeros(len(weights), self.num_experts)
         return empty.scatter(1, routes.expert_ids, weights)
 
@@ -253,7 +278,9 @@ class _ConvolveViews(torch.autograd.Function):
                 continue
             of_kernel = of_kernel.to(weight.dtype)
             for j, (e, share) in enumerate(zip(experts, shares[t], strict=True)):
-                if need_weight and share != 0:
+                if share == 0:
+                    continue
+                if need_weight:
                     grad_weight[e].add_(of_kernel, alpha=share)
                 if need_weights:
                     grad_weights[t, j] = torch.dot(of_kernel.flatten(), weight[e].flatten())

@@ -1,2 +1,101 @@
-def cheapest(experts, x_T, routes):
-    return 'views'
+"""Which way to evaluate convolution experts is the fastest: a cost model, measured on a CPU.
+
+Each way's time is a sum of a few terms with one coefficient each, in milliseconds per unit. The
+coefficients come from a non-negative least-squares fit of relative errors to 129 layers on 2 cores
+(3×3 and 1×1 kernels, 32 to 256 channels, 4×4 to 64×64 pixels, 2 to 64 items, k = 1 to 4, E = 4 to
+32, float32). Another machine scales all of them alike, roughly; only their ratios decide.
+``tools/benchmark_moe.py auto`` measures how good the decisions are.
+"""
+
+import math
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from mmdet_moe.moe.routes import Routes
+
+if TYPE_CHECKING:
+    from mmdet_moe.moe.experts.conv import ConvExperts
+
+#: Milliseconds: (forward, forward and backward).
+_COSTS = {
+    'subbatches': {
+        'call': (0.054, 0.50),
+        'expert': (0.059, 0.17),  # that has items
+        'gflop': (3.3, 9.1),
+        'expert_kernel': (0.37, 1.4),  # million numbers in the kernels of those experts
+        'route_pixel': (0.86, 3.4),  # million numbers in the outputs of all routes
+    },
+    'grouped': {
+        'call': (0.14, 0.53),
+        'item': (0.003, 0.004),
+        'gflop': (3.4, 10.8),
+        'item_kernel': (0.51, 1.6),  # million numbers in the mixed kernels of all items
+        'mixing': (0.044, 0.11),  # times E: million multiplications
+        'item_pixel': (0.55, 1.5),  # million numbers in the outputs of all items
+    },
+    'views': {
+        'call': (0.092, 0.36),
+        'item': (0.022, 0.078),
+        'gflop': (4.2, 13.2),
+        'item_kernel': (0.22, 0.93),
+        'mixing': (0.11, 0.48),  # times k
+        'item_pixel': (0.95, 2.6),
+    },
+}
+#: The mixed kernels of all items have to be in memory at once, until the backward pass.
+_MOST_MIXED_BYTES = 1 << 28
+
+
+def cheapest(experts: 'ConvExperts', x_T: Tensor, routes: Routes) -> str:
+    """The way that is expected to be the fastest: ``'subbatches'``, ``'grouped'`` or ``'views'``.
+
+    On anything but a CPU it is ``'subbatches'``, whose work is the active FLOPs: the other two have
+    not been measured there.
+
+    Args:
+        experts: The experts.
+        x_T: Their input, (T, C, H, W).
+        routes: Where the items go.
+    """
+    if x_T.device.type != 'cpu' or x_T.shape[0] == 0:
+        return 'subbatches'
+    trains = torch.is_grad_enabled() and (x_T.requires_grad or experts.weight.requires_grad)
+    costs = {
+        way: sum(_COSTS[way][name][trains] * amount for name, amount in amounts.items())
+        for way, amounts in _amounts(experts, x_T, routes).items()
+    }
+    if x_T.shape[0] * experts.weight[0].nbytes > _MOST_MIXED_BYTES:
+        del costs['grouped']
+    return min(costs, key=costs.__getitem__)
+
+
+def _amounts(experts: 'ConvExperts', x_T: Tensor, routes: Routes) -> dict[str, dict[str, float]]:
+    """How much of each cost there is."""
+    num_items = x_T.shape[0]
+    num_rows, k, num_experts = routes.bounds[-1], routes.top_k, experts.num_experts
+    used = sum(stop > start for start, stop in pairwise(routes.bounds))
+    kernel = experts.weight[0].numel() / 1e6
+    pixels = math.prod(experts.output_size(x_T.shape[2:]))
+    gflop = 2e-3 * kernel * pixels  # of one item and one expert
+    output = experts.weight.shape[1] * pixels / 1e6
+    mixed = {
+        'call': 1,
+        'item': num_items,
+        'gflop': num_items * gflop,
+        'item_kernel': num_items * kernel,
+        'item_pixel': num_items * output,
+    }
+    return {
+        'subbatches': {
+            'call': 1,
+            'expert': used,
+            'gflop': num_rows * gflop,
+            'expert_kernel': used * kernel,
+            'route_pixel': num_rows * output,
+        },
+        'grouped': {**mixed, 'mixing': num_items * num_experts * kernel},
+        'views': {**mixed, 'mixing': num_items * k * kernel},
+    }

@@ -90,11 +90,7 @@ class LinearExperts(VectorExperts):
         return nn.Linear(in_features, out_features, self.bias is not None)
 
     def compute(self, x_R: Tensor, routes: Routes) -> Tensor:
-        x_R, weight = _autocast(x_R), _autocast(self.weight)
-        y_R = _grouped_product(x_R, weight, routes)
-        if self.bias is None:
-            return y_R
-        return _AddBias.apply(y_R, self.bias.to(y_R.dtype), routes.bounds)
+        return grouped_linear(x_R, self.weight, self.bias, routes)
 
     def extra_repr(self) -> str:
         num_experts, out_features, in_features = self.weight.shape
@@ -168,6 +164,22 @@ class MLPExperts(VectorExperts):
         return x_R
 
 
+def grouped_linear(x_R: Tensor, weight: Tensor, bias: Tensor | None, routes: Routes) -> Tensor:
+    """``W_e x_r + b_e`` for the rows r of each expert e, as one grouped matrix product.
+
+    Args:
+        x_R: Rows in the order of the experts, (R, in).
+        weight: (E, out, in).
+        bias: (E, out).
+        routes: Whose rows they are.
+
+    Returns:
+        (R, out), under autocast of its dtype.
+    """
+    y_R = _grouped_product(_autocast(x_R), _autocast(weight), routes)
+    return y_R if bias is None else _AddBias.apply(y_R, bias.to(y_R.dtype), routes.bounds)
+
+
 def _autocast(x: Tensor) -> Tensor:
     """As autocast casts what goes into a matrix product; it does not know all of ours."""
     device = x.device.type
@@ -178,7 +190,7 @@ def _autocast(x: Tensor) -> Tensor:
 
 def _grouped_product(x_R: Tensor, weight: Tensor, routes: Routes) -> Tensor:
     """``W_e x_r`` for the rows r of each expert e: (R, in) and (E, out, in) to (R, out)."""
-    if _grouped_mm_serves(x_R, weight):
+    if _grouped_mm_serves(x_R, weight, routes):
         ends = routes.offsets[1:].to(torch.int32)
         return F.grouped_mm(x_R, weight.transpose(1, 2), offs=ends)
     rows = x_R.split([stop - start for start, stop in pairwise(routes.bounds)])
@@ -186,21 +198,30 @@ def _grouped_product(x_R: Tensor, weight: Tensor, routes: Routes) -> Tensor:
     return torch.cat([x @ w.T for x, w in zip(rows, weight.unbind(), strict=True)])
 
 
-def _grouped_mm_serves(x_R: Tensor, weight: Tensor) -> bool:
-    """Whether ``grouped_mm`` takes these operands, and those of its backward pass.
+def _grouped_mm_serves(x_R: Tensor, weight: Tensor, routes: Routes) -> bool:
+    """Whether ``grouped_mm`` takes these operands and those of its backward pass, and is faster.
 
-    It is younger than the oldest PyTorch that we support, knows no float64, and wants every row to
-    start at a multiple of 16 bytes.
+    It came with PyTorch 2.10, knows no float64, and wants every row to start at a multiple of 16
+    bytes. On a GPU it is more than a loop only for bfloat16 from Hopper on; its backward pass has
+    hung or given wrong gradients there for experts without rows (PyTorch's issues 152668, 172439).
     """
     aligned = 16 // weight.itemsize
-    return (
-        hasattr(F, 'grouped_mm')
-        and x_R.device.type in ('cpu', 'cuda')
-        and x_R.dtype == weight.dtype
-        and weight.dtype in (torch.float32, torch.bfloat16, torch.float16)
-        and x_R.shape[0] > 0
-        and all(n % aligned == 0 for n in (*weight.shape[1:], weight.storage_offset()))
-    )
+    if (
+        not hasattr(F, 'grouped_mm')
+        or x_R.dtype != weight.dtype
+        or weight.dtype not in (torch.float32, torch.bfloat16, torch.float16)
+        or x_R.shape[0] == 0
+        or any(n % aligned for n in (*weight.shape[1:], weight.storage_offset()))
+    ):
+        return False
+    if x_R.device.type == 'cuda':
+        return (
+            weight.dtype == torch.bfloat16
+            and torch.cuda.get_device_capability(x_R.device) >= (9, 0)
+            and len(weight) < 1024
+            and all(start < stop for start, stop in pairwise(routes.bounds))
+        )
+    return x_R.device.type == 'cpu'
 
 
 class _AddBias(torch.autograd.Function):

@@ -1,0 +1,273 @@
+"""The benchmark in miniature: no test looks at a time."""
+
+import importlib.util
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import mmdet_moe
+from mmdet_moe.analysis.benchmarks import harness
+from mmdet_moe.analysis.benchmarks import ops as ops_suite
+from mmdet_moe.analysis.benchmarks.conv import ConvProblem, ConvShape
+from mmdet_moe.analysis.benchmarks.harness import (
+    FORWARD,
+    PASSES,
+    TRAINING,
+    Alternative,
+    Benchmark,
+    Comparison,
+    Computation,
+    WrongResult,
+)
+
+TOOL = Path(mmdet_moe.__file__).parents[1] / 'tools' / 'benchmark_moe.py'
+
+
+@pytest.fixture
+def tool(monkeypatch):
+    """The tool as a module, whose --quick is smaller still."""
+    spec = importlib.util.spec_from_file_location('benchmark_moe', TOOL)
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, 'benchmark_moe', module)
+    spec.loader.exec_module(module)
+    tiny = module.Sizes(
+        rows=(64, 64),
+        channels=16,
+        conv=(ConvShape(4, 8, 6, 4), ConvShape(6, 8, 4, 3)),
+        scaling=(ConvShape(8, 8, 4, 4), ConvShape(8, 8, 4, 8)),
+        image_size=64,
+        auto=2,
+        repeats=2,
+    )
+    monkeypatch.setattr(module, 'QUICK', tiny)
+    # The test process keeps its memory as it is.
+    monkeypatch.setattr(module, 'keep_large_blocks', lambda: True)
+    monkeypatch.setattr(ops_suite, 'keep_large_blocks', lambda: True)
+    return module
+
+
+@pytest.fixture
+def bench():
+    bench = Benchmark(torch.device('cpu'), torch.float32, repeats=2)
+    bench.start('test')
+    return bench
+
+
+@pytest.fixture
+def run(tool, tmp_path, capsys):
+    """Run the tool and return its report and its output."""
+
+    def run(*arguments):
+        tool.main([*arguments, '--quick', '--json', str(tmp_path / 'report.json')])
+        report = json.loads((tmp_path / 'report.json').read_text())
+        return report, capsys.readouterr().out
+
+    return run
+
+
+def rows_of(comparison):
+    return {row['name']: row for row in comparison['rows']}
+
+
+def check_results(results, output):
+    """What every suite's part of the report has."""
+    assert results['comparisons']
+    for comparison in results['comparisons']:
+        rows = rows_of(comparison)
+        assert len(rows) == len(comparison['rows'])
+        for row in rows.values():
+            first, third = row['quartiles_ms']
+            assert 0 < first <= row['median_ms'] <= third
+            assert len(row['samples_ms']) == 2
+        if comparison['baseline']:
+            assert rows[comparison['baseline']]['ratio'] == 1
+        if comparison['limit']:
+            assert rows[comparison['limit']]['share_of_limit'] == 1
+    for target in results['targets']:
+        assert isinstance(target['met'], bool)
+        assert math.isfinite(target['figure'])
+        assert f'target: {target["text"]}: {"met" if target["met"] else "missed"} (' in output
+
+
+def test_ops(run):
+    report, output = run('ops')
+    results = report['suites']['ops']
+    check_results(results, output)
+    assert len(results['comparisons']) == 2 * 3  # two kinds of memory
+    assert len(results['targets']) == 2 * 2 * 2
+    forward, training, parts = results['comparisons'][:3]
+    kept = results['comparisons'][3]
+    assert 'as the C library gives it' in forward['title']
+    assert 'kept for reuse' in kept['title']
+    assert forward['baseline'] == forward['limit'] == 'copy into new memory'
+    assert kept['limit'] == 'copy into existing memory'
+    # k = 2: forward is a copy of 3 T rows, forward + backward one of 7 T rows.
+    for comparison, copied in ((forward, 3), (training, 7)):
+        assert {row['bytes'] for row in comparison['rows']} == {2 * copied * 64 * 16 * 4}
+        assert len(comparison['rows']) == 5
+    assert set(rows_of(parts)) >= {'sort_routes', 'dispatch', 'combine', 'combine, backward'}
+    assert all(row['gb_per_s'] > 0 for row in parts['rows'])
+
+
+def test_conv(run):
+    report, output = run('conv')
+    results = report['suites']['conv']
+    check_results(results, output)
+    assert len(results['comparisons']) == 2 * 2
+    assert len(results['targets']) == 2 * 3
+    for comparison in results['comparisons']:
+        rows = rows_of(comparison)
+        assert comparison['baseline'] == 'one convolution, N·k images'
+        assert rows["ConvExperts 'auto'"]['note'] in ('subbatches', 'grouped', 'views')
+        assert len(rows) == 9
+
+
+def test_scaling(run):
+    report, output = run('scaling')
+    results = report['suites']['scaling']
+    check_results(results, output)
+    assert len(results['comparisons']) == len(results['targets']) == 2 * 2
+    assert all(list(rows_of(c)) == ['E=4', 'E=8'] for c in results['comparisons'])
+
+
+def test_retinanet(run):
+    report, output = run('retinanet')
+    results = report['suites']['retinanet']
+    check_results(results, output)
+    iteration = results['comparisons'][-1]
+    assert [row['name'] for row in iteration['rows']][::2] == ['MoE', 'dense']
+    assert iteration['baseline'] == 'dense, head of 392 channels'
+    assert len(results['targets']) == 1
+    # Multiply-adds: k times the dense head, the router, and a wide head of a little less.
+    (note,) = results['notes']
+    moe, wide, dense = (float(part.split()[-2]) for part in note.split(' G')[:3])
+    assert 2 <= moe / dense < 2.01
+    assert 0.97 < wide / (2 * dense) <= 1
+
+
+def test_auto(run):
+    report, output = run('auto')
+    results = report['suites']['auto']
+    check_results(results, output)
+    assert len(results['comparisons']) == 2 * 2
+    for comparison in results['comparisons']:
+        assert [row.get('note') for row in comparison['rows']].count('auto') == 1
+    assert 'in geometric mean' in results['notes'][-1]
+
+
+def test_report_says_what_the_figures_depend_on(run):
+    report, _ = run('scaling', 'ops', '--dtype', 'bfloat16', '--repeats', '2')
+    assert list(report['suites']) == ['ops', 'scaling']  # the memory is untouched before `ops`
+    environment, settings = report['environment'], report['settings']
+    assert environment['versions'].keys() >= {'mmdet_moe', 'torch', 'mmdet'}
+    assert environment['threads'] == torch.get_num_threads()
+    assert environment['cpu']
+    assert [entry['device'] for entry in environment['kernels']] == ['cpu', 'cuda']
+    assert settings['dtype'] == 'bfloat16'
+    assert settings['quick']
+
+
+def test_a_wrong_alternative_ends_the_run_before_it_is_timed(tool, tmp_path, monkeypatch, capsys):
+    def wrong(problem):
+        out = 1.01 * problem.all_experts()
+        calls.append(out)
+        return out
+
+    calls = []
+    monkeypatch.setattr(ConvProblem, 'masked_loop', wrong)
+    with pytest.raises(SystemExit) as exit_:
+        tool.main(['conv', '--quick', '--json', str(tmp_path / 'report.json')])
+    assert exit_.value.code == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith('error: 4×8×6×6')
+    assert "'masked loop' gives a wrong output" in line
+    assert len(calls) == 1
+    assert not (tmp_path / 'report.json').exists()
+
+
+@pytest.mark.parametrize(
+    ('results', 'message'),
+    [
+        ({'y': torch.tensor([1.0, 2.1])}, 'wrong y: it differs by 0.05'),
+        ({'y': torch.tensor([1.0, math.nan])}, 'wrong y: it differs by nan'),
+        ({'y': torch.ones(2, 1)}, 'wrong y: it differs by inf'),
+        ({'y': [torch.tensor(1.0), torch.tensor(3.0)]}, 'wrong y: it differs by 0.5'),
+        ({'z': torch.ones(2)}, 'computes no y'),
+    ],
+    ids=['value', 'nan', 'shape', 'list', 'name'],
+)
+def test_wrong_results_are_found(bench, results, message):
+    expected = {'y': torch.tensor([1.0, 2.0])}
+    with pytest.raises(WrongResult, match=message):
+        bench.compare('some', [Alternative('a', lambda: results, expected)])
+
+
+def test_wrong_order_is_found(bench):
+    expected = {'order': torch.tensor([0, 1])}
+    wrong = Alternative('a', lambda: {'order': torch.tensor([1, 0])}, expected)
+    with pytest.raises(WrongResult, match='wrong order'):
+        bench.compare('some', [wrong])
+
+
+def test_wrong_gradient_is_found(bench):
+    x = torch.ones(3, requires_grad=True)
+    good = Computation('good', lambda: 2 * x, {'x': x})
+    bad = Computation('bad', lambda: x + x.detach(), {'x': x})
+    expected = {pass_: good.run(pass_) for pass_ in PASSES}
+    bench.compare('some', [bad.row(FORWARD, expected[FORWARD])])
+    with pytest.raises(WrongResult, match="'bad' gives a wrong gradient of x"):
+        bench.compare('some', [bad.row(TRAINING, expected[TRAINING])])
+
+
+def test_alternatives_take_turns(bench):
+    calls = []
+    names = ('a', 'b', 'c')
+    bench.compare('some', [Alternative(n, lambda n=n: calls.append(n)) for n in names])
+    assert calls == [*names] * (harness.WARM_UP_ROUNDS + 2)
+
+
+def test_ratio_is_of_times_in_the_same_round():
+    # The machine was 10 times slower in the second half.
+    samples = {'a': [2.0, 2.0, 20.0, 20.0, 20.0], 'b': [1.0, 1.0, 1.0, 10.0, 10.0]}
+    comparison = Comparison('some', samples, num_bytes={'a': 300, 'b': 100})
+    assert comparison.ratio('a', 'b') == 2
+    assert comparison.seconds('a') == 20
+    assert comparison.quartiles('b') == (1, 10)
+    assert comparison.share('a', 'b') == 1.5
+
+
+def test_balanced_routing(bench):
+    shape = ConvShape(64, 2, 1, 16)
+    ids = ConvProblem(bench, shape, balanced=True).ids
+    assert ids.flatten().bincount(minlength=16).tolist() == [8] * 16
+    assert (ids[:, 0] != ids[:, 1]).all()
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'sentence'),
+    [
+        (['speed'], "there is no suite 'speed'; choose from ops, conv, scaling, retinanet, auto"),
+        (['ops', '--repeats', '0'], '--repeats must be at least 1, got 0'),
+        (['ops', '--threads', '-1'], '--threads must be at least 1, got -1'),
+        (['ops', '--json', '/nowhere/x.json'], '--json: there is no folder /nowhere'),
+    ],
+    ids=['suite', 'repeats', 'threads', 'json'],
+)
+def test_mistakes_are_one_sentence(tool, arguments, sentence, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        tool.main(arguments)
+    assert exit_.value.code == 2
+    assert capsys.readouterr().err == f'error: {sentence}\n'
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason='there is a GPU')
+def test_cuda_without_a_gpu_is_one_sentence():
+    command = [sys.executable, str(TOOL), 'ops', '--device', 'cuda']
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 2
+    assert done.stderr == ('error: --device cuda: PyTorch finds no GPU here; use --device cpu\n')
