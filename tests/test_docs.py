@@ -16,9 +16,14 @@ def examples(page):
 
 
 def test_extending(capsys):
-    use, loss, constraint, router = examples('docs/extending.md')
+    use, granularity, experts, loss, constraint, router = examples('docs/extending.md')
     exec(use, {})
     assert 'tensor' in capsys.readouterr().out
+    exec(granularity, {})
+    assert 'torch.Size([512, 2])' in capsys.readouterr().out
+    scope = {}
+    exec(experts, scope)
+    check_scale_experts(scope['layer'])
     for code in (loss, constraint, router):
         exec(code, {'__name__': 'example'})
 
@@ -42,10 +47,19 @@ def test_extending(capsys):
     torch.testing.assert_close(layer.routing.logits, expected)
 
 
+def check_scale_experts(layer):
+    """Against the weighted factors of each image's experts."""
+    x = torch.randn(3, 8, 4, 4)
+    y = layer.eval()(x)
+    factors = layer.routing.dense_weights() @ layer.experts.scale
+    torch.testing.assert_close(y, x * factors[:, :, None, None])
+    assert (layer.experts.scale.grad != 0).any()
+
+
 def test_loss_of_the_documentation():
     namespace = {'__name__': 'example'}
     exec(
-        examples('docs/extending.md')[1].replace('LargestShareLoss', 'LargestShareLoss2'), namespace
+        examples('docs/extending.md')[3].replace('LargestShareLoss', 'LargestShareLoss2'), namespace
     )
     routing = Routing(
         expert_ids=torch.tensor([[0], [1], [1], [1]]),
