@@ -1,6 +1,7 @@
 """The way of one map's items to their experts and back."""
 
 from functools import cached_property
+from itertools import pairwise
 
 from torch import Tensor
 
@@ -42,6 +43,14 @@ class Routes:
     def dispatch(self, x_T: Tensor) -> Tensor:
         """Copy the items to rows in the order of the experts: (T, ...) to (R, ...)."""
         return ops.dispatch(x_T, self._order[: self.bounds[-1]], self.top_k)
+
+    def split(self, rows_R: Tensor) -> tuple[Tensor, ...]:
+        """Each expert's rows, views of E lengths from 0 on.
+
+        All in one operation: a slice for each expert would make autograd fill and add a gradient of
+        R rows for each.
+        """
+        return rows_R.split([stop - start for start, stop in pairwise(self.bounds)])
 
     def combine(self, y_R: Tensor) -> Tensor:
         """Sum each item's rows with their weights: (R, ...) to (T, ...)."""

@@ -150,11 +150,10 @@ class ConvExperts(StackedExperts, BaseModule):
             return routes.combine(y_R)[:, :, None, None]
         weights = self.weight.unbind(0)
         biases = [None] * self.num_experts if self.bias is None else self.bias.unbind(0)
-        bounds = routes.bounds
         results = [
-            self._convolve(rows_R[bounds[e] : bounds[e + 1]], weights[e], biases[e], self.groups)
-            for e in range(self.num_experts)
-            if bounds[e + 1] > bounds[e]
+            self._convolve(rows, weight, bias, self.groups)
+            for rows, weight, bias in zip(routes.split(rows_R), weights, biases, strict=True)
+            if len(rows)
         ]
         if not results:  # nothing to do; one expert still says the output's shape
             results = [self._convolve(rows_R, weights[0], biases[0], self.groups)]

@@ -193,7 +193,7 @@ def _grouped_product(x_R: Tensor, weight: Tensor, routes: Routes) -> Tensor:
     if _grouped_mm_serves(x_R, weight, routes):
         ends = routes.offsets[1:].to(torch.int32)
         return F.grouped_mm(x_R, weight.transpose(1, 2), offs=ends)
-    rows = x_R.split([stop - start for start, stop in pairwise(routes.bounds)])
+    rows = routes.split(x_R)
     # With the empty ones: so the weights of every expert have a gradient.
     return torch.cat([x @ w.T for x, w in zip(rows, weight.unbind(), strict=True)])
 

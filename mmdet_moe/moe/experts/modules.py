@@ -26,11 +26,10 @@ class ModuleExperts(ModuleList, Experts):
 
     def forward(self, x_T: Tensor, routes: Routes) -> Tensor:
         rows_R = routes.dispatch(x_T)
-        bounds = routes.bounds
         results = [
-            expert(rows_R[start:stop])
-            for expert, start, stop in zip(self, bounds[:-1], bounds[1:], strict=True)
-            if stop > start
+            expert(rows)
+            for expert, rows in zip(self, routes.split(rows_R), strict=True)
+            if len(rows)
         ]
         if not results:  # nothing to do; one expert still says the output's shape
             results = [self[0](rows_R)]

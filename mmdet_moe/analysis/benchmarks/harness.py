@@ -8,17 +8,12 @@ two times that were taken right after one another.
 
 import contextlib
 import gc
-import importlib.metadata
-import os
-import platform
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,11 +21,6 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from mmdet_moe.analysis.runs import REPOSITORY
-from mmdet_moe.ops import native
-from mmdet_moe.version import __version__
-
-PACKAGES = ('torch', 'torchvision', 'mmengine', 'mmcv', 'mmdet', 'mmpretrain', 'numpy')
 FORWARD, TRAINING = 'forward', 'forward + backward'
 PASSES = (FORWARD, TRAINING)
 
@@ -46,6 +36,7 @@ FEWEST_ROUNDS, MOST_ROUNDS = 7, 50
 SECONDS_PER_GPU_SAMPLE = 2e-3
 
 Results = dict[str, Tensor | list[Tensor]]
+Inputs = dict[str, Tensor | list[Tensor]]
 
 
 class WrongResult(Exception):
@@ -84,7 +75,7 @@ class Computation:
 
     name: str
     function: Callable[[], Tensor | Sequence[Tensor]]
-    inputs: dict[str, Tensor | list[Tensor]] = field(default_factory=dict)
+    inputs: Inputs = field(default_factory=dict)
 
     def run(self, pass_: str) -> Results:
         """The outputs, with their gradients if ``pass_`` is :data:`TRAINING`."""
@@ -107,7 +98,7 @@ class Computation:
             results[f'gradient of {name}'] = taken[0] if isinstance(value, Tensor) else taken
         return results
 
-    def alternative(
+    def row(
         self,
         pass_: str,
         expected: Results | None = None,
@@ -178,7 +169,7 @@ class Comparison:
 
     def table(self) -> Table:
         """One line per alternative."""
-        table = Table(title=self.title, title_justify='left', title_style='bold')
+        table = Table()
         table.add_column('alternative')
         for column in ('median ms', 'quartiles ms'):
             table.add_column(column, justify='right')
@@ -187,7 +178,7 @@ class Comparison:
         if self.limit:
             table.add_column('GB/s', justify='right')
             table.add_column(f'% of {self.limit}', justify='right')
-        if any(self.notes.values()):
+        if has_notes := any(self.notes.values()):
             table.add_column('')
         for name in self.samples:
             first, third = self.quartiles(name)
@@ -199,7 +190,9 @@ class Comparison:
                 cells.append(f'{100 * self.share(name, self.limit):.0f}')
             elif self.limit:
                 cells += ['', '']
-            table.add_row(*cells, self.notes.get(name, ''))
+            if has_notes:
+                cells.append(self.notes[name])
+            table.add_row(*cells)
         return table
 
     def as_dict(self) -> dict[str, Any]:
@@ -258,8 +251,20 @@ class Benchmark:
         self.console = Console(width=None if sys.stdout.isatty() else 150, highlight=False)
         self.suites: dict[str, dict[str, list]] = {}
 
+    def tensor(self, *shape: int) -> Tensor:
+        """Normal values with a gradient."""
+        return torch.randn(shape).to(self.device, self.dtype).requires_grad_()
+
+    def routing(self, num_items: int, num_experts: int, k: int) -> tuple[Tensor, Tensor]:
+        """Expert ids and weights, (T, k), as of a router that knows nothing."""
+        logits, ids = torch.randn(num_items, num_experts).topk(k)
+        weights = logits.softmax(dim=-1).to(self.device, self.dtype)
+        return ids.to(self.device), weights.requires_grad_()
+
     def start(self, suite: str) -> None:
-        """Everything from here on belongs to this suite."""
+        """Everything from here on belongs to this suite, which draws the same inputs each time."""
+        torch.manual_seed(0)
+        _cotangent.cache_clear()
         self.console.rule(suite)
         self.suites[suite] = {'notes': [], 'comparisons': [], 'targets': []}
 
@@ -269,7 +274,7 @@ class Benchmark:
 
     def note(self, text: str) -> None:
         """A sentence between the tables."""
-        self.console.print(text, markup=False)
+        self.console.print(text, markup=False, soft_wrap=True)
         self._current['notes'].append(text)
 
     def target(
@@ -285,9 +290,10 @@ class Benchmark:
         limit, met = (
             (at_least, figure >= at_least) if at_most is None else (at_most, figure <= at_most)
         )
-        shown = f'{figure:.0f}{unit}' if unit != 'x' else f'{figure:.2f}x'
+        # Three decimals, so that 1.104x is not printed as a missed 1.10x.
+        shown = f'{figure:.3f}x' if unit == 'x' else f'{round(figure, 1):g}{unit}'
         outcome = ('met' if met else 'missed') + f' ({shown}{", " if detail else ""}{detail})'
-        self.console.print(f'target: {text}: {outcome}', markup=False)
+        self.console.print(f'target: {text}: {outcome}', markup=False, soft_wrap=True)
         self._current['targets'].append(asdict(Target(text, met, figure, limit, detail)))
 
     def compare(
@@ -334,6 +340,7 @@ class Benchmark:
         )
         self._current['comparisons'].append(comparison.as_dict())
         if show:
+            self.console.print(f'\n{title}', style='bold', markup=False)
             self.console.print(comparison.table())
         return comparison
 
@@ -398,53 +405,3 @@ def _relative_error(got: Tensor, expected: Tensor) -> float:
         return 0.0 if torch.equal(got, expected) else float('inf')
     difference = (got.float() - expected.float()).abs().max()
     return float(difference / expected.float().abs().max().clamp(min=1e-30))
-
-
-def environment(device: torch.device) -> dict[str, Any]:
-    """Everything that figures depend on."""
-    return {
-        'date': time.strftime('%Y-%m-%d %H:%M:%S %z'),
-        'commit': _commit(),
-        'python': platform.python_version(),
-        'platform': platform.platform(),
-        'versions': {'mmdet_moe': __version__} | _versions(),
-        'cpu': _cpu_name(),
-        'cpus': os.cpu_count(),
-        'threads': torch.get_num_threads(),
-        'load_average': os.getloadavg() if hasattr(os, 'getloadavg') else None,
-        'device': torch.cuda.get_device_name(device) if device.type == 'cuda' else 'CPU',
-        'cuda': torch.version.cuda if device.type == 'cuda' else None,
-        'kernels': [asdict(entry) for entry in native.kernels()],
-    }
-
-
-def _versions() -> dict[str, str]:
-    """Of the packages that are installed, whatever distribution they come from."""
-    distributions = importlib.metadata.packages_distributions()
-    return {
-        name: importlib.metadata.version(distributions[name][0])
-        for name in PACKAGES
-        if name in distributions
-    }
-
-
-def _cpu_name() -> str:
-    with contextlib.suppress(OSError):
-        for line in Path('/proc/cpuinfo').read_text().splitlines():
-            if line.startswith('model name'):
-                return line.split(':', 1)[1].strip()
-    return platform.processor() or platform.machine()
-
-
-def _commit() -> str | None:
-    """Of this checkout; None where there is none, as in an installed package."""
-
-    def git(*arguments: str) -> str:
-        return subprocess.run(
-            ['git', '-C', str(REPOSITORY), *arguments], capture_output=True, text=True, check=True
-        ).stdout.strip()
-
-    with contextlib.suppress(OSError, subprocess.CalledProcessError):
-        changed = git('status', '--porcelain', '--untracked-files=no')
-        return git('rev-parse', 'HEAD') + (' with changes' if changed else '')
-    return None

@@ -1,0 +1,1 @@
+"""What ``tools/benchmark_moe.py`` measures."""

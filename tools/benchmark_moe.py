@@ -1,0 +1,175 @@
+"""Measure the layers of this package against what else one could write.
+
+suites:
+  ops        rows to the experts and back: against index_add_, and against plain copies
+  conv       convolutions as experts: against other ways, and against dense convolutions
+  scaling    the cost grows with k, and not with E
+  retinanet  a training iteration of the MoE RetinaNet: against dense ones
+  auto       how good the choice of ConvExperts(impl='auto') is (only if asked for)
+
+All alternatives of a table take turns in one process, after their results have been compared. It
+takes about ten minutes on two cores, which should have nothing else to do. Exit status 1: an
+alternative computes something else; 2: a mistake in the command line.
+"""
+
+import argparse
+import importlib.util
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+if importlib.util.find_spec('mmdet_moe') is None:
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+
+from mmdet_moe.analysis.benchmarks.conv import ConvShape, run_auto, run_conv, run_scaling
+from mmdet_moe.analysis.benchmarks.environment import environment
+from mmdet_moe.analysis.benchmarks.harness import Benchmark, WrongResult
+from mmdet_moe.analysis.benchmarks.ops import run_ops
+from mmdet_moe.compat.malloc import keep_large_blocks
+from mmdet_moe.errors import ConfigError, exit_on_user_error
+
+DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much is measured.
+
+    Attributes:
+        rows: Items of the suite ``ops``, on a CPU and on a GPU.
+        channels: Values of each.
+        conv: Shapes of the suite ``conv``.
+        scaling: Those of the suite ``scaling``, which differ in E.
+        image_size: Height and width in the suite ``retinanet``.
+        auto: How many shapes the suite ``auto`` draws.
+        repeats: Rounds of every table; None: as time allows.
+    """
+
+    rows: tuple[int, int] = (16_384, 65_536)
+    channels: int = 256
+    conv: tuple[ConvShape, ...] = (
+        ConvShape(16, 256, 32, 8),
+        ConvShape(16, 256, 16, 8),
+        ConvShape(8, 256, 64, 4),
+        ConvShape(64, 64, 32, 10),
+    )
+    scaling: tuple[ConvShape, ...] = tuple(ConvShape(64, 64, 32, e) for e in (4, 8, 16, 32, 64))
+    image_size: int = 256
+    auto: int = 60
+    repeats: int | None = None
+
+
+FULL = Sizes()
+QUICK = Sizes(conv=(FULL.conv[1], FULL.conv[3]), auto=6, repeats=3)
+
+
+def _run_retinanet(bench: Benchmark, sizes: Sizes) -> None:
+    # Imports MMDetection, which takes seconds.
+    from mmdet_moe.analysis.benchmarks.retinanet import run_retinanet
+
+    run_retinanet(bench, sizes.image_size)
+
+
+SUITES: dict[str, Callable[[Benchmark, Sizes], None]] = {
+    'ops': lambda b, sizes: run_ops(b, sizes.rows[b.device.type == 'cuda'], sizes.channels),
+    'conv': lambda b, sizes: run_conv(b, sizes.conv),
+    'scaling': lambda b, sizes: run_scaling(b, sizes.scaling),
+    'retinanet': _run_retinanet,
+    'auto': lambda b, sizes: run_auto(b, sizes.auto),
+}
+DEFAULT_SUITES = ('ops', 'conv', 'scaling', 'retinanet')
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        'suites', nargs='*', metavar='SUITE', help=f'default: {" ".join(DEFAULT_SUITES)}'
+    )
+    parser.add_argument('--device', choices=('cpu', 'cuda'), default='cpu')
+    parser.add_argument('--dtype', choices=DTYPES, help='float32 on a CPU, bfloat16 on a GPU')
+    parser.add_argument('--threads', type=int, help="default: PyTorch's choice")
+    parser.add_argument(
+        '--repeats', type=int, help='rounds of every table; default: 7 to 50, as time allows'
+    )
+    parser.add_argument(
+        '--quick', action='store_true', help='fewer shapes, 3 rounds: not for figures to quote'
+    )
+    parser.add_argument('--json', type=Path, metavar='FILE', help='write all figures there')
+    args = parser.parse_args(argv)
+    with exit_on_user_error():
+        _check_arguments(args)
+        try:
+            run(args)
+        except WrongResult as error:
+            print(f'error: {error}', file=sys.stderr)
+            raise SystemExit(1) from None
+
+
+def _check_arguments(args: argparse.Namespace) -> None:
+    if unknown := [suite for suite in args.suites if suite not in SUITES]:
+        raise ConfigError(f"there is no suite '{unknown[0]}'; choose from {', '.join(SUITES)}")
+    for option in ('threads', 'repeats'):
+        value = getattr(args, option)
+        if value is not None and value < 1:
+            raise ConfigError(f'--{option} must be at least 1, got {value}')
+    if args.device == 'cuda' and not torch.cuda.is_available():
+        raise ConfigError('--device cuda: PyTorch finds no GPU here; use --device cpu')
+    if args.device == 'cpu' and args.dtype == 'float16':
+        raise ConfigError('--dtype float16 is for GPUs; use bfloat16 or float32 on a CPU')
+    if args.json is not None and not args.json.resolve().parent.is_dir():
+        raise ConfigError(f'--json: there is no folder {args.json.resolve().parent}')
+
+
+def run(args: argparse.Namespace) -> None:
+    """Run the suites, and write the file after each."""
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    device = torch.device(args.device)
+    dtype = args.dtype or ('float32' if args.device == 'cpu' else 'bfloat16')
+    sizes = QUICK if args.quick else FULL
+    repeats = args.repeats or sizes.repeats
+    # In this order: the suite `ops` starts with the memory as it is.
+    suites = [suite for suite in SUITES if suite in (args.suites or DEFAULT_SUITES)]
+    bench = Benchmark(device, DTYPES[dtype], repeats)
+    report = {
+        'environment': environment(device),
+        'settings': {
+            'device': args.device,
+            'dtype': dtype,
+            'repeats': repeats,
+            'quick': args.quick,
+        },
+        'suites': bench.suites,
+    }
+    bench.console.print(_headline(report), markup=False, soft_wrap=True)
+    for suite in suites:
+        bench.start(suite)
+        if args.device == 'cpu' and suite != 'ops':
+            report['settings']['memory_kept'] = keep_large_blocks()
+        SUITES[suite](bench, sizes)
+        if args.json is not None:
+            args.json.write_text(json.dumps(report, indent=1) + '\n')
+    targets = [target for results in bench.suites.values() for target in results['targets']]
+    if targets:
+        print(f'\n{sum(target["met"] for target in targets)} of {len(targets)} targets are met.')
+
+
+def _headline(report: dict) -> str:
+    facts, settings = report['environment'], report['settings']
+    (kernels,) = (entry for entry in facts['kernels'] if entry['device'] == settings['device'])
+    return (
+        f'{facts["device"]}, {facts["threads"]} CPU threads, {settings["dtype"]}; '
+        f'PyTorch {facts["versions"]["torch"]}; ops: '
+        f'{"compiled" if kernels["native"] else "reference"} ({kernels["detail"]})'
+    )
+
+
+if __name__ == '__main__':
+    main()
