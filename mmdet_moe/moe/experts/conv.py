@@ -172,10 +172,9 @@ class ConvExperts(StackedExperts, BaseModule):
         num_items = x_T.shape[0]
         if num_items == 0:
             return self._subbatches(x_T, routes)
-        mixture = self._mixture(routes)
         with torch.autocast(x_T.device.type, enabled=False):
-            kernels = (mixture @ self.weight.flatten(1)).view(-1, *self.weight.shape[2:])
-            biases = None if self.bias is None else (mixture @ self.bias).flatten()
+            kernels = self._mixed_kernels(routes)
+            biases = None if self.bias is None else (self._mixture(routes) @ self.bias).flatten()
         # All items side by side as the channels of one image.
         wide = x_T.reshape(1, -1, *x_T.shape[2:])
         y = self._convolve(wide, kernels, biases, self.groups * num_items)
@@ -197,6 +196,12 @@ class ConvExperts(StackedExperts, BaseModule):
                 x_T, self.weight, weights, biases, routes.expert_ids.tolist(), dtype, geometry
             )
 
+    def _mixed_kernels(self, routes: Routes) -> Tensor:
+        """The kernels of all items, one after the other: (T · C', C / groups, h, w)."""
+        weights = routes.weights.to(self.weight.dtype)
+        mixed = _MixKernels.apply(self.weight.flatten(1), weights, routes.expert_ids)
+        return mixed.view(-1, *self.weight.shape[2:])
+
     def _mixture(self, routes: Routes) -> Tensor:
         """(T, E): each item's weights, 0 for the experts that it does not go to."""
         weights = routes.weights.to(self.weight.dtype)
@@ -207,6 +212,35 @@ class ConvExperts(StackedExperts, BaseModule):
     def extra_repr(self) -> str:
         options = ', '.join(f'{k}={v}' for k, v in self._options.items())
         return f'num_experts={self.num_experts}, {options}, impl={self.impl!r}'
+
+
+class _MixKernels(torch.autograd.Function):
+    """``sum_j weights[t, j] · kernels[ids[t, j]]``: (E, P), (T, K) and (T, K) to (T, P).
+
+    As the product with a (T, E) matrix, but the forward pass touches K kernels per item instead of
+    all E.
+    """
+
+    @staticmethod
+    def forward(ctx, kernels: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
+        ctx.save_for_backward(kernels, weights, ids)
+        # The kernels take the place of the rows that `combine` gathers.
+        chosen = ids.masked_fill(weights == 0, len(kernels))
+        wide = torch.promote_types(kernels.dtype, torch.float32)
+        return torch.ops.mmdet_moe.combine(kernels, weights.to(wide), chosen)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        kernels, weights, ids = ctx.saved_tensors
+        need_kernels, need_weights, _ = ctx.needs_input_grad
+        grad_kernels = grad_weights = None
+        if need_kernels:
+            mixture = weights.new_zeros(len(ids), len(kernels)).scatter(1, ids, weights)
+            grad_kernels = mixture.T @ grad
+        if need_weights:
+            grad_weights = (grad @ kernels.T).gather(1, ids).masked_fill(weights == 0, 0)
+        return grad_kernels, grad_weights, None
 
 
 class _ConvolveViews(torch.autograd.Function):

@@ -33,7 +33,8 @@ _COSTS = {
         'item': (0.003, 0.004),
         'gflop': (3.4, 10.8),
         'item_kernel': (0.51, 1.6),  # million numbers in the mixed kernels of all items
-        'mixing': (0.044, 0.11),  # times E: million multiplications
+        'mixing': (0.1, 0.1),  # times k
+        'unmixing': (0.0, 0.11),  # times E: million multiplications of a matrix product
         'item_pixel': (0.55, 1.5),  # million numbers in the outputs of all items
     },
     'views': {
@@ -86,6 +87,7 @@ def _amounts(experts: 'ConvExperts', x_T: Tensor, routes: Routes) -> dict[str, d
         'item': num_items,
         'gflop': num_items * gflop,
         'item_kernel': num_items * kernel,
+        'mixing': num_items * k * kernel,
         'item_pixel': num_items * output,
     }
     return {
@@ -96,6 +98,6 @@ def _amounts(experts: 'ConvExperts', x_T: Tensor, routes: Routes) -> dict[str, d
             'expert_kernel': used * kernel,
             'route_pixel': num_rows * output,
         },
-        'grouped': {**mixed, 'mixing': num_items * num_experts * kernel},
-        'views': {**mixed, 'mixing': num_items * k * kernel},
+        'grouped': {**mixed, 'unmixing': num_items * num_experts * kernel},
+        'views': mixed,
     }

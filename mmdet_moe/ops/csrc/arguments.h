@@ -89,14 +89,15 @@ inline void check_combine(const Tensor& y, const Tensor& weights, const Tensor& 
   STD_TORCH_CHECK(
       weights.dim() == 2 && weights.size(0) == inverse.size(0) && weights.size(1) == inverse.size(1),
       "mmdet_moe: weights and inverse must have the same shape (T, K)");
-  STD_TORCH_CHECK(
-      y.size(0) <= inverse.size(0) * inverse.size(1),
-      "mmdet_moe: y has ", y.size(0), " rows, more than there are routes");
 }
 
 inline void check_combine_backward(
     const Tensor& grad, const Tensor& y, const Tensor& weights, const Tensor& inverse) {
   check_combine(y, weights, inverse);
+  // A row that no route refers to would be left uninitialised.
+  STD_TORCH_CHECK(
+      y.size(0) <= inverse.size(0) * inverse.size(1),
+      "mmdet_moe: y has ", y.size(0), " rows, more than there are routes");
   check_rows(grad, "grad");
   check_same_device(y, grad);
   STD_TORCH_CHECK(

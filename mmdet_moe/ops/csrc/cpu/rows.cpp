@@ -7,6 +7,7 @@
 #include "ops.h"
 
 #include <algorithm>
+#include <bit>
 #include <cstring>
 
 namespace mmdet_moe::cpu {
@@ -65,6 +66,7 @@ template <typename T>
 void gather_sum(
     T* out, const T* rows, int64_t count, const wide_t<T>* weights, const int64_t* inverse,
     int64_t items, int64_t k, int64_t width) {
+  const bool past_caches = items * width * static_cast<int64_t>(sizeof(T)) >= kLargerThanCaches;
   for_each_stretch(items, width, (k + 1) * sizeof(T), [&](int64_t t, int64_t start, int64_t n) {
     constexpr int64_t kOnStack = 16;
     const T* kept_on_stack[kOnStack];
@@ -92,8 +94,18 @@ void gather_sum(
     T* target = out + t * width + start;
     if (num_kept == 0) {
       std::memset(static_cast<void*>(target), 0, n * sizeof(T));
-    } else {
+    } else if (!past_caches) {
       weighted_sum(target, kept, kept_weights, num_kept, n);
+    } else {
+      alignas(64) T block[kBlock];
+      for (int64_t i = 0; i < n; i += kBlock) {
+        const int64_t length = std::min(kBlock, n - i);
+        weighted_sum(block, kept, kept_weights, num_kept, length);
+        for (int64_t j = 0; j < num_kept; ++j) kept[j] += length;
+        copy_past_caches(
+            reinterpret_cast<char*>(target + i), reinterpret_cast<const char*>(block),
+            length * sizeof(T));
+      }
     }
   });
 }
@@ -129,10 +141,16 @@ Tensor dispatch(Tensor x, Tensor order, int64_t k) {
   const char* from = static_cast<const char*>(x.const_data_ptr());
   char* to = static_cast<char*>(rows.mutable_data_ptr());
   const bool past_caches = count * bytes >= kLargerThanCaches;
+  // A division takes as long as the copy of a short row.
+  const bool shifts = std::has_single_bit(static_cast<uint64_t>(k));
+  const int shift = std::countr_zero(static_cast<uint64_t>(k));
+  const auto row_of = [&](int64_t m) {
+    return from + (shifts ? route[m] >> shift : route[m] / k) * bytes;
+  };
   for_each_stretch(count, bytes, 2, [&](int64_t m, int64_t start, int64_t n) {
-    if (m + kRowsAhead < count) prefetch_row(from + route[m + kRowsAhead] / k * bytes, bytes);
+    if (m + kRowsAhead < count) prefetch_row(row_of(m + kRowsAhead), bytes);
     char* target = to + m * bytes + start;
-    const char* source = from + route[m] / k * bytes + start;
+    const char* source = row_of(m) + start;
     if (past_caches) {
       copy_past_caches(target, source, n);
     } else {
