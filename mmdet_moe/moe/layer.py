@@ -12,7 +12,13 @@ from torch import Tensor, nn
 
 from mmdet_moe.errors import ConfigError, NonFiniteRouterError
 from mmdet_moe.moe.capacity import overflow
-from mmdet_moe.moe.experts import Experts, ModuleExperts, independent_copies, upcycle
+from mmdet_moe.moe.experts import (
+    Experts,
+    ModuleExperts,
+    StackedExperts,
+    independent_copies,
+    upcycle,
+)
 from mmdet_moe.moe.items import Items, Pixels, Tokens
 from mmdet_moe.moe.patches import PatchGrid
 from mmdet_moe.moe.routers import Router
@@ -67,7 +73,8 @@ class MoELayer(BaseModule):
         capacity_factor: In training an expert gets at most this multiple of its fair share
             ``T · k / E`` of the items of one forward pass; the routes with the least weight give 0
             beyond it. Default: no bound. At inference there is none, because what is predicted
-            for an image must not depend on the other images of its batch.
+            for an image must not depend on the other images of its batch. The bound is on what one
+            device computes: each rank drops by itself.
 
     Raises:
         ConfigError: For options out of range.
@@ -89,10 +96,12 @@ class MoELayer(BaseModule):
         capacity_factor: float | None = None,
     ) -> None:
         super().__init__()
-        if capacity_factor is not None and not capacity_factor > 0:
+        if capacity_factor is not None and not (
+            isinstance(capacity_factor, (int, float)) and 0 < capacity_factor < float('inf')
+        ):
             raise ConfigError(
-                f'capacity_factor={capacity_factor!r} must be above 0 (1.25 is usual), or None for '
-                'no bound'
+                f'capacity_factor={capacity_factor!r} must be a number above 0 (1.25 is usual), or '
+                'None for no bound'
             )
         self.capacity_factor = capacity_factor
         if expert_init not in EXPERT_INITS:
@@ -196,10 +205,15 @@ class MoELayer(BaseModule):
 
     def _divide(self, x: Tensor) -> Items:
         """Step 1 for one map."""
-        if self.granularity == 'pixel':
-            return Pixels.of(x)
         if self.granularity == 'token':
             return Tokens.of(x)
+        if x.dim() != 4:
+            raise ValueError(
+                f'MoE layer "{self.name}" with granularity={self.granularity!r} takes inputs '
+                f'(N, C, H, W), got {tuple(x.shape)}'
+            )
+        if self.granularity == 'pixel':
+            return Pixels.of(x)
         return PatchGrid(tuple(x.shape[-2:]), self.grid_size, self.stride, self.halo)
 
     def weigh_decisions(self, decision_weights: Tensor) -> None:
@@ -259,6 +273,12 @@ class MoELayer(BaseModule):
                     f'have a receptive field of radius {radius} and stride {stride}; use 1×1 '
                     "convolutions, or granularity='patch'"
                 )
+        stacked = isinstance(self.experts, StackedExperts)
+        if granularity == 'token' and stacked and not self.experts.take_vectors:
+            raise ConfigError(
+                f'expert.type={type(self.experts).__name__} computes feature maps, which '
+                "granularity='token' has not; use LinearExperts or MLPExperts"
+            )
         if granularity == 'token' and self.router.needs_maps:
             raise ConfigError(
                 f'router.type={type(self.router).__name__} routes feature maps, which '
@@ -367,8 +387,14 @@ def _build_experts(
     expert: dict | nn.Module | Experts | Sequence[nn.Module], num_experts: int
 ) -> Experts:
     if isinstance(expert, dict):
-        kind = MODELS.get(expert['type']) if isinstance(expert.get('type'), str) else None
+        kind = expert.get('type')
+        kind = MODELS.get(kind) if isinstance(kind, str) else kind
         if inspect.isclass(kind) and issubclass(kind, Experts):
+            if expert.get('num_experts', num_experts) != num_experts:
+                raise ConfigError(
+                    f"expert.num_experts={expert['num_experts']} contradicts the layer's "
+                    f'num_experts={num_experts}; remove it from the experts'
+                )
             expert = MODELS.build({**expert, 'num_experts': num_experts})
         else:
             expert = [MODELS.build(expert) for _ in range(num_experts)]

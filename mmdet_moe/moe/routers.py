@@ -15,6 +15,18 @@ from mmdet_moe.moe.routing import Routing
 from mmdet_moe.registry import MODELS
 
 
+class _Linear(nn.Linear):
+    pass
+
+
+class RouterLinear(_Linear):
+    """A linear layer that an ``init_cfg`` for all ``Linear`` layers of a model passes by.
+
+    MMEngine goes by the names of a layer's class and of its bases. Large or equal initial weights
+    of a router would choose some experts for ever.
+    """
+
+
 class Router(nn.Module, ABC):
     """Base class: noisy top-k over the logits of a subclass (arXiv 2204.10598, section 3).
 
@@ -94,7 +106,7 @@ class Router(nn.Module, ABC):
         self.top_k = top_k
         self.softmax = softmax
         self.constraint = constraint
-        self.noise_fc = nn.Linear(in_channels, num_experts, bias=False) if noise else None
+        self.noise_fc = RouterLinear(in_channels, num_experts, bias=False) if noise else None
         if self.noise_fc is not None:
             # Equal noise for every expert at the start, as in arXiv 1701.06538.
             nn.init.zeros_(self.noise_fc.weight)
@@ -186,7 +198,7 @@ class GAPRouter(Router):
 
     def __init__(self, in_channels: int, num_experts: int, top_k: int, **kwargs) -> None:
         super().__init__(in_channels, num_experts, top_k, **kwargs)
-        self.fc = nn.Linear(in_channels, num_experts)
+        self.fc = RouterLinear(in_channels, num_experts)
         _init_fc(self.fc)
 
     def compute_logits(self, x: Tensor, patches: Items) -> Tensor:
@@ -208,7 +220,7 @@ class ConvGAPRouter(Router):
     ) -> None:
         super().__init__(in_channels, num_experts, top_k, **kwargs)
         self.conv = nn.Conv2d(in_channels, conv_channels, 3, padding=1)
-        self.fc = nn.Linear(conv_channels, num_experts)
+        self.fc = RouterLinear(conv_channels, num_experts)
         _init_fc(self.fc)
 
     def compute_logits(self, x: Tensor, patches: Items) -> Tensor:

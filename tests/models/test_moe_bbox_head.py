@@ -202,6 +202,9 @@ class TestInitialisation:
         dense.init_weights(), model.init_weights()
         for layer in model.shared_fcs.experts.layers:
             assert torch.all(layer.weight == 0.25)
+        router = model.shared_fcs.router  # equal weights would choose the same experts for ever
+        assert router.fc.weight.std() > 0
+        assert not router.noise_fc.weight.any()
         if 'fc_cls' in str(init_cfg):
             assert torch.equal(model.fc_cls.weight, dense.fc_cls.weight)
             assert torch.all(model.fc_cls.weight == 0.5)
@@ -312,7 +315,7 @@ def test_checkpoint_with_another_number_of_experts():
         ({'top_k': 5}, 'top_k=5 must lie between 1 and num_experts=4'),
         ({'expert_init': 'random'}, "expert_init='random' is unknown"),
         ({'upcycle_noise': -1}, 'upcycle_noise=-1 must be a number'),
-        ({'capacity_factor': 0}, 'capacity_factor=0 must be above 0'),
+        ({'capacity_factor': 0}, 'capacity_factor=0 must be a number above 0'),
     ],
 )
 def test_refused(options, message):

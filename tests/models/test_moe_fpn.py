@@ -124,12 +124,43 @@ def test_initial_weights(norm, expert_init):
         assert torch.equal(weights[0], weights[3]) == (expert_init == 'shared')
 
 
+@pytest.mark.parametrize('expert_init', ['shared', 'independent'])
+def test_pretrained_weights_stay(expert_init, randomise, tmp_path):
+    """Of a dense neck and of an MoE neck, loaded by ``init_cfg``."""
+    dense, moe = randomise(build()), randomise(build({'num_experts': 2}))
+    for source in (dense, moe):
+        torch.save({'state_dict': source.state_dict()}, tmp_path / 'neck.pth')
+        init_cfg = {'type': 'Pretrained', 'checkpoint': str(tmp_path / 'neck.pth')}
+        model = build({'num_experts': 2, 'expert_init': expert_init}, init_cfg=init_cfg)
+        model.init_weights()
+        for level, layer in enumerate(model.fpn_convs[:3]):
+            for e in range(2):
+                expected = source.fpn_convs[level]
+                expected = expected.conv.weight if source is dense else expected.experts.weight[e]
+                assert torch.equal(layer.experts.weight[e], expected)
+
+
+def test_initialisation_of_other_modules_is_not_for_the_experts():
+    init_cfg = {
+        'type': 'Constant',
+        'layer': 'Conv2d',
+        'val': 0.5,
+        'override': {'type': 'Constant', 'name': 'lateral_convs', 'val': 0.25},
+    }
+    model = build({}, init_cfg=init_cfg)
+    model.init_weights()
+    assert (model.lateral_convs[0].conv.weight == 0.25).all()
+    assert (model.fpn_convs[0].experts.weight == 0.5).all()
+
+
 def test_convolutions_are_evaluated_together():
     """Plain ones in the way that is asked for; with normalisation one after the other."""
     model = build({'impl': 'grouped'})
     assert {layer.experts.impl for layer in find_moe_layers(model).values()} == {'grouped'}
     with pytest.raises(ConfigError, match="impl='fast' is unknown"):
         build({'impl': 'fast'})
+    with pytest.raises(ConfigError, match="impl='views' is for plain convolutions"):
+        build({'impl': 'views'}, **BN)
 
 
 def test_checkpoints_of_lists_of_experts_load(randomise):

@@ -112,7 +112,7 @@ def test_dropped_rows_are_counted():
     assert f'dropped {100 * report.dropped:.1f} %' in str(report)
 
 
-@pytest.mark.parametrize('factor', [0, -1.0, float('nan')])
+@pytest.mark.parametrize('factor', [0, -1.0, float('nan'), float('inf'), '1'])
 def test_capacity_of_nothing(factor):
-    with pytest.raises(ConfigError, match=r'capacity_factor=.* must be above 0'):
+    with pytest.raises(ConfigError, match=r'capacity_factor=.* must be a number above 0'):
         layer(capacity_factor=factor)

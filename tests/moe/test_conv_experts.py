@@ -9,7 +9,7 @@ from torch import nn
 from torch.autograd import gradcheck
 
 from mmdet_moe.errors import ConfigError
-from mmdet_moe.moe import ConvExperts, MoELayer
+from mmdet_moe.moe import ConvExperts, MoELayer, upcycle
 from mmdet_moe.moe.experts.conv_cost import cheapest
 from mmdet_moe.moe.routes import Routes
 
@@ -204,6 +204,51 @@ def test_config_and_state_dict():
     }
 
 
+def test_config_by_class_and_contradicting_numbers():
+    layer = MoELayer(
+        {'type': ConvExperts, 'in_channels': 4, 'out_channels': 6, 'kernel_size': 3},
+        E,
+        2,
+        in_channels=4,
+    )
+    assert layer.experts.weight.shape == (E, 6, 4, 3, 3)
+    config = {'type': 'mmdet_moe.ConvExperts', 'in_channels': 4, 'out_channels': 6}
+    with pytest.raises(ConfigError, match=r'expert.num_experts=8 contradicts .* num_experts=4'):
+        MoELayer({**config, 'kernel_size': 3, 'num_experts': 8}, E, 2, in_channels=4)
+    with pytest.raises(ConfigError, match='num_experts=0: there must be at least 1 expert'):
+        ConvExperts(4, 6, 3, num_experts=0)
+    with pytest.raises(ConfigError, match='type=ConvExperts computes feature maps'):
+        MoELayer(ConvExperts(4, 6, 1, E), E, 2, in_channels=4, granularity='token')
+
+
+def test_channels_last():
+    """The memory format of a whole model; values, gradients and the kernels' layout stay."""
+    plain = MoELayer(ConvExperts(4, 6, 3, E, padding=1), E, 2, in_channels=4).eval()
+    model = copy.deepcopy(plain).to(memory_format=torch.channels_last)
+    x = torch.randn(3, 4, 7, 7)
+    y = model(x.contiguous(memory_format=torch.channels_last))
+    torch.testing.assert_close(y, plain(x), rtol=1e-5, atol=1e-5)
+    assert torch.equal(model.experts.weight, plain.experts.weight)
+    assert copy.deepcopy(plain).double().experts.weight.dtype == torch.float64
+
+
+@pytest.mark.parametrize('impl', IMPLS)
+def test_float64_stays_under_autocast(impl):
+    ids, weights = routes(3, 2)
+    with torch.autocast('cpu', torch.bfloat16):
+        y = build(impl)(torch.randn(3, 4, 6, 6).double(), Routes(ids, weights, E))
+    assert y.dtype == torch.float64
+
+
+@pytest.mark.parametrize('impl', IMPLS)
+def test_an_expert_that_is_chosen_twice(impl):
+    experts, x = build(impl), torch.randn(2, 4, 6, 6).double()
+    ids, weights = torch.tensor([[1, 1], [2, 0]]), torch.tensor([[0.25, 0.5], [1.0, 2.0]]).double()
+    merged = torch.tensor([[0.75, 0.0], [1.0, 2.0]]).double()
+    expected = experts(x, Routes(torch.tensor([[1, 0], [2, 0]]), merged, E))
+    torch.testing.assert_close(experts(x, Routes(ids, weights, E)), expected)
+
+
 def test_dense_checkpoints_and_lists_of_experts_load():
     conv = nn.Conv2d(4, 6, 3, padding=1)
     layer = MoELayer(ConvExperts.like(conv, E), E, 2, in_channels=4)
@@ -220,6 +265,11 @@ def test_dense_checkpoints_and_lists_of_experts_load():
     layer.load_state_dict(copy.deepcopy(layer.state_dict()))  # strict
     with pytest.raises(ConfigError, match=r'has 3 experts .* but the model has 4'):
         layer.load_state_dict(MoELayer(conv, 3, 2, in_channels=4).state_dict())
+    state = MoELayer(conv, 3, 2, in_channels=4).state_dict()
+    before = dict(state)
+    with pytest.raises(ConfigError):
+        upcycle(state, '', '', layer.experts, 0)
+    assert state.keys() == before.keys()  # nothing was converted
     fewer = MoELayer(ConvExperts.like(conv, 3), 3, 2, in_channels=4)
     with pytest.raises(ConfigError, match=r'has 3 experts .* but the model has 4'):
         layer.load_state_dict(fewer.state_dict())

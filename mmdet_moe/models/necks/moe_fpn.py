@@ -83,16 +83,31 @@ class MoEFPN(FPN):
         """Initialise as ``FPN`` does, which does not reach into its list of convolutions itself."""
         first_call = not self.is_init
         super().init_weights()
-        if first_call:
+        # What has been loaded stays as it is.
+        if first_call and not any(cfg['type'] == 'Pretrained' for cfg in self._init_cfgs()):
             for layer in self.fpn_convs:
                 if isinstance(layer, MoELayer):
                     if isinstance(layer.experts, ConvExperts):
                         layer.experts.init_weights()
                     layer.share_initial_weights()
 
+    def _init_cfgs(self) -> list[dict]:
+        return [self.init_cfg] if isinstance(self.init_cfg, dict) else list(self.init_cfg or ())
+
     def _experts(self, conv: ConvModule, num_experts: int, impl: str) -> nn.Module:
         if conv.with_norm or conv.with_activation or type(conv.conv) is not nn.Conv2d:
+            if impl != 'auto':
+                raise ConfigError(
+                    f'impl={impl!r} is for plain convolutions, but these have a normalisation or '
+                    'an activation; remove impl'
+                )
             return conv
-        experts = ConvExperts.like(conv.conv, num_experts, impl=impl, init_cfg=self.init_cfg)
+        # Of one convolution: what is said of other modules of the neck does not concern it.
+        init_cfg = [
+            {key: value for key, value in cfg.items() if key != 'override'}
+            for cfg in self._init_cfgs()
+            if cfg.get('layer')
+        ]
+        experts = ConvExperts.like(conv.conv, num_experts, impl=impl, init_cfg=init_cfg or None)
         experts.dense_scope = 'conv.'
         return experts

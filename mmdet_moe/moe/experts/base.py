@@ -60,7 +60,10 @@ class Experts(nn.Module, ABC):
 
     @abstractmethod
     def count(self, state_dict: dict[str, Tensor], prefix: str) -> int:
-        """How many experts a checkpoint has under ``prefix``; 0 if it has none."""
+        """How many experts a checkpoint has under ``prefix``; 0 if it has none.
+
+        Entries of the same experts in another form are converted on the way, in place.
+        """
 
     @abstractmethod
     def store(

@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 from mmdet_moe.errors import ConfigError
 from mmdet_moe.moe.experts.base import StackedExperts
 from mmdet_moe.moe.experts.conv_cost import cheapest
-from mmdet_moe.moe.experts.linear import grouped_linear
+from mmdet_moe.moe.experts.linear import autocast, grouped_linear
 from mmdet_moe.moe.patches import receptive_field
 from mmdet_moe.moe.routes import Routes
 from mmdet_moe.registry import MODELS
@@ -61,6 +61,8 @@ class ConvExperts(StackedExperts, BaseModule):
         super().__init__(init_cfg)
         if impl not in IMPLS:
             raise ConfigError(f'impl={impl!r} is unknown; use one of {IMPLS}')
+        if num_experts < 1:
+            raise ConfigError(f'num_experts={num_experts}: there must be at least 1 expert')
         self.impl = impl
         self._options = {
             'in_channels': in_channels,
@@ -119,6 +121,16 @@ class ConvExperts(StackedExperts, BaseModule):
 
     def _dense(self) -> nn.Conv2d:
         return nn.Conv2d(**self._options)
+
+    def _apply(self, fn, recurse: bool = True) -> 'ConvExperts':
+        # `model.to(memory_format=torch.channels_last)` knows tensors of four dimensions. Stacked
+        # kernels stay as they are.
+        def on_kernels(tensor: Tensor) -> Tensor:
+            if tensor.dim() != 5:
+                return fn(tensor)
+            return fn(tensor.flatten(0, 1)).unflatten(0, tensor.shape[:2]).contiguous()
+
+        return super()._apply(on_kernels, recurse)
 
     def output_size(self, size: tuple[int, int]) -> tuple[int, int]:
         """(H', W') of the output for (H, W) of the input."""
@@ -183,13 +195,9 @@ class ConvExperts(StackedExperts, BaseModule):
     def _views(self, x_T: Tensor, routes: Routes) -> Tensor:
         if x_T.shape[0] == 0:
             return self._subbatches(x_T, routes)
-        device = x_T.device.type
-        dtype = self.weight.dtype
-        if torch.is_autocast_enabled(device):
-            dtype = torch.get_autocast_dtype(device)
-            x_T = x_T.to(dtype)
+        x_T, dtype = autocast(x_T), autocast(self.weight[:0]).dtype
         geometry = (self.stride, self.padding, self.dilation, self.groups)
-        with torch.autocast(device, enabled=False):
+        with torch.autocast(x_T.device.type, enabled=False):
             biases = None if self.bias is None else (self._mixture(routes) @ self.bias).to(dtype)
             weights = routes.weights.to(self.weight.dtype)
             return _ConvolveViews.apply(
@@ -207,7 +215,7 @@ class ConvExperts(StackedExperts, BaseModule):
         weights = routes.weights.to(self.weight.dtype)
         weights = weights.masked_fill(weights == 0, 0)  # no choice, hence no gradient
         empty = weights.new_zeros(len(weights), self.num_experts)
-        return empty.scatter(1, routes.expert_ids, weights)
+        return empty.scatter_add(1, routes.expert_ids, weights)
 
     def extra_repr(self) -> str:
         options = ', '.join(f'{k}={v}' for k, v in self._options.items())
@@ -235,11 +243,12 @@ class _MixKernels(torch.autograd.Function):
         kernels, weights, ids = ctx.saved_tensors
         need_kernels, need_weights, _ = ctx.needs_input_grad
         grad_kernels = grad_weights = None
-        if need_kernels:
-            mixture = weights.new_zeros(len(ids), len(kernels)).scatter(1, ids, weights)
-            grad_kernels = mixture.T @ grad
-        if need_weights:
-            grad_weights = (grad @ kernels.T).gather(1, ids).masked_fill(weights == 0, 0)
+        with torch.autocast(grad.device.type, enabled=False):
+            if need_kernels:
+                mixture = weights.new_zeros(len(ids), len(kernels)).scatter_add(1, ids, weights)
+                grad_kernels = mixture.T @ grad
+            if need_weights:
+                grad_weights = (grad @ kernels.T).gather(1, ids).masked_fill(weights == 0, 0)
         return grad_kernels, grad_weights, None
 
 

@@ -32,8 +32,15 @@ class VectorExperts(StackedExperts, BaseModule):
         """One expert as a module of its own, with fresh weights."""
 
     def forward(self, x_T: Tensor, routes: Routes) -> Tensor:
+        vectors_T = x_T.flatten(1)
+        in_features = next(self.parameters()).shape[-1]
+        if vectors_T.shape[1] != in_features:
+            raise ValueError(
+                f'{type(self).__name__} take items of in_features={in_features} numbers, but an '
+                f'item of shape {tuple(x_T.shape[1:])} has {vectors_T.shape[1]}'
+            )
         # Cast before the copying: half the bytes.
-        x_R = routes.dispatch(_autocast(x_T.flatten(1)))
+        x_R = routes.dispatch(autocast(vectors_T))
         return routes.combine(self.compute(x_R, routes))
 
     def init_weights(self) -> None:
@@ -176,11 +183,11 @@ def grouped_linear(x_R: Tensor, weight: Tensor, bias: Tensor | None, routes: Rou
     Returns:
         (R, out), under autocast of its dtype.
     """
-    y_R = _grouped_product(_autocast(x_R), _autocast(weight), routes)
+    y_R = _grouped_product(autocast(x_R), autocast(weight), routes)
     return y_R if bias is None else _AddBias.apply(y_R, bias.to(y_R.dtype), routes.bounds)
 
 
-def _autocast(x: Tensor) -> Tensor:
+def autocast(x: Tensor) -> Tensor:
     """As autocast casts what goes into a matrix product; it does not know all of ours."""
     device = x.device.type
     if x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
@@ -199,7 +206,7 @@ def _grouped_product(x_R: Tensor, weight: Tensor, routes: Routes) -> Tensor:
 
 
 def _grouped_mm_serves(x_R: Tensor, weight: Tensor, routes: Routes) -> bool:
-    """Whether ``grouped_mm`` takes these operands and those of its backward pass, and is faster.
+    """Whether ``grouped_mm`` takes these operands and those of its backward pass, and is no slower.
 
     It came with PyTorch 2.10, knows no float64, and wants every row to start at a multiple of 16
     bytes. On a GPU it is more than a loop only for bfloat16 from Hopper on; its backward pass has
@@ -208,6 +215,7 @@ def _grouped_mm_serves(x_R: Tensor, weight: Tensor, routes: Routes) -> bool:
     aligned = 16 // weight.itemsize
     if (
         not hasattr(F, 'grouped_mm')
+        or torch.compiler.is_compiling()  # its shapes are known for half precision only
         or x_R.dtype != weight.dtype
         or weight.dtype not in (torch.float32, torch.bfloat16, torch.float16)
         or x_R.shape[0] == 0

@@ -39,13 +39,16 @@ def upcycle(
     prefix = moe_prefix + 'experts.'
     dense_prefix += experts.dense_scope
     expected = experts.entries()
-    found = experts.count(state_dict, prefix)
+    converted = dict(state_dict)  # the caller's stays as it is if it does not fit
+    found = experts.count(converted, prefix)
     if found not in (0, experts.num_experts):
         raise ConfigError(
             f'The checkpoint has {found} experts in "{moe_prefix.rstrip(".")}" but the model has '
             f'{experts.num_experts}; set num_experts={found} in the config, or load a dense '
             'checkpoint'
         )
+    state_dict.clear()
+    state_dict.update(converted)
     dense = {
         name: state_dict[dense_prefix + name]
         for name in expected
