@@ -13,8 +13,14 @@ import sys
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
-from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
+
+try:
+    from setuptools.command.bdist_wheel import bdist_wheel
+except ImportError:
+    # setuptools has it since 70.1, which pyproject.toml asks for, but --no-build-isolation takes
+    # what is there. Without it, a wheel is tagged for one version of Python, nothing worse.
+    bdist_wheel = None
 
 ROOT = Path(__file__).parent
 version: dict[str, str] = {}
@@ -29,7 +35,12 @@ class BuildKernels(build_ext):
         build = sys.modules['ops_build'] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(build)
         target = ROOT if self.inplace or self.editable_mode else Path(self.build_lib)
-        for entry in build.build(target / 'mmdet_moe' / 'ops' / 'lib'):
+        try:
+            results = build.build(target / 'mmdet_moe' / 'ops' / 'lib')
+        except build.BuildError as error:
+            print(f'no native kernels: {error}', file=sys.stderr)
+            return
+        for entry in results:
             print(f'native kernels for {entry.device}: {entry.reason or "built"}', file=sys.stderr)
 
     def get_outputs(self) -> list[str]:
@@ -39,11 +50,17 @@ class BuildKernels(build_ext):
         return {}
 
 
-class AnyPython(bdist_wheel):
-    """The binaries belong to a platform, but to no version of Python."""
+commands = {'build_ext': BuildKernels}
 
-    def get_tag(self) -> tuple[str, str, str]:
-        return 'py3', 'none', super().get_tag()[2]
+if bdist_wheel is not None:
+
+    class AnyPython(bdist_wheel):
+        """The binaries belong to a platform, but to no version of Python."""
+
+        def get_tag(self) -> tuple[str, str, str]:
+            return 'py3', 'none', super().get_tag()[2]
+
+    commands['bdist_wheel'] = AnyPython
 
 
 setup(
@@ -56,7 +73,7 @@ setup(
     packages=find_packages(include=['mmdet_moe', 'mmdet_moe.*']),
     package_data={'mmdet_moe.ops': ['csrc/*.h', 'csrc/*/*']},
     ext_modules=[Extension('mmdet_moe.ops.lib', [])],
-    cmdclass={'build_ext': BuildKernels, 'bdist_wheel': AnyPython},
+    cmdclass=commands,
     python_requires='>=3.10',
     install_requires=[
         'torch>=2.6',

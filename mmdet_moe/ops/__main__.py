@@ -1,7 +1,7 @@
 """``python -m mmdet_moe.ops [--build]``: which kernels serve the ops, and building them."""
 
 import argparse
-import os
+import subprocess
 import sys
 import time
 
@@ -9,7 +9,10 @@ from mmdet_moe.errors import exit_on_user_error
 
 
 def main() -> None:
-    """Print what serves each device, and why; build first if asked to."""
+    """Print what serves each device, and why; build first if asked to.
+
+    The exit status is 1 if a compilation fails, and 0 if there is nothing to compile with.
+    """
     parser = argparse.ArgumentParser(
         prog='python -m mmdet_moe.ops',
         description='Which kernels serve dispatch and combine on each device, and why.',
@@ -23,13 +26,20 @@ def main() -> None:
 
         start = time.perf_counter()
         print('compiling (a minute or two with CUDA) ...', flush=True)
-        for entry in build.build():
+        try:
+            results = build.build()
+        except build.BuildError as error:
+            print(f'error: {error}', file=sys.stderr)
+            raise SystemExit(1) from None
+        for entry in results:
             print(f'{entry.device}: {entry.reason or "built"}')
         print(f'{time.perf_counter() - start:.0f} s\n', flush=True)
         # What this process loaded is the state before.
-        os.execv(sys.executable, [sys.executable, '-m', 'mmdet_moe.ops'])
+        status = subprocess.run([sys.executable, '-m', 'mmdet_moe.ops'], check=False).returncode
+        raise SystemExit(1 if any(entry.failed for entry in results) else status)
     from mmdet_moe.ops import native
 
+    native.check()
     for entry in native.kernels():
         print(f'{entry.device:5s} {"native   " if entry.native else "reference"} {entry.detail}')
 

@@ -17,20 +17,28 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 CSRC = Path(__file__).with_name('csrc')
 LIB = Path(__file__).with_name('lib')
 RECORD = 'build.json'
+COMMAND = 'python -m mmdet_moe.ops --build'
 DEVICES = ('cpu', 'cuda')
 OLDEST_TORCH = (2, 10)
+LONGEST_MESSAGE = 200  # characters of a compiler's message
 #: Compute capabilities that are built if nvcc knows them; the last one also as PTX, for later GPUs.
 CUDA_ARCHITECTURES = ('75', '80', '90', '100')
 
 
 class BuildError(Exception):
     """Why the kernels of a device cannot be built."""
+
+
+class MissingToolError(BuildError):
+    """There is nothing to build with, which is no failure: the PyTorch reference serves."""
 
 
 @dataclass(frozen=True)
@@ -40,11 +48,12 @@ class Built:
     Attributes:
         device: ``'cpu'`` or ``'cuda'``.
         file: Name of the binary; None if there is none.
-        reason: Why there is none.
+        reason: Why there is none, or no new one.
         compiler: Its version.
         architectures: Instruction sets (CPU) or compute capabilities (CUDA) in the binary.
         sources: Digest of the sources that it was made of.
         cuda_major: Major version of the CUDA toolkit; 0 for the CPU.
+        failed: Whether there was something to build with, and it failed.
     """
 
     device: str
@@ -54,6 +63,7 @@ class Built:
     architectures: tuple[str, ...] = ()
     sources: str | None = None
     cuda_major: int = 0
+    failed: bool = False
 
 
 @dataclass(frozen=True)
@@ -81,49 +91,105 @@ class _Torch:
 def build(folder: Path = LIB, devices: tuple[str, ...] = DEVICES) -> list[Built]:
     """Compile what can be compiled here and write down the rest with the reason.
 
+    Where that fails, kernels of the present sources that were built before are kept.
+
     Args:
         folder: Where the binaries and their record go.
         devices: For which devices.
 
     Returns:
         One entry per device.
+
+    Raises:
+        BuildError: If the folder cannot be written.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    with _writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    record = {entry.device: entry for entry in read_record(folder)}
     results = []
     for device in devices:
         try:
             torch = _find_torch()
             result = (_build_cpu if device == 'cpu' else _build_cuda)(torch, folder)
         except BuildError as error:
-            _binary(folder, device).unlink(missing_ok=True)
-            result = Built(device, reason=str(error))
+            failed = not isinstance(error, MissingToolError)
+            old = record.get(device)
+            if old and old.file and old.sources == digest(device) and (folder / old.file).is_file():
+                reason = f'{error}; what was built before is kept'
+                results.append(replace(old, reason=reason, failed=failed))
+                continue
+            with _writing(folder):
+                _binary(folder, device).unlink(missing_ok=True)
+            result = Built(device, reason=str(error), failed=failed)
         results.append(result)
-    record = {entry.device: entry for entry in read_record(folder)}
-    record |= {entry.device: entry for entry in results}
-    text = json.dumps([asdict(entry) for entry in record.values()], indent=1)
-    (folder / RECORD).write_text(text + '\n')
+        record[device] = result
+    _write_record(folder, list(record.values()))
     return results
 
 
 def read_record(folder: Path = LIB) -> list[Built]:
-    """What the last :func:`build` wrote down; empty if there was none."""
+    """What the last :func:`build` wrote down; empty if there was none.
+
+    Of a record that cannot be read, nothing counts as built.
+    """
+    file = folder / RECORD
     try:
-        entries = json.loads((folder / RECORD).read_text())
+        entries = json.loads(file.read_text())
+        return [Built(**{**e, 'architectures': tuple(e['architectures'])}) for e in entries]
     except FileNotFoundError:
         return []
-    return [Built(**{**entry, 'architectures': tuple(entry['architectures'])}) for entry in entries]
+    except (OSError, ValueError, TypeError, LookupError):
+        # Cut short, or of a version with other fields. The reference works without it.
+        reason = f'the record {file} cannot be read; run `{COMMAND}` again'
+        return [Built(device, reason=reason) for device in DEVICES]
+
+
+def _write_record(folder: Path, entries: list[Built]) -> None:
+    text = json.dumps([asdict(entry) for entry in entries], indent=1) + '\n'
+    # Another process that is starting reads either the old record or the new one.
+    with _writing(folder), _replacing(folder / RECORD, 0o644) as temporary:
+        temporary.write_text(text)
+
+
+@contextmanager
+def _replacing(path: Path, mode: int) -> Iterator[Path]:
+    """A new file that takes the place of ``path`` if the body succeeds."""
+    handle, name = tempfile.mkstemp(dir=path.parent, suffix=path.suffix)
+    os.close(handle)
+    try:
+        yield Path(name)
+        os.chmod(name, mode)  # mkstemp makes files that only their owner can read
+        os.replace(name, path)
+    finally:
+        Path(name).unlink(missing_ok=True)
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """Tell which folder it is that cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or error
+        raise BuildError(f'the folder {folder} cannot be written ({reason})') from None
 
 
 def digest(device: str) -> str:
     """Digest of the sources of a device's kernels."""
     sha = hashlib.sha256()
-    for path in sorted([*CSRC.glob('*.h'), *(CSRC / device).iterdir()]):
+    folder = CSRC / device
+    for path in sorted([*_files(CSRC, '.h'), *_files(folder, '.h', '.cuh', '.cpp', '.cu')]):
         sha.update(path.read_bytes())
     return sha.hexdigest()[:16]
 
 
+def _files(folder: Path, *suffixes: str) -> list[Path]:
+    # An editor's locks have the suffix of what they lock, and a dot in front.
+    return [p for p in folder.glob('*.*') if p.suffix in suffixes and p.name[0] != '.']
+
+
 def _sources(device: str) -> list[Path]:
-    sources = sorted((CSRC / device).glob('*.cpp' if device == 'cpu' else '*.cu'))
+    sources = sorted(_files(CSRC / device, '.cpp' if device == 'cpu' else '.cu'))
     if not sources:
         raise BuildError(f'there are no sources in {CSRC / device}')
     return sources
@@ -136,7 +202,7 @@ def _binary(folder: Path, device: str) -> Path:
 def _build_cpu(torch: _Torch, folder: Path) -> Built:
     compiler = os.environ.get('CXX') or shutil.which('c++') or shutil.which('g++')
     if not compiler:
-        raise BuildError('there is no C++ compiler; install g++ (12 or later) or set CXX')
+        raise MissingToolError('there is no C++ compiler; install g++ (12 or later) or set CXX')
     # Messages name the file from csrc on, not by where it was compiled.
     command = [*shlex.split(compiler), '-shared', '-fPIC', f'-fmacro-prefix-map={CSRC}=csrc']
     command += torch.flags
@@ -157,17 +223,17 @@ def _build_cpu(torch: _Torch, folder: Path) -> Built:
 
 def _build_cuda(torch: _Torch, folder: Path) -> Built:
     if torch.cuda is None:
-        raise BuildError(f'PyTorch {torch.version} in this environment is built without CUDA')
+        raise MissingToolError(f'PyTorch {torch.version} in this environment is built without CUDA')
     home = os.environ.get('CUDA_HOME') or '/usr/local/cuda'
     nvcc = shutil.which('nvcc', path=f'{home}/bin') or shutil.which('nvcc')
     if not nvcc:
-        raise BuildError(
+        raise MissingToolError(
             f'there is no nvcc; install the CUDA {torch.cuda} toolkit or set CUDA_HOME'
         )
     version = re.search(r'release (\d+)\.(\d+)', _output([nvcc, '--version']))
     if version is None or version[1] != torch.cuda.split('.')[0]:
         found = 'of an unknown version' if version is None else f'{version[1]}.{version[2]}'
-        raise BuildError(
+        raise MissingToolError(
             f'nvcc is {found}, but PyTorch is built with CUDA {torch.cuda}; install a toolkit of '
             'the same major version or set CUDA_HOME'
         )
@@ -175,10 +241,19 @@ def _build_cuda(torch: _Torch, folder: Path) -> Built:
     architectures = [a for a in CUDA_ARCHITECTURES if a in known]
     if wanted := os.environ.get('MMDET_MOE_CUDA_ARCHITECTURES'):
         architectures = wanted.replace(';', ' ').replace(',', ' ').split()
+        if not architectures:
+            raise BuildError(
+                f"MMDET_MOE_CUDA_ARCHITECTURES={wanted!r} names none; use e.g. '80;90' or unset it"
+            )
         if unknown := [a for a in architectures if a not in known]:
             raise BuildError(
                 f'MMDET_MOE_CUDA_ARCHITECTURES names {unknown}, but nvcc knows {known}'
             )
+    if not architectures:
+        raise BuildError(
+            f'nvcc knows {known}, none of {list(CUDA_ARCHITECTURES)}; '
+            'set MMDET_MOE_CUDA_ARCHITECTURES'
+        )
     command = [nvcc, '-shared', '-Xcompiler', f'-fPIC,-fmacro-prefix-map={CSRC}=csrc']
     command += ['-cudart', 'static', '-DUSE_CUDA']
     command += ['--threads', '0', *torch.flags]
@@ -198,20 +273,23 @@ def _build_cuda(torch: _Torch, folder: Path) -> Built:
 
 def _compile(command: list[str], device: str, folder: Path, link_flags: list[str]) -> None:
     # A process that has the old binary loaded keeps it: the new one is another file.
-    handle, temporary = tempfile.mkstemp(dir=folder, suffix='.so')
-    os.close(handle)
-    try:
-        command = [*command, *map(str, _sources(device)), '-o', temporary, *link_flags]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    with _writing(folder), _replacing(_binary(folder, device), 0o755) as temporary:
+        command = [*command, *map(str, _sources(device)), '-o', str(temporary), *link_flags]
+        try:
+            done = subprocess.run(
+                command, capture_output=True, text=True, errors='replace', check=False
+            )
+        except OSError as error:
+            raise BuildError(f'the compiler cannot be run: {error}') from None
         if done.returncode:
-            lines = [line for line in done.stderr.splitlines() if 'error' in line] or ['no message']
-            raise BuildError(f'`{shlex.join(command)}` failed: {lines[0]}')
-        os.chmod(temporary, 0o755)
-        os.replace(temporary, _binary(folder, device))
-    except OSError as error:
-        raise BuildError(f'the compiler cannot be run: {error}') from None
-    finally:
-        Path(temporary).unlink(missing_ok=True)
+            # Here only: the reason is repeated by every process that imports the package.
+            print(f'failed: {shlex.join(command)}', file=sys.stderr)
+            lines = done.stderr.splitlines()
+            line = next((line for line in lines if 'error' in line), (lines or ['no message'])[0])
+            line = line.replace(f'{CSRC}{os.sep}', '')
+            if len(line) > LONGEST_MESSAGE:
+                line = line[: LONGEST_MESSAGE - 3] + '...'
+            raise BuildError(f'the compilation failed: {line}')
 
 
 def _find_torch() -> _Torch:
@@ -226,21 +304,27 @@ def _find_torch() -> _Torch:
         code = 'import importlib.util as u; s = u.find_spec("torch"); print(s and s.origin or "")'
         origin = _output([sys.executable, '-I', '-c', code]).strip()
     if not origin:
-        raise BuildError(
-            'PyTorch is not installed yet; run `python -m mmdet_moe.ops --build` once it is'
-        )
+        raise MissingToolError(f'PyTorch is not installed yet; run `{COMMAND}` once it is')
     folder = Path(origin).parent
     values: dict = {}
     exec((folder / 'version.py').read_text(), values)
     version = str(values['__version__'])
     if tuple(map(int, version.split('.')[:2])) < OLDEST_TORCH:
         oldest = '.'.join(map(str, OLDEST_TORCH))
-        raise BuildError(f'PyTorch {version} has no stable ABI for it; install {oldest} or later')
+        raise MissingToolError(
+            f'PyTorch {version} has no stable ABI for it; install {oldest} or later'
+        )
     return _Torch(folder, version, values.get('cuda'))
 
 
 def _output(command: list[str]) -> str:
-    return subprocess.run(command, capture_output=True, text=True, check=False).stdout
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, errors='replace', check=False
+        )
+    except OSError:
+        return ''
+    return done.stdout
 
 
 def _first_line(command: list[str]) -> str:

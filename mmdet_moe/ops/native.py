@@ -2,6 +2,7 @@
 
 import logging
 import os
+import sys
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +11,7 @@ from mmdet_moe.errors import ConfigError
 from mmdet_moe.ops import build
 
 VARIABLE = 'MMDET_MOE_OPS'
-BUILD_COMMAND = 'python -m mmdet_moe.ops --build'
+BUILD_COMMAND = build.COMMAND
 
 
 @dataclass(frozen=True)
@@ -49,30 +50,57 @@ def load() -> None:
     Raises:
         ConfigError: If they are insisted on and missing, or if the variable has another value.
     """
-    choice = os.environ.get(VARIABLE, '')
-    if choice not in ('', 'native', 'reference'):
-        raise ConfigError(f"{VARIABLE}={choice!r} is unknown; use 'native' or 'reference'")
+    asked_for = os.environ.get(VARIABLE) == 'reference'
     for device in build.DEVICES:
-        if choice == 'reference':
+        if asked_for:
             _loaded[device] = Kernels(device, False, f'{VARIABLE}=reference asks for it')
         else:
             _loaded[device] = _load(device)
-    needed = ['cpu', 'cuda'] if torch.cuda.is_available() else ['cpu']
-    for device in needed:
-        entry = _loaded[device]
-        if entry.native or choice == 'reference':
-            continue
-        if choice == 'native':
-            raise ConfigError(
-                f'{VARIABLE}=native, but there are no compiled kernels for {device} '
-                f'({entry.detail}); build them (`{VARIABLE}= {BUILD_COMMAND}`), or unset it'
-            )
-        if int(os.environ.get('RANK', 0)) == 0:
+    if _is_tool():
+        return
+    check()
+    if not asked_for and int(os.environ.get('RANK', 0)) == 0:
+        for entry in _missing():
             logging.getLogger('mmdet_moe').warning(
                 'mmdet_moe: PyTorch reference ops on %s, slower than compiled ones (%s)',
-                device,
+                entry.device,
                 entry.detail,
             )
+
+
+def check() -> None:
+    """Check that what ``MMDET_MOE_OPS`` asks for is what serves.
+
+    Raises:
+        ConfigError: If not, or if it asks for something unknown.
+    """
+    choice = os.environ.get(VARIABLE, '')
+    if choice not in ('', 'native', 'reference'):
+        raise ConfigError(f"{VARIABLE}={choice!r} is unknown; use 'native' or 'reference'")
+    if choice == 'native':
+        for entry in _missing():
+            raise ConfigError(
+                f'{VARIABLE}=native, but there are no compiled kernels for {entry.device} '
+                f'({entry.detail}); build them (`{BUILD_COMMAND}`), or unset it'
+            )
+
+
+def _missing() -> list[Kernels]:
+    """The devices of this machine that the reference serves."""
+    here = ['cpu', 'cuda'] if torch.cuda.is_available() else ['cpu']
+    return [_loaded[device] for device in here if not _loaded[device].native]
+
+
+def _is_tool() -> bool:
+    """Whether this is ``python -m mmdet_moe.ops``.
+
+    Python imports this package before it runs that tool, which has to work without the kernels
+    that are insisted on: it builds them, and reports by itself. While Python looks for the module
+    of ``-m``, that stands in place of the program's name.
+    """
+    return sys.argv[:1] == ['-m'] and not {'mmdet_moe.ops', '-mmmdet_moe.ops'}.isdisjoint(
+        sys.orig_argv
+    )
 
 
 def _load(device: str) -> Kernels:

@@ -56,6 +56,11 @@ class Store {
     const std::lock_guard<std::mutex> lock(mutex_);
     const auto used = std::find_if(
         used_.begin(), used_.end(), [&](const Block& block) { return block.start == start; });
+    if (used->bytes > kMostIdle) {  // it would drive out all others, and then itself
+      munmap(start, used->bytes);
+      used_.erase(used);
+      return;
+    }
     idle_.push_back(*used);
     idle_bytes_ += used->bytes;
     used_.erase(used);
