@@ -71,7 +71,10 @@ setup(
     long_description_content_type='text/markdown',
     license='Apache-2.0',
     packages=find_packages(include=['mmdet_moe', 'mmdet_moe.*']),
-    package_data={'mmdet_moe.ops': ['csrc/*.h', 'csrc/*/*']},
+    package_data={
+        'mmdet_moe.ops': ['csrc/*.h', 'csrc/*/*'],
+        'mmdet_moe.analysis.explorer': ['*.css', '*.j2', '*.js'],
+    },
     ext_modules=[Extension('mmdet_moe.ops.lib', [])],
     cmdclass=commands,
     python_requires='>=3.10',
@@ -82,6 +85,8 @@ setup(
         'onedl-mmcv>=2.3.6',
         'onedl-mmdetection>=3.5.1',
         'onedl-mmpretrain>=1.3.6',
+        'plotly>=6.0',
+        'Jinja2>=3.1',
     ],
     extras_require={'demo': ['scikit-learn>=1.5', 'scikit-image>=0.22']},
 )

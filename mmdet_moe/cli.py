@@ -32,7 +32,14 @@ from mmdet_moe.engine.image_errors import ImageErrorHook
 from mmdet_moe.engine.preflight import check_checkpoint, check_config
 from mmdet_moe.errors import ConfigError
 
-__all__ = ['apply_data_root', 'load_config', 'run_test', 'run_train']
+__all__ = [
+    'apply_data_root',
+    'fail',
+    'load_config',
+    'run_test',
+    'run_train',
+    'set_loader_defaults',
+]
 
 TRACEBACK_VARIABLE = 'MMDET_MOE_TRACEBACK'
 EXIT_STATUS = 2
@@ -205,11 +212,11 @@ def _prepare(args: argparse.Namespace) -> Config:
     elif cfg.get('work_dir') is None:
         cfg.work_dir = osp.join('work_dirs', osp.splitext(osp.basename(args.config))[0])
     if cfg.default_scope == 'mmpretrain':
-        _set_loader_defaults(cfg)
+        set_loader_defaults(cfg)
     return cfg
 
 
-def _set_loader_defaults(cfg: Config) -> None:
+def set_loader_defaults(cfg: Config) -> None:
     """MMPretrain's configs rely on its tools for these."""
     for field in ('train_dataloader', 'val_dataloader', 'test_dataloader'):
         loader = cfg.get(field)
@@ -349,7 +356,7 @@ def _note(sentence: str) -> None:
         print(f'note: {sentence}', flush=True)
 
 
-def _fail(error: Exception, running: bool) -> None:
+def fail(error: Exception, running: bool) -> None:
     """Print the sentence about an error and exit, or raise it again if it is no user's mistake.
 
     Before the run all processes meet the same mistakes, so that the first of each machine speaks
@@ -371,7 +378,7 @@ def _execute(prepare: Callable[[], Runner], run: Callable[[Runner], object]) -> 
         running = True
         run(runner)
     except Exception as error:
-        _fail(error, running)
+        fail(error, running)
     # The wrapped model keeps the group, and its threads, alive: they must not outlive Python.
     del runner
     _leave_group()

@@ -1,4 +1,4 @@
-"""Figures. Readable in greyscale; written as PNG or PDF by the suffix of the path."""
+"""The figure of the README. Readable in greyscale; PNG or PDF by the suffix of the path."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,6 +7,8 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+
+from mmdet_moe.drawing import level_names, plot_heat_map
 
 
 def plot_overview(images: Sequence[np.ndarray], layers: dict[str, dict], path: Path) -> None:
@@ -27,31 +29,17 @@ def plot_overview(images: Sequence[np.ndarray], layers: dict[str, dict], path: P
     panels = lower.subplots(1, len(layers), squeeze=False)[0]
     for axes, (name, report) in zip(panels, layers.items(), strict=True):
         _plot_level_shares(axes, name, report)
-    with matplotlib.rc_context({'savefig.dpi': 110}):
+    with matplotlib.rc_context({'savefig.dpi': 110, 'pdf.fonttype': 42}):
         figure.savefig(path)
 
 
 def _plot_level_shares(axes: Axes, name: str, report: dict) -> None:
     shares = np.array(report['level_shares'])
     levels, experts = shares.shape
-    axes.imshow(shares, cmap='Greys', vmin=0, vmax=1, aspect='auto')
-    for level, expert in np.ndindex(levels, experts):
-        share = shares[level, expert]
-        colour = 'white' if share > 0.5 else 'black'
-        axes.text(expert, level, f'{share:.2f}', ha='center', va='center', color=colour)
-    axes.set_xticks(range(experts), [f'expert {e}' for e in range(experts)])
-    axes.set_yticks(range(levels), _level_names(levels))
+    plot_heat_map(axes, shares, level_names(levels), [f'expert {e}' for e in range(experts)])
     axes.set_ylabel('pyramid level')
     axes.set_title(
         f'{name}: share of the decisions of a level\ninformation on the input '
         f'{report["mi_input"]:.2f} nats, on the level {report["mi_level"]:.2f}',
         fontsize=10,
     )
-
-
-def _level_names(levels: int) -> list[str]:
-    names = [str(level) for level in range(levels)]
-    if levels > 1:
-        names[0] += '\nfine'
-        names[-1] += '\ncoarse'
-    return names

@@ -14,6 +14,7 @@ from typing import TextIO
 from mmengine.config import Config
 from mmengine.registry import MODELS, DefaultScope
 
+from mmdet_moe.analysis.history import logged_scalars
 from mmdet_moe.engine.hooks.expert_utilization_hook import REPORT_FILE
 from mmdet_moe.errors import ConfigError
 from mmdet_moe.moe import count_parameters
@@ -105,7 +106,7 @@ def collect(work_dir: Path) -> RunResult | None:
     if len(configs) > 1:
         raise ConfigError(f'{work_dir} holds the runs of several configs; use one folder for each')
     cfg = Config.fromfile(configs[0])
-    lines = _logged_scalars(work_dir)
+    lines = logged_scalars(work_dir)
     # A validation's line has the time of loading, as a training's has, but no loss.
     validations = [line for line in lines if 'data_time' in line and 'loss' not in line]
     if not validations or validations[-1]['step'] != cfg.train_cfg.max_iters:
@@ -122,12 +123,6 @@ def collect(work_dir: Path) -> RunResult | None:
         iterations=cfg.train_cfg.max_iters,
         layers=json.loads(report.read_text())['layers'] if report.exists() else {},
     )
-
-
-def _logged_scalars(work_dir: Path) -> list[dict]:
-    # One folder per start, named by its time; a resumed run has several.
-    files = sorted(work_dir.glob('*/vis_data/scalars.json'))
-    return [json.loads(line) for file in files for line in file.read_text().splitlines()]
 
 
 def _parameters(cfg: Config) -> tuple[int, int]:

@@ -24,6 +24,7 @@ __all__ = ['check_checkpoint', 'check_config']
 
 _LOADERS = {
     'train': (('train_dataloader', None), ('val_dataloader', 'val_evaluator')),
+    'val': (('val_dataloader', 'val_evaluator'),),
     'test': (('test_dataloader', 'test_evaluator'),),
 }
 _IMAGES_TO_LOOK_AT = 5
@@ -78,7 +79,7 @@ def check_config(cfg: Config, mode: str = 'train', checkpoint: str | None = None
 
     Args:
         cfg: the whole config.
-        mode: ``'train'`` (training and validation data) or ``'test'``.
+        mode: ``'train'`` (training and validation data), ``'val'`` or ``'test'``.
         checkpoint: the checkpoint of the command line, if any.
 
     Raises:

@@ -29,6 +29,22 @@ class Items(ABC):
         """The items themselves, for the experts: (N · items, ...)."""
 
     @abstractmethod
+    def locate(self, x: Tensor, y: Tensor) -> Tensor:
+        """Which item of its image holds a place.
+
+        Args:
+            x: (n,), from 0 (left) to 1 (right), relative to the width of the map.
+            y: (n,), from 0 (top) to 1 (bottom).
+
+        Returns:
+            int64 (n,), in 0 … ``len(self) - 1``; -1 where items have no place.
+        """
+
+    @abstractmethod
+    def centres(self) -> Tensor:
+        """(len(self), 2) float32: the relative x and y of the middle of each item; NaN without."""
+
+    @abstractmethod
     def place(self, y: Tensor) -> Tensor:
         """Put the experts' outputs for the items together to one output.
 
@@ -69,6 +85,16 @@ class Pixels(Items):
     def crop(self, x: Tensor) -> Tensor:
         """(N, C, H, W) to (N · H · W, C, 1, 1)."""
         return x.permute(0, 2, 3, 1).flatten(0, 2)[:, :, None, None]
+
+    def locate(self, x: Tensor, y: Tensor) -> Tensor:
+        """The pixel that holds a place."""
+        _, height, width = self.shape
+        return _cell(y, height) * width + _cell(x, width)
+
+    def centres(self) -> Tensor:
+        """The middle of every pixel."""
+        _, height, width = self.shape
+        return grid_centres((torch.arange(height) + 0.5) / height, (torch.arange(width) + 0.5) / width)
 
     def place(self, y: Tensor) -> Tensor:
         """(N · H · W, C') or (N · H · W, C', 1, 1) to (N, C', H, W).
@@ -118,6 +144,14 @@ class Tokens(Items):
         """(..., C) to (tokens, C)."""
         return x.flatten(0, -2)
 
+    def locate(self, x: Tensor, y: Tensor) -> Tensor:
+        """Unknown: what a token stands for is known to its owner alone."""
+        return torch.full(x.shape, -1, dtype=torch.int64, device=x.device)
+
+    def centres(self) -> Tensor:
+        """Unknown."""
+        return torch.full((len(self), 2), torch.nan)
+
     def place(self, y: Tensor) -> Tensor:
         """(tokens, C') to (..., C').
 
@@ -130,6 +164,15 @@ class Tokens(Items):
                 f'gave it the shape {tuple(y.shape[1:])}; use LinearExperts or MLPExperts'
             )
         return y.unflatten(0, self.shape)
+
+
+def grid_centres(y: Tensor, x: Tensor) -> Tensor:
+    """(rows · columns, 2): x and y of every cell of a grid, row by row."""
+    return torch.stack(torch.meshgrid(x, y, indexing='xy'), dim=-1).flatten(0, 1)
+
+
+def _cell(position: Tensor, cells: int) -> Tensor:
+    return (position * cells).long().clamp(0, cells - 1)
 
 
 def _at_least_float32(x: Tensor) -> Tensor:

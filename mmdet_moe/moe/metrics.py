@@ -14,13 +14,19 @@ def mutual_information(joint: Tensor) -> Tensor:
     """Mutual information of the two variables of a joint table, in nats.
 
     Args:
-        joint: Non-negative counts or probabilities, shape (A, B); need not be normalised.
+        joint: Non-negative counts or probabilities, shape (..., A, B); need not be normalised.
 
     Returns:
-        Scalar ``sum_ab p(a, b) log(p(a, b) / (p(a) p(b)))``; 0 for an empty table.
+        ``sum_ab p(a, b) log(p(a, b) / (p(a) p(b)))`` of every table, shape (...); 0 for an empty
+        table.
     """
-    p = joint.double() / joint.double().sum().clamp(min=torch.finfo(torch.float64).tiny)
-    return (entropy(p.sum(0)) + entropy(p.sum(1)) - entropy(p.flatten())).clamp(min=0)
+    p = shares(joint.double().flatten(-2)).unflatten(-1, joint.shape[-2:])
+    return (entropy(p.sum(-2)) + entropy(p.sum(-1)) - entropy(p.flatten(-2))).clamp(min=0)
+
+
+def shares(counts: Tensor, dim: int = -1) -> Tensor:
+    """Counts divided by their sum along a dimension; zeros where nothing was counted."""
+    return counts / counts.sum(dim, keepdim=True).clamp(min=torch.finfo(counts.dtype).tiny)
 
 
 def coefficient_of_variation_squared(x: Tensor) -> Tensor:

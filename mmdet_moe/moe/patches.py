@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from mmdet_moe.errors import ConfigError
-from mmdet_moe.moe.items import Items
+from mmdet_moe.moe.items import Items, grid_centres
 
 #: Layers that compute every pixel by itself, given fixed normalisation statistics.
 _POINTWISE = (
@@ -72,6 +72,16 @@ class _Axis:
             matrix[i, start:stop] = 1 / (stop - start)
         return matrix
 
+    def locate(self, position: Tensor) -> Tensor:
+        """int64 (n,): the patch that holds a relative position in 0..1."""
+        inner = torch.tensor(self.bounds[1:-1], device=position.device, dtype=position.dtype)
+        return torch.bucketize(position * self.bounds[-1], inner, right=True)
+
+    def centres(self) -> Tensor:
+        """(g,): the relative position of the middle of every patch."""
+        bounds = torch.tensor(self.bounds, dtype=torch.float32)
+        return (bounds[1:] + bounds[:-1]) / (2 * bounds[-1])
+
     def inside(self, i: int) -> slice:
         """Where patch i lies in the output of its crop."""
         offset = self.starts[i] // self.stride
@@ -123,6 +133,16 @@ class PatchGrid(Items):
             x[:, :, r : r + rows.crop, c : c + cols.crop] for r in rows.starts for c in cols.starts
         ]
         return torch.stack(crops, dim=1).flatten(0, 1)
+
+    def locate(self, x: Tensor, y: Tensor) -> Tensor:
+        """The patch that holds a place, row by row."""
+        rows, cols = self._axes
+        return rows.locate(y) * len(cols) + cols.locate(x)
+
+    def centres(self) -> Tensor:
+        """The middle of every patch."""
+        rows, cols = self._axes
+        return grid_centres(rows.centres(), cols.centres())
 
     def place(self, y: Tensor) -> Tensor:
         """Put the experts' outputs for the crops together to one map (N, C, H', W').

@@ -7,9 +7,19 @@ import torch
 from torch import Tensor
 
 from mmdet_moe.moe.distributed import global_sum_
-from mmdet_moe.moe.metrics import coefficient_of_variation_squared, entropy, mutual_information
+from mmdet_moe.moe.metrics import (
+    coefficient_of_variation_squared,
+    entropy,
+    mutual_information,
+    shares,
+)
 from mmdet_moe.moe.routers import Router
 from mmdet_moe.moe.routing import Routing
+
+#: An expert with less than this fraction of the fair load 1 / E counts as dead.
+DEAD_SHARE = 0.01
+#: Routing whose decision says less on the input than this fraction of log E has collapsed.
+COLLAPSE_SHARE = 0.02
 
 
 @dataclass(frozen=True)
@@ -42,6 +52,30 @@ class UtilizationReport:
     mi_level: float
     level_shares: list[list[float]]
     dropped: float = 0.0
+
+    @classmethod
+    def from_sums(cls, sums: dict[str, Tensor]) -> 'UtilizationReport':
+        """The report over everything that was summed.
+
+        Args:
+            sums: float64: ``load``, ``importance`` (E,), ``dropped`` () and those of
+                :func:`sums_of_decisions`.
+        """
+        load, importance = shares(sums['load']), shares(sums['importance'])
+        usage = shares(sums['levels'].sum(0))
+        decision_entropy = sums['decision_entropy'] / sums['items'].clamp(min=1)
+        return cls(
+            num_items=int(sums['items']),
+            load=load.tolist(),
+            importance=importance.tolist(),
+            load_cv2=float(coefficient_of_variation_squared(load)),
+            usage_entropy=float(entropy(importance)),
+            decision_entropy=float(decision_entropy),
+            mi_input=max(0.0, float(entropy(usage) - decision_entropy)),
+            mi_level=float(mutual_information(sums['levels'])),
+            level_shares=shares(sums['levels']).tolist(),
+            dropped=float(sums['dropped'] / sums['load'].sum().clamp(min=1)),
+        )
 
     @property
     def num_experts(self) -> int:
@@ -108,15 +142,12 @@ class Utilization:
         expert_ids, weights_TK = router.choose(routing.logits, training=False)
         weights_TK = weights_TK / weights_TK.sum(dim=1, keepdim=True)
         weights_TE = torch.zeros_like(routing.logits).scatter(1, expert_ids, weights_TK)
-        levels = torch.zeros(
-            len(routing.items_per_level), self.num_experts, device=weights_TE.device
-        ).index_add(0, routing.level_ids, weights_TE.float())
         sums = {
-            'items': weights_TE.new_tensor(float(routing.num_items)),
+            **sums_of_decisions(
+                weights_TE.float(), routing.level_ids, len(routing.items_per_level)
+            ),
             'load': routing.load(),
             'importance': routing.importance(),
-            'decision_entropy': entropy(weights_TE).sum(),
-            'levels': levels,
             'dropped': routing.num_dropped(),
         }
         for key, value in sums.items():
@@ -130,23 +161,24 @@ class Utilization:
         """
         sums = {key: value.clone() for key, value in self._sums.items()}
         global_sum_(list(sums.values()))
-        load, importance = _normalised(sums['load']), _normalised(sums['importance'])
-        usage = _normalised(sums['levels'].sum(0))
-        decision_entropy = sums['decision_entropy'] / sums['items'].clamp(min=1)
-        return UtilizationReport(
-            num_items=int(sums['items']),
-            load=load.tolist(),
-            importance=importance.tolist(),
-            load_cv2=float(coefficient_of_variation_squared(load)),
-            usage_entropy=float(entropy(importance)),
-            decision_entropy=float(decision_entropy),
-            mi_input=max(0.0, float(entropy(usage) - decision_entropy)),
-            mi_level=float(mutual_information(sums['levels'])),
-            level_shares=_normalised(sums['levels']).tolist(),
-            dropped=float(sums['dropped'] / sums['load'].sum().clamp(min=1)),
-        )
+        return UtilizationReport.from_sums(sums)
 
 
-def _normalised(counts: Tensor) -> Tensor:
-    """Shares along the last dimension; zeros where nothing was counted."""
-    return counts / counts.sum(-1, keepdim=True).clamp(min=torch.finfo(counts.dtype).tiny)
+def sums_of_decisions(weights_TE: Tensor, level_ids: Tensor, num_levels: int) -> dict[str, Tensor]:
+    """The sums over decisions that the informations of a report are computed from.
+
+    Args:
+        weights_TE: (T, E), rows sum to 1, 0 for experts that were not chosen.
+        level_ids: int64 (T,), in 0..L-1.
+        num_levels: L.
+
+    Returns:
+        ``items`` (), ``decision_entropy`` () and ``levels`` (L, E), as
+        :meth:`UtilizationReport.from_sums` wants them.
+    """
+    levels = weights_TE.new_zeros(num_levels, weights_TE.shape[1])
+    return {
+        'items': weights_TE.new_tensor(float(len(weights_TE))),
+        'decision_entropy': entropy(weights_TE).sum(),
+        'levels': levels.index_add(0, level_ids, weights_TE),
+    }

@@ -102,6 +102,7 @@ def make_runner(tmp_path):
                 'checkpoint': {'type': 'CheckpointHook', 'interval': 2, 'by_epoch': False},
             },
             'optim_wrapper': {'optimizer': {'type': 'SGD', 'lr': 0.05}},
+            'visualizer': {'type': 'Visualizer', 'vis_backends': [{'type': 'LocalVisBackend'}]},
             **options,
         }
         runner = Runner(
@@ -117,7 +118,6 @@ def make_runner(tmp_path):
             val_evaluator=[ToyMetric()],
             test_evaluator=[ToyMetric()],
             custom_hooks=list(hooks),
-            visualizer={'type': 'Visualizer', 'vis_backends': [{'type': 'LocalVisBackend'}]},
             experiment_name=f'{tmp_path.name}_{name}_{len(runners)}',
             **options,
         )

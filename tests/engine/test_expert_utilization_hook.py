@@ -2,16 +2,21 @@
 
 import json
 import math
+import pickle
 import re
 from pathlib import Path
 
+import mmcv
+import numpy as np
 import pytest
 import torch
 from mmengine.hooks import Hook
 from torch import nn
 
+from mmdet_moe.engine.hooks import expert_utilization_hook
 from mmdet_moe.errors import ConfigError
 from mmdet_moe.moe import find_moe_layers
+from mmdet_moe.moe.utilization import UtilizationReport
 
 BALANCING = {
     'type': 'mmdet_moe.BalancingLossHook',
@@ -239,3 +244,163 @@ def test_validation_alone_warns_at_once(make_runner, toy_model):
     runner = make_runner(model, [{'type': 'mmdet_moe.ExpertUtilizationHook'}])
     runner.val()
     assert 'DEAD EXPERTS in stem: [2, 3] of 4' in log_of(runner)
+
+
+# Pictures ----------------------------------------------------------------------------------------
+
+
+def pictures_of(runner):
+    return {path.name: path for path in Path(runner.log_dir).glob('vis_data/vis_image/*')}
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """What was drawn: the arguments of every call."""
+    calls = []
+
+    def draw(layer, level_shares, steps=(), load=(), importance=()):
+        calls.append((layer, level_shares, list(steps), list(load), list(importance)))
+        return np.zeros((8, 8, 3), np.uint8)
+
+    monkeypatch.setattr('mmdet_moe.drawing.draw_utilization', draw)
+    return calls
+
+
+def test_pictures_on_disk_and_in_tensorboard(make_runner, toy_model):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    backends = [{'type': 'LocalVisBackend'}, {'type': 'TensorboardVisBackend'}]
+    visualizer = {'type': 'Visualizer', 'vis_backends': backends}
+    runner = make_runner(toy_model(), [hook(), BALANCING], visualizer=visualizer, val_interval=2)
+    runner.train()
+    layers = 'experts_stem', 'experts_body.moe'
+    paths = pictures_of(runner)
+    assert set(paths) == {f'{layer}_{step}.png' for layer in layers for step in (2, 4)}
+    for path in paths.values():
+        height, width, channels = mmcv.imread(path).shape
+        assert height > 300
+        assert width > 600
+        assert channels == 3
+
+    events = EventAccumulator(str(Path(runner.log_dir) / 'vis_data')).Reload()
+    assert set(events.Tags()['images']) == set(layers)
+    for layer in layers:
+        entries = events.Images(layer)
+        assert [entry.step for entry in entries] == [2, 4]
+        for entry in entries:
+            picture = mmcv.imfrombytes(entry.encoded_image_string)
+            assert (picture == mmcv.imread(paths[f'{layer}_{entry.step}.png'])).all()
+    assert 'draws no more' not in log_of(runner)
+
+
+def test_what_is_drawn(make_runner, toy_model, drawn):
+    runner = make_runner(toy_model(), [hook(), BALANCING], val_interval=4, max_iters=6)
+    runner.train()
+    assert [(call[0], call[2]) for call in drawn] == [
+        ('stem', [2, 4]),
+        ('body.moe', [2, 4]),
+        ('stem', [2, 4, 6]),
+        ('body.moe', [2, 4, 6]),
+    ]
+    for layer, level_shares, steps, load, importance in drawn:
+        logged = [e for e in scalars_of(runner) if f'train/moe/{layer}/load_0' in e]
+        for i in range(len(steps)):
+            for name, shares in (('load', load), ('importance', importance)):
+                expected = [logged[i][f'train/moe/{layer}/{name}_{e}'] for e in range(4)]
+                assert shares[i] == pytest.approx(expected)
+        assert np.shape(level_shares) == (1, 4)
+        assert sum(level_shares[0]) == pytest.approx(1)
+    report = json.loads((Path(runner.work_dir) / 'expert_utilization_val.json').read_text())
+    assert drawn[-1][1] == report['layers']['body.moe']['level_shares']
+
+
+def test_a_training_without_validation_is_drawn_at_its_end(make_runner, toy_model, drawn):
+    runner = make_runner(toy_model(), [hook(), BALANCING], max_iters=5)
+    runner._val_loop = None
+    runner.train()
+    assert [(call[0], call[2]) for call in drawn] == [('stem', [2, 4]), ('body.moe', [2, 4])]
+    assert set(pictures_of(runner)) == {'experts_stem_5.png', 'experts_body.moe_5.png'}
+
+
+def test_validation_alone_draws_the_levels(make_runner, toy_model, drawn):
+    runner = make_runner(toy_model(), [hook()])
+    runner.val()
+    assert [(call[0], call[2]) for call in drawn] == [('stem', []), ('body.moe', [])]
+
+
+def test_a_resumed_run_goes_on_with_its_picture(make_runner, toy_model, drawn):
+    def run(name, max_iters, num_experts=4, **options):
+        torch.manual_seed(3)
+        model = toy_model(num_experts=num_experts)
+        make_runner(model, [hook(), BALANCING], max_iters, name=name, **options).train()
+        return drawn[-1]
+
+    whole = run('whole', 4)
+    run('parts', 2)
+    assert run('parts', 4, resume=True) == whole
+    assert whole[2] == [2, 4]
+    # Weights that are only loaded begin another training.
+    checkpoint = str(Path(make_runner(toy_model(), name='parts').work_dir) / 'iter_4.pth')
+    assert run('tuned', 2, load_from=checkpoint)[2] == [2]
+
+
+def test_drawing_can_be_turned_off(make_runner, toy_model, drawn):
+    runner = make_runner(toy_model(), [hook(draw=False), BALANCING], val_interval=2)
+    runner.train()
+    assert not drawn
+    assert not pictures_of(runner)
+    assert 'moe_utilization' not in runner.message_hub.runtime_info
+
+
+def test_only_the_main_process_draws(make_runner, toy_model, drawn, monkeypatch):
+    monkeypatch.setattr(expert_utilization_hook, 'is_main_process', lambda: False)
+    make_runner(toy_model(), [hook(), BALANCING], val_interval=2).train()
+    assert not drawn
+
+
+def test_a_picture_that_fails_does_not_end_the_training(make_runner, toy_model, monkeypatch):
+    def fail(*args, **kwargs):
+        raise ImportError('no fonts')
+
+    monkeypatch.setattr('mmdet_moe.drawing.draw_utilization', fail)
+    runner = make_runner(toy_model(), [hook(), BALANCING], val_interval=2)
+    runner.train()
+    assert runner.iter == 4
+    # Said once, not at every validation.
+    assert log_of(runner).count('draws no more pictures: ImportError: no fonts') == 1
+
+
+def test_the_past_is_thinned_out_evenly():
+    past = expert_utilization_hook._Past(2)
+    for i in range(10_000):
+        share = i / 10_000
+        report = UtilizationReport(
+            10,
+            [share, 1 - share],
+            [1 - share, share],
+            0.0,
+            0.0,
+            0.0,
+            0.0,
+            0.0,
+            [[share, 1 - share]],
+        )
+        past.add(50 * (i + 1), report)
+        if i in (0, 1, 254, 255, 256, 511, 512):
+            assert past.series()['steps'][-1] == 50 * (i + 1)
+            assert past.series()['load'][-1] == [share, 1 - share]
+    series = past.series()
+    steps = np.array(series['steps'])
+    assert 100 < len(steps) <= 257
+    assert (steps[0], steps[-1]) == (50, 500_000)
+    assert len(set(np.diff(steps[:-1]))) == 1
+    assert np.array(series['load'])[:, 0] == pytest.approx((steps / 50 - 1) / 10_000)
+    assert np.array(series['importance'])[:, 1] == pytest.approx((steps / 50 - 1) / 10_000)
+    assert len(pickle.dumps(past.content)) < 30_000
+
+    again = expert_utilization_hook._Past(2, 500_000, pickle.loads(pickle.dumps(past.content)))
+    assert again.series() == series
+    # Of another layer, of the future, or of another version.
+    assert expert_utilization_hook._Past(3, 500_000, past.content).series()['steps'] == []
+    assert expert_utilization_hook._Past(2, 400_000, past.content).series()['steps'] == []
+    assert expert_utilization_hook._Past(2, 9, {'step': [1]}).series()['steps'] == []

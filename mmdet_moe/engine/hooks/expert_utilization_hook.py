@@ -16,6 +16,10 @@ from mmdet_moe.registry import HOOKS
 #: Written to the work directory after every validation (mode ``val``) or test (``test``).
 REPORT_FILE = 'expert_utilization_{mode}.json'
 
+# Key in MMEngine's message hub, whose content is saved in checkpoints.
+_PAST = 'moe_utilization'
+_MAX_POINTS = 256
+
 
 @HOOKS.register_module()
 class ExpertUtilizationHook(Hook):
@@ -33,12 +37,18 @@ class ExpertUtilizationHook(Hook):
     seen in the load: a router that sends everything half to one expert and half to another looks
     well balanced between the two.
 
+    At every validation, and at the end of a training, a picture of each layer goes to every
+    visualisation backend as ``experts_<layer>``: which expert works on which pyramid level, and the
+    load and the importance over the training so far. What is needed for it, a few hundred points
+    of the past, is also in the checkpoints, so that the picture of a resumed run goes on.
+
     Args:
         interval: Training iterations between two reports.
         warmup_iters: Training iterations before the first warning; routers start undecided.
         dead_share: An expert is dead when its load is below this fraction of the fair share.
         collapse_share: The routing has collapsed when the mutual information between input and
             expert is below this fraction of log E.
+        draw: Whether to draw the pictures.
     """
 
     priority = 'BELOW_NORMAL'
@@ -49,22 +59,28 @@ class ExpertUtilizationHook(Hook):
         warmup_iters: int = 200,
         dead_share: float = 0.01,
         collapse_share: float = 0.02,
+        draw: bool = True,
     ) -> None:
         self.interval = interval
         self.warmup_iters = warmup_iters
         self.dead_share = dead_share
         self.collapse_share = collapse_share
+        self.draw = draw
         self._layers: dict[str, MoELayer] = {}
         self._windows: dict[str, dict[str, Utilization]] = {}
         self._trains = False
+        self._past: dict[str, _Past] = {}
+        self._level_shares: dict[str, list[list[float]]] = {}
+        self._drawn_at: int | None = None
 
     def before_run(self, runner: Runner) -> None:
         """Find the layers before anything is loaded or trained."""
         self._layers = moe_layers_of(runner, self)
 
     def before_train(self, runner: Runner) -> None:
-        """Warn about layers that nothing balances."""
+        """Warn about layers that nothing balances; recall the past of a resumed run."""
         self._trains = True
+        self._recall(runner)
         losses = [hook for hook in runner.hooks if isinstance(hook, BalancingLossHook)]
         free = [
             name
@@ -89,6 +105,11 @@ class ExpertUtilizationHook(Hook):
         if self.every_n_train_iters(runner, self.interval):
             self._report(runner, 'train', warn=runner.iter + 1 > self.warmup_iters)
 
+    def after_train(self, runner: Runner) -> None:
+        """Draw the whole training."""
+        if self._drawn_at != runner.iter:
+            self._draw(runner)
+
     def before_val_epoch(self, runner: Runner) -> None:
         """Start anew."""
         self._windows.pop('val', None)
@@ -102,6 +123,7 @@ class ExpertUtilizationHook(Hook):
         # Outside of a training nothing is warming up.
         warn = not self._trains or runner.iter >= self.warmup_iters
         self._report(runner, 'val', warn)
+        self._draw(runner)
 
     def before_test_epoch(self, runner: Runner) -> None:
         """Start anew."""
@@ -136,8 +158,45 @@ class ExpertUtilizationHook(Hook):
             )
             if warn:
                 self._warn(runner, name, report)
+            self._level_shares[name] = report.level_shares
+            if mode == 'train' and name in self._past:
+                self._past[name].add(runner.iter + 1, report)
         if mode != 'train':
             self._write(runner, mode, reports)
+
+    def _recall(self, runner: Runner) -> None:
+        """Go on with the past that the checkpoint holds; MMEngine restores it when resuming."""
+        self._past, self._drawn_at = {}, None
+        if not self.draw:
+            return
+        stored = runner.message_hub.runtime_info.get(_PAST)
+        stored = stored if isinstance(stored, dict) else {}
+        for name, layer in self._layers.items():
+            self._past[name] = _Past(layer.num_experts, runner.iter, stored.get(name))
+        # The lists themselves: every checkpoint saves them as they are then.
+        content = {name: past.content for name, past in self._past.items()}
+        runner.message_hub.update_info(_PAST, content)
+
+    def _draw(self, runner: Runner) -> None:
+        if not self.draw or not is_main_process():
+            return
+        try:
+            # Importing Matplotlib takes a second, and not every run draws.
+            from mmdet_moe.drawing import draw_utilization
+
+            for name, level_shares in self._level_shares.items():
+                past = self._past[name].series() if name in self._past else {}
+                picture = draw_utilization(name, level_shares, **past)
+                # No slashes: to the local backend the name is that of a file.
+                title = f'experts_{name}'.replace('/', '_')
+                runner.visualizer.add_image(title, picture, step=runner.iter)
+            self._drawn_at = runner.iter
+        except Exception as error:
+            # Hours of training are worth more than a picture.
+            self.draw = False
+            runner.logger.warning(
+                f'ExpertUtilizationHook draws no more pictures: {type(error).__name__}: {error}'
+            )
 
     def _warn(self, runner: Runner, name: str, report: UtilizationReport) -> None:
         # Formatted here: MMEngine's logger drops a warning whose unformatted text it has seen, so
@@ -164,3 +223,46 @@ class ExpertUtilizationHook(Hook):
         }
         path = Path(runner.work_dir) / REPORT_FILE.format(mode=mode)
         path.write_text(json.dumps(content, indent=2) + '\n')
+
+
+class _Past:
+    """Load and importance over the training, thinned out evenly to at most :data:`_MAX_POINTS`.
+
+    Args:
+        num_experts: E.
+        step: Training iterations so far.
+        content: What an earlier one left in a checkpoint; anything else is ignored.
+    """
+
+    def __init__(self, num_experts: int, step: int = 0, content: dict | None = None) -> None:
+        empty = {'every': 1, 'seen': 0, 'step': [], 'load': [], 'importance': [], 'latest': None}
+        self.content = empty
+        if isinstance(content, dict) and content.keys() == empty.keys():
+            latest = content['latest']
+            # Another number of experts is another layer, and the future is another training.
+            if latest is not None and latest[0] <= step and len(latest[1]) == num_experts:
+                self.content = content
+
+    def add(self, step: int, report: UtilizationReport) -> None:
+        """Add a report after ``step`` iterations."""
+        c = self.content
+        c['latest'] = [step, report.load, report.importance]
+        if c['seen'] % c['every'] == 0:
+            for key, value in zip(('step', 'load', 'importance'), c['latest'], strict=True):
+                c[key].append(value)
+        c['seen'] += 1
+        if len(c['step']) >= _MAX_POINTS:
+            c['every'] *= 2
+            for key in ('step', 'load', 'importance'):
+                del c[key][1::2]
+
+    def series(self) -> dict[str, list]:
+        """``steps`` (S), ``load`` (S, E) and ``importance`` (S, E); the latest point always."""
+        c = self.content
+        names = {'steps': 'step', 'load': 'load', 'importance': 'importance'}
+        if c['latest'] is None or c['latest'][0] == c['step'][-1]:
+            return {name: list(c[key]) for name, key in names.items()}
+        return {
+            name: [*c[key], value]
+            for (name, key), value in zip(names.items(), c['latest'], strict=True)
+        }

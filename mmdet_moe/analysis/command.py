@@ -1,0 +1,240 @@
+"""``tools/analyze_experts.py``: what the experts of a trained model have learned."""
+
+import argparse
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from mmengine.config import Config, DictAction
+from mmengine.device import get_device
+from mmengine.registry import MODELS, init_default_scope
+from tqdm import tqdm
+
+from mmdet_moe.analysis.data import SPLITS, AnalysisData
+from mmdet_moe.analysis.explorer import build_payload, read_payload, write_payload, write_report
+from mmdet_moe.analysis.figures import write_figures
+from mmdet_moe.analysis.files import write_file
+from mmdet_moe.analysis.history import read_history
+from mmdet_moe.analysis.study import Study, load_weights
+from mmdet_moe.analysis.tables import write_tables
+from mmdet_moe.analysis.verdict import verdict
+from mmdet_moe.cli import fail, load_config, set_loader_defaults
+from mmdet_moe.compat.malloc import keep_large_blocks
+from mmdet_moe.engine.preflight import check_config
+from mmdet_moe.errors import ConfigError
+
+EXPERTS_FILE = 'experts.json'
+PAYLOAD_FILE = 'explorer.json'
+REPORT_FILE = 'report.html'
+_INTERRUPTED = 130
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The arguments of the command line."""
+    parser = argparse.ArgumentParser(
+        description='Show what the experts of a trained MoE model specialised in: tables, figures '
+        'and a report to explore in the browser.'
+    )
+    parser.add_argument('config', help='config file')
+    parser.add_argument('checkpoint', help='checkpoint file')
+    parser.add_argument(
+        '--out',
+        type=Path,
+        metavar='DIR',
+        help='folder of the results (default: experts_<checkpoint>_<split>, next to the checkpoint)',
+    )
+    parser.add_argument('--split', choices=SPLITS, default='val', help='which images (val)')
+    parser.add_argument('--max-images', type=int, metavar='N', help='the first N images only')
+    parser.add_argument(
+        '--score-thr',
+        type=float,
+        default=0.3,
+        metavar='S',
+        help='detections with a lower score count for AP alone (0.3)',
+    )
+    parser.add_argument('--device', help='cpu, cuda, cuda:1, … (default: a GPU if there is one)')
+    parser.add_argument(
+        '--no-interventions',
+        action='store_true',
+        help='do not measure what happens when experts are used in another way, which takes most '
+        'of the time',
+    )
+    parser.add_argument(
+        '--compare',
+        type=Path,
+        metavar='OTHER_DIR',
+        help='results of another run, to stand beside this one in the report',
+    )
+    parser.add_argument(
+        '--overwrite', action='store_true', help='replace what another analysis left in the folder'
+    )
+    parser.add_argument(
+        '--cfg-options',
+        nargs='+',
+        action=DictAction,
+        metavar='KEY=VALUE',
+        help='override fields of the config; data_root=DIR moves every path below the old one',
+    )
+    args = parser.parse_args(argv)
+    if args.out is None:
+        stem = Path(args.checkpoint).stem
+        args.out = Path(args.checkpoint).parent / f'experts_{stem}_{args.split}'
+    return args
+
+
+def run_analysis(argv: Sequence[str] | None = None) -> None:
+    """Run ``tools/analyze_experts.py``.
+
+    Args:
+        argv: arguments; those of the process if None.
+
+    Raises:
+        SystemExit: with status 2 after a mistake in the config, the data or the command line.
+    """
+    args = parse(argv)
+    try:
+        analyse(args)
+    except KeyboardInterrupt:
+        print(f'\nInterrupted. The same command goes on from here ({args.out}).')
+        raise SystemExit(_INTERRUPTED) from None
+    except Exception as error:
+        fail(error, running=False)
+
+
+def analyse(args: argparse.Namespace) -> dict:
+    """The whole analysis.
+
+    Args:
+        args: As :func:`parse` gives them.
+
+    Returns:
+        The content of ``experts.json``.
+
+    Raises:
+        ConfigError: For a mistake in the config, the data or the command line.
+    """
+    _check(args)
+    # Before the work, not after it.
+    other = read_payload(args.compare / PAYLOAD_FILE) if args.compare is not None else None
+    cfg = load_config(args.config, args.cfg_options)
+    check_config(cfg, args.split, args.checkpoint)
+    study = prepare(args, cfg)
+    total = len(study.data)
+    with _bar('statistics', total) as progress:
+        study.record(progress)
+    if not args.no_interventions and study.interventions:
+        with _bar(f'{len(study.interventions)} interventions', total) as progress:
+            study.intervene(progress)
+    print('Summing up ...', flush=True)
+    experts = study.summarise(
+        {
+            'config': Path(args.config).stem,
+            'checkpoint': Path(args.checkpoint).name,
+            'split': args.split,
+        }
+    )
+    experts['history'] = read_history(Path(args.checkpoint).parent)
+    experts['verdict'] = verdict(experts)
+    write_results(study, experts, args.out, other)
+    _print_results(experts, args.out)
+    return experts
+
+
+def _check(args: argparse.Namespace) -> None:
+    if args.max_images is not None and args.max_images < 1:
+        raise ConfigError(f'--max-images={args.max_images} must be at least 1')
+    if not 0 <= args.score_thr < 1:
+        raise ConfigError(f'--score-thr={args.score_thr} must lie in 0..1, 1 excluded')
+    if args.out.exists() and not args.out.is_dir():
+        raise ConfigError(f"--out: '{args.out}' is a file; choose a folder")
+    if args.out.is_dir() and any(args.out.iterdir()) and not (args.out / 'records').is_dir():
+        raise ConfigError(
+            f"--out: '{args.out}' holds something else than an analysis; choose a new folder"
+        )
+
+
+def prepare(args: argparse.Namespace, cfg: Config) -> Study:
+    """Model and data of an analysis.
+
+    Raises:
+        ConfigError: If config, checkpoint and data do not fit together.
+    """
+    init_default_scope(cfg.default_scope)
+    if cfg.default_scope == 'mmpretrain':
+        set_loader_defaults(cfg)
+    device = args.device or get_device()
+    if device == 'cpu':
+        keep_large_blocks()
+    model = MODELS.build(cfg.model)
+    load_weights(model, args.checkpoint)
+    try:
+        model.to(device).eval()
+    except (AssertionError, RuntimeError) as error:
+        raise ConfigError(f"--device: the model cannot be put on '{device}': {error}") from error
+    data = AnalysisData(cfg, args.split, args.max_images)
+    plan = {
+        'checkpoint': _digest(Path(args.checkpoint).read_bytes()),
+        'model': _digest(cfg.model),
+        'data': _digest(data.loader_cfg.dataset),
+        'split': args.split,
+    }
+    return Study(model, data, args.out / 'records', plan, args.score_thr, args.overwrite)
+
+
+def _digest(content: bytes | object) -> str:
+    if not isinstance(content, bytes):
+        content = json.dumps(content, sort_keys=True, default=str).encode()
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
+@contextmanager
+def _bar(name: str, total: int) -> Iterator[Callable[[int], None]]:
+    with tqdm(total=total, desc=name, unit=' images', mininterval=0.5) as bar:
+        started = False
+
+        def progress(images: int) -> None:
+            nonlocal started
+            if not started:
+                # What an earlier run did takes no part in the rate.
+                bar.initial = bar.n = bar.last_print_n = images
+                started = True
+            else:
+                bar.update(images)
+
+        yield progress
+
+
+def write_results(study: Study, experts: dict, out: Path, other: dict | None = None) -> None:
+    """Write everything that a user looks at.
+
+    Args:
+        study: Whose records to read.
+        experts: The content of ``experts.json``.
+        out: The folder.
+        other: Payload of a run to compare with.
+    """
+    content = json.dumps(experts, indent=1, allow_nan=False)
+    write_file(out / EXPERTS_FILE, content.encode())
+    for name in ('tables', 'figures'):
+        (out / name).mkdir(exist_ok=True)
+    write_tables(experts, out / 'tables')
+    write_figures(experts, out / 'figures')
+    payload = build_payload(experts, study.outcomes(), study.data.image)
+    write_payload(payload, out / PAYLOAD_FILE)
+    write_report([payload] if other is None else [payload, other], out / REPORT_FILE)
+
+
+def _print_results(experts: dict, out: Path) -> None:
+    metrics = ', '.join(
+        f'{name} {value:.3f}'
+        for name, value in experts['metrics'].items()
+        if isinstance(value, float)
+    )
+    print(f'\n{metrics}\n')
+    for sentence in experts['verdict']:
+        print(f'- {sentence}')
+    print(f'\nReport: {out / REPORT_FILE}')
+    print(f'Figures, tables, statistics: {out}{os.sep}{{figures,tables,{EXPERTS_FILE}}}')

@@ -1,0 +1,183 @@
+"""A data set as the analysis sees it: objects, images and names, in any of the toolboxes."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import mmcv
+import numpy as np
+from mmengine.config import Config, ConfigDict
+from mmengine.registry import DATASETS
+
+from mmdet_moe.analysis.superclasses import superclasses
+from mmdet_moe.errors import ConfigError
+
+SPLITS = ('val', 'test', 'train')
+
+
+@dataclass(frozen=True)
+class Objects:
+    """The ground truth of one image, n objects.
+
+    Attributes:
+        boxes: float32 (n, 4), xyxy in px of the original image.
+        labels: int64 (n,).
+        areas: float32 (n,) in px², what COCO's evaluation calls small or large by.
+        crowd: bool (n,), regions that count neither as found nor as missed.
+    """
+
+    boxes: np.ndarray
+    labels: np.ndarray
+    areas: np.ndarray
+    crowd: np.ndarray
+
+
+class AnalysisData:
+    """One split of a config's data, seen through the pipeline of its tests.
+
+    Args:
+        cfg: The config, in its default scope.
+        split: ``'val'``, ``'test'`` or ``'train'``. The training images go through the pipeline of
+            the tests, without augmentation, and none is filtered out.
+        max_images: Use the first so many.
+
+    Raises:
+        ConfigError: If the config does not describe that split, or it has no images.
+    """
+
+    def __init__(self, cfg: Config, split: str, max_images: int | None = None) -> None:
+        self.loader_cfg = loader_of(cfg, split)
+        self.dataset = DATASETS.build(self.loader_cfg.dataset)
+        if hasattr(self.dataset, 'full_init'):
+            self.dataset.full_init()
+        self._length = len(self.dataset)
+        if max_images is not None:
+            self._length = min(self._length, max_images)
+        if self._length == 0:
+            raise ConfigError(
+                f'{split}_dataloader.dataset has no images, so there is nothing to analyse; check '
+                'its ann_file and data_prefix, or choose another split with --split'
+            )
+
+    def __len__(self) -> int:
+        return self._length
+
+    @property
+    def classes(self) -> list[str]:
+        """Their names; numbers where the data set has none."""
+        classes = self.dataset.metainfo.get('classes')
+        if classes is None:
+            labels = [self.info(i).get('gt_label', 0) for i in range(len(self.dataset))]
+            return [str(i) for i in range(int(max(labels)) + 1)]
+        return list(classes)
+
+    @cached_property
+    def superclasses(self) -> dict[str, list[int]] | None:
+        """Groups of classes, see :func:`~mmdet_moe.analysis.superclasses.superclasses`."""
+        return superclasses(self.classes, self._coco_file)
+
+    @property
+    def _coco_file(self) -> str | None:
+        is_coco = hasattr(self.dataset, 'COCOAPI') and hasattr(self.dataset, 'cat_ids')
+        return self.dataset.ann_file if is_coco else None
+
+    def info(self, index: int) -> dict[str, Any]:
+        """What the data set knows of an image without loading it."""
+        return self.dataset.get_data_info(index)
+
+    def image(self, index: int) -> np.ndarray:
+        """uint8 (H, W, 3), RGB, as stored."""
+        info = self.info(index)
+        if 'img' in info:  # data sets that are one array
+            image = np.asarray(info['img'])
+            if image.ndim == 2:
+                image = image[..., None]
+            return np.ascontiguousarray(np.broadcast_to(image, (*image.shape[:2], 3)))
+        return mmcv.imread(info['img_path'], channel_order='rgb')
+
+    def image_size(self, index: int) -> tuple[int, int]:
+        """Height and width in px."""
+        info = self.info(index)
+        if 'height' in info and 'width' in info:
+            return int(info['height']), int(info['width'])
+        height, width = self.image(index).shape[:2]
+        return height, width
+
+    def label(self, index: int) -> int:
+        """The class of a classifier's image."""
+        return int(np.asarray(self.info(index)['gt_label']).item())
+
+    @cached_property
+    def _annotations(self) -> dict[int, list[dict]] | None:
+        """COCO's own annotations by image id: unlike MMDetection's data infos, with their areas."""
+        if self._coco_file is None:
+            return None
+        coco = self.dataset.COCOAPI(self._coco_file)
+        return coco.imgToAnns
+
+    def objects(self, index: int) -> Objects:
+        """The ground truth of an image, crowds included."""
+        info = self.info(index)
+        if self._annotations is not None:
+            to_label = self.dataset.cat2label
+            found = [
+                (a['bbox'], to_label[a['category_id']], a['area'], a.get('iscrowd', 0))
+                for a in self._annotations.get(info['img_id'], [])
+                if a['category_id'] in to_label and not a.get('ignore', 0)
+            ]
+            boxes = np.array([f[0] for f in found], np.float32).reshape(-1, 4)
+            boxes[:, 2:] += boxes[:, :2]
+        else:
+            instances = info.get('instances', [])
+            boxes = np.array([i['bbox'] for i in instances], np.float32).reshape(-1, 4)
+            sides = boxes[:, 2:] - boxes[:, :2]
+            found = [
+                (None, i['bbox_label'], area, i.get('ignore_flag', 0))
+                for i, area in zip(instances, sides.prod(1), strict=True)
+            ]
+        return Objects(
+            boxes,
+            np.array([f[1] for f in found], np.int64),
+            np.array([f[2] for f in found], np.float32),
+            np.array([f[3] for f in found], bool),
+        )
+
+
+def loader_of(cfg: Config, split: str) -> ConfigDict:
+    """The config of the data loader of a split: in order, every image once, as in tests.
+
+    Raises:
+        ConfigError: If the config has none.
+    """
+    field = f'{split}_dataloader'
+    if cfg.get(field) is None:
+        given = [s for s in SPLITS if cfg.get(f'{s}_dataloader') is not None]
+        raise ConfigError(
+            f'--split {split}: the config has no {field}; it has '
+            f'{" and ".join(given) or "no data loader at all"}'
+        )
+    loader = ConfigDict({**cfg[field]})
+    if split == 'train':
+        tested = cfg.get('test_dataloader') or cfg.get('val_dataloader')
+        dataset = _innermost(loader.dataset)
+        if tested is None or 'pipeline' not in _innermost(tested.dataset):
+            raise ConfigError(
+                '--split train: the config has no test_dataloader, whose pipeline the training '
+                'images would go through'
+            )
+        dataset.pipeline = _innermost(tested.dataset).pipeline
+        dataset.test_mode = True
+        loader.dataset = dataset  # without RepeatDataset and the like
+        for key in ('num_workers', 'persistent_workers', 'collate_fn', 'pin_memory'):
+            if key in tested:
+                loader[key] = tested[key]
+    loader.drop_last = False
+    loader.pop('batch_sampler', None)
+    loader.sampler = dict(type='DefaultSampler', shuffle=False)
+    return loader
+
+
+def _innermost(dataset: ConfigDict) -> ConfigDict:
+    while 'dataset' in dataset:
+        dataset = dataset.dataset
+    return dataset

@@ -1,0 +1,69 @@
+"""The HTML file: template, style sheet, script, plotly.js and the payloads in one."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+from plotly.offline import get_plotlyjs
+
+from mmdet_moe.analysis.explorer.payload import write_text
+from mmdet_moe.errors import ConfigError
+
+FOLDER = Path(__file__).parent
+MAX_RUNS = 2
+
+
+def write_report(payloads: Sequence[dict], path: Path) -> None:
+    """Write a self-contained HTML file, in one step.
+
+    Args:
+        payloads: From :func:`build_payload` or :func:`read_payload`; of one run, or of two to
+            compare.
+        path: The file.
+
+    Raises:
+        ConfigError: For any other number of runs.
+    """
+    if not 1 <= len(payloads) <= MAX_RUNS:
+        raise ConfigError(f'a report shows one run or two, not {len(payloads)}; name one or two')
+    environment = Environment(
+        loader=FileSystemLoader(FOLDER),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters['thousands'] = lambda number: f'{number:,}'
+    html = environment.get_template('template.html.j2').render(
+        runs=payloads,
+        titles=_titles(payloads),
+        classes=_union([payload['run']['classes'] for payload in payloads]),
+        superclasses=_union([payload['run'].get('superclasses') or {} for payload in payloads]),
+        has_sizes=any(payload['run']['task'] == 'detection' for payload in payloads),
+        payloads=[_json_for_html(payload) for payload in payloads],
+        plotly=Markup(get_plotlyjs()),
+        style=Markup((FOLDER / 'explorer.css').read_text(encoding='utf-8')),
+        script=Markup((FOLDER / 'explorer.js').read_text(encoding='utf-8')),
+    )
+    write_text(path, html)
+
+
+def _titles(payloads: Sequence[dict]) -> list[str]:
+    """The configs' names, with the checkpoints where these alone tell the runs apart."""
+    runs = [payload['run'] for payload in payloads]
+    names = [str(run['config']) for run in runs]
+    if len(set(names)) < len(names):
+        names = [f'{run["config"]} · {run["checkpoint"]}' for run in runs]
+    return names
+
+
+def _union(lists: Sequence) -> list[str]:
+    return list(dict.fromkeys(str(name) for names in lists for name in names))
+
+
+def _json_for_html(payload: dict) -> Markup:
+    """JSON that no HTML parser takes for the end of its script element."""
+    text = json.dumps(payload, separators=(',', ':'), allow_nan=False)
+    return Markup(text.replace('<', '\\u003c').replace('>', '\\u003e'))

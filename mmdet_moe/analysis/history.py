@@ -1,0 +1,81 @@
+"""The use of the experts over a training, from the logs that the training wrote."""
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+# Written by ExpertUtilizationHook. The name of a layer may contain dots and slashes.
+_SCALAR = re.compile(r'train/moe/(.*)/(load|importance)_(\d+)')
+
+
+def read_history(work_dir: Path) -> dict[str, dict[str, list]] | None:
+    """Load and importance of every expert over the training iterations.
+
+    Args:
+        work_dir: Work directory of one run, which may have been resumed; of several entries for
+            one iteration the latest counts.
+
+    Returns:
+        By MoE layer ``{'step': S iterations, ascending, 'load': (S, E), 'importance': (S, E)}``,
+        shares that sum to 1; None where nothing of the kind was logged. Entries for another number
+        of experts than the latest entry has are left out.
+    """
+    layers: dict[str, dict[int, dict[str, list[float]]]] = {}
+    for entry in logged_scalars(work_dir):
+        for layer, shares in _shares(entry):
+            by_step = layers.setdefault(layer, {})
+            by_step.pop(entry['step'], None)  # the latest entry shall be the last one
+            by_step[entry['step']] = shares
+    history = {}
+    for layer, by_step in layers.items():
+        experts = len(list(by_step.values())[-1]['load'])
+        steps = sorted(step for step, shares in by_step.items() if len(shares['load']) == experts)
+        history[layer] = {'step': steps} | {
+            key: [by_step[step][key] for step in steps] for key in ('load', 'importance')
+        }
+    return history or None
+
+
+def logged_scalars(work_dir: Path) -> list[dict]:
+    """The scalars that MMEngine's local backend logged, in the order of writing.
+
+    Args:
+        work_dir: Work directory of a run. Each start of the run has a folder in it.
+
+    Returns:
+        One dict per logged line. What is no complete line is left out: of a killed run the last
+        one can be cut off.
+    """
+    # The folders are named by the time of the start.
+    files = sorted(Path(work_dir).glob('*/vis_data/scalars.json'))
+    entries = []
+    for file in files:
+        for line in file.read_text(encoding='utf-8', errors='replace').split('\n'):
+            try:
+                entry = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(entry, dict):
+                entries.append(entry)
+    return entries
+
+
+def _shares(entry: dict) -> Iterator[tuple[str, dict[str, list[float]]]]:
+    """Each layer of one logged entry with its shares by expert."""
+    found: dict[str, dict[str, dict[int, float]]] = {}
+    for key, value in entry.items():
+        if match := _SCALAR.fullmatch(key):
+            layer, kind, expert = match.groups()
+            found.setdefault(layer, {}).setdefault(kind, {})[int(expert)] = float(value)
+    for layer, kinds in found.items():
+        load, importance = kinds.get('load', {}), kinds.get('importance', {})
+        complete = set(range(len(load)))
+        if 'step' in entry and set(load) == set(importance) == complete and load:
+            yield (
+                layer,
+                {
+                    'load': [load[e] for e in range(len(load))],
+                    'importance': [importance[e] for e in range(len(load))],
+                },
+            )

@@ -1,0 +1,99 @@
+"""What happens if experts are used in another way: alone, all alike, one removed, at random.
+
+An intervention replaces the decisions of routers while it is active, by a hook; it touches no
+weight and no buffer of the model. In all of them the weights of an item keep their sum, so the
+outputs keep their scale (with ``softmax='all'`` the weights sum to less than 1).
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from mmdet_moe.moe import MoELayer
+from mmdet_moe.moe.routers import Router
+from mmdet_moe.moe.routing import Routing
+
+KINDS = ('only', 'equal', 'without', 'random')
+#: Name of the interventions on all layers together.
+ALL = 'all'
+
+
+@dataclass(frozen=True)
+class Intervention:
+    """One change of the routing.
+
+    Attributes:
+        layer: Name of the MoE layer, or :data:`ALL`.
+        kind: ``'only'``: every item goes to one expert alone. ``'equal'``: to all E experts with
+            equal weights. ``'without'``: the router chooses the k best of the other experts.
+            ``'random'``: k experts drawn uniformly for each item, with the router's weights.
+        expert: Which expert, for ``'only'`` and ``'without'``.
+    """
+
+    layer: str
+    kind: str
+    expert: int | None = None
+
+    def __call__(self, routing: Routing, router: Router, generator: torch.Generator) -> Routing:
+        """The changed decision."""
+        total = routing.weights.sum(1, keepdim=True)
+        items, experts = routing.logits.shape
+        device = routing.expert_ids.device
+        if self.kind == 'only':
+            ids = torch.full((items, 1), self.expert, device=device)
+            return replace(routing, expert_ids=ids, weights=total)
+        if self.kind == 'equal':
+            ids = torch.arange(experts, device=device).repeat(items, 1)
+            return replace(routing, expert_ids=ids, weights=(total / experts).repeat(1, experts))
+        if self.kind == 'random':
+            order = torch.rand(items, experts, generator=generator).argsort(dim=1)
+            return replace(routing, expert_ids=order[:, : routing.top_k].to(device))
+        logits = routing.logits.clone()
+        logits[:, self.expert] = float('-inf')
+        ids, weights = router.choose(logits, training=False)
+        return replace(routing, expert_ids=ids, weights=_with_sum(weights, total))
+
+
+def _with_sum(weights: Tensor, total: Tensor) -> Tensor:
+    return weights * (total / weights.sum(1, keepdim=True).clamp(min=torch.finfo(total.dtype).tiny))
+
+
+def interventions_on(layers: dict[str, MoELayer]) -> list[Intervention]:
+    """All that are made on a model: every kind on each layer, and two on all layers together."""
+    found = []
+    choosing = {name: layer for name, layer in layers.items() if layer.num_experts > 1}
+    for name, layer in choosing.items():
+        experts = range(layer.num_experts)
+        found += [Intervention(name, 'only', e) for e in experts]
+        found.append(Intervention(name, 'equal'))
+        found += [Intervention(name, 'without', e) for e in experts]
+        found.append(Intervention(name, 'random'))
+    if len(choosing) > 1:
+        found += [Intervention(ALL, 'equal'), Intervention(ALL, 'random')]
+    return found
+
+
+@contextmanager
+def applied(
+    intervention: Intervention, layers: dict[str, MoELayer], seed: Sequence[int] = (0,)
+) -> Iterator[None]:
+    """Make the layers decide as the intervention says, until the end of the block.
+
+    Args:
+        intervention: What to change.
+        layers: The model's MoE layers by name.
+        seed: Numbers that fix what ``'random'`` draws.
+    """
+    generator = torch.Generator().manual_seed(hash(tuple(seed)) % 2**63)
+    with ExitStack() as stack:
+        for name, layer in layers.items():
+            if intervention.layer in (name, ALL) and layer.num_experts > 1:
+
+                def change(router: nn.Module, _: tuple, routing: Routing) -> Routing:
+                    return intervention(routing, router, generator)
+
+                stack.callback(layer.router.register_forward_hook(change).remove)
+        yield

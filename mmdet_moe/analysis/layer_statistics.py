@@ -1,0 +1,151 @@
+"""How one layer uses its experts over a whole data set, in memory that does not grow with it."""
+
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from mmdet_moe.analysis.association import Association, AssociationResult
+from mmdet_moe.analysis.bins import POSITIONS, Bins, position_bin
+from mmdet_moe.moe.utilization import (
+    COLLAPSE_SHARE,
+    DEAD_SHARE,
+    UtilizationReport,
+    sums_of_decisions,
+)
+
+#: More pyramid levels than any detector has.
+MAX_LEVELS = 32
+
+
+class LayerStatistics:
+    """Sums over the decisions of one layer; every decision counts 1.
+
+    Decisions without weights (all 0, or any NaN: the layer took no part) are left out.
+
+    Args:
+        num_experts: E.
+        max_units: How many decisions the tests of the associations remember, see
+            :class:`~mmdet_moe.analysis.association.Association`.
+        seed: Of their samples.
+    """
+
+    def __init__(self, num_experts: int, max_units: int = 200_000, seed: int = 0) -> None:
+        self.num_experts = num_experts
+        self._sums: dict[str, torch.Tensor] = {}
+        self._together = np.zeros((num_experts, num_experts))
+        self._image = Association(None, num_experts, max_units, seed)
+        self._level = Association(MAX_LEVELS, num_experts, max_units, seed)
+        self._position = Association(len(POSITIONS), num_experts, max_units, seed)
+        self._num_levels = 0
+
+    def add(
+        self,
+        weights: np.ndarray,
+        level: np.ndarray,
+        image: np.ndarray,
+        position: np.ndarray | None = None,
+        unit: np.ndarray | None = None,
+    ) -> None:
+        """Add n decisions.
+
+        Args:
+            weights: float32 (n, E), not negative, 0 for experts that were not chosen.
+            level: int64 (n,), pyramid level in 0..31; -1 where unknown.
+            image: int64 (n,), index in the data set.
+            position: float32 (n, 2), x and y relative to the image, 0..1; None, or NaN, where a
+                decision has no place of its own.
+            unit: int64 (n,), the number of each decision, all different; None numbers them.
+
+        Raises:
+            ValueError: If shapes do not fit, a weight is negative, a level is beyond 31, or two
+                rows have the same number.
+        """
+        weights = np.asarray(weights, dtype=np.float32)
+        level, image = np.asarray(level), np.asarray(image)
+        n = len(weights)
+        unit = np.arange(n) if unit is None else np.asarray(unit)
+        if len(np.unique(unit)) != n:
+            raise ValueError('each row is one decision, but two rows have the same number')
+        ones = np.ones(n)
+        # First, because they check their arguments.
+        self._level.add(unit, level, ones, weights)
+        self._image.add(unit, image, ones, weights)
+        if position is not None:
+            position = np.asarray(position)
+            self._position.add(unit, position_bin(position[:, 0], position[:, 1]), ones, weights)
+        total = weights.sum(1)
+        known = np.isfinite(total) & (total > 0)
+        if not known.any():
+            return
+        self._num_levels = max(self._num_levels, int(level[known].max()) + 1)
+        weights_TE = torch.from_numpy(weights[known]).double()
+        chosen = (weights_TE > 0).double()
+        normalised = weights_TE / weights_TE.sum(1, keepdim=True)
+        one_level = torch.zeros(len(weights_TE), dtype=torch.int64)
+        sums = {
+            # Levels are looked at by the association, so they are not told apart here.
+            **sums_of_decisions(normalised, one_level, 1),
+            'load': chosen.sum(0),
+            'importance': weights_TE.sum(0),
+            'dropped': torch.zeros((), dtype=torch.float64),
+        }
+        for key, value in sums.items():
+            self._sums[key] = self._sums[key] + value if key in self._sums else value
+        self._together += (chosen.T @ chosen).numpy()
+
+    def report(self) -> UtilizationReport:
+        """Loads, entropies and information over everything added; ``mi_level`` is not told."""
+        return UtilizationReport.from_sums(self._sums or self._nothing())
+
+    def coactivation(self) -> np.ndarray:
+        """Share of the decisions in which both are chosen, (E, E); the diagonal: chosen at all."""
+        return self._together / max(self.report().num_items, 1)
+
+    def associations(
+        self, permutations: int = 999, seed: int = 0
+    ) -> dict[str, tuple[AssociationResult, Bins | None]]:
+        """With what the decisions go together.
+
+        Returns:
+            By attribute: ``image`` (whose bins have no names); ``level``, if there is more than
+            one; ``position``, if there are any.
+        """
+        found: dict[str, tuple[AssociationResult, Bins | None]] = {
+            'image': (self._image.result(permutations, seed), None)
+        }
+        if self._num_levels > 1:
+            result = self._level.result(permutations, seed)
+            bins = Bins([str(level) for level in range(self._num_levels)])
+            found['level'] = replace(result, counts=result.counts[: self._num_levels]), bins
+        if self._position.num_units:
+            found['position'] = self._position.result(permutations, seed), POSITIONS
+        return found
+
+    def as_dict(self, permutations: int = 999, seed: int = 0) -> dict:
+        """The statistics of ``experts.json``, with the associations of source ``decisions``."""
+        report = self.report()
+        return {
+            'num_experts': self.num_experts,
+            'num_decisions': report.num_items,
+            'load': report.load,
+            'importance': report.importance,
+            'load_cv2': report.load_cv2,
+            'usage_entropy': report.usage_entropy,
+            'decision_entropy': report.decision_entropy,
+            'mi_input': report.mi_input,
+            'dead_experts': report.dead_experts(DEAD_SHARE),
+            'collapsed': report.has_collapsed(COLLAPSE_SHARE),
+            'coactivation': self.coactivation().tolist(),
+            'associations': {
+                'decisions': {
+                    attribute: result.as_dict(bins)
+                    for attribute, (result, bins) in self.associations(permutations, seed).items()
+                }
+            },
+        }
+
+    def _nothing(self) -> dict[str, torch.Tensor]:
+        experts = torch.zeros(self.num_experts, dtype=torch.float64)
+        sums = sums_of_decisions(experts.new_zeros(0, self.num_experts), experts.long()[:0], 1)
+        return {**sums, 'load': experts, 'importance': experts, 'dropped': experts.sum()}

@@ -1,0 +1,153 @@
+"""The tables of an expert analysis as CSV: UTF-8, a header, one row per fact.
+
+A value that does not exist (``null`` in ``experts.json``) is an empty field. Numbers are written
+so that they are read back unchanged.
+
+=========================  ==========================================================
+``layers.csv``             one row per MoE layer: its scalars
+``experts.csv``            one per layer and expert: load, importance, whether it is dead
+``coactivation.csv``       one per layer and pair of experts, both orders and the diagonal
+``associations.csv``       one per layer, source and attribute: the mutual information
+``association_counts.csv`` one per layer, source, attribute, bin and expert
+``interventions.csv``      one per intervention, metric and class; the unchanged model first
+=========================  ==========================================================
+
+A table without rows is a header alone.
+"""
+
+import csv
+import io
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+from mmdet_moe.analysis.files import write_file
+
+_LAYER_SCALARS = (
+    'num_experts',
+    'top_k',
+    'granularity',
+    'num_decisions',
+    'load_cv2',
+    'usage_entropy',
+    'decision_entropy',
+    'mi_input',
+)
+_INFORMATION = ('mi', 'chance', 'p_value', 'permutations', 'num_units', 'mi_max')
+
+
+def write_tables(experts: dict, folder: Path) -> list[Path]:
+    """Write all tables; each replaces that of an earlier run.
+
+    Args:
+        experts: The content of ``experts.json``.
+        folder: Where to; made if it does not exist.
+
+    Returns:
+        The files written.
+    """
+    layers = experts['layers']
+    tables = {
+        'layers': (
+            ('layer', *_LAYER_SCALARS, 'dead_experts', 'collapsed'),
+            [_layer_row(name, layer) for name, layer in layers.items()],
+        ),
+        'experts': (
+            ('layer', 'expert', 'load', 'importance', 'dead'),
+            [
+                (name, e, load, importance, e in layer['dead_experts'])
+                for name, layer in layers.items()
+                for e, (load, importance) in enumerate(
+                    zip(layer['load'], layer['importance'], strict=True)
+                )
+            ],
+        ),
+        'coactivation': (
+            ('layer', 'expert', 'other_expert', 'share'),
+            [
+                (name, a, b, share)
+                for name, layer in layers.items()
+                for a, row in enumerate(layer['coactivation'])
+                for b, share in enumerate(row)
+            ],
+        ),
+        'associations': (
+            ('layer', 'source', 'attribute', *_INFORMATION),
+            [
+                (*where, *(association.get(key) for key in _INFORMATION))
+                for *where, association in _associations(layers)
+            ],
+        ),
+        'association_counts': (
+            (
+                *('layer', 'source', 'attribute', 'bin', 'lower_edge', 'upper_edge', 'unit'),
+                *('expert', 'count', 'bin_given_expert', 'expert_given_bin'),
+            ),
+            list(_count_rows(layers)),
+        ),
+        'interventions': (
+            ('layer', 'kind', 'expert', 'metric', 'class', 'value', 'change'),
+            list(_intervention_rows(experts)),
+        ),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    return [
+        write_file(folder / f'{name}.csv', _csv(header, rows))
+        for name, (header, rows) in tables.items()
+    ]
+
+
+def _layer_row(name: str, layer: dict) -> tuple:
+    scalars = (layer.get(key) for key in _LAYER_SCALARS)
+    dead = ' '.join(str(e) for e in layer['dead_experts'])
+    return (name, *scalars, dead, layer['collapsed'])
+
+
+def _associations(layers: dict[str, dict]) -> Iterator[tuple[str, str, str, dict]]:
+    for name, layer in layers.items():
+        for source, attributes in layer['associations'].items():
+            for attribute, association in attributes.items():
+                yield name, source, attribute, association
+
+
+def _count_rows(layers: dict[str, dict]) -> Iterator[tuple]:
+    for *where, association in _associations(layers):
+        # The attribute `image` has no bins.
+        names = association.get('bins') or []
+        edges = association.get('edges') or [None] * (len(names) + 1)
+        for b, name in enumerate(names):
+            for e, count in enumerate(association['counts'][b]):
+                yield (
+                    *where,
+                    *(name, edges[b], edges[b + 1], association.get('unit'), e, count),
+                    association['bin_given_expert'][b][e],
+                    association['expert_given_bin'][b][e],
+                )
+
+
+def _intervention_rows(experts: dict) -> Iterator[tuple]:
+    """The unchanged model is the kind ``unchanged``; ``change`` is the difference to it."""
+    before = dict(_metrics(experts['metrics'] or {}))
+    unchanged = {'layer': 'all', 'kind': 'unchanged', 'expert': None, 'metrics': experts['metrics']}
+    for entry in (unchanged, *experts['interventions']):
+        for (metric, label), value in _metrics(entry['metrics'] or {}):
+            reference = before.get((metric, label))
+            change = None if value is None or reference is None else value - reference
+            yield entry['layer'], entry['kind'], entry['expert'], metric, label, value, change
+
+
+def _metrics(metrics: dict) -> Iterator[tuple[tuple[str, str | None], float | None]]:
+    """Each value by (metric, class); a value over all classes has no class."""
+    for metric, value in metrics.items():
+        if isinstance(value, dict):
+            for label, of_class in value.items():
+                yield (metric, label), of_class
+        else:
+            yield (metric, None), value
+
+
+def _csv(header: Sequence[str], rows: Iterable[Sequence]) -> bytes:
+    text = io.StringIO(newline='')
+    writer = csv.writer(text)
+    writer.writerow(header)
+    writer.writerows(rows)
+    return text.getvalue().encode()
