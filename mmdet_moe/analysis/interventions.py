@@ -12,13 +12,18 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from mmdet_moe.analysis.tracing import replaced
 from mmdet_moe.moe import MoELayer
+from mmdet_moe.moe.items import Items
 from mmdet_moe.moe.routers import Router
+from mmdet_moe.moe.routes import Routes
 from mmdet_moe.moe.routing import Routing
 
 KINDS = ('only', 'equal', 'without', 'random')
 #: Name of the interventions on all layers together.
 ALL = 'all'
+#: Outputs of experts that one batch may keep.
+MEMORY_BYTES = 2 << 30
 
 
 @dataclass(frozen=True)
@@ -97,3 +102,61 @@ def applied(
 
                 stack.callback(layer.router.register_forward_hook(change).remove)
         yield
+
+
+@contextmanager
+def experts_remembered(layers: dict[str, MoELayer]) -> Iterator[None]:
+    """Let every expert compute the same input once, however often the routing is changed.
+
+    A layer's output is a weighted sum of its experts' outputs, so as long as a layer is given the
+    input that it was given before, other decisions only need other weights. Outputs beyond
+    :data:`MEMORY_BYTES` are not kept but computed again.
+    """
+    with ExitStack() as stack:
+        budget = [MEMORY_BYTES]
+        for layer in layers.values():
+            stack.enter_context(replaced(layer, '_mix', _Memory(layer, budget)))
+        yield
+
+
+class _Memory:
+    """Stands in for ``MoELayer._mix``."""
+
+    def __init__(self, layer: MoELayer, budget: list[int]) -> None:
+        self._layer = layer
+        self._mix = layer._mix
+        self._budget = budget  # bytes, shared by all layers
+        self._calls = 0
+        self._inputs: dict[int, Tensor] = {}
+        self._outputs: dict[tuple[int, int], Tensor] = {}
+
+    def __call__(self, x: Tensor, items: Items, expert_ids: Tensor, weights: Tensor) -> Tensor:
+        index = self._calls % len(self._layer.routing.items_per_level)
+        self._calls += 1
+        known = self._inputs.setdefault(index, x)
+        weights_TE = weights.new_zeros(len(weights), self._layer.num_experts)
+        weights_TE.scatter_add_(1, expert_ids, weights)
+        used = weights_TE.any(dim=0).nonzero().flatten().tolist()
+        if not used or not (known is x or torch.equal(known, x)):
+            return self._mix(x, items, expert_ids, weights)
+        total: Tensor | None = None
+        crops = items.crop(x)
+        for expert in used:
+            y = self._output(index, expert, crops)
+            part = y * weights_TE[:, expert].to(y.dtype).reshape(-1, *[1] * (y.dim() - 1))
+            total = part if total is None else total.add_(part)
+        placed = items.place(total)
+        shortcut = self._layer.shortcut
+        return placed if shortcut is None else placed + shortcut(x)
+
+    def _output(self, index: int, expert: int, crops: Tensor) -> Tensor:
+        if (index, expert) in self._outputs:
+            return self._outputs[index, expert]
+        ids = torch.full((len(crops), 1), expert, device=crops.device)
+        ones = torch.ones(ids.shape, device=crops.device)
+        y = self._layer.experts(crops, Routes(ids, ones, self._layer.num_experts))
+        size = y.numel() * y.element_size()
+        if size <= self._budget[0]:
+            self._budget[0] -= size
+            self._outputs[index, expert] = y
+        return y

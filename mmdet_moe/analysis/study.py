@@ -29,7 +29,13 @@ from mmdet_moe.analysis.association import (
 )
 from mmdet_moe.analysis.data import AnalysisData
 from mmdet_moe.analysis.evaluation import ClassificationMetrics, DetectionMetrics
-from mmdet_moe.analysis.interventions import ALL, Intervention, applied, interventions_on
+from mmdet_moe.analysis.interventions import (
+    ALL,
+    Intervention,
+    applied,
+    experts_remembered,
+    interventions_on,
+)
 from mmdet_moe.analysis.layer_statistics import MAX_LEVELS, LayerStatistics
 from mmdet_moe.analysis.outcomes import CORRECT, MISSED, WRONG, Outcomes
 from mmdet_moe.analysis.recorder import Recorder
@@ -110,7 +116,10 @@ class Study:
             parts: dict[str, list[np.ndarray]] = {}
             for indices, batch in batches:
                 data = self.model.data_preprocessor(batch, False)
-                with _shared_features(self.model, data['inputs']) as sharing:
+                with (
+                    _shared_features(self.model, data['inputs']) as sharing,
+                    experts_remembered(self.layers),
+                ):
                     for number, intervention in enumerate(self.interventions):
                         with (
                             applied(intervention, self.layers, (number, indices[0])),

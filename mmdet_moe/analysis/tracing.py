@@ -294,7 +294,7 @@ def _hook(module: nn.Module, function: Callable) -> Iterator[None]:
 
 
 @contextmanager
-def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
     """``owner.name`` is another thing for a while."""
     had_own = name in vars(owner)
     before = vars(owner).get(name)
@@ -366,7 +366,7 @@ class _PriorOrigins(_NoOrigins):
     @contextmanager
     def carried(self) -> Iterator[None]:
         single = self.head._predict_by_feat_single
-        with _replaced(self.head, '_predict_by_feat_single', self._level_by_level(single)):
+        with replaced(self.head, '_predict_by_feat_single', self._level_by_level(single)):
             yield
 
     def _level_by_level(self, single: Callable) -> Callable:
@@ -394,8 +394,8 @@ class _PriorOrigins(_NoOrigins):
 
                 here = slice(level, level + 1)
                 with (
-                    _replaced(head, '_bbox_post_process', keep_candidates),
-                    _replaced(head.bbox_coder, 'decode', keep_priors),
+                    replaced(head, '_bbox_post_process', keep_candidates),
+                    replaced(head.bbox_coder, 'decode', keep_priors),
                 ):
                     found = single(
                         cls_score_list[here], bbox_pred_list[here], score_factor_list[here],
@@ -503,8 +503,8 @@ class _RoIOrigins(_NoOrigins):
 
         self.rois = None
         with (
-            _replaced(head, 'predict_by_feat', predict_by_feat),
-            _replaced(head, '_predict_by_feat_single', predict_single),
+            replaced(head, 'predict_by_feat', predict_by_feat),
+            replaced(head, '_predict_by_feat_single', predict_single),
         ):
             yield
 

@@ -2,8 +2,6 @@
 
 import json
 import math
-import os
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,7 @@ import numpy as np
 
 from mmdet_moe.analysis.explorer.packing import pack, quantise
 from mmdet_moe.analysis.explorer.pool import fill_pool
+from mmdet_moe.analysis.files import write_file
 from mmdet_moe.analysis.outcomes import Outcomes
 from mmdet_moe.errors import ConfigError
 
@@ -179,7 +178,7 @@ def _dumps(payload: dict) -> str:
 
 def write_payload(payload: dict, path: Path) -> None:
     """Write a payload in one step: a reader never meets half a file."""
-    write_text(path, _dumps(payload))
+    write_file(Path(path), _dumps(payload).encode())
 
 
 def read_payload(path: Path) -> dict:
@@ -211,20 +210,3 @@ def read_payload(path: Path) -> dict:
     if missing:
         raise ConfigError(f'{path} is damaged (no {", ".join(missing)}); {again}')
     return payload
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a UTF-8 file in one step."""
-    path = Path(path)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.name}.')
-    try:
-        with os.fdopen(handle, 'w', encoding='utf-8') as file:
-            file.write(text)
-        # mkstemp's files are private to their user, a report is a file as any other.
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(name, 0o666 & ~umask)
-        os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
-        raise

@@ -8,7 +8,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from mmdet_moe.analysis.explorer.payload import write_text
+from mmdet_moe.analysis.files import write_file
 from mmdet_moe.errors import ConfigError
 
 FOLDER = Path(__file__).parent
@@ -47,7 +47,7 @@ def write_report(payloads: Sequence[dict], path: Path) -> None:
         style=Markup((FOLDER / 'explorer.css').read_text(encoding='utf-8')),
         script=Markup((FOLDER / 'explorer.js').read_text(encoding='utf-8')),
     )
-    write_text(path, html)
+    write_file(Path(path), html.encode())
 
 
 def _titles(payloads: Sequence[dict]) -> list[str]:
