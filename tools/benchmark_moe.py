@@ -5,6 +5,7 @@ suites:
   conv       convolutions as experts: against other ways, and against dense convolutions
   scaling    the cost grows with k, and not with E
   retinanet  a training iteration of the MoE RetinaNet: against dense ones
+  analysis   the statistics of tools/analyze_experts.py: against a plain test of the same images
   auto       how good the choice of ConvExperts(impl='auto') is (only if asked for)
 
 All alternatives of a table take turns in one process, after their results have been compared. It
@@ -45,6 +46,7 @@ class Sizes:
         conv: Shapes of the suite ``conv``.
         scaling: Those of the suite ``scaling``, which differ in E.
         image_size: Height and width in the suite ``retinanet``.
+        analysis: Images of the suite ``analysis``.
         auto: How many shapes the suite ``auto`` draws.
         repeats: Rounds of every table; None: as time allows.
     """
@@ -59,12 +61,13 @@ class Sizes:
     )
     scaling: tuple[ConvShape, ...] = tuple(ConvShape(64, 64, 32, e) for e in (4, 8, 16, 32, 64))
     image_size: int = 256
+    analysis: int = 200
     auto: int = 60
     repeats: int | None = None
 
 
 FULL = Sizes()
-QUICK = Sizes(conv=(FULL.conv[1], FULL.conv[3]), auto=6, repeats=3)
+QUICK = Sizes(conv=(FULL.conv[1], FULL.conv[3]), analysis=24, auto=6, repeats=3)
 
 
 def _run_retinanet(bench: Benchmark, sizes: Sizes) -> None:
@@ -74,14 +77,21 @@ def _run_retinanet(bench: Benchmark, sizes: Sizes) -> None:
     run_retinanet(bench, sizes.image_size)
 
 
+def _run_statistics(bench: Benchmark, sizes: Sizes) -> None:
+    from mmdet_moe.analysis.benchmarks.statistics import run_statistics
+
+    run_statistics(bench, sizes.analysis)
+
+
 SUITES: dict[str, Callable[[Benchmark, Sizes], None]] = {
     'ops': lambda b, sizes: run_ops(b, sizes.rows[b.device.type == 'cuda'], sizes.channels),
     'conv': lambda b, sizes: run_conv(b, sizes.conv),
     'scaling': lambda b, sizes: run_scaling(b, sizes.scaling),
     'retinanet': _run_retinanet,
+    'analysis': _run_statistics,
     'auto': lambda b, sizes: run_auto(b, sizes.auto),
 }
-DEFAULT_SUITES = ('ops', 'conv', 'scaling', 'retinanet')
+DEFAULT_SUITES = ('ops', 'conv', 'scaling', 'retinanet', 'analysis')
 
 
 def main(argv: Sequence[str] | None = None) -> None:

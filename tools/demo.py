@@ -1,7 +1,7 @@
-"""Train a dense and an MoE RetinaNet on digit scenes and compare them (``make demo``).
+"""Train a dense and an MoE RetinaNet on digit scenes, compare them, and look at the experts.
 
-Finished parts are reused: a second run is immediate, an interrupted one goes on. ``--fresh`` starts
-anew.
+This is what ``make demo`` runs. Finished parts are reused: a second run is immediate, an
+interrupted one goes on. ``--fresh`` starts anew.
 """
 
 import argparse
@@ -19,11 +19,13 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from mmdet_moe.analysis.files import EXPERTS_FILE, REPORT_FILE
 from mmdet_moe.analysis.plots import plot_overview
 from mmdet_moe.analysis.runs import (
     COCO_METRICS,
     REPOSITORY,
     RunResult,
+    analyse,
     collect,
     latest_checkpoint,
     train,
@@ -60,35 +62,34 @@ def run_demo(args: argparse.Namespace) -> None:
     start = time.time()
     if args.fresh:
         shutil.rmtree(args.work_dir, ignore_errors=True)
-    console.rule('1/4 data')
+    console.rule('1/5 data')
     try:
         digit_scenes.generate(
             args.data, num_train=args.images, num_val=max(1, args.images // 5), size=256, seed=0
         )
     except ConfigError as error:
         raise ConfigError(f'{error} (here: choose another folder with --data)') from error
-    console.rule('2/4 pretraining of a dense RetinaNet, the common start')
+    console.rule('2/5 pretraining of a dense RetinaNet, the common start')
     run_once(args, PRETRAINING)
     pretrained = latest_checkpoint(args.work_dir / PRETRAINING)
     results = {}
     for i, (name, config) in enumerate(RUNS.items(), start=3):
-        console.rule(f'{i}/4 {name}: trained on from there')
+        console.rule(f'{i}/5 {name}: trained on from there')
         results[name] = run_once(args, config, f'load_from={pretrained}')
-    console.rule('result')
     console.print(result_table(results))
-    for name, result in results.items():
-        for layer, report in result.layers.items():
-            load = ' '.join(f'{share:.2f}' for share in report['load'])
-            console.print(
-                f'{name}: expert load of {layer}: {load}; the pyramid level explains '
-                f'{report["mi_level"]:.2f} nats of the choice'
-            )
-    figure = args.work_dir / 'overview.png'
     moe = args.work_dir / RUNS['MoE, soft']
+    console.rule('5/5 what the experts of the MoE learned')
+    reused = (moe / 'experts' / EXPERTS_FILE).exists()
+    folder, experts = analyse(moe)
+    if reused:
+        for sentence in experts['verdict']:
+            console.print(f'- {sentence}', markup=False, highlight=False)
     images = sorted((args.data / 'val2017').iterdir())[:NUM_PICTURES]
+    figure = args.work_dir / 'overview.png'
     plot_overview(draw_detections(moe, images), results['MoE, soft'].layers, figure)
     console.print(f'\nData: {args.data}\nCheckpoints, logs, configs: {args.work_dir}')
     console.print(f'Detections, and which expert works on which pyramid level: {figure}')
+    console.print(f'Expert Explorer, to open in a browser: {folder / REPORT_FILE}')
     console.print(f'Took {time.time() - start:.0f} s.')
 
 

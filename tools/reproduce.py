@@ -1,17 +1,20 @@
 """Reproduce the tables of docs/results.md.
 
 ``tools/reproduce.py digit-scenes`` trains every balancing method of the demo model with several
-seeds. It resumes where it stopped, and rewrites the table after every finished run.
+seeds, and looks at the experts of each. It resumes where it stopped, and rewrites the tables after
+every finished run.
 """
 
 import argparse
 import importlib.util
+import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 if importlib.util.find_spec('mmdet_moe') is None:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -19,10 +22,14 @@ if importlib.util.find_spec('mmdet_moe') is None:
 from mmengine.config import Config
 from torch import Tensor
 
+from mmdet_moe.analysis.files import EXPERTS_FILE
+from mmdet_moe.analysis.interventions import ALL
 from mmdet_moe.analysis.levels import information_on_level, positives_per_level
+from mmdet_moe.analysis.plots import plot_specialisation
 from mmdet_moe.analysis.runs import (
     REPOSITORY,
     RunResult,
+    analyse,
     collect,
     latest_checkpoint,
     mean_std,
@@ -34,6 +41,7 @@ from mmdet_moe.errors import ConfigError, exit_on_user_error
 from mmdet_moe.moe import UtilizationReport
 
 RESULTS = REPOSITORY / 'docs' / 'results.md'
+PICTURE = REPOSITORY / 'docs' / 'images' / 'specialisation.png'
 DEAD_SHARE = 0.01
 
 
@@ -61,6 +69,9 @@ METHODS = (
     Method('loss-free bias', 'retinanet_moe_loss_free_digits'),
     Method('no balancing', 'retinanet_moe_unbalanced_digits'),
 )
+MOE_METHODS = METHODS[1:]
+#: Drawn in docs/results.md: the one with auxiliary losses, the two with masks, and none.
+PICTURED = (METHODS[1], METHODS[3], METHODS[4], METHODS[6])
 DECISION_WEIGHTS = tuple(
     Method(
         f'soft: importance, {weight}',
@@ -99,6 +110,7 @@ def digit_scenes_tables(args: argparse.Namespace) -> None:
         # Every seed has its own pretrained model, from which all of its methods start.
         run_all(args, [(PRETRAINING, seed) for seed in args.seeds])
         run_all(args, [(method, seed) for seed in args.seeds for method in unique_methods()])
+        analyse_all(args)
     write_tables(args)
 
 
@@ -106,16 +118,38 @@ def run_all(args: argparse.Namespace, runs: list[tuple[Method, int]]) -> None:
     """Train those of the runs that are not finished, several at a time."""
     todo = [run for run in runs if collect(run_dir(args.work_dir, *run)) is None]
     print(f'{len(runs) - len(todo)} of {len(runs)} runs are finished.', flush=True)
+
+    def train_one(run: tuple[Method, int]) -> None:
+        work_dir = _run(args, *run)
+        if collect(work_dir) is None:
+            raise ConfigError(f'{work_dir} did not finish; see {work_dir / "output.log"}')
+
+    _in_parallel(args, todo, train_one, 'runs')
+
+
+def analyse_all(args: argparse.Namespace) -> None:
+    """Look at the experts of all runs of the main table."""
+
+    def analyse_one(work_dir: Path) -> None:
+        with (work_dir / 'output.log').open('a') as log:
+            analyse(work_dir, threads=1, output=log)
+
+    folders = [run_dir(args.work_dir, m, seed) for m in MOE_METHODS for seed in args.seeds]
+    todo = [folder for folder in folders if not (folder / 'experts' / EXPERTS_FILE).exists()]
+    _in_parallel(args, todo, analyse_one, 'analyses')
+
+
+def _in_parallel(
+    args: argparse.Namespace, todo: list, work: Callable[[Any], None], name: str
+) -> None:
     started = time.time()
     with ThreadPoolExecutor(args.jobs) as pool:
-        futures = [pool.submit(_run, args, *run) for run in todo]
+        futures = [pool.submit(work, item) for item in todo]
         for done, future in enumerate(as_completed(futures), start=1):
-            work_dir = future.result()
-            if collect(work_dir) is None:
-                raise ConfigError(f'{work_dir} did not finish; see {work_dir / "output.log"}')
+            future.result()
             minutes = (time.time() - started) / 60
             rest = minutes / done * (len(todo) - done)
-            print(f'{done}/{len(todo)} runs, {minutes:.0f} min, {rest:.0f} min left', flush=True)
+            print(f'{done}/{len(todo)} {name}, {minutes:.0f} min, {rest:.0f} min left', flush=True)
             write_tables(args)
 
 
@@ -163,6 +197,84 @@ def write_tables(args: argparse.Namespace) -> None:
             for method in methods
         }
         replace_between_markers(RESULTS, marker, markdown_table(results, objects))
+    write_specialisation(args)
+
+
+def write_specialisation(args: argparse.Namespace) -> None:
+    """The table and the picture of what the experts learned, from the analyses that are there."""
+    found: dict[str, list[dict]] = {}
+    pictures: dict[str, dict] = {}
+    for method in MOE_METHODS:
+        for seed in args.seeds:
+            path = run_dir(args.work_dir, method, seed) / 'experts' / EXPERTS_FILE
+            if path.exists():
+                experts = json.loads(path.read_text())
+                found.setdefault(method.name, []).append(experts)
+                if method in PICTURED and seed == args.seeds[0]:
+                    pictures[method.name] = experts
+    if found:
+        replace_between_markers(RESULTS, 'specialisation', specialisation_table(found))
+    if len(pictures) == len(PICTURED):
+        plot_specialisation(pictures, PICTURE)
+
+
+def specialisation_table(found: dict[str, list[dict]]) -> str:
+    """Mean over the seeds, ``cls / reg`` for the two MoE layers, one row per method.
+
+    Args:
+        found: Contents of ``experts.json`` by method.
+    """
+    columns = (
+        'method', 'seeds', 'size of objects', 'of detections', 'largest p', 'class', 'AP',
+        'best expert alone', 'worst expert alone', 'all alike', 'at random', 'both at random',
+    )  # fmt: skip
+    lines = ['| ' + ' | '.join(columns) + ' |', '| --- ' * len(columns) + '|']
+    for name, runs in found.items():
+        cells = [name, str(len(runs))]
+        cells += [
+            _over_layers(runs, lambda layer, _: _association(layer, 'objects', 'size_coco')['mi']),
+            _over_layers(
+                runs, lambda layer, _: _association(layer, 'detections', 'size_coco')['mi']
+            ),
+            f'{max(_p_values(runs)):.3f}',
+            _over_layers(runs, lambda layer, _: _association(layer, 'objects', 'class')['mi']),
+            _mean_std([run['metrics']['AP'] for run in runs]),
+            _over_layers(runs, lambda _, changed: max(changed['only']), 3),
+            _over_layers(runs, lambda _, changed: min(changed['only']), 3),
+            _over_layers(runs, lambda _, changed: changed['equal'][0], 3),
+            _over_layers(runs, lambda _, changed: changed['random'][0], 3),
+            f'{mean_std([_changed(run, ALL)["random"][0] for run in runs])[0]:.3f}',
+        ]
+        lines.append('| ' + ' | '.join(cells) + ' |')
+    return '\n'.join(lines)
+
+
+def _association(layer: dict, source: str, attribute: str) -> dict:
+    return layer['associations'][source][attribute]
+
+
+def _p_values(runs: list[dict]) -> Iterator[float]:
+    for run in runs:
+        for layer in run['layers'].values():
+            for source in ('objects', 'detections'):
+                yield _association(layer, source, 'size_coco')['p_value']
+
+
+def _changed(run: dict, layer: str) -> dict[str, list[float]]:
+    """AP after the interventions on a layer, by kind."""
+    found: dict[str, list[float]] = {}
+    for entry in run['interventions']:
+        if entry['layer'] == layer:
+            found.setdefault(entry['kind'], []).append(entry['metrics']['AP'])
+    return found
+
+
+def _over_layers(runs: list[dict], value: Callable[[dict, dict], float], digits: int = 2) -> str:
+    cells = []
+    for name in runs[0]['layers']:
+        values = [value(run['layers'][name], _changed(run, name)) for run in runs]
+        cells.append(f'{mean_std(values)[0]:.{digits}f}')
+    return ' / '.join(cells)
 
 
 def markdown_table(results: dict[str, list[RunResult]], objects: Tensor) -> str:

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from mmdet_moe.analysis.data import SPLITS, AnalysisData
 from mmdet_moe.analysis.explorer import build_payload, read_payload, write_payload, write_report
 from mmdet_moe.analysis.figures import write_figures
-from mmdet_moe.analysis.files import write_file
+from mmdet_moe.analysis.files import EXPERTS_FILE, PAYLOAD_FILE, REPORT_FILE, write_file
 from mmdet_moe.analysis.history import read_history
 from mmdet_moe.analysis.study import Study, load_weights
 from mmdet_moe.analysis.tables import write_tables
@@ -26,9 +26,6 @@ from mmdet_moe.compat.malloc import keep_large_blocks
 from mmdet_moe.engine.preflight import check_config
 from mmdet_moe.errors import ConfigError
 
-EXPERTS_FILE = 'experts.json'
-PAYLOAD_FILE = 'explorer.json'
-REPORT_FILE = 'report.html'
 _INTERRUPTED = 130
 
 
@@ -44,7 +41,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         '--out',
         type=Path,
         metavar='DIR',
-        help='folder of the results (default: experts_<checkpoint>_<split>, next to the checkpoint)',
+        help='folder of the results (default: next to the checkpoint, '
+        'experts_<checkpoint>_<split>)',
     )
     parser.add_argument('--split', choices=SPLITS, default='val', help='which images (val)')
     parser.add_argument('--max-images', type=int, metavar='N', help='the first N images only')

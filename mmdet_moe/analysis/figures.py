@@ -146,7 +146,7 @@ def _size_given_expert(layer: str, things: str, association: dict) -> Figure:
         axes.tick_params(labelleft=e % columns == 0, labelsize=6.5)
         if e % columns == 0:
             axes.set_ylabel('share')
-        _px_axis(axes, edges, PAGE_WIDTH / columns - 0.35)
+        px_axis(axes, edges, PAGE_WIDTH / columns - 0.35)
     _counts_panel(figure.add_subplot(grid[rows, :]), association, edges, things)
     handles = [
         Patch(facecolor='none', edgecolor='black', label=f'share of the {things} of an expert'),
@@ -169,20 +169,7 @@ def _expert_given_size(layer: str, things: str, association: dict) -> Figure:
     )
     handles = []
     if experts <= MAX_STYLES:
-        below = np.zeros(len(shares))
-        for e, look in enumerate(expert_styles(experts)):
-            upper.stairs(
-                below + shares[:, e],
-                edges,
-                baseline=below,
-                fill=True,
-                facecolor=look.colour,
-                edgecolor=look.contrast,
-                hatch=look.hatch,
-                linewidth=0.4,
-                label=f'expert {e}',
-            )
-            below = below + shares[:, e]
+        stack_shares(upper, shares, edges)
         # From top to bottom, as the areas are stacked.
         handles = upper.get_legend_handles_labels()[0][::-1]
         upper.set_ylim(0, 1)
@@ -209,10 +196,35 @@ def _expert_given_size(layer: str, things: str, association: dict) -> Figure:
         )
     if handles:
         figure.legend(handles=handles, loc='outside right center', handleheight=1.4)
-    _px_axis(upper, edges, 5.5, on_dark=True)
+    px_axis(upper, edges, 5.5, on_dark=True)
     _counts_panel(lower, association, edges, things)
     upper.tick_params(labelbottom=False)
     return figure
+
+
+def stack_shares(axes: Axes, shares: np.ndarray, edges: np.ndarray) -> None:
+    """Areas on top of each other, with a handle for the legend for each expert.
+
+    Args:
+        axes: Where to draw.
+        shares: (B, E), rows sum to 1, or to 0 where there is nothing; at most
+            :data:`~mmdet_moe.drawing.MAX_STYLES` experts.
+        edges: (B + 1,).
+    """
+    below = np.zeros(len(shares))
+    for e, look in enumerate(expert_styles(shares.shape[1])):
+        axes.stairs(
+            below + shares[:, e],
+            edges,
+            baseline=below,
+            fill=True,
+            facecolor=look.colour,
+            edgecolor=look.contrast,
+            hatch=look.hatch,
+            linewidth=0.4,
+            label=f'expert {e}',
+        )
+        below = below + shares[:, e]
 
 
 def _counts_panel(axes: Axes, association: dict, edges: np.ndarray, things: str) -> None:
@@ -228,7 +240,7 @@ def _counts_panel(axes: Axes, association: dict, edges: np.ndarray, things: str)
         f'√area of the {things} (px of the original image'
         + ('; the outermost bins are open)' if is_open else ')')
     )
-    _px_axis(axes, edges, 5.5)
+    px_axis(axes, edges, 5.5)
     limits = [edges[0], *COCO_LIMITS, edges[-1]]
     span = math.log(edges[-1] / edges[0])
     for name, low, high in zip(('small', 'medium', 'large'), limits[:-1], limits[1:], strict=True):
@@ -247,7 +259,7 @@ def _counts_panel(axes: Axes, association: dict, edges: np.ndarray, things: str)
             )
 
 
-def _px_axis(axes: Axes, edges: np.ndarray, width: float, on_dark: bool = False) -> None:
+def px_axis(axes: Axes, edges: np.ndarray, width: float, on_dark: bool = False) -> None:
     """A logarithmic axis in px with COCO's limits marked; ``width`` inches are about there."""
     axes.set_xscale('log', base=2)
     axes.set_xlim(edges[0], edges[-1])

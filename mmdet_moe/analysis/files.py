@@ -1,7 +1,11 @@
-"""Writing files that are either the old or the new one, never half of one."""
+"""The files of an analysis, and how to write them: the old one or the new one, never half."""
 
 import os
 from pathlib import Path
+
+EXPERTS_FILE = 'experts.json'
+PAYLOAD_FILE = 'explorer.json'
+REPORT_FILE = 'report.html'
 
 
 def write_file(path: Path, content: bytes) -> Path:

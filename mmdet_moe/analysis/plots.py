@@ -1,4 +1,4 @@
-"""The figure of the README. Readable in greyscale; PNG or PDF by the suffix of the path."""
+"""The figures of the README and of docs/results.md. Readable in greyscale; PNG or PDF."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,7 +8,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from mmdet_moe.drawing import level_names, plot_heat_map
+from mmdet_moe.analysis.figures import px_axis, stack_shares
+from mmdet_moe.drawing import level_names, new_figure, plot_heat_map, style
 
 
 def plot_overview(images: Sequence[np.ndarray], layers: dict[str, dict], path: Path) -> None:
@@ -43,3 +44,31 @@ def _plot_level_shares(axes: Axes, name: str, report: dict) -> None:
         f'{report["mi_input"]:.2f} nats, on the level {report["mi_level"]:.2f}',
         fontsize=10,
     )
+
+
+def plot_specialisation(runs: dict[str, dict], path: Path) -> None:
+    """Which expert sees which size, one row for each run and one column for each MoE layer.
+
+    Args:
+        runs: Contents of ``experts.json`` by the name of the run, with the same layers, of at most
+            :data:`~mmdet_moe.drawing.MAX_STYLES` experts.
+        path: The file to write.
+    """
+    layers = list(next(iter(runs.values()))['layers'])
+    with style():
+        figure = new_figure(7.2, 0.9 + 1.45 * len(runs))
+        grid = figure.subplots(len(runs), len(layers), sharex=True, sharey=True, squeeze=False)
+        for row, (name, experts) in zip(grid, runs.items(), strict=True):
+            for axes, layer in zip(row, layers, strict=True):
+                found = experts['layers'][layer]['associations']['objects']['size']
+                edges = np.array(found['edges'])
+                stack_shares(axes, np.array(found['expert_given_bin']), edges)
+                px_axis(axes, edges, 3, on_dark=True)
+                axes.set_ylim(0, 1)
+                axes.set_title(f'{layer}: {found["mi"]:.2f} nats', fontsize=8.5)
+            row[0].set_ylabel(f'{name}\n\nshare of the objects', fontsize=8.5)
+        for axes in grid[-1]:
+            axes.set_xlabel('√area of the objects (px)')
+        handles = grid[0, 0].get_legend_handles_labels()[0][::-1]
+        figure.legend(handles=handles, loc='outside right center', handleheight=1.4)
+        figure.savefig(path, dpi=130)

@@ -14,6 +14,7 @@ from typing import TextIO
 from mmengine.config import Config
 from mmengine.registry import MODELS, DefaultScope
 
+from mmdet_moe.analysis.files import EXPERTS_FILE
 from mmdet_moe.analysis.history import logged_scalars
 from mmdet_moe.engine.hooks.expert_utilization_hook import REPORT_FILE
 from mmdet_moe.errors import ConfigError
@@ -71,21 +72,57 @@ def train(
     Raises:
         ConfigError: If the training fails.
     """
-    command = [sys.executable, str(REPOSITORY / 'tools' / 'train.py'), str(config)]
-    command += ['--work-dir', str(work_dir)]
+    arguments = [str(config), '--work-dir', str(work_dir)]
     if latest_checkpoint(work_dir) is not None:
-        command.append('--resume')
+        arguments.append('--resume')
     if options:
-        command += ['--cfg-options', *options]
+        arguments += ['--cfg-options', *options]
+    _run_tool('train.py', arguments, threads, output)
+
+
+def analyse(
+    work_dir: Path, threads: int | None = None, output: TextIO | None = None
+) -> tuple[Path, dict]:
+    """Look at the experts of a finished run in a process of its own, or find that it was done.
+
+    Args:
+        work_dir: Where the run lives; the results go to its folder ``experts``.
+        threads: As in :func:`train`.
+        output: As in :func:`train`.
+
+    Returns:
+        The folder of the results, and the content of their ``experts.json``.
+
+    Raises:
+        ConfigError: If the analysis fails.
+    """
+    out = work_dir / 'experts'
+    result = out / EXPERTS_FILE
+    if not result.exists():
+        (config,) = work_dir.glob('*.py')
+        checkpoint = latest_checkpoint(work_dir)
+        arguments = [str(config), str(checkpoint), '--out', str(out)]
+        _run_tool('analyze_experts.py', arguments, threads, output)
+    return out, json.loads(result.read_text())
+
+
+def _run_tool(tool: str, arguments: list[str], threads: int | None, output: TextIO | None) -> None:
     environment = dict(os.environ)
     if threads is not None:
         environment['OMP_NUM_THREADS'] = str(threads)
     status = subprocess.run(
-        command, cwd=REPOSITORY, env=environment, stdout=output, stderr=output
+        [sys.executable, str(REPOSITORY / 'tools' / tool), *arguments],
+        cwd=REPOSITORY,
+        env=environment,
+        stdout=output,
+        stderr=output,
     ).returncode
     if status:
         where = 'above' if output is None else f'in {output.name}'
-        raise ConfigError(f'{config.name} failed with status {status}; its messages are {where}')
+        name = Path(arguments[0]).name
+        raise ConfigError(
+            f'{tool} failed with status {status} for {name}; its messages are {where}'
+        )
 
 
 def latest_checkpoint(work_dir: Path) -> Path | None:

@@ -168,8 +168,10 @@ class Study:
         for first in range(done, total, per_file):
             end = min(first + per_file, total)
             starts = range(first, end, size)
-            yield first, end, (
-                (list(range(start, min(start + size, end))), next(batches)) for start in starts
+            yield (
+                first,
+                end,
+                ((list(range(start, min(start + size, end))), next(batches)) for start in starts),
             )
 
     # Summary -------------------------------------------------------------------------------------
@@ -212,11 +214,12 @@ class Study:
                 'superclasses': self.data.superclasses,
                 'num_levels': self.tracer.num_levels,
             },
-            **self._metrics(),
+            **self.metrics(),
             'layers': layers,
         }
 
-    def _metrics(self) -> dict:
+    def metrics(self) -> dict:
+        """The metrics of the unchanged model and of all interventions, as in ``experts.json``."""
         if self.is_detector:
             metrics = DetectionMetrics(self.data, len(self.data))
             fields = ('image', 'box', 'score', 'label')
@@ -233,9 +236,7 @@ class Study:
         if self.interventions and self._changed.num_images == len(self.data):
             for number, intervention in enumerate(self.interventions):
                 columns = _columns(self._changed, [f'{number}/{field}' for field in fields])
-                interventions.append(
-                    {**asdict(intervention), 'metrics': metrics(*columns, *truth)}
-                )
+                interventions.append({**asdict(intervention), 'metrics': metrics(*columns, *truth)})
         return {'metrics': unchanged, 'interventions': interventions}
 
     def outcomes(self) -> Outcomes:
@@ -447,12 +448,10 @@ def _detector_outcomes(arrays: Arrays, layers: list[str], score_thr: float) -> O
         box=boxes,
         label=np.concatenate([arrays['det_label'][shown], arrays['obj_label'][missed]]),
         true_label=np.concatenate([true_label, arrays['obj_label'][missed]]),
-        score=np.concatenate(
-            [arrays['det_score'][shown], np.full(count, np.nan, np.float32)]
+        score=np.concatenate([arrays['det_score'][shown], np.full(count, np.nan, np.float32)]),
+        kind=np.concatenate([np.where(correct, CORRECT, WRONG), np.full(count, MISSED)]).astype(
+            np.uint8
         ),
-        kind=np.concatenate(
-            [np.where(correct, CORRECT, WRONG), np.full(count, MISSED)]
-        ).astype(np.uint8),
         size=_sizes(boxes).astype(np.float32),
         level=np.concatenate([arrays['det_level'][shown], level[missed]]),
         weights=weights,

@@ -29,7 +29,9 @@ CIFAR100 = {
 }  # fmt: skip
 
 
-def superclasses(classes: Sequence[str], ann_file: str | Path | None) -> dict[str, list[int]] | None:
+def superclasses(
+    classes: Sequence[str], ann_file: str | Path | None
+) -> dict[str, list[int]] | None:
     """The groups of a data set's classes, each with the indices of its classes.
 
     Args:

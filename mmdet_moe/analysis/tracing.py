@@ -175,11 +175,10 @@ class Tracer:
             for name, layer in self.layers.items():
                 stack.enter_context(_hook(layer, keep(name)))
             levels = self.model.extract_feat(inputs.detach().clone().requires_grad_())
-            found = {
+            return {
                 name: torch.tensor([_map_behind(level, i, maps) for i, level in enumerate(levels)])
                 for name, maps in outputs.items()
             }
-        return found
 
     def decisions(self, name: str, num_images: int) -> Decisions | None:
         """What a layer decided for the latest batch; None if it was not run.
@@ -412,10 +411,7 @@ class _PriorOrigins(_NoOrigins):
         stride = self.head.prior_generator.strides[level]
         stride_x, stride_y = (stride, stride) if isinstance(stride, int) else stride
         height, width = self._sizes[level]
-        if self._has_boxes:
-            centre = (priors[:, :2] + priors[:, 2:4]) / 2
-        else:
-            centre = priors[:, :2]
+        centre = (priors[:, :2] + priors[:, 2:4]) / 2 if self._has_boxes else priors[:, :2]
         # The middle of a cell, whether the head counts from its corner or from its middle.
         column = (centre[:, 0] / stride_x + 1e-3).floor()
         row = (centre[:, 1] / stride_y + 1e-3).floor()

@@ -94,7 +94,9 @@ class Pixels(Items):
     def centres(self) -> Tensor:
         """The middle of every pixel."""
         _, height, width = self.shape
-        return grid_centres((torch.arange(height) + 0.5) / height, (torch.arange(width) + 0.5) / width)
+        return grid_centres(
+            (torch.arange(height) + 0.5) / height, (torch.arange(width) + 0.5) / width
+        )
 
     def place(self, y: Tensor) -> Tensor:
         """(N · H · W, C') or (N · H · W, C', 1, 1) to (N, C', H, W).

@@ -1,6 +1,7 @@
 """``make demo`` in miniature, and the tables that the tools write."""
 
 import importlib.util
+import json
 import math
 import re
 import subprocess
@@ -44,8 +45,14 @@ def test_demo_trains_both_models_and_then_reuses_them(tmp_path):
         assert dense[6] == dense[7] == '3.34 M'
         # Head of the dense model in M: 2 · 2 · 64 · 64 · 9 + 64 · 9 · 126 = 0.22; 1 and 3 more.
         assert moe[6:] == ['3.57 M', '4.01 M']
-        assert re.search(r'expert load of bbox_head\.cls_moe: (0\.\d\d ?){4}', output)
+        assert re.search(r'- bbox_head\.cls_moe: .*experts', output)
+        assert 'retinanet_moe_soft_digits/experts/report.html' in output.replace('\n', '')
     assert (tmp_path / 'runs' / 'overview.png').stat().st_size > 10_000
+    experts = tmp_path / 'runs' / 'retinanet_moe_soft_digits' / 'experts'
+    assert json.loads((experts / 'experts.json').read_text())['run']['num_images'] == 3
+    assert (experts / 'report.html').stat().st_size > 1_000_000
+    assert 'statistics: ' in first.stderr
+    assert 'statistics: ' not in second.stderr
 
 
 def result(ap, load, mi):
