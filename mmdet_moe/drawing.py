@@ -49,6 +49,11 @@ _STYLE = {
     'text.usetex': False,
 }
 _BREAK = '\u200b'  # a zero-width space: where a line may be broken
+# Okabe and Ito's colours, and shades towards black (below 0) or white of them.
+_HUES = (
+    '#E69F00', '#56B4E9', '#009E73', '#F0E442', '#0072B2', '#D55E00', '#CC79A7', '#7A7A7A',
+)  # fmt: skip
+_SHADES = (0.0, -0.4, 0.5, -0.6, 0.7, -0.2, 0.3, -0.75)
 _HATCHES = ('', '////', '....', '\\\\\\\\', 'xxxx', '----', 'oo', '++')
 _LINES = ('-', '--', '-.', ':')
 _MARKERS = ('o', 's', '^', 'D', 'v', 'P', 'X', '*')
@@ -124,6 +129,38 @@ def expert_styles(num_experts: int) -> list[ExpertStyle]:
         )
         for e, colour in enumerate(colours)
     ]
+
+
+def expert_colour(expert: int) -> str:
+    """The colour of an expert on an image or in the report: ``'#rrggbb'``.
+
+    Colour-blind readers can tell the first eight apart; later experts have darker and lighter
+    shades of the same hues, from the 65th on once more. Its number has to stand beside a colour.
+    """
+    hue = _HUES[expert % len(_HUES)]
+    shade = _SHADES[expert // len(_HUES) % len(_SHADES)]
+    towards = 0 if shade < 0 else 255
+    channels = [int(hue[i : i + 2], 16) for i in (1, 3, 5)]
+    mixed = [math.floor(c + (towards - c) * abs(shade) + 0.5) for c in channels]
+    return '#' + ''.join(f'{c:02x}' for c in mixed)
+
+
+def expert_colours() -> list[str]:
+    """All different ones of :func:`expert_colour`."""
+    return [expert_colour(e) for e in range(len(_HUES) * len(_SHADES))]
+
+
+def text_on(colour: str) -> str:
+    """``'black'`` or ``'white'``, whichever stands out more (WCAG's relative luminance).
+
+    Args:
+        colour: ``'#rrggbb'``.
+    """
+    channels = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    red, green, blue = (
+        c / 12.92 if c <= 0.03928 else ((c + 0.055) / 1.055) ** 2.4 for c in channels
+    )
+    return 'black' if 0.2126 * red + 0.7152 * green + 0.0722 * blue > 0.18 else 'white'
 
 
 def level_names(num_levels: int) -> list[str]:

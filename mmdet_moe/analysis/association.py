@@ -19,6 +19,7 @@ there, p-values are too small, and the mutual information is what to look at.
 Letters: U decisions, B bins, E experts.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -129,6 +130,7 @@ class _Units:
     Attributes:
         keys: float64 (U,), random; the smallest ones are the sample.
         weights: float32 (U, E), as given.
+        strata: int64 (U,), permutations stay within a stratum.
         lengths: int64 (U,), entries of each decision.
         bins: int64 (n,).
         counts: float64 (n,).
@@ -136,6 +138,7 @@ class _Units:
 
     keys: np.ndarray
     weights: np.ndarray
+    strata: np.ndarray
     lengths: np.ndarray
     bins: np.ndarray
     counts: np.ndarray
@@ -147,14 +150,14 @@ class _Units:
         """Those of a bool mask (U,)."""
         entries = np.repeat(kept, self.lengths)
         return _Units(
-            *(x[kept] for x in (self.keys, self.weights, self.lengths)),
+            *(x[kept] for x in (self.keys, self.weights, self.strata, self.lengths)),
             *(x[entries] for x in (self.bins, self.counts)),
         )
 
     @classmethod
     def cat(cls, parts: list['_Units']) -> '_Units':
         """One after the other."""
-        names = ('keys', 'weights', 'lengths', 'bins', 'counts')
+        names = ('keys', 'weights', 'strata', 'lengths', 'bins', 'counts')
         return cls(*(np.concatenate([getattr(part, name) for part in parts]) for name in names))
 
 
@@ -199,7 +202,12 @@ class Association:
         return self._num_kept
 
     def add(
-        self, unit: np.ndarray, bin: np.ndarray, count: np.ndarray, weights: np.ndarray
+        self,
+        unit: np.ndarray,
+        bin: np.ndarray,
+        count: np.ndarray,
+        weights: np.ndarray,
+        stratum: np.ndarray | None = None,
     ) -> None:
         """Add n entries: so much of a bin hangs on a decision.
 
@@ -214,6 +222,9 @@ class Association:
             count: float (n,), not negative.
             weights: float32 (n, E), not negative; the same for all entries of a decision. Rows are
                 divided by their sums.
+            stratum: int64 (n,), the same for all entries of a decision: permutations exchange
+                decisions of the same stratum alone, so that what differs between strata does not
+                count as an association. Default: all belong to one.
 
         Raises:
             ValueError: If shapes do not fit, a bin is B or more, a count or a weight is negative, a
@@ -222,14 +233,17 @@ class Association:
         unit, bin = np.asarray(unit, dtype=np.int64), np.asarray(bin, dtype=np.int64)
         count = np.asarray(count, dtype=np.float64)
         weights = np.asarray(weights, dtype=np.float32)
-        self._check(unit, bin, count, weights)
+        stratum = np.zeros_like(unit) if stratum is None else np.asarray(stratum, dtype=np.int64)
+        self._check(unit, bin, count, weights, stratum)
         total = weights.sum(1, dtype=np.float64)
         known = (bin >= 0) & (count > 0) & np.isfinite(total) & (total > 0)
         if not known.all():
-            unit, bin, count, weights = unit[known], bin[known], count[known], weights[known]
+            unit, bin, count, weights, stratum = (
+                x[known] for x in (unit, bin, count, weights, stratum)
+            )
         if len(unit) == 0:
             return
-        units = self._units(unit, bin, count, weights)
+        units = self._units(unit, bin, count, weights, stratum)
         if self._table is not None:
             np.add.at(self._table, bin, count[:, None] * _normalised(weights))
         self._remember(units)
@@ -273,7 +287,7 @@ class Association:
             [
                 # take() copies rows several times faster than an index does.
                 float(mutual_information(torch.from_numpy(counts @ weights.take(order, axis=0))))
-                for order in (rng.permutation(len(units)) for _ in range(permutations))
+                for order in _permutations(units.strata, permutations, rng)
             ]
         )
         reached = int((permuted >= observed - _ROUNDING).sum())
@@ -288,12 +302,18 @@ class Association:
         )
 
     def _check(
-        self, unit: np.ndarray, bin: np.ndarray, count: np.ndarray, weights: np.ndarray
+        self,
+        unit: np.ndarray,
+        bin: np.ndarray,
+        count: np.ndarray,
+        weights: np.ndarray,
+        stratum: np.ndarray,
     ) -> None:
         n = len(unit)
-        if unit.shape != (n,) or bin.shape != (n,) or count.shape != (n,):
+        if any(x.shape != (n,) for x in (unit, bin, count, stratum)):
             raise ValueError(
-                f'unit {unit.shape}, bin {bin.shape} and count {count.shape} must be (n,)'
+                f'unit {unit.shape}, bin {bin.shape}, count {count.shape} and stratum '
+                f'{stratum.shape} must be (n,)'
             )
         if weights.shape != (n, self.num_experts):
             raise ValueError(f'weights {weights.shape} must be ({n}, {self.num_experts})')
@@ -305,7 +325,12 @@ class Association:
             raise ValueError('weights must not be negative')
 
     def _units(
-        self, unit: np.ndarray, bin: np.ndarray, count: np.ndarray, weights: np.ndarray
+        self,
+        unit: np.ndarray,
+        bin: np.ndarray,
+        count: np.ndarray,
+        weights: np.ndarray,
+        stratum: np.ndarray,
     ) -> _Units:
         """Entries by decision, decisions in the order of their first entry, each bin once."""
         _, first, number = np.unique(unit, return_index=True, return_inverse=True)
@@ -323,6 +348,7 @@ class Association:
         return _Units(
             keys=self._rng.random(len(first)),
             weights=weights[first[order]],
+            strata=stratum[first[order]],
             lengths=np.bincount(number[starts], minlength=len(first)),
             bins=bin[starts],
             counts=np.add.reduceat(count, starts),
@@ -345,6 +371,17 @@ class Association:
             self._limit = float(np.partition(units.keys, self.max_units - 1)[self.max_units - 1])
             units = units.where(units.keys <= self._limit)
         self._kept, self._num_kept = [units], len(units)
+
+
+def _permutations(
+    strata: np.ndarray, number: int, rng: np.random.Generator
+) -> Iterator[np.ndarray]:
+    """So many permutations, int64 (U,), that leave every index in its stratum."""
+    places = np.argsort(strata, kind='stable')
+    order = np.empty_like(places)
+    for _ in range(number):
+        order[places] = np.lexsort((rng.random(len(strata)), strata))
+        yield order
 
 
 def _normalised(weights: np.ndarray) -> np.ndarray:

@@ -9,8 +9,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from mmengine.config import Config, DictAction
-from mmengine.device import get_device
-from mmengine.registry import MODELS, init_default_scope
 from tqdm import tqdm
 
 from mmdet_moe.analysis.data import SPLITS, AnalysisData
@@ -18,11 +16,11 @@ from mmdet_moe.analysis.explorer import build_payload, read_payload, write_paylo
 from mmdet_moe.analysis.figures import write_figures
 from mmdet_moe.analysis.files import EXPERTS_FILE, PAYLOAD_FILE, REPORT_FILE, write_file
 from mmdet_moe.analysis.history import read_history
-from mmdet_moe.analysis.study import Study, load_weights
+from mmdet_moe.analysis.models import load_model
+from mmdet_moe.analysis.study import Study
 from mmdet_moe.analysis.tables import write_tables
 from mmdet_moe.analysis.verdict import verdict
 from mmdet_moe.cli import fail, load_config, set_loader_defaults
-from mmdet_moe.compat.malloc import keep_large_blocks
 from mmdet_moe.engine.preflight import check_config
 from mmdet_moe.errors import ConfigError
 
@@ -160,18 +158,9 @@ def prepare(args: argparse.Namespace, cfg: Config) -> Study:
     Raises:
         ConfigError: If config, checkpoint and data do not fit together.
     """
-    init_default_scope(cfg.default_scope)
     if cfg.default_scope == 'mmpretrain':
         set_loader_defaults(cfg)
-    device = args.device or get_device()
-    if device == 'cpu':
-        keep_large_blocks()
-    model = MODELS.build(cfg.model)
-    load_weights(model, args.checkpoint)
-    try:
-        model.to(device).eval()
-    except (AssertionError, RuntimeError) as error:
-        raise ConfigError(f"--device: the model cannot be put on '{device}': {error}") from error
+    model, _ = load_model(cfg, args.checkpoint, args.device)
     data = AnalysisData(cfg, args.split, args.max_images)
     plan = {
         'checkpoint': _digest(Path(args.checkpoint).read_bytes()),

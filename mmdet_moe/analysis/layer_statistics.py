@@ -38,6 +38,7 @@ class LayerStatistics:
         self._level = Association(MAX_LEVELS, num_experts, max_units, seed)
         self._position = Association(len(POSITIONS), num_experts, max_units, seed)
         self._num_levels = 0
+        self._several_per_image = False
 
     def add(
         self,
@@ -70,7 +71,8 @@ class LayerStatistics:
         ones = np.ones(n)
         # First, because they check their arguments.
         self._level.add(unit, level, ones, weights)
-        self._image.add(unit, image, ones, weights)
+        # The levels of an image differ anyway; what the image adds is seen within a level.
+        self._image.add(unit, image, ones, weights, level)
         if position is not None:
             position = np.asarray(position)
             self._position.add(unit, position_bin(position[:, 0], position[:, 1]), ones, weights)
@@ -79,6 +81,7 @@ class LayerStatistics:
         if not known.any():
             return
         self._num_levels = max(self._num_levels, int(level[known].max()) + 1)
+        self._several_per_image |= len(np.unique(image[known])) < known.sum()
         weights_TE = torch.from_numpy(weights[known]).double()
         chosen = (weights_TE > 0).double()
         normalised = weights_TE / weights_TE.sum(1, keepdim=True)
@@ -108,12 +111,13 @@ class LayerStatistics:
         """With what the decisions go together.
 
         Returns:
-            By attribute: ``image`` (whose bins have no names); ``level``, if there is more than
-            one; ``position``, if there are any.
+            By attribute: ``image``, whose bins have no names, if images have several decisions
+            (with one for each, whatever they are, none goes better with its image than another);
+            ``level``, if there is more than one; ``position``, if there are any.
         """
-        found: dict[str, tuple[AssociationResult, Bins | None]] = {
-            'image': (self._image.result(permutations, seed), None)
-        }
+        found: dict[str, tuple[AssociationResult, Bins | None]] = {}
+        if self._several_per_image:
+            found['image'] = self._image.result(permutations, seed), None
         if self._num_levels > 1:
             result = self._level.result(permutations, seed)
             bins = Bins([str(level) for level in range(self._num_levels)])

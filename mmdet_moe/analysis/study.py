@@ -482,8 +482,11 @@ def _classifier_outcomes(arrays: Arrays, layers: list[str], _: float) -> Outcome
     )
 
 
-def load_weights(model: nn.Module, path: str) -> None:
+def load_weights(model: nn.Module, path: str) -> dict:
     """Load a checkpoint, all of it.
+
+    Returns:
+        What the checkpoint says of itself, such as ``dataset_meta``.
 
     Raises:
         ConfigError: If it is not one of this model.
@@ -511,3 +514,4 @@ def load_weights(model: nn.Module, path: str) -> None:
             f'{tuple(expected[key].shape)} in the model; give the config that it was trained with'
         )
     model.load_state_dict(state, strict=False)
+    return checkpoint.get('meta') or {}

@@ -122,7 +122,7 @@ class Tracer:
     @property
     def knows_origins(self) -> bool:
         """Whether detections carry their level and place; False for heads unlike those known."""
-        return not isinstance(self._origins, _NoOrigins)
+        return type(self._origins) is not _NoOrigins
 
     @property
     def num_levels(self) -> int | None:
@@ -435,9 +435,9 @@ class _PriorOrigins(_NoOrigins):
         ]
         of_level = torch.cat([torch.full((int(i.sum()),), level) for level, i in enumerate(inside)])
         priors = torch.cat([a[i] for a, i in zip(anchors[0], inside, strict=True)])
+        labels = torch.zeros(len(boxes), dtype=torch.long, device=device)
         assigned = head.assigner.assign(
-            InstanceData(priors=priors),
-            InstanceData(bboxes=boxes, labels=torch.zeros(len(boxes), dtype=torch.long)),
+            InstanceData(priors=priors), InstanceData(bboxes=boxes, labels=labels)
         ).gt_inds.cpu()
         chosen = (assigned > 0).nonzero().flatten()
         packed = [
@@ -572,7 +572,10 @@ def _origins_of(model: nn.Module) -> _NoOrigins:
         from mmdet.models.dense_heads.base_dense_head import BaseDenseHead
 
         head = model.bbox_head
-        # Heads that override `_predict_by_feat_single` decode level by level in the same way.
-        if getattr(type(head), 'predict_by_feat', None) is BaseDenseHead.predict_by_feat:
+        # Heads with a way of their own (GFL) may tell levels by their number in what they are given.
+        if all(
+            getattr(type(head), name, None) is getattr(BaseDenseHead, name)
+            for name in ('predict_by_feat', '_predict_by_feat_single')
+        ):
             return _PriorOrigins(head)
     return _NoOrigins()

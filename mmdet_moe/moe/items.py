@@ -44,6 +44,15 @@ class Items(ABC):
     def centres(self) -> Tensor:
         """(len(self), 2) float32: the relative x and y of the middle of each item; NaN without."""
 
+    def borders(self) -> tuple[Tensor, Tensor] | None:
+        """Where the items of an image end and the next ones begin, if they form a grid.
+
+        Returns:
+            Relative x, (columns + 1,), and relative y, (rows + 1,), float32, from 0 to 1; None
+            where items have no place.
+        """
+        return None
+
     @abstractmethod
     def place(self, y: Tensor) -> Tensor:
         """Put the experts' outputs for the items together to one output.
@@ -97,6 +106,11 @@ class Pixels(Items):
         return grid_centres(
             (torch.arange(height) + 0.5) / height, (torch.arange(width) + 0.5) / width
         )
+
+    def borders(self) -> tuple[Tensor, Tensor]:
+        """The edges of the pixels."""
+        _, height, width = self.shape
+        return torch.arange(width + 1) / width, torch.arange(height + 1) / height
 
     def place(self, y: Tensor) -> Tensor:
         """(N · H · W, C') or (N · H · W, C', 1, 1) to (N, C', H, W).

@@ -79,8 +79,12 @@ class _Axis:
 
     def centres(self) -> Tensor:
         """(g,): the relative position of the middle of every patch."""
-        bounds = torch.tensor(self.bounds, dtype=torch.float32)
-        return (bounds[1:] + bounds[:-1]) / (2 * bounds[-1])
+        borders = self.borders()
+        return (borders[1:] + borders[:-1]) / 2
+
+    def borders(self) -> Tensor:
+        """(g + 1,): the relative positions between which the patches lie."""
+        return torch.tensor(self.bounds, dtype=torch.float32) / self.bounds[-1]
 
     def inside(self, i: int) -> slice:
         """Where patch i lies in the output of its crop."""
@@ -143,6 +147,11 @@ class PatchGrid(Items):
         """The middle of every patch."""
         rows, cols = self._axes
         return grid_centres(rows.centres(), cols.centres())
+
+    def borders(self) -> tuple[Tensor, Tensor]:
+        """The edges of the patches."""
+        rows, cols = self._axes
+        return cols.borders(), rows.borders()
 
     def place(self, y: Tensor) -> Tensor:
         """Put the experts' outputs for the crops together to one map (N, C, H', W').

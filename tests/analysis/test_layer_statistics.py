@@ -99,7 +99,8 @@ def test_collapse_is_seen():
     assert found['collapsed']
     assert found['dead_experts'] == [2, 3]
     assert found['mi_input'] == pytest.approx(0, abs=1e-12)
-    assert found['associations']['decisions']['image']['p_value'] == 1
+    # One decision for each image: there is nothing that its other decisions could agree with.
+    assert 'image' not in found['associations']['decisions']
 
 
 def test_experts_of_levels_and_images():
@@ -115,10 +116,26 @@ def test_experts_of_levels_and_images():
     assert 'counts' not in by['image']
 
 
+def test_what_an_image_adds_is_seen_within_the_levels():
+    """Images are compared with others of the same level, however much the levels differ."""
+    rng = np.random.default_rng(0)
+    level, image = np.tile([0, 1], 60), np.repeat(np.arange(60), 2)
+    # Level 0 goes to experts 0 and 1, level 1 to experts 2 and 3.
+    for agree in (True, False):
+        own = rng.integers(0, 2, 60)[image] if agree else rng.integers(0, 2, 120)
+        found = statistics_of(np.eye(4)[2 * level + own], level, image).as_dict(199)
+        association = found['associations']['decisions']['image']
+        if agree:
+            assert association['p_value'] == 0.005
+        else:
+            assert association['p_value'] > 0.05
+            assert association['mi'] == pytest.approx(association['chance'], rel=0.15)
+
+
 def test_one_level_is_nothing_to_compare_with():
     position = np.full((3, 2), np.nan)
     found = statistics_of(np.eye(3), position=position).as_dict(9)
-    assert found['associations']['decisions'].keys() == {'image'}
+    assert not found['associations']['decisions']
 
 
 def test_decisions_without_weights_are_left_out():
@@ -145,7 +162,7 @@ def test_json_and_bounded_memory():
     statistics = LayerStatistics(3, max_units=40)
     for start in range(0, 500, 50):
         weights = rng.dirichlet(np.ones(3), 50).astype(np.float32)
-        statistics.add(weights, rng.integers(0, 4, 50), np.arange(start, start + 50))
+        statistics.add(weights, rng.integers(0, 4, 50), np.arange(start, start + 50) // 2)
     found = statistics.as_dict(9)
     assert found['num_decisions'] == 500
     assert found['associations']['decisions']['image']['num_units'] == 40

@@ -16,10 +16,8 @@
   const CLASSES_IN_CHART = 12;
   const CLASSES_IN_HEAT_MAP = 24;
   const CROWDED = 12;
-  /* Okabe and Ito's colours; further experts get darker and lighter ones of the same hues. A number
-   * always stands beside a colour. */
-  const HUES = ['#E69F00', '#56B4E9', '#009E73', '#F0E442', '#0072B2', '#D55E00', '#CC79A7', '#7A7A7A'];
-  const SHADES = [0, -0.4, 0.5, -0.6, 0.7, -0.2, 0.3, -0.75];
+  /* Of the experts, as in all pictures. A number always stands beside a colour. */
+  const COLOURS = JSON.parse(document.querySelector('#colours').textContent);
   const ARRAYS = {
     uint8: Uint8Array, uint16: Uint16Array, int32: Int32Array, float32: Float32Array,
   };
@@ -64,14 +62,7 @@
     return range(packed.shape[0]).map((i) => Array.from(values.subarray(i * width, (i + 1) * width)));
   }
 
-  function expertColour(expert) {
-    const hue = HUES[expert % HUES.length];
-    const shade = SHADES[Math.floor(expert / HUES.length) % SHADES.length];
-    const towards = shade < 0 ? 0 : 255;
-    const channels = [1, 3, 5].map((i) => parseInt(hue.slice(i, i + 2), 16));
-    const mixed = channels.map((c) => Math.round(c + (towards - c) * Math.abs(shade)));
-    return `#${mixed.map((c) => c.toString(16).padStart(2, '0')).join('')}`;
-  }
+  const expertColour = (expert) => COLOURS[expert % COLOURS.length];
 
   /* Black or white, whichever stands out more (WCAG's relative luminance). */
   function textOn(colour) {

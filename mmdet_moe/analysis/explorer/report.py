@@ -9,6 +9,7 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from mmdet_moe.analysis.files import write_file
+from mmdet_moe.drawing import expert_colours
 from mmdet_moe.errors import ConfigError
 
 FOLDER = Path(__file__).parent
@@ -43,6 +44,7 @@ def write_report(payloads: Sequence[dict], path: Path) -> None:
         superclasses=_union([payload['run'].get('superclasses') or {} for payload in payloads]),
         has_sizes=any(payload['run']['task'] == 'detection' for payload in payloads),
         payloads=[_json_for_html(payload) for payload in payloads],
+        colours=_json_for_html(expert_colours()),
         plotly=Markup(get_plotlyjs()),
         style=Markup((FOLDER / 'explorer.css').read_text(encoding='utf-8')),
         script=Markup((FOLDER / 'explorer.js').read_text(encoding='utf-8')),
@@ -63,7 +65,7 @@ def _union(lists: Sequence) -> list[str]:
     return list(dict.fromkeys(str(name) for names in lists for name in names))
 
 
-def _json_for_html(payload: dict) -> Markup:
+def _json_for_html(payload: dict | list) -> Markup:
     """JSON that no HTML parser takes for the end of its script element."""
     text = json.dumps(payload, separators=(',', ':'), allow_nan=False)
     return Markup(text.replace('<', '\\u003c').replace('>', '\\u003e'))

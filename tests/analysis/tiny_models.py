@@ -1,0 +1,202 @@
+"""Tiny detectors and batches for the tests of the analysis."""
+
+import copy
+
+import numpy as np
+import torch
+from mmdet.registry import MODELS
+from mmdet.structures import DetDataSample
+from mmengine.config import Config, ConfigDict
+from mmengine.registry import init_default_scope
+from mmengine.structures import InstanceData
+
+from mmdet_moe.cli import __file__ as _cli
+
+CLASSES = 3
+STRIDES = (8, 16, 32)
+FOUR = {'num_experts': 4, 'top_k': 2}
+TEST_CFG = ConfigDict(
+    nms_pre=60,
+    min_bbox_size=0,
+    score_thr=0.0,
+    nms={'type': 'nms', 'iou_threshold': 0.5},
+    max_per_img=20,
+)
+ASSIGNER = {
+    'type': 'mmdet.MaxIoUAssigner',
+    'pos_iou_thr': 0.5,
+    'neg_iou_thr': 0.4,
+    'min_pos_iou': 0,
+    'ignore_iof_thr': -1,
+}
+ANCHORS = {
+    'type': 'mmdet.AnchorGenerator',
+    'octave_base_scale': 4,
+    'scales_per_octave': 2,
+    'ratios': [0.5, 1.0],
+    'strides': list(STRIDES),
+}
+RETINA = {
+    'type': 'mmdet.RetinaHead',
+    'num_classes': CLASSES,
+    'in_channels': 6,
+    'feat_channels': 5,
+    'stacked_convs': 1,
+    'anchor_generator': ANCHORS,
+    'bbox_coder': {'type': 'mmdet.DeltaXYWHBBoxCoder'},
+    'loss_cls': {'type': 'mmdet.FocalLoss', 'use_sigmoid': True},
+    'loss_bbox': {'type': 'mmdet.L1Loss'},
+}
+ONE_ANCHOR = {**ANCHORS, 'scales_per_octave': 1, 'ratios': [1.0]}
+HEADS = {
+    'retina': RETINA,
+    'moe retina': {**RETINA, **FOUR, 'type': 'mmdet_moe.MoERetinaHead'},
+    'fcos': {
+        'type': 'mmdet.FCOSHead',
+        'num_classes': CLASSES,
+        'in_channels': 6,
+        'feat_channels': 5,
+        'stacked_convs': 1,
+        'strides': list(STRIDES),
+        'regress_ranges': [(-1, 32), (32, 64), (64, 1e8)],
+        'norm_cfg': {'type': 'BN'},
+    },
+    'atss': {
+        'type': 'mmdet.ATSSHead',
+        'num_classes': CLASSES,
+        'in_channels': 6,
+        'feat_channels': 5,
+        'stacked_convs': 1,
+        'norm_cfg': {'type': 'BN'},
+        'anchor_generator': ONE_ANCHOR,
+        'bbox_coder': {'type': 'mmdet.DeltaXYWHBBoxCoder'},
+        'loss_centerness': {'type': 'mmdet.CrossEntropyLoss', 'use_sigmoid': True},
+    },
+    # Takes the stride of each level from the order of the levels that it is given.
+    'gfl': {
+        'type': 'mmdet.GFLHead',
+        'num_classes': CLASSES,
+        'in_channels': 6,
+        'feat_channels': 5,
+        'stacked_convs': 1,
+        'norm_cfg': {'type': 'BN'},
+        'anchor_generator': ONE_ANCHOR,
+        'reg_max': 4,
+    },
+}
+MOE_NECK = {
+    'type': 'mmdet_moe.MoEFPN',
+    'num_experts': 3,
+    'top_k': 2,
+    'granularity': 'patch',
+    'grid_size': 2,
+    'expert_init': 'independent',
+}
+MOE_BACKBONE = {
+    'type': 'mmdet_moe.MoEResNet',
+    'num_experts': 3,
+    'top_k': 2,
+    'moe_stages': [4],
+    'granularity': 'patch',
+    'grid_size': 3,
+}
+
+
+def build_single(head, backbone=None, neck=None, train_cfg=True, **test_cfg):
+    """A one-stage detector with the named head on three levels."""
+    init_default_scope('mmdet')
+    assigner = {'type': 'mmdet.ATSSAssigner', 'topk': 9} if head in ('atss', 'gfl') else ASSIGNER
+    config = {
+        'type': 'mmdet.SingleStageDetector',
+        'data_preprocessor': {'type': 'mmdet.DetDataPreprocessor', 'pad_size_divisor': 32},
+        'backbone': {
+            'type': 'mmdet.ResNet',
+            'depth': 18,
+            'base_channels': 2,
+            'stem_channels': 4,
+            'out_indices': (1, 2, 3),
+            **(backbone or {}),
+        },
+        'neck': {
+            'type': 'mmdet.FPN',
+            'in_channels': [4, 8, 16],
+            'out_channels': 6,
+            'num_outs': 3,
+            **(neck or {}),
+        },
+        'bbox_head': copy.deepcopy(HEADS[head]),
+        'test_cfg': copy.deepcopy(ConfigDict({**TEST_CFG, **test_cfg})),
+    }
+    if train_cfg:
+        config['train_cfg'] = ConfigDict(
+            assigner=assigner,
+            sampler={'type': 'mmdet.PseudoSampler'},
+            allowed_border=-1,
+            pos_weight=-1,
+            debug=False,
+        )
+    return MODELS.build(config).eval()
+
+
+def build_faster(moe=None, neck=None, **head):
+    """A Faster R-CNN."""
+    from pathlib import Path
+
+    configs = Path(_cli).parents[1] / 'configs'
+    config = Config.fromfile(configs / '_base_' / 'models' / 'faster_rcnn_r50_fpn.py').model
+    config.backbone.update(depth=18, base_channels=2, stem_channels=4, init_cfg=None)
+    config.neck.update(in_channels=[2, 4, 8, 16], out_channels=8, **(neck or {}))
+    config.rpn_head.update(in_channels=8, feat_channels=8)
+    config.roi_head.bbox_roi_extractor.out_channels = 8
+    config.roi_head.bbox_head.update(in_channels=8, fc_out_channels=12, num_classes=CLASSES)
+    config.roi_head.bbox_head.update(head)
+    if moe is not None:
+        config.roi_head.bbox_head.update(moe, type='mmdet_moe.MoEShared2FCBBoxHead')
+    config.test_cfg.rpn.update(max_per_img=40)
+    config.test_cfg.rcnn.update(score_thr=0.0, max_per_img=30)
+    init_default_scope('mmdet')
+    return MODELS.build(config).eval()
+
+
+#: Boxes in px of the original images, (image: boxes); unlike labels tell objects apart.
+BOXES = (
+    [[4.0, 6, 30, 40], [20, 2, 150, 60], [100, 30, 118, 50]],
+    [],
+    [[10.0, 10, 80, 50]],
+)
+SCALES = ((0.5, 1.0), (1.0, 1.0), (0.8, 1.25))
+SIZES = ((64, 80), (40, 96), (60, 64))  # of the network's images, height and width
+
+
+def make_batch(count=3):
+    """Images of several sizes, scaled by other factors in x and y; the second has no objects."""
+    rng = np.random.default_rng(1)
+    images, samples = [], []
+    for index in range(count):
+        height, width = SIZES[index]
+        scale = SCALES[index]
+        sample = DetDataSample(
+            metainfo={
+                'img_shape': (height, width),
+                'ori_shape': (round(height / scale[1]), round(width / scale[0])),
+                'scale_factor': scale,
+                'img_id': index,
+            }
+        )
+        images.append(torch.from_numpy(rng.integers(0, 255, (3, height, width), dtype=np.uint8)))
+        samples.append(sample)
+    return {'inputs': images, 'data_samples': samples}
+
+
+def gt_instances(index):
+    """Ground truth in px of the network's input."""
+    boxes = torch.tensor(BOXES[index]).reshape(-1, 4)
+    boxes = boxes * torch.tensor(SCALES[index] * 2)
+    return InstanceData(bboxes=boxes, labels=torch.arange(len(boxes)))
+
+
+@torch.no_grad()
+def predict(model, batch):
+    """The model's own predictions."""
+    data = model.data_preprocessor(copy.deepcopy(batch), False)
+    return model(**data, mode='predict')
