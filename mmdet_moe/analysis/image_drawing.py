@@ -113,7 +113,9 @@ class _Page:
         panel_height = named + shown[1] + _MARGIN
         page_height = round(2 * _MARGIN + title_height + rows * panel_height + legend_height)
         # A little more than whole pixels: what is rounded down stays.
-        self.figure = Figure(figsize=((page_width + 1e-3) / DPI, (page_height + 1e-3) / DPI), dpi=DPI)
+        self.figure = Figure(
+            figsize=((page_width + 1e-3) / DPI, (page_height + 1e-3) / DPI), dpi=DPI
+        )
         self._canvas = FigureCanvasAgg(self.figure)
         self.figure.text(
             _MARGIN / page_width, 1 - _MARGIN / page_height, title, ha='left', va='top',
@@ -368,8 +370,8 @@ def _clipped(routed: RoutedMap, seen: tuple[float, float, float, float]) -> Rout
     columns, rows = np.diff(x) > 1e-6, np.diff(y) > 1e-6
     return RoutedMap(
         routed.name,
-        np.append(x[:-1][columns], seen[2]),
-        np.append(y[:-1][rows], seen[3]),
+        np.append(x[:-1][columns], x[-1]),
+        np.append(y[:-1][rows], y[-1]),
         routed.weights[rows][:, columns],
     )
 
@@ -406,7 +408,10 @@ def _numbers(
     full = 1.3 * page.text_width(f'e{routed.weights.shape[2] - 1} 0.00', factor)
     widest = page.text_width('0' * len(str(routed.weights.shape[2] - 1)), factor) + 4
     fits = (widths[None] >= widest) & (heights[:, None] >= line)
-    middle = [(a + b) / 2 for a, b in pairwise(routed.x)], [(a + b) / 2 for a, b in pairwise(routed.y)]
+    middle = (
+        [(a + b) / 2 for a, b in pairwise(routed.x)],
+        [(a + b) / 2 for a, b in pairwise(routed.y)],
+    )
     for row, column in zip(*np.nonzero(fits), strict=True):
         text = str(main[row, column])
         if widths[column] >= full:

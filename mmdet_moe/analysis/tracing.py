@@ -413,8 +413,8 @@ class _PriorOrigins(_NoOrigins):
         height, width = self._sizes[level]
         centre = (priors[:, :2] + priors[:, 2:4]) / 2 if self._has_boxes else priors[:, :2]
         # The middle of a cell, whether the head counts from its corner or from its middle.
-        column = (centre[:, 0] / stride_x + 1e-3).floor()
-        row = (centre[:, 1] / stride_y + 1e-3).floor()
+        column = (centre[:, 0].double() / stride_x + 1e-3).floor()
+        row = (centre[:, 1].double() / stride_y + 1e-3).floor()
         levels = torch.full_like(column, level)
         return _pack(
             levels, (column + 0.5) / width, (row + 0.5) / height, torch.full_like(levels, _UNKNOWN)

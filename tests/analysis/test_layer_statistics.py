@@ -120,10 +120,11 @@ def test_what_an_image_adds_is_seen_within_the_levels():
     """Images are compared with others of the same level, however much the levels differ."""
     rng = np.random.default_rng(0)
     level, image = np.tile([0, 1], 60), np.repeat(np.arange(60), 2)
-    # Level 0 goes to experts 0 and 1, level 1 to experts 2 and 3.
+    # Half of each decision is for the level's own expert, 2 or 3, half for expert 0 or 1.
     for agree in (True, False):
         own = rng.integers(0, 2, 60)[image] if agree else rng.integers(0, 2, 120)
-        found = statistics_of(np.eye(4)[2 * level + own], level, image).as_dict(199)
+        weights = (np.eye(4)[own] + np.eye(4)[2 + level]) / 2
+        found = statistics_of(weights, level, image).as_dict(199)
         association = found['associations']['decisions']['image']
         if agree:
             assert association['p_value'] == 0.005

@@ -189,7 +189,7 @@ def candidates_of(detections, image_priors):
 def test_detections_come_from_their_prior(name, option, make):
     model, batch = make(name, **OPTIONS[option]), make_batch()
     priors, sizes = every_prior(model, batch)
-    levels = set()
+    levels, unambiguous, total = set(), 0, 0
     with Tracer(model) as tracer:
         assert (tracer.num_levels, tracer.knows_origins) == (3, True)
         for i, result in enumerate(tracer.predict(copy.deepcopy(batch))):
@@ -198,12 +198,17 @@ def test_detections_come_from_their_prior(name, option, make):
             assert places.image.tolist() == [i] * len(detections)
             assert places.roi.tolist() == [-1] * len(detections)
             for d, (_, level, row, column) in enumerate(candidates_of(detections, priors[i])):
-                assert len(level) == 1  # unambiguous
-                height, width = sizes[level]
-                assert places.level[d] == level
-                assert places.x[d].item() == pytest.approx((column.item() + 0.5) / width)
-                assert places.y[d].item() == pytest.approx((row.item() + 0.5) / height)
-                levels.add(level.item())
+                height, width = sizes[places.level[d]]
+                claimed = places.level[d], places.y[d] * height - 0.5, places.x[d] * width - 0.5
+                same = [
+                    torch.stack(cell).double().allclose(torch.stack(claimed).double())
+                    for cell in zip(level.double(), row, column, strict=True)
+                ]
+                assert sum(same) >= 1
+                levels.add(level[0].item())
+                unambiguous += len(set(zip(row.tolist(), column.tolist(), strict=True))) == 1
+                total += 1
+    assert unambiguous > 0.7 * total or total == 0
     if option == 'plain':
         assert len(levels) > 1
     assert bool(levels) == (option != 'no detections')
