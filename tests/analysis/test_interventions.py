@@ -1,0 +1,265 @@
+"""Interventions against all experts computed on everything and mixed by hand."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from mmdet_moe.analysis.interventions import ALL, Intervention, applied, interventions_on
+from mmdet_moe.moe import GAPRouter, LinearExperts, MLPExperts, MoELayer
+
+C, OUT, E, K = 4, 5, 4, 2
+GRANULARITIES = {
+    'image': lambda: nn.Conv2d(C, OUT, 3, padding=1),
+    'patch': lambda: nn.Conv2d(C, OUT, 3, padding=1),
+    'pixel': lambda: nn.Conv2d(C, OUT, 1),
+}
+
+
+def build(granularity, softmax, randomise, top_k=K, constraint=None):
+    router = GAPRouter(C, E, top_k, softmax=softmax, constraint=constraint)
+    grid = {'grid_size': 2} if granularity == 'patch' else {}
+    layer = MoELayer(
+        GRANULARITIES[granularity](), E, top_k, router, granularity=granularity, **grid
+    )
+    return randomise(layer).double().eval()
+
+
+def per_pixel(layer, x, weights):
+    """(N, E, H, W) of weights (items, E)."""
+    images, _, height, width = x.shape
+    if layer.granularity == 'image':
+        return weights.view(images, E, 1, 1).expand(-1, -1, height, width)
+    if layer.granularity == 'pixel':
+        return weights.view(images, height, width, E).permute(0, 3, 1, 2)
+    spread = torch.zeros(images, E, height, width).double()
+    weights = weights.view(images, 2, 2, E)
+    for i, rows in enumerate((slice(0, height // 2), slice(height // 2, None))):
+        for j, columns in enumerate((slice(0, width // 2), slice(width // 2, None))):
+            spread[:, :, rows, columns] = weights[:, i, j, :, None, None]
+    return spread
+
+
+def dense(layer, maps, weights):
+    """Every expert on everything; weights (T, E) ordered by map, image, place."""
+    outputs, start = [], 0
+    for x, count in zip(maps, layer.routing.items_per_level, strict=True):
+        mixed = per_pixel(layer, x, weights[start : start + count])
+        every = torch.stack([expert(x) for expert in layer.experts], 1)
+        outputs.append((mixed[:, :, None] * every).sum(1))
+        start += count
+    return outputs
+
+
+def weights_by_hand(logits, softmax, kind, expert, top_k=K):
+    """(T, E), or None for what is drawn."""
+    chosen = torch.zeros_like(logits).scatter(1, logits.topk(top_k).indices, 1)
+    if softmax == 'kept':
+        usual = (logits.exp() * chosen) / (logits.exp() * chosen).sum(1, keepdim=True)
+    else:
+        usual = logits.softmax(1) * chosen
+    total = usual.sum(1, keepdim=True)
+    if kind == 'only':
+        weights = torch.zeros_like(logits)
+        weights[:, expert] = total[:, 0]
+        return weights
+    if kind == 'equal':
+        return total.repeat(1, E) / E
+    others = logits.clone()
+    others[:, expert] = -torch.inf
+    chosen = torch.zeros_like(logits).scatter(1, others.topk(top_k).indices, 1)
+    chosen[:, expert] = 0
+    weights = logits.exp() * chosen
+    return weights / weights.sum(1, keepdim=True) * total
+
+
+def random_maps():
+    return [torch.randn(3, C, size, size + 2).double() for size in (6, 3)]
+
+
+@pytest.mark.parametrize('softmax', ['kept', 'all'])
+@pytest.mark.parametrize('granularity', GRANULARITIES)
+@pytest.mark.parametrize(
+    ('kind', 'expert'), [*[(k, e) for k in ('only', 'without') for e in range(E)], ('equal', None)]
+)
+@torch.no_grad()
+def test_outputs(granularity, softmax, kind, expert, randomise):
+    layer, maps = build(granularity, softmax, randomise), random_maps()
+    before = layer(maps)
+    logits = layer.routing.logits
+    with applied(Intervention('a.b', kind, expert), {'a.b': layer}):
+        changed = layer(maps)
+        expected = dense(layer, maps, weights_by_hand(logits, softmax, kind, expert))
+    for y, reference in zip(changed, expected, strict=True):
+        torch.testing.assert_close(y, reference, rtol=0, atol=1e-10)
+    assert not torch.equal(changed[0], before[0])
+    for y, reference in zip(layer(maps), before, strict=True):
+        assert torch.equal(y, reference)
+
+
+@pytest.mark.parametrize('top_k', [1, K, E])
+@torch.no_grad()
+def test_without_is_a_router_with_one_expert_less(top_k, randomise):
+    softmax = 'all' if top_k == 1 else 'kept'
+    layer, maps = build('image', softmax, randomise, top_k), random_maps()
+    usual = layer(maps) and layer.routing
+    for expert in range(E):
+        with applied(Intervention('a', 'without', expert), {'a': layer}):
+            found = layer(maps)
+            routing = layer.routing
+        weights = weights_by_hand(usual.logits, softmax, 'without', expert, top_k)
+        torch.testing.assert_close(routing.dense_weights(), weights)
+        assert (routing.dense_weights()[:, expert] == 0).all()
+        torch.testing.assert_close(routing.weights.sum(1), usual.weights.sum(1))
+        if softmax == 'kept':
+            other = copy.deepcopy(layer)
+            other.router.fc.bias[expert] = -torch.inf
+            chosen, weights = other.router.choose(
+                usual.logits.index_fill(1, torch.tensor([expert]), -torch.inf), training=False
+            )
+            assert torch.equal(routing.expert_ids, chosen)
+            torch.testing.assert_close(routing.weights, weights)
+        for y, reference in zip(found, dense(layer, maps, routing.dense_weights()), strict=True):
+            torch.testing.assert_close(y, reference, rtol=0, atol=1e-10)
+
+
+@torch.no_grad()
+def test_without_under_a_biased_choice(randomise):
+    """The bias of a loss-free constraint takes part in the choice, but not in the weights."""
+    constraint = {'type': 'mmdet_moe.LossFreeConstraint'}
+    try:
+        layer = build('image', 'kept', randomise, constraint=constraint)
+    except Exception:
+        from mmdet_moe.moe import constraints
+
+        name = next(n for n in dir(constraints) if 'Free' in n or 'Bias' in n)
+        constraint = {'type': f'mmdet_moe.{name}'}
+        layer = build('image', 'kept', randomise, constraint=constraint)
+    bias = torch.tensor([5.0, -5, 0, 0]).double()
+    buffers = dict(layer.router.constraint.named_buffers())
+    assert len(buffers) >= 1
+    for buffer in buffers.values():
+        if buffer.shape == (E,):
+            buffer.copy_(bias)
+    layer(random_maps())
+    usual = layer.routing
+    for expert in range(E):
+        with applied(Intervention('a', 'without', expert), {'a': layer}):
+            layer(random_maps()[:1])
+            routing = layer.routing
+        selection = layer.router.constraint.select(routing.logits, False).clone()
+        selection[:, expert] = -torch.inf
+        assert torch.equal(routing.expert_ids, selection.topk(K).indices)
+        expected = routing.logits.gather(1, routing.expert_ids).softmax(1)
+        torch.testing.assert_close(routing.weights, expected)
+    assert usual.num_items == 6
+
+
+@pytest.mark.parametrize('granularity', GRANULARITIES)
+@torch.no_grad()
+def test_random_decisions(granularity, randomise):
+    layer, maps = build(granularity, 'kept', randomise), random_maps()
+    layer(maps)
+    usual = layer.routing
+    found = []
+    for seed in ((1, 2), (1, 2), (1, 3)):
+        with applied(Intervention(ALL, 'random'), {'a': layer}, seed):
+            outputs = layer(maps)
+        assert torch.equal(layer.routing.weights, usual.weights)
+        chosen = layer.routing.expert_ids
+        assert (chosen[:, 0] != chosen[:, 1]).all()
+        expected = dense(layer, maps, layer.routing.dense_weights())
+        for y, reference in zip(outputs, expected, strict=True):
+            torch.testing.assert_close(y, reference, rtol=0, atol=1e-10)
+        found.append(chosen)
+    assert torch.equal(found[0], found[1])
+    assert not torch.equal(found[0], found[2])
+
+
+@torch.no_grad()
+def test_random_decisions_are_uniform(randomise):
+    """Each ordered pair of different experts equally often; new draws in each forward pass."""
+    layer = build('pixel', 'kept', randomise)
+    counts = torch.zeros(E, E)
+    x = torch.randn(2, C, 40, 40).double()
+    with applied(Intervention('a', 'random'), {'a': layer}, (3,)):
+        previous = None
+        for _ in range(3):
+            layer(x)
+            chosen = layer.routing.expert_ids
+            counts.index_put_(tuple(chosen.T), torch.ones(len(chosen)), accumulate=True)
+            assert previous is None or not torch.equal(chosen, previous)
+            previous = chosen
+    assert not counts.diagonal().any()
+    expected = 9600 / 12
+    pairs = counts[~torch.eye(E, dtype=torch.bool)]
+    # 11 degrees of freedom: chi² above 31.3 in one of a thousand draws.
+    assert ((pairs - expected) ** 2 / expected).sum() < 31.3
+
+
+class Two(nn.Module):
+    """Two layers, one after the other."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = MoELayer(LinearExperts(C, C, E), E, K, in_channels=C, granularity='pixel')
+        self.second = MoELayer(MLPExperts(C, 6, OUT, E), E, K, in_channels=C, granularity='pixel')
+
+    def forward(self, x):
+        return self.second(self.first(x))
+
+
+@torch.no_grad()
+def test_one_layer_or_all(randomise):
+    model = randomise(Two()).eval()
+    layers = {'first': model.first, 'second': model.second}
+    x = torch.randn(2, C, 5, 5)
+    model(x)
+    usual = {name: layer.routing.expert_ids for name, layer in layers.items()}
+    for target in ('first', 'second', ALL):
+        with applied(Intervention(target, 'equal'), layers):
+            model(x)
+            for name, layer in layers.items():
+                changed = layer.routing.top_k == E
+                assert changed == (target in (name, ALL))
+                if not changed and target != 'first':
+                    assert torch.equal(layer.routing.expert_ids, usual[name])
+
+
+@pytest.mark.parametrize('fails', [False, True])
+@torch.no_grad()
+def test_nothing_is_left_behind(fails, randomise):
+    model = randomise(Two()).eval()
+    layers = {'first': model.first, 'second': model.second}
+    state = copy.deepcopy(model.state_dict())
+    x = torch.randn(2, C, 5, 5)
+    before = model(x)
+    for intervention in interventions_on(layers):
+        try:
+            with applied(intervention, layers):
+                assert torch.isfinite(model(x)).all()
+                if fails:
+                    raise KeyboardInterrupt
+        except KeyboardInterrupt:
+            pass
+        assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+        assert torch.equal(model(x), before)
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+
+
+def test_list_of_interventions():
+    model = Two()
+    two = {'first': model.first, 'second': model.second}
+    found = interventions_on(two)
+    for name in two:
+        mine = [i for i in found if i.layer == name]
+        assert [i.expert for i in mine if i.kind == 'only'] == list(range(E))
+        assert [i.expert for i in mine if i.kind == 'without'] == list(range(E))
+        assert sorted(i.kind for i in mine if i.expert is None) == ['equal', 'random']
+    assert sorted(i.kind for i in found if i.layer == ALL) == ['equal', 'random']
+    assert len(found) == len(set(found)) == 2 * (2 * E + 2) + 2
+    assert ALL not in {i.layer for i in interventions_on({'first': model.first})}
+    alone = MoELayer(LinearExperts(C, C, 1), 1, 1, in_channels=C, granularity='pixel')
+    assert interventions_on({'alone': alone}) == []
+    assert len(interventions_on({'alone': alone, **two})) == len(found)
