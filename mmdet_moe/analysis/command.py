@@ -144,9 +144,11 @@ def _check(args: argparse.Namespace) -> None:
         raise ConfigError(f'--max-images={args.max_images} must be at least 1')
     if not 0 <= args.score_thr < 1:
         raise ConfigError(f'--score-thr={args.score_thr} must lie in 0..1, 1 excluded')
-    if args.out.exists() and not args.out.is_dir():
-        raise ConfigError(f"--out: '{args.out}' is a file; choose a folder")
-    if args.out.is_dir() and any(args.out.iterdir()) and not (args.out / 'records').is_dir():
+    for path in (args.out, *args.out.parents):
+        if path.exists() and not path.is_dir():
+            raise ConfigError(f"--out: '{path}' is a file; choose a folder")
+    has_records = (args.out / 'records' / 'statistics').is_dir()
+    if args.out.is_dir() and any(args.out.iterdir()) and not has_records:
         raise ConfigError(
             f"--out: '{args.out}' holds something else than an analysis; choose a new folder"
         )

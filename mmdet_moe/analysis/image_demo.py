@@ -1,12 +1,12 @@
 """``tools/image_demo.py``: which expert found what in single images."""
 
 import argparse
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from matplotlib.figure import Figure
 from mmengine.config import Config, DictAction
 from mmengine.dataset import pseudo_collate
@@ -213,6 +213,7 @@ class ImageDemo:
         self.layers = _chosen(list(self.tracer.layers), layers)
         self.classes = _classes(cfg, meta)
         self.score_thr = score_thr
+        self._without_map: set[str] = set()
         mean = getattr(model.data_preprocessor, 'mean', None)
         self.pipeline = ImagePipeline(cfg, 3 if mean is None else mean.numel())
 
@@ -240,6 +241,12 @@ class ImageDemo:
                 figure = self._routing(path.name, image, name, decisions, (width, height))
                 if figure is not None:
                     yield f'{name}_routing', figure
+                elif decisions is not None and name not in self._without_map:
+                    self._without_map.add(name)
+                    print(
+                        f'note: no overlay of {name}, whose decisions cover no part of a map',
+                        file=sys.stderr,
+                    )
 
     # Found things --------------------------------------------------------------------------------
 
@@ -249,27 +256,29 @@ class ImageDemo:
         layer = self.tracer.layers[name]
         if self.tracer.is_detector:
             marks = self._detections(name, decisions, result.pred_instances)
-            said = (
-                f'{file}: {len(marks)} {"detection" if len(marks) == 1 else "detections"} with a '
-                f'score of at least {self.score_thr:g} (class and score | main expert and weight)'
+            number = {0: 'no detection', 1: '1 detection'}.get(
+                len(marks), f'{len(marks)} detections'
             )
+            said = f'{number} with a score of at least {self.score_thr:g} (class and score | '
+            said += 'main expert e and its weight)'
             things = 'detections'
         else:
             marks = [self._classification(image, decisions, result)]
-            said = f'{file}: the predicted class and its score | main expert and weight'
+            said = 'predicted class and its score | main expert e and its weight'
             things = 'images'
-        title = f'{said}\n{self._heading(name, decisions)}'
+        title = f'{file}: {said}\n{self._heading(name, decisions)}'
         return draw_marks(image.pixels, marks, title, layer.num_experts, things)
 
     def _heading(self, name: str, decisions: Decisions | None) -> str:
         layer = self.tracer.layers[name]
-        heading = f'{name}: {layer.top_k} of {layer.num_experts} experts for each '
-        heading += 'RoI' if name.startswith('roi_head.') else layer.granularity
-        if layer.granularity == 'image' and decisions is not None and len(decisions.maps) > 1:
-            heading += ' and pyramid level'
+        is_per_roi = name.startswith('roi_head.')
+        unit = 'RoI' if is_per_roi else layer.granularity
+        if unit == 'image' and decisions is not None and len(decisions.maps) > 1:
+            unit = 'image and pyramid level'
+        heading = f'{name}: one decision per {unit}, {layer.top_k} of {layer.num_experts} experts'
         if decisions is None:
             heading += '; not used for this image'
-        elif not name.startswith('roi_head.') and len(decisions.weights) == 1:
+        elif len(decisions.weights) == 1 and not is_per_roi:
             heading += f', here {mixture(decisions.weights[0].numpy())}'
         return heading
 
@@ -322,7 +331,7 @@ class ImageDemo:
                 'where the routing lies on the image; use Resize, ResizeEdge, CenterCrop and Pad'
             )
         maps = routed_maps(decisions, image.placement, padded)
-        title = f'{file}: main expert of every cell, the more opaque the larger its weight'
+        title = f'{file}: main expert e of every cell and its weight (opacity)'
         title += f'\n{self._heading(name, decisions)}'
         seen = [image.placement.seen(axis) for axis in (0, 1)]
         seen = (seen[0][0], seen[1][0], seen[0][1], seen[1][1])
@@ -347,7 +356,9 @@ def routed_maps(
         name = ''
         if len(decisions.maps) > 1:
             what = (
-                mixture(weights[0, 0]) if len(items) == 1 else f'{len(rows) - 1}×{len(columns) - 1}'
+                mixture(weights[0, 0])
+                if len(items) == 1
+                else f'{len(rows) - 1}×{len(columns) - 1} cells'
             )
             name = f'level {i}: {what}'
         maps.append(

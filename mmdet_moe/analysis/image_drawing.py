@@ -7,7 +7,6 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import pairwise
 
 import cv2
 import matplotlib
@@ -29,6 +28,8 @@ _UNKNOWN_COLOUR = '#7A7A7A'
 _MARGIN = 14
 _MIN_WIDTH = 560
 _NUM_ENTRIES = 16  # experts in a legend
+_SHRINK = (1.0, 0.75, 0.55)  # of the image, with one, two and more panels
+_MAX_STEPS = 8  # how far a label is moved away from its box, in its own height
 # The opacity of a cell for weights 0 and 1.
 _FAINT, _STRONG = 0.1, 0.6
 _LINE_HEIGHT = 1.4  # of the font size
@@ -98,10 +99,9 @@ class _Page:
         self.size = (width, height)
         columns = _columns(len(names), width / height)
         rows = math.ceil(len(names) / columns)
-        shrink = 1.0 if len(names) == 1 else 0.75
-        self.scale = _scale(max(width, height), shrink)
+        self.scale = _scale(max(width, height), _SHRINK[min(len(names), 3) - 1])
         shown = (max(1, round(width * self.scale)), max(1, round(height * self.scale)))
-        self.font = min(22.0, max(13.0, 0.0125 * max(shown)))
+        self.font = min(22.0, max(13.0, 0.0125 * max(shown), 0.009 * columns * shown[0]))
         line = _LINE_HEIGHT * self.font
         inner = max(columns * shown[0] + (columns - 1) * _MARGIN, _MIN_WIDTH)
         page_width = inner + 2 * _MARGIN
@@ -189,8 +189,8 @@ def _columns(panels: int, aspect: float) -> int:
 def _legend_grid(handles: Sequence[Artist], width: float, font: float) -> tuple[int, int]:
     if not handles:
         return 0, 1
-    longest = max(len(handle.get_label()) for handle in handles)
-    columns = max(1, min(len(handles), int(width / (font * (0.58 * longest + 4)))))
+    widths = [font * (0.58 * len(handle.get_label()) + 3.5) for handle in handles]
+    columns = len(handles) if sum(widths) <= width else max(1, int(width / max(widths)))
     return math.ceil(len(handles) / columns), columns
 
 
@@ -202,7 +202,7 @@ def _handles(counts: dict[int, str], num_experts: int) -> list[Artist]:
             facecolor=colour_of(e),
             edgecolor='black',
             linewidth=0.6,
-            label=f'expert {e}' + (f': {counts[e]}' if e in counts else ''),
+            label=f'expert {e}: {counts.get(e, "none")}',
         )
         for e in sorted(e for e in shown if e != UNKNOWN)
     ]
@@ -250,8 +250,15 @@ def draw_marks(
                 path_effects=[withStroke(linewidth=(stroke + 1.6) * 72 / DPI, foreground='black')],
             )
         )  # fmt: skip
-    for mark, (left, top), (width, height) in zip(marks, corners, labels, strict=True):
+    for mark, box, (left, top), (width, height) in zip(marks, boxes, corners, labels, strict=True):
         colour = colour_of(mark.expert)
+        line_x, line_y = _connection(box, (left, top, left + width, top + height))
+        if math.hypot(line_x[1] - line_x[0], line_y[1] - line_y[0]) > 2:
+            axes.plot(
+                np.array(line_x) / page.scale, np.array(line_y) / page.scale, color=colour,
+                linewidth=0.7 * stroke * 72 / DPI, clip_on=False, zorder=2.5,
+                path_effects=[withStroke(linewidth=(stroke + 1) * 72 / DPI, foreground='black')],
+            )  # fmt: skip
         left, top, width, height = (v / page.scale for v in (left, top, width, height))
         axes.add_patch(
             Rectangle(
@@ -282,28 +289,59 @@ def place_labels(
         Left and top of each.
     """
     placed = np.zeros((0, 4))
-    corners = []
-    for (x0, y0, x1, y1), (width, height) in zip(boxes, sizes, strict=True):
-        wanted = [
-            (x0, y0 - height), (x0, y1), (x1 - width, y0 - height), (x1 - width, y1), (x0, y0),
-            (x1, y0), (x0 - width, y0), (x0, y1 - height), (x1, y1 - height),
-        ]  # fmt: skip
+    for box, size in zip(boxes, sizes, strict=True):
         best = None
-        for order, (left, top) in enumerate(wanted):
-            moved_left = max(area[0], min(left, area[2] - width))
-            moved_top = max(area[1], min(top, area[3] - height))
-            rectangle = (moved_left, moved_top, moved_left + width, moved_top + height)
+        for distance, corner in _candidates(box, size):
+            moved = tuple(max(area[i], min(corner[i], area[i + 2] - size[i])) for i in (0, 1))
+            rectangle = (*moved, moved[0] + size[0], moved[1] + size[1])
             cost = (
                 10 * _overlap(rectangle, placed)
-                + min(2.0, _overlap(rectangle, boxes))
-                + 0.02 * order
-                + (abs(moved_left - left) + abs(moved_top - top)) / height * 0.1
+                + min(1.5, _overlap(rectangle, boxes))
+                + distance
+                + 0.1 * (abs(moved[0] - corner[0]) + abs(moved[1] - corner[1])) / size[1]
             )
             if best is None or cost < best[0]:
                 best = cost, rectangle
         placed = np.concatenate([placed, [best[1]]])
-        corners.append(best[1][:2])
-    return corners
+    return [(left, top) for left, top, *_ in placed.tolist()]
+
+
+def _candidates(
+    box: np.ndarray, size: tuple[float, float]
+) -> Iterator[tuple[float, tuple[float, float]]]:
+    """Places for a label around its box, each with what speaks against it."""
+    (x0, y0, x1, y1), (width, height) = box.tolist(), size
+    touching = (
+        (x0, y0 - height), (x0, y1), (x1 - width, y0 - height), (x1 - width, y1), (x0, y0),
+        (x1, y0), (x0 - width, y0), (x0, y1 - height), (x1, y1 - height),
+    )  # fmt: skip
+    for order, corner in enumerate(touching):
+        yield 0.02 * order, corner
+    for step in range(1, _MAX_STEPS + 1):
+        away = step * 1.15 * height
+        for left in (x0, x1 - width, x0 - width, x1):
+            for top in (y0 - height - away, y1 + away):
+                yield 0.3 + 0.15 * step, (left, top)
+        for left in (x0 - width - height, x1 + height):
+            for top in (y0 - away, y0 + away):
+                yield 0.3 + 0.15 * step, (left, top)
+
+
+def _connection(
+    box: np.ndarray, label: tuple[float, float, float, float]
+) -> tuple[tuple[float, float], tuple[float, float]]:
+    """The shortest line from a box to its label: two x and two y."""
+    ends = []
+    for axis in (0, 1):
+        first, last = max(box[axis], label[axis]), min(box[axis + 2], label[axis + 2])
+        middle = (first + last) / 2
+        if first <= last:  # side by side
+            ends.append((middle, middle))
+        elif box[axis] > label[axis]:
+            ends.append((box[axis], label[axis + 2]))
+        else:
+            ends.append((box[axis + 2], label[axis]))
+    return ends[0], ends[1]
 
 
 def _overlap(rectangle: tuple[float, ...], others: np.ndarray) -> float:
@@ -348,7 +386,9 @@ def draw_routing(
     }
     weights = [Patch(facecolor='0.2', alpha=opacity(w), label=f'weight {w:g}') for w in (0.5, 1)]
     handles = [*_handles(counts, maps[0].weights.shape[2]), *weights]
-    grey = np.repeat((image @ np.array([0.299, 0.587, 0.114]))[..., None], 3, axis=2)
+    # Neither black nor white, so that the colours look alike everywhere.
+    grey = 70 + 0.65 * (image @ np.array([0.299, 0.587, 0.114]))
+    grey = np.repeat(grey[..., None], 3, axis=2)
     names = [routed.name for routed in maps]
     page = _Page(grey.round().astype(np.uint8), title, names, handles)
     for axes, routed in zip(page.panels, visible, strict=True):
@@ -402,22 +442,19 @@ def _numbers(
     page: _Page, routed: RoutedMap, main: np.ndarray
 ) -> Iterator[tuple[float, float, str, float]]:
     """Texts in the cells, (x, y, text, font size): in each one, or in areas of equal ones."""
-    factor = 0.92
-    line = 1.25 * factor * page.font
     widths, heights = np.diff(routed.x) * page.scale, np.diff(routed.y) * page.scale
+    side = min(np.median(widths), np.median(heights))
+    factor = max(0.92, min(1.6, 0.1 * side / page.font))
+    line = 1.25 * factor * page.font
     full = 1.3 * page.text_width(f'e{routed.weights.shape[2] - 1} 0.00', factor)
     widest = page.text_width('0' * len(str(routed.weights.shape[2] - 1)), factor) + 4
     fits = (widths[None] >= widest) & (heights[:, None] >= line)
-    middle = (
-        [(a + b) / 2 for a, b in pairwise(routed.x)],
-        [(a + b) / 2 for a, b in pairwise(routed.y)],
-    )
+    middle = [(borders[1:] + borders[:-1]) / 2 for borders in (routed.x, routed.y)]
     for row, column in zip(*np.nonzero(fits), strict=True):
         text = str(main[row, column])
         if widths[column] >= full:
             text = f'e{text} {routed.weights[row, column].max():.2f}'
         yield middle[0][column], middle[1][row], text, factor
-    side = min(np.median(widths), np.median(heights))
     for expert in np.unique(main):
         alike = ((main == expert) & ~fits).astype(np.uint8)
         # Cells from each one to the nearest other one, itself included.

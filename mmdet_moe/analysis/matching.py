@@ -41,7 +41,8 @@ def match(
     free = ~crowd
     for i in np.argsort(-scores, kind='stable'):
         candidates = np.where(free, overlaps[i], 0)
-        best = int(candidates.argmax())
+        # Of equally good ones the last, as COCO's evaluation does.
+        best = len(candidates) - 1 - int(candidates[::-1].argmax())
         if candidates[best] >= threshold:
             found[i], free[best] = best, False
         elif (overlaps[i][crowd] >= threshold).any():

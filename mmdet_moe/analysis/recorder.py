@@ -7,7 +7,8 @@ Arrays of one file of records (i images, d detections, o objects, L layers by th
 - ``det_image`` int32, ``det_box`` float32 (d, 4), ``det_score`` float32, ``det_label`` int32,
   ``det_level`` int32, ``det_match`` int64 (the row of its object, or what
   :mod:`~mmdet_moe.analysis.matching` says).
-- ``obj_image``, ``obj_box``, ``obj_label``, ``obj_crowd``. A classifier's images are its objects.
+- ``obj_image``, ``obj_box``, ``obj_label``, ``obj_crowd``, and ``obj_level`` int32, the level of most
+  of its anchors or RoIs, -1 without. A classifier's images are its objects.
 - ``L/det_unit`` int64 (d,), the number of the decision behind each detection, -1 if unknown, and
   ``L/det_weights`` float32 (d, E), NaN there.
 - ``L/link_object``, ``L/link_unit``, ``L/link_level``, ``L/link_share``, ``L/link_weights``: which
@@ -85,7 +86,8 @@ class Recorder:
                 i, result.metainfo, torch.from_numpy(truth.boxes[wanted])
             )
             held.append(responsible)
-            owners.append(first + wanted[owner.numpy()])
+            owner = wanted[owner.numpy()]
+            owners.append(first + owner)
             rows.append((boxes, scores, labels))
             self._append(
                 image=np.array([index], np.int32),
@@ -100,6 +102,7 @@ class Recorder:
                 obj_box=truth.boxes,
                 obj_label=truth.labels.astype(np.int32),
                 obj_crowd=truth.crowd,
+                obj_level=_main_level(owner, responsible.level.numpy(), len(truth.labels)),
             )
         detections, objects = Places.cat(detected), Places.cat(held)
         owner = np.concatenate(owners)
@@ -211,6 +214,15 @@ class Recorder:
             }
         )
         return kept
+
+
+def _main_level(owner: np.ndarray, level: np.ndarray, count: int) -> np.ndarray:
+    """The most frequent level of each owner's places, int32 (count,); of several the coarsest."""
+    found = np.full(count, -1, np.int32)
+    pairs, times = np.unique(np.stack([owner, level], axis=1), axis=0, return_counts=True)
+    pairs = pairs[np.argsort(times, kind='stable')]
+    found[pairs[:, 0]] = pairs[:, 1]  # the last one stays
+    return found
 
 
 def _units(decisions: Decisions, indices: list[int]) -> np.ndarray:

@@ -430,17 +430,13 @@ def _detector_outcomes(arrays: Arrays, layers: list[str], score_thr: float) -> O
     boxes = np.concatenate([arrays['det_box'][shown], arrays['obj_box'][missed]])
     true_label = np.full(len(matched), -1, np.int32)
     true_label[correct] = arrays['obj_label'][matched[correct]]
-    level = np.full(len(arrays['obj_label']), -1, np.int32)
     weights = {}
     for number, name in enumerate(layers):
         prefix = f'{number}/'
-        held = np.full((len(level), arrays[f'{prefix}det_weights'].shape[1]), np.nan, np.float32)
+        held = np.full((len(is_found), arrays[f'{prefix}det_weights'].shape[1]), np.nan, np.float32)
         owner, share = arrays[f'{prefix}link_object'], arrays[f'{prefix}link_share']
         held[owner] = 0
         np.add.at(held, owner, share[:, None] * arrays[f'{prefix}link_weights'])
-        # The level of most of an object's anchors.
-        order = np.argsort(share, kind='stable')
-        level[owner[order]] = arrays[f'{prefix}link_level'][order]
         weights[name] = np.concatenate([arrays[f'{prefix}det_weights'][shown], held[missed]])
     count = int(missed.sum())
     return Outcomes(
@@ -453,7 +449,7 @@ def _detector_outcomes(arrays: Arrays, layers: list[str], score_thr: float) -> O
             np.uint8
         ),
         size=_sizes(boxes).astype(np.float32),
-        level=np.concatenate([arrays['det_level'][shown], level[missed]]),
+        level=np.concatenate([arrays['det_level'][shown], arrays['obj_level'][missed]]),
         weights=weights,
     )
 
@@ -499,7 +495,7 @@ def load_weights(model: nn.Module, path: str) -> dict:
     if missing:
         hint = (
             'it looks like a dense model: train the MoE model first'
-            if any('router' in key for key in missing)
+            if not any('.router.' in key for key in state)
             else 'give the config that it was trained with'
         )
         raise ConfigError(

@@ -170,7 +170,9 @@ class BiasBalancing(Constraint):
         self.register_buffer('bias', torch.zeros(num_experts))
 
     def select(self, logits: Tensor, training: bool) -> Tensor:
-        return logits.softmax(dim=-1) + self.bias.to(logits.dtype)
+        values = logits.softmax(dim=-1) + self.bias.to(logits.dtype)
+        # No bias brings back an expert that is not there.
+        return values.masked_fill(torch.isneginf(logits), float('-inf'))
 
     @torch.no_grad()
     def update(self, routing: Routing) -> None:

@@ -1,8 +1,10 @@
 """The way of one map's items to their experts and back."""
 
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from itertools import pairwise
 
+import torch
 from torch import Tensor
 
 from mmdet_moe import ops
@@ -51,6 +53,15 @@ class Routes:
         R rows for each.
         """
         return rows_R.split([stop - start for start, stop in pairwise(self.bounds)])
+
+    def through(self, x_T: Tensor, experts: Sequence[Callable[[Tensor], Tensor]]) -> Tensor:
+        """There and back, each expert on its own rows, if it has any: (T, ...) to (T, ...)."""
+        rows_R = self.dispatch(x_T)
+        parts = zip(experts, self.split(rows_R), strict=True)
+        results = [expert(rows) for expert, rows in parts if len(rows)]
+        if not results:  # nothing to do; one expert still says the output's shape
+            results = [experts[0](rows_R)]
+        return self.combine(results[0] if len(results) == 1 else torch.cat(results))
 
     def combine(self, y_R: Tensor) -> Tensor:
         """Sum each item's rows with their weights: (R, ...) to (T, ...)."""

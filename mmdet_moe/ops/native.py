@@ -11,7 +11,6 @@ from mmdet_moe.errors import ConfigError
 from mmdet_moe.ops import build
 
 VARIABLE = 'MMDET_MOE_OPS'
-BUILD_COMMAND = build.COMMAND
 
 
 @dataclass(frozen=True)
@@ -81,7 +80,7 @@ def check() -> None:
         for entry in _missing():
             raise ConfigError(
                 f'{VARIABLE}=native, but there are no compiled kernels for {entry.device} '
-                f'({entry.detail}); build them (`{BUILD_COMMAND}`), or unset it'
+                f'({entry.detail}); build them (`{build.COMMAND}`), or unset it'
             )
 
 
@@ -105,7 +104,7 @@ def _is_tool() -> bool:
 
 def _load(device: str) -> Kernels:
     record = {entry.device: entry for entry in build.read_record()}
-    entry = record.get(device, build.Built(device, reason=f'not built; run `{BUILD_COMMAND}`'))
+    entry = record.get(device, build.Built(device, reason=f'not built; run `{build.COMMAND}`'))
     if entry.file is None:
         return Kernels(device, False, str(entry.reason))
     if tuple(map(int, torch.__version__.split('.')[:2])) < build.OLDEST_TORCH:
@@ -118,14 +117,14 @@ def _load(device: str) -> Kernels:
             device,
             False,
             f'built by {entry.compiler}, but this PyTorch uses CUDA {torch.version.cuda}; '
-            f'run `{BUILD_COMMAND}` again',
+            f'run `{build.COMMAND}` again',
         )
     if entry.sources != build.digest(device):
         return Kernels(
-            device, False, f'built of other sources than these; run `{BUILD_COMMAND}` again'
+            device, False, f'built of other sources than these; run `{build.COMMAND}` again'
         )
     try:
         torch.ops.load_library(build.LIB / entry.file)
     except OSError as error:
-        return Kernels(device, False, f'{error}; run `{BUILD_COMMAND}` again')
+        return Kernels(device, False, f'{error}; run `{build.COMMAND}` again')
     return Kernels(device, True, f'{entry.compiler}, {", ".join(entry.architectures)}')

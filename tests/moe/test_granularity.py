@@ -349,3 +349,22 @@ def test_wrong_inputs():
         layer(torch.randn(C))
     with pytest.raises(ValueError, match=r'their first dimensions are \[3, 2\]'):
         layer([torch.randn(3, C), torch.randn(2, C)])
+
+
+def test_places_of_pixels():
+    pixels = Pixels.of(torch.zeros(2, C, 3, 4))
+    for index, (row, column) in enumerate(itertools.product(range(3), range(4))):
+        centre = [(column + 0.5) / 4, (row + 0.5) / 3]
+        assert pixels.centres()[index].tolist() == pytest.approx(centre)
+        for inside in (0.01, 0.5, 0.99):
+            x, y = torch.tensor([(column + inside) / 4]), torch.tensor([(row + inside) / 3])
+            assert pixels.locate(x, y).tolist() == [index]
+    border = torch.tensor([-0.1, 0.0, 1.0, 1.1])
+    assert pixels.locate(border, border).tolist() == [0, 0, 11, 11]
+
+
+def test_tokens_have_no_places():
+    tokens = Tokens.of(torch.zeros(2, 3, 4, C))
+    assert tokens.locate(torch.tensor([0.0, 0.5]), torch.tensor([0.0, 0.5])).tolist() == [-1, -1]
+    assert tokens.centres().shape == (12, 2)
+    assert tokens.centres().isnan().all()

@@ -213,3 +213,37 @@ def test_experts_that_shrink_their_input_are_refused():
     layer = MoELayer(nn.Conv2d(C, 2, 3), 2, 1, in_channels=C, granularity='patch', grid_size=2)
     with pytest.raises(ConfigError, match='needs experts that keep the size'):
         layer(torch.randn(1, C, 8, 8))
+
+
+@pytest.mark.parametrize('stride', [1, 2])
+@pytest.mark.parametrize('grid', [1, 2, 3, 4])
+def test_places_of_patches(grid, stride):
+    """Every output pixel lies in its patch; the middle of a patch is between its bounds."""
+    for size in ((7, 10), (16, 16), (3, 1), (1, 1), (9, 4)):
+        patches = PatchGrid(size, grid, stride, 3)
+        rows, columns = (bounds(length, grid, stride) for length in size)
+        height, width = rows[-1][1], columns[-1][1]
+        cells = [(row, column) for row in rows for column in columns]
+        assert len(cells) == len(patches)
+        for index, ((top, bottom), (left, right)) in enumerate(cells):
+            centre = patches.centres()[index]
+            expected = [(left + right) / 2 / width, (top + bottom) / 2 / height]
+            assert centre.tolist() == pytest.approx(expected)
+            for row in range(top, bottom):
+                for column in range(left, right):
+                    for inside in (0.001, 0.5, 0.999):
+                        x = torch.tensor([(column + inside) / width]).double()
+                        y = torch.tensor([(row + inside) / height]).double()
+                        assert patches.locate(x, y).tolist() == [index]
+        corners = torch.tensor([0.0, 1.0, 1.0]), torch.tensor([0.0, 0.0, 1.0])
+        last = len(patches) - 1
+        assert patches.locate(*corners).tolist() == [0, len(columns) - 1, last]
+        located = patches.locate(*patches.centres().T)
+        assert located.tolist() == list(range(len(patches)))
+        assert located.dtype == torch.int64
+
+
+def test_places_beyond_the_map():
+    """A box that reaches out belongs to the patches at the border."""
+    outside = torch.tensor([-0.2, 1.3])
+    assert PatchGrid((8, 8), 2).locate(outside, outside).tolist() == [0, 3]

@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 
 import torch
+from mmengine.model import BaseModule, initialize
 from torch import Tensor, nn
 
 from mmdet_moe.moe.routes import Routes
@@ -72,12 +73,30 @@ class Experts(nn.Module, ABC):
         """Put one entry of every expert into a checkpoint, in place."""
 
 
-class StackedExperts(Experts):
+class StackedExperts(Experts, BaseModule):
     """Experts whose weights lie in common parameters, stacked along a first axis of length E."""
 
     @property
     def num_experts(self) -> int:
         return next(self.parameters()).shape[0]
+
+    def dense(self) -> nn.Module:
+        """One expert as a module of its own, with fresh weights; needed for an ``init_cfg``."""
+        raise NotImplementedError(f'{type(self).__name__} have no dense() to initialise')
+
+    def init_weights(self) -> None:
+        """Initialise every expert by itself, as ``init_cfg`` says of its dense layers."""
+        if self.init_cfg and not self._is_init:
+            for e in range(self.num_experts):
+                dense = self.dense()
+                initialize(nn.Sequential(dense), self.init_cfg)
+                self._set_expert(e, dense)
+            self._is_init = True
+
+    @torch.no_grad()
+    def _set_expert(self, e: int, dense: nn.Module) -> None:
+        for name, parameter in dense.named_parameters():
+            self.get_parameter(name)[e] = parameter
 
     @torch.no_grad()
     def share_weights(self) -> None:

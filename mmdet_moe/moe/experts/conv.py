@@ -5,9 +5,10 @@ is also ``(sum_j w_j W_j) * x + sum_j w_j b_j``: instead of k convolutions of th
 own mixture of k kernels.
 """
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
-from mmengine.model import BaseModule, initialize
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
@@ -23,7 +24,7 @@ IMPLS = ('auto', 'subbatches', 'grouped', 'views')
 
 
 @MODELS.register_module()
-class ConvExperts(StackedExperts, BaseModule):
+class ConvExperts(StackedExperts):
     """E two-dimensional convolutions of the same kind, with zero padding.
 
     Args:
@@ -33,9 +34,9 @@ class ConvExperts(StackedExperts, BaseModule):
         impl: How they are evaluated; all ways give the same result up to rounding.
             ``'subbatches'``: the items are sorted by expert, and each expert convolves its own
             (1×1 kernels on pixels: one grouped matrix product).
-            ``'views'``: item by item, without copying any; each is convolved once, with the mixture
-            of its experts' kernels. ``'grouped'``: the mixtures of all items, in one grouped
-            convolution. ``'auto'``: the one that
+            ``'views'``: item by item, without sorted copies; each is convolved once, with the
+            mixture of its experts' kernels. ``'grouped'``: the mixtures of all items, in one
+            grouped convolution. ``'auto'``: the one that
             :func:`~mmdet_moe.moe.experts.conv_cost.cheapest` expects to be the fastest.
         init_cfg: MMEngine's initialisation of one expert, seen as an ``nn.Conv2d``. Default: that
             of ``nn.Conv2d`` itself.
@@ -74,7 +75,7 @@ class ConvExperts(StackedExperts, BaseModule):
             'groups': groups,
             'bias': bias,
         }
-        convs = [self._dense() for _ in range(num_experts)]
+        convs = [self.dense() for _ in range(num_experts)]
         first = convs[0]
         self.stride, self.dilation, self.groups = first.stride, first.dilation, first.groups
         self.padding = _symmetric_padding(first)
@@ -106,20 +107,7 @@ class ConvExperts(StackedExperts, BaseModule):
             **kwargs,
         )
 
-    def init_weights(self) -> None:
-        """Initialise every expert as its ``init_cfg`` says."""
-        if self._is_init or self.init_cfg is None:
-            return
-        with torch.no_grad():
-            for e in range(self.num_experts):
-                conv = self._dense()
-                initialize(nn.Sequential(conv), self.init_cfg)
-                self.weight[e] = conv.weight
-                if self.bias is not None:
-                    self.bias[e] = conv.bias
-        self._is_init = True
-
-    def _dense(self) -> nn.Conv2d:
+    def dense(self) -> nn.Conv2d:
         return nn.Conv2d(**self._options)
 
     def _apply(self, fn, recurse: bool = True) -> 'ConvExperts':
@@ -143,7 +131,7 @@ class ConvExperts(StackedExperts, BaseModule):
 
     def receptive_field(self) -> tuple[int, int]:
         with torch.device('meta'):
-            return receptive_field(self._dense())
+            return receptive_field(self.dense())
 
     def forward(self, x_T: Tensor, routes: Routes) -> Tensor:
         impl = self.impl
@@ -155,21 +143,17 @@ class ConvExperts(StackedExperts, BaseModule):
         return F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, groups)
 
     def _subbatches(self, x_T: Tensor, routes: Routes) -> Tensor:
-        rows_R = routes.dispatch(x_T)
         if self._is_linear_on(x_T):
-            weight = self.weight.flatten(2)
-            y_R = grouped_linear(rows_R.flatten(1), weight, self.bias, routes)
+            rows_R = routes.dispatch(x_T).flatten(1)
+            y_R = grouped_linear(rows_R, self.weight.flatten(2), self.bias, routes)
             return routes.combine(y_R)[:, :, None, None]
         weights = self.weight.unbind(0)
         biases = [None] * self.num_experts if self.bias is None else self.bias.unbind(0)
-        results = [
-            self._convolve(rows, weight, bias, self.groups)
-            for rows, weight, bias in zip(routes.split(rows_R), weights, biases, strict=True)
-            if len(rows)
+        experts = [
+            partial(self._convolve, weight=weight, bias=bias, groups=self.groups)
+            for weight, bias in zip(weights, biases, strict=True)
         ]
-        if not results:  # nothing to do; one expert still says the output's shape
-            results = [self._convolve(rows_R, weights[0], biases[0], self.groups)]
-        return routes.combine(results[0] if len(results) == 1 else torch.cat(results))
+        return routes.through(x_T, experts)
 
     def _is_linear_on(self, x_T: Tensor) -> bool:
         """Whether the items are pixels and the convolutions matrix products."""

@@ -3,7 +3,8 @@
 Each way's time is a sum of a few terms with one coefficient each, in milliseconds per unit. The
 coefficients come from a non-negative least-squares fit of relative errors to 129 layers on 2 cores
 (3×3 and 1×1 kernels, 32 to 256 channels, 4×4 to 64×64 pixels, 2 to 64 items, k = 1 to 4, E = 4 to
-32, float32). Another machine scales all of them alike, roughly; only their ratios decide.
+32, float32), but for those of mixing and its gradient, which were set by hand after that code had
+changed. Another machine scales all of them alike, roughly; only their ratios decide.
 ``tools/benchmark_moe.py auto`` measures how good the decisions are.
 """
 

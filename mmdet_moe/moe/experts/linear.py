@@ -6,7 +6,6 @@ from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
-from mmengine.model import BaseModule, initialize
 from torch import Tensor, nn
 
 from mmdet_moe.errors import ConfigError
@@ -15,7 +14,7 @@ from mmdet_moe.moe.routes import Routes
 from mmdet_moe.registry import MODELS
 
 
-class VectorExperts(StackedExperts, BaseModule):
+class VectorExperts(StackedExperts):
     """Base class of experts on vectors: an item of any shape (T, ...) is flattened to (T, C).
 
     Items are copied to their experts and back once, however many layers an expert has.
@@ -26,10 +25,6 @@ class VectorExperts(StackedExperts, BaseModule):
     @abstractmethod
     def compute(self, x_R: Tensor, routes: Routes) -> Tensor:
         """Every expert on its own rows: (R, C) to (R, C'), sorted by expert as in ``routes``."""
-
-    @abstractmethod
-    def dense(self) -> nn.Module:
-        """One expert as a module of its own, with fresh weights."""
 
     def forward(self, x_T: Tensor, routes: Routes) -> Tensor:
         vectors_T = x_T.flatten(1)
@@ -42,20 +37,6 @@ class VectorExperts(StackedExperts, BaseModule):
         # Cast before the copying: half the bytes.
         x_R = routes.dispatch(autocast(vectors_T))
         return routes.combine(self.compute(x_R, routes))
-
-    def init_weights(self) -> None:
-        """Initialise every expert by itself, as ``init_cfg`` says of its dense layers."""
-        if self.init_cfg and not self._is_init:
-            for e in range(self.num_experts):
-                dense = self.dense()
-                initialize(nn.Sequential(dense), self.init_cfg)
-                self._set_expert(e, dense)
-            self._is_init = True
-
-    @torch.no_grad()
-    def _set_expert(self, e: int, dense: nn.Module) -> None:
-        for name, parameter in dense.named_parameters():
-            self.get_parameter(name)[e] = parameter
 
     def receptive_field(self) -> tuple[int, int]:
         raise ConfigError(

@@ -3,7 +3,6 @@
 import copy
 import re
 
-import torch
 from mmengine.model import ModuleList
 from torch import Tensor, nn
 
@@ -25,15 +24,7 @@ class ModuleExperts(ModuleList, Experts):
         return len(self)
 
     def forward(self, x_T: Tensor, routes: Routes) -> Tensor:
-        rows_R = routes.dispatch(x_T)
-        results = [
-            expert(rows)
-            for expert, rows in zip(self, routes.split(rows_R), strict=True)
-            if len(rows)
-        ]
-        if not results:  # nothing to do; one expert still says the output's shape
-            results = [self[0](rows_R)]
-        return routes.combine(results[0] if len(results) == 1 else torch.cat(results))
+        return routes.through(x_T, self)
 
     def receptive_field(self) -> tuple[int, int]:
         return receptive_field(self[0])

@@ -1,9 +1,9 @@
 // Memory for large results on the CPU.
 //
 // The GNU C library returns a block above 32 MiB to the system as soon as it is freed. To take a new
-// one for the next result, page by page, then costs several times what is done with it (measured on
-// a virtual machine: 20 ms for 32 MiB, which are filled in 1 ms). Results of 16 MiB and more
-// therefore come from a small store of blocks that are kept when their tensor dies.
+// one for the next result, page by page, then costs several times what is done with it, on virtual
+// machines above all. Results of 16 MiB and more therefore come from a small store of blocks that
+// are kept when their tensor dies.
 #include "ops.h"
 
 #include <algorithm>

@@ -1,0 +1,218 @@
+"""Data sets as the analysis sees them: nothing filtered, nothing augmented, crowds told apart."""
+
+import json
+import shutil
+
+import cv2
+import numpy as np
+import pytest
+from mmengine.config import Config, ConfigDict
+from mmengine.registry import init_default_scope
+
+from mmdet_moe.analysis.data import AnalysisData, loader_of
+from mmdet_moe.errors import ConfigError
+
+CLASSES = tuple('0123456789')
+
+
+@pytest.fixture
+def root(tmp_path, digit_scenes_folder):
+    """Scenes whose first image has every kind of annotation, and whose second has none."""
+    shutil.copytree(digit_scenes_folder, tmp_path / 'data')
+    for split in ('train', 'val'):
+        path = tmp_path / 'data' / 'annotations' / f'instances_{split}2017.json'
+        content = json.loads(path.read_text())
+        first, second = content['images'][:2]
+        kept = [
+            a for a in content['annotations'] if a['image_id'] not in (first['id'], second['id'])
+        ]
+        ids = {c['name']: c['id'] for c in content['categories']}
+        content['categories'].append({'id': 99, 'name': 'unknown'})
+
+        def make(number, name, box, first=first, ids=ids, **more):
+            category = ids.get(name, 99)
+            return {
+                'id': 5000 + number, 'image_id': first['id'], 'category_id': category,
+                'bbox': box, 'area': box[2] * box[3] / 2, 'iscrowd': 0, **more,
+            }  # fmt: skip
+
+        kept += [
+            make(0, '3', [10.5, 20.25, 30, 40]),
+            make(1, '7', [0, 0, 64, 64], iscrowd=1),
+            make(2, 'unknown', [1, 2, 30, 4]),
+            make(3, '0', [100, 100, 28, 28]),
+            make(4, '1', [50, 50, 20, 20], ignore=1),
+        ]
+        content['annotations'] = kept
+        path.write_text(json.dumps(content))
+    return tmp_path / 'data'
+
+
+def config(root, **val):
+    def dataset(split, **more):
+        return dict(
+            type='CocoDataset', data_root=str(root), metainfo=dict(classes=CLASSES),
+            ann_file=f'annotations/instances_{split}2017.json',
+            data_prefix=dict(img=f'{split}2017/'), **more,
+        )  # fmt: skip
+
+    init_default_scope('mmdet')
+    test = [dict(type='LoadImageFromFile'), dict(type='PackDetInputs')]
+    train = [
+        dict(type='LoadImageFromFile'),
+        dict(type='LoadAnnotations', with_bbox=True),
+        dict(type='RandomFlip', prob=1.0),
+        dict(type='PackDetInputs'),
+    ]
+    filters = dict(filter_empty_gt=True, min_size=32)
+    return Config(
+        dict(
+            train_dataloader=dict(
+                batch_size=3, num_workers=0, drop_last=True,
+                sampler=dict(type='InfiniteSampler', shuffle=True),
+                batch_sampler=dict(type='AspectRatioBatchSampler'),
+                dataset=dict(
+                    type='RepeatDataset', times=3,
+                    dataset=dataset('train', filter_cfg=filters, pipeline=train),
+                ),
+            ),
+            val_dataloader=dict(
+                batch_size=2, num_workers=0, sampler=dict(type='DefaultSampler', shuffle=True),
+                dataset=dataset('val', test_mode=True, pipeline=test, **val),
+            ),
+            test_dataloader=dict(
+                batch_size=2, num_workers=0,
+                dataset=dataset('val', test_mode=True, pipeline=test),
+            ),
+        )
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize('split', ['val', 'test', 'train'])
+def test_objects(split, root):
+    data = AnalysisData(config(root), split)
+    images = json.loads(
+        (root / 'annotations' / f'instances_{"train" if split == "train" else "val"}2017.json')
+        .read_text()
+    )['images']  # fmt: skip
+    assert len(data) == len(images) == (16 if split == 'train' else 8)
+    assert data.classes == list(CLASSES)
+    assert [data.info(i)['img_id'] for i in range(len(data))] == [i['id'] for i in images]
+    first = data.objects(0)
+    assert first.boxes.tolist() == [
+        [10.5, 20.25, 40.5, 60.25],
+        [0, 0, 64, 64],
+        [100, 100, 128, 128],
+    ]
+    assert first.labels.tolist() == [3, 7, 0]
+    assert first.areas.tolist() == [600, 2048, 392]
+    assert first.crowd.tolist() == [False, True, False]
+    assert (first.boxes.dtype, first.labels.dtype) == (np.float32, np.int64)
+    second = data.objects(1)
+    assert second.boxes.shape == (0, 4)
+    assert len(second.labels) == len(second.areas) == len(second.crowd) == 0
+    assert data.image_size(0) == (128, 128)
+    stored = cv2.imread(data.info(0)['img_path'])
+    assert np.array_equal(data.image(0), stored[..., ::-1])
+
+
+def test_training_images_are_not_changed(root):
+    cfg = config(root)
+    loader = loader_of(cfg, 'train')
+    assert loader.sampler == dict(type='DefaultSampler', shuffle=False)
+    assert not loader.drop_last
+    assert 'batch_sampler' not in loader
+    data = AnalysisData(cfg, 'train')
+    for index in (0, 1, 5):
+        inputs = data.dataset[index]['inputs'].numpy()  # BGR
+        assert np.array_equal(inputs[::-1].transpose(1, 2, 0), data.image(index))
+
+
+def test_subset_of_the_classes(root):
+    cfg = config(root)
+    cfg.val_dataloader.dataset.metainfo = dict(classes=('3', '7'))
+    data = AnalysisData(cfg, 'val')
+    assert data.classes == ['3', '7']
+    assert data.objects(0).labels.tolist() == [0, 1]
+
+
+def test_first_images(root):
+    assert len(AnalysisData(config(root), 'val', 3)) == 3
+    assert len(AnalysisData(config(root), 'val', 300)) == 8
+
+
+def test_subset_of_the_images(root):
+    data = AnalysisData(config(root, indices=[4, 0]), 'val')
+    assert len(data) == 2
+    assert data.objects(1).labels.tolist() == [3, 7, 0]
+
+
+def test_missing_splits(root):
+    cfg = config(root)
+    cfg.val_dataloader = None
+    with pytest.raises(ConfigError, match='--split val: the config has no val_dataloader; it has'):
+        AnalysisData(cfg, 'val')
+    AnalysisData(cfg, 'train')
+    cfg.test_dataloader = None
+    with pytest.raises(ConfigError, match='--split train: the config has no test_dataloader'):
+        AnalysisData(cfg, 'train')
+
+
+class TestSuperclasses:
+    def test_of_coco(self, root):
+        assert AnalysisData(config(root), 'val').superclasses is None
+        path = root / 'annotations' / 'instances_val2017.json'
+        content = json.loads(path.read_text())
+        for category in content['categories']:
+            category['supercategory'] = 'even' if category['name'] in '02468' else 'odd'
+        path.write_text(json.dumps(content))
+        found = AnalysisData(config(root), 'val').superclasses
+        assert found == {'even': [0, 2, 4, 6, 8], 'odd': [1, 3, 5, 7, 9]}
+
+    def test_of_cifar100(self):
+        pytest.importorskip('mmpretrain')
+        from mmpretrain.datasets.categories import CIFAR100_CATEGORIES
+
+        from mmdet_moe.analysis.superclasses import superclasses
+
+        found = superclasses(CIFAR100_CATEGORIES, None)
+        assert len(found) == 20
+        assert {len(members) for members in found.values()} == {5}
+        assert sorted(i for members in found.values() for i in members) == list(range(100))
+        names = {CIFAR100_CATEGORIES[i] for i in found['people']}
+        assert names == {'baby', 'boy', 'girl', 'man', 'woman'}
+        assert superclasses(CIFAR100_CATEGORIES[:99], None) is None
+
+
+def test_arrays_as_images():
+    """Data sets that are one array, grey or in colour."""
+    from mmengine.registry import DATASETS
+
+    class Arrays:
+        metainfo = {}
+
+        def __init__(self, **_):
+            rng = np.random.default_rng(0)
+            self.rows = [
+                {'img': rng.integers(0, 255, shape, dtype=np.uint8), 'gt_label': label}
+                for shape, label in (((5, 7), 0), ((5, 7, 1), 2), ((5, 7, 3), np.array([1])))
+            ]
+
+        def __len__(self):
+            return 3
+
+        def get_data_info(self, index):
+            return self.rows[index]
+
+    DATASETS.register_module(module=Arrays, name='ArraysOfTest', force=True)
+    init_default_scope('mmengine')
+    loader = ConfigDict(batch_size=1, num_workers=0, dataset=dict(type='mmengine.ArraysOfTest'))
+    data = AnalysisData(Config(dict(val_dataloader=loader)), 'val')
+    for index, label in enumerate((0, 2, 1)):
+        image = data.image(index)
+        assert (image.shape, data.image_size(index)) == ((5, 7, 3), (5, 7))
+        assert np.array_equal(image, np.dstack([data.info(index)['img'].reshape(5, 7, -1)] * 3)[
+            ..., :3]) or index == 2  # fmt: skip
+        assert data.label(index) == label
+    assert np.array_equal(data.image(2), data.info(2)['img'])
+    assert data.classes == ['0', '1', '2']
