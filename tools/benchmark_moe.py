@@ -61,7 +61,7 @@ class Sizes:
     )
     scaling: tuple[ConvShape, ...] = tuple(ConvShape(64, 64, 32, e) for e in (4, 8, 16, 32, 64))
     image_size: int = 256
-    analysis: int = 200
+    analysis: int = 96
     auto: int = 60
     repeats: int | None = None
 

@@ -142,6 +142,10 @@ def analyse(args: argparse.Namespace) -> dict:
 def _check(args: argparse.Namespace) -> None:
     if args.max_images is not None and args.max_images < 1:
         raise ConfigError(f'--max-images={args.max_images} must be at least 1')
+    if '://' in args.checkpoint:
+        raise ConfigError(
+            f"checkpoint: '{args.checkpoint}' is an address; download the file and give its path"
+        )
     if not 0 <= args.score_thr < 1:
         raise ConfigError(f'--score-thr={args.score_thr} must lie in 0..1, 1 excluded')
     for path in (args.out, *args.out.parents):

@@ -64,12 +64,12 @@ class AnalysisData:
 
     @property
     def classes(self) -> list[str]:
-        """Their names; numbers where the data set has none."""
+        """Their names, all different (ImageNet has one twice); numbers where there are none."""
         classes = self.dataset.metainfo.get('classes')
         if classes is None:
             labels = [self.info(i).get('gt_label', 0) for i in range(len(self.dataset))]
             return [str(i) for i in range(int(max(labels)) + 1)]
-        return list(classes)
+        return _distinct(list(classes))
 
     @cached_property
     def superclasses(self) -> dict[str, list[int]] | None:
@@ -181,3 +181,9 @@ def _innermost(dataset: ConfigDict) -> ConfigDict:
     while 'dataset' in dataset:
         dataset = dataset.dataset
     return dataset
+
+
+def _distinct(names: list[str]) -> list[str]:
+    if len(set(names)) == len(names):
+        return names
+    return [f'{i} {name}' for i, name in enumerate(names)]

@@ -7,8 +7,8 @@ Arrays of one file of records (i images, d detections, o objects, L layers by th
 - ``det_image`` int32, ``det_box`` float32 (d, 4), ``det_score`` float32, ``det_label`` int32,
   ``det_level`` int32, ``det_match`` int64 (the row of its object, or what
   :mod:`~mmdet_moe.analysis.matching` says).
-- ``obj_image``, ``obj_box``, ``obj_label``, ``obj_crowd``, and ``obj_level`` int32, the level of most
-  of its anchors or RoIs, -1 without. A classifier's images are its objects.
+- ``obj_image``, ``obj_box``, ``obj_label``, ``obj_crowd``, and ``obj_level`` int32, the level of
+  most of its anchors or RoIs, -1 without. A classifier's images are its objects.
 - ``L/det_unit`` int64 (d,), the number of the decision behind each detection, -1 if unknown, and
   ``L/det_weights`` float32 (d, E), NaN there.
 - ``L/link_object``, ``L/link_unit``, ``L/link_level``, ``L/link_share``, ``L/link_weights``: which
@@ -108,7 +108,7 @@ class Recorder:
         owner = np.concatenate(owners)
         for number, name in enumerate(self.tracer.layers):
             decisions = self.tracer.decisions(name, len(indices))
-            self._decisions(number, name, decisions, indices)
+            self._decisions(number, decisions, indices, results)
             unit, weights = self._behind(name, decisions, detections, indices)
             self._append(**{f'{number}/det_unit': unit, f'{number}/det_weights': weights})
             unit, weights = self._behind(name, decisions, objects, indices)
@@ -175,7 +175,7 @@ class Recorder:
         )
         for number, name in enumerate(self.tracer.layers):
             decisions = self.tracer.decisions(name, len(indices))
-            kept = self._decisions(number, name, decisions, indices)
+            kept = self._decisions(number, decisions, indices, results)
             if decisions is None:
                 continue
             image = decisions.image.numpy()[kept]
@@ -187,7 +187,7 @@ class Recorder:
     # Decisions -----------------------------------------------------------------------------------
 
     def _decisions(
-        self, number: int, name: str, decisions: Decisions | None, indices: list[int]
+        self, number: int, decisions: Decisions | None, indices: list[int], results: list
     ) -> np.ndarray:
         """Keep the decisions of one layer; returns which of them, int64 (kept,)."""
         if decisions is None:
@@ -209,11 +209,23 @@ class Recorder:
                 f'{number}/dec_image': np.array(indices, np.int32)[image[kept]],
                 f'{number}/dec_unit': _units(decisions, indices)[kept],
                 f'{number}/dec_level': decisions.level.numpy()[kept].astype(np.int32),
-                f'{number}/dec_centre': decisions.centre.numpy()[kept],
+                f'{number}/dec_centre': _on_images(decisions, results)[kept],
                 f'{number}/dec_weights': decisions.weights.numpy()[kept],
             }
         )
         return kept
+
+
+def _on_images(decisions: Decisions, results: list) -> np.ndarray:
+    """(T, 2): x and y of the decisions relative to their images without padding; NaN on padding."""
+    scales = []
+    for result in results:
+        height, width = result.metainfo['img_shape'][:2]
+        padded_height, padded_width = result.metainfo.get('batch_input_shape', (height, width))
+        scales.append([padded_width / width, padded_height / height])
+    centre = decisions.centre.numpy() * np.array(scales, np.float32)[decisions.image.numpy()]
+    centre[(centre >= 1).any(1)] = np.nan
+    return centre
 
 
 def _main_level(owner: np.ndarray, level: np.ndarray, count: int) -> np.ndarray:

@@ -44,6 +44,8 @@ from mmdet_moe.analysis.tracing import Tracer
 from mmdet_moe.errors import ConfigError
 
 SCHEMA, VERSION = 'mmdet_moe.experts', 1
+#: Raise it whenever the records of the same analysis would have other contents.
+RECORD_FORMAT = 1
 #: Images in one file of records: what an interruption costs at most.
 IMAGES_PER_FILE = 64
 Progress = Callable[[int], None]
@@ -78,7 +80,7 @@ class Study:
         self.score_thr = score_thr
         self.tracer = Tracer(model)
         self.layers = self.tracer.layers
-        plan = {**plan, 'layers': list(self.layers), 'images': len(data)}
+        plan = {**plan, 'format': RECORD_FORMAT, 'layers': list(self.layers), 'images': len(data)}
         self.statistics = Records(folder / 'statistics', plan, overwrite)
         self.interventions = interventions_on(self.layers)
         described = [asdict(intervention) for intervention in self.interventions]
@@ -303,7 +305,7 @@ class _LayerSummary:
         self.bins = {
             'size': SIZES,
             'size_coco': COCO_SIZES,
-            'class': Bins(_distinct(data.classes)),
+            'class': Bins(data.classes),
             'superclass': Bins(list(data.superclasses)) if data.superclasses else None,
             'level': Bins([str(level) for level in range(MAX_LEVELS)]),
             'position': POSITIONS,
@@ -402,12 +404,6 @@ class _LayerSummary:
                     result = replace(result, counts=result.counts[: self._levels])
                 found[attribute] = result.as_dict(bins)
         return summary
-
-
-def _distinct(names: list[str]) -> list[str]:
-    if len(set(names)) == len(names):
-        return names
-    return [f'{i} {name}' for i, name in enumerate(names)]
 
 
 def _group_of(data: AnalysisData) -> np.ndarray | None:

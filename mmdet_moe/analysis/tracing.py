@@ -200,6 +200,12 @@ class Tracer:
                 routing, maps, weights, image, torch.arange(len(image)) - first[image],
                 rois.level, torch.full((len(image), 2), torch.nan),
             )  # fmt: skip
+        if routing.num_images != num_images:
+            raise ConfigError(
+                f'MoE layer "{name}" decides on {routing.num_images} inputs where the batch has '
+                f'{num_images} images, and which input belongs to which image is not known for '
+                f'{type(self.model).__name__}, so it cannot be analysed'
+            )
         image, code, level, centre, base = [], [], [], [], 0
         for i, items in enumerate(maps):
             count = len(items)
@@ -572,7 +578,7 @@ def _origins_of(model: nn.Module) -> _NoOrigins:
         from mmdet.models.dense_heads.base_dense_head import BaseDenseHead
 
         head = model.bbox_head
-        # Heads with a way of their own (GFL) may tell levels by their number in what they are given.
+        # Heads with a way of their own (GFL) may count the levels that they are given.
         if all(
             getattr(type(head), name, None) is getattr(BaseDenseHead, name)
             for name in ('predict_by_feat', '_predict_by_feat_single')

@@ -291,7 +291,7 @@ def test_changed_decision_changes_its_detections_alone(make):
                 assert changed == (items[i][d] == decision)
 
 
-# Before the head -----------------------------------------------------------------------------------
+# Before the head ----------------------------------------------------------------------------------
 
 
 def patch_bounds(length, grid):
@@ -433,7 +433,7 @@ def test_pixels(randomise):
                 assert decisions.image[items[d]] == i
 
 
-# Objects -------------------------------------------------------------------------------------------
+# Objects ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize('allowed_border', [-1, 0])
@@ -499,7 +499,7 @@ def test_objects_of_other_heads_stand_where_they_are(kind, randomise):
             assert (items >= 0).all()
 
 
-# RoI heads -----------------------------------------------------------------------------------------
+# RoI heads ----------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -679,7 +679,7 @@ def test_images_without_proposals(proposals, make, monkeypatch):
                 assert (decisions.image[items] == i).all()
 
 
-# The rest ------------------------------------------------------------------------------------------
+# The rest -----------------------------------------------------------------------------------------
 
 
 def test_unknown_heads_have_no_origins(make):

@@ -359,6 +359,9 @@ def test_places_of_pixels():
         for inside in (0.01, 0.5, 0.99):
             x, y = torch.tensor([(column + inside) / 4]), torch.tensor([(row + inside) / 3])
             assert pixels.locate(x, y).tolist() == [index]
+    x, y = pixels.borders()
+    assert x.tolist() == pytest.approx([0, 0.25, 0.5, 0.75, 1])
+    assert y.tolist() == pytest.approx([0, 1 / 3, 2 / 3, 1])
     border = torch.tensor([-0.1, 0.0, 1.0, 1.1])
     assert pixels.locate(border, border).tolist() == [0, 0, 11, 11]
 
@@ -368,3 +371,4 @@ def test_tokens_have_no_places():
     assert tokens.locate(torch.tensor([0.0, 0.5]), torch.tensor([0.0, 0.5])).tolist() == [-1, -1]
     assert tokens.centres().shape == (12, 2)
     assert tokens.centres().isnan().all()
+    assert tokens.borders() is None

@@ -235,6 +235,9 @@ def test_places_of_patches(grid, stride):
                         x = torch.tensor([(column + inside) / width]).double()
                         y = torch.tensor([(row + inside) / height]).double()
                         assert patches.locate(x, y).tolist() == [index]
+        x, y = patches.borders()
+        assert x.tolist() == pytest.approx([0, *(right / width for _, right in columns)])
+        assert y.tolist() == pytest.approx([0, *(bottom / height for _, bottom in rows)])
         corners = torch.tensor([0.0, 1.0, 1.0]), torch.tensor([0.0, 0.0, 1.0])
         last = len(patches) - 1
         assert patches.locate(*corners).tolist() == [0, len(columns) - 1, last]

@@ -1,0 +1,125 @@
+"""What the records say of images of several sizes, and of layers that not every level passes."""
+
+import copy
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from tiny_models import BOXES, MOE_NECK, SIZES, build_single, make_batch
+from torch import nn
+
+from mmdet_moe.analysis.data import Objects
+from mmdet_moe.analysis.recorder import Recorder
+from mmdet_moe.analysis.study import _detector_outcomes
+from mmdet_moe.analysis.tracing import Tracer
+from mmdet_moe.errors import ConfigError
+from mmdet_moe.moe import LinearExperts, MoELayer
+
+
+class Data:
+    """The objects of the tiny batch."""
+
+    def objects(self, index):
+        boxes = np.array(BOXES[index % 4], np.float32).reshape(-1, 4)
+        count = len(boxes)
+        return Objects(boxes, np.arange(count), np.ones(count), np.zeros(count, bool))
+
+
+@pytest.fixture
+def recorded(randomise):
+    model = randomise(build_single('retina', neck=MOE_NECK)).eval()
+    with Tracer(model) as tracer:
+        recorder = Recorder(tracer, Data())
+        recorder.add([4, 5, 6], tracer.predict(make_batch()))
+        places = [
+            tracer.object_places(i, meta.metainfo, torch.tensor(BOXES[i]).reshape(-1, 4))
+            for i, meta in enumerate(tracer.predict(make_batch()))
+        ]
+    return recorder.take(), places, list(tracer.layers)
+
+
+def test_positions_of_decisions_are_those_on_the_image(recorded):
+    """The batch is padded to 64 x 96 px; what lies on padding has no position."""
+    arrays, _, _ = recorded
+    for level in range(3):
+        found = arrays[f'{level}/dec_centre'].reshape(3, 4, 2)
+        for image, (height, width) in enumerate(SIZES):
+            for patch, (row, column) in enumerate(((0, 0), (0, 1), (1, 0), (1, 1))):
+                rows, columns = 8 >> level, 12 >> level
+                bounds = [(k * rows // 2, k * columns // 2) for k in range(3)]
+                y = (bounds[row][0] + bounds[row + 1][0]) / 2 * 64 / rows / height
+                x = (bounds[column][1] + bounds[column + 1][1]) / 2 * 96 / columns / width
+                expected = [x, y] if x < 1 and y < 1 else [np.nan, np.nan]
+                np.testing.assert_allclose(found[image, patch], expected, atol=1e-6)
+    assert np.isnan(arrays['0/dec_centre']).any()
+
+
+def test_level_of_an_object_is_that_of_most_of_its_anchors(recorded):
+    """Whichever layers there are: each of the neck sees one level alone."""
+    arrays, places, names = recorded
+    expected = []
+    for image, (held, owner) in enumerate(places):
+        for number in range(len(BOXES[image])):
+            levels = held.level[owner == number].tolist()
+            most = max(map(levels.count, levels))
+            expected.append({level for level in levels if levels.count(level) == most})
+    assert all(a in b for a, b in zip(arrays['obj_level'].tolist(), expected, strict=True))
+    arrays['det_match'][:] = -1
+    outcomes = _detector_outcomes(arrays, names, 0.0)
+    missed = outcomes.kind == 2
+    assert outcomes.level[missed].tolist() == arrays['obj_level'].tolist()
+    assert outcomes.image[missed].tolist() == [4, 4, 4, 6]
+
+
+def test_shares_of_an_object_sum_to_one(recorded):
+    arrays, _, names = recorded
+    for number in range(len(names)):
+        owner, share = arrays[f'{number}/link_object'], arrays[f'{number}/link_share']
+        sums = np.bincount(owner, share)
+        np.testing.assert_allclose(sums[np.unique(owner)], 1)
+        images = arrays['obj_image'][owner]
+        assert (arrays[f'{number}/link_unit'] >> 28 == images).all()
+        assert set(arrays[f'{number}/link_level'].tolist()) <= {number}
+
+
+def test_batches_are_told_apart(randomise):
+    """Two batches in one file: rows of objects are those of the file."""
+    model = randomise(build_single('moe retina')).eval()
+    found = []
+    with Tracer(model) as tracer:
+        for batches in ([[0, 1, 2]], [[0], [1, 2]]):
+            recorder = Recorder(tracer, Data())
+            for indices in batches:
+                batch = make_batch()
+                batch = {key: [values[i] for i in indices] for key, values in batch.items()}
+                # All padded alike, wherever they are.
+                for sample in batch['data_samples']:
+                    sample.set_metainfo({'seen': True})
+                model.data_preprocessor.pad_size_divisor = 96
+                recorder.add(indices, tracer.predict(copy.deepcopy(batch)))
+            found.append(recorder.take())
+    for name in found[0]:
+        if not name.endswith(('weights', 'det_box', 'det_score')):
+            a, b = found[0][name], found[1][name]
+            if '/dec' in name or '/link' in name:  # other orders of levels and images
+                a, b = np.sort(a, axis=0), np.sort(b, axis=0)
+            np.testing.assert_allclose(a, b, err_msg=name)
+
+
+def test_decisions_of_unknown_images_are_refused():
+    """Such as windows of images: nobody can tell which belongs to which image."""
+
+    class Windows(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = MoELayer(LinearExperts(4, 4, 3), 3, 2, in_channels=4, granularity='token')
+
+        def forward(self, inputs, mode):
+            self.layer(inputs.flatten(0, 1))
+            return [SimpleNamespace()] * len(inputs)
+
+    with Tracer(Windows().eval()) as tracer:
+        tracer.predict({'inputs': torch.randn(2, 5, 3, 4)}, preprocessed=True)
+        with pytest.raises(ConfigError, match=r'"layer" decides on 10 inputs .* has 2 images'):
+            tracer.decisions('layer', 2)
