@@ -118,6 +118,11 @@ def analyse(args: argparse.Namespace) -> dict:
     cfg = load_config(args.config, args.cfg_options)
     check_config(cfg, args.split, args.checkpoint)
     study = prepare(args, cfg)
+    if study.is_detector and not study.tracer.knows_origins:
+        print(
+            'note: the detections of this head do not tell which pyramid level they come from; '
+            'layers that decide for each level are shown without them'
+        )
     total = len(study.data)
     with _bar('statistics', total) as progress:
         study.record(progress)

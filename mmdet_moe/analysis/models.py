@@ -3,9 +3,9 @@
 from mmengine.config import Config
 from mmengine.device import get_device
 from mmengine.registry import MODELS, init_default_scope
+from mmengine.runner.checkpoint import CheckpointLoader
 from torch import nn
 
-from mmdet_moe.analysis.study import load_weights
 from mmdet_moe.compat.malloc import keep_large_blocks
 from mmdet_moe.errors import ConfigError
 
@@ -35,3 +35,38 @@ def load_model(cfg: Config, checkpoint: str, device: str | None) -> tuple[nn.Mod
     except (AssertionError, RuntimeError) as error:
         raise ConfigError(f"--device: the model cannot be put on '{device}': {error}") from error
     return model, meta
+
+
+def load_weights(model: nn.Module, path: str) -> dict:
+    """Load a checkpoint, all of it.
+
+    Returns:
+        What the checkpoint says of itself, such as ``dataset_meta``.
+
+    Raises:
+        ConfigError: If it is not one of this model.
+    """
+    checkpoint = CheckpointLoader.load_checkpoint(path, map_location='cpu')
+    state = checkpoint.get('state_dict', checkpoint)
+    state = {key.removeprefix('module.'): value for key, value in state.items()}
+    expected = model.state_dict()
+    missing = [key for key in expected if key not in state and 'num_batches_tracked' not in key]
+    if missing:
+        hint = (
+            'it looks like a dense model: train the MoE model first'
+            if not any('.router.' in key for key in state)
+            else 'give the config that it was trained with'
+        )
+        raise ConfigError(
+            f"checkpoint: '{path}' lacks {len(missing)} of the model's {len(expected)} tensors, "
+            f"such as '{missing[0]}'; {hint}"
+        )
+    wrong = [key for key in expected if key in state and state[key].shape != expected[key].shape]
+    if wrong:
+        key = wrong[0]
+        raise ConfigError(
+            f"checkpoint: '{key}' has the shape {tuple(state[key].shape)} in '{path}', but "
+            f'{tuple(expected[key].shape)} in the model; give the config that it was trained with'
+        )
+    model.load_state_dict(state, strict=False)
+    return checkpoint.get('meta') or {}

@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from mmengine.runner import Runner
-from mmengine.runner.checkpoint import CheckpointLoader
 from torch import nn
 
 from mmdet_moe.analysis.association import (
@@ -41,7 +40,6 @@ from mmdet_moe.analysis.outcomes import CORRECT, MISSED, WRONG, Outcomes
 from mmdet_moe.analysis.recorder import Recorder
 from mmdet_moe.analysis.records import Arrays, Records
 from mmdet_moe.analysis.tracing import Tracer
-from mmdet_moe.errors import ConfigError
 
 SCHEMA, VERSION = 'mmdet_moe.experts', 1
 #: Raise it whenever the records of the same analysis would have other contents.
@@ -472,38 +470,3 @@ def _classifier_outcomes(arrays: Arrays, layers: list[str], _: float) -> Outcome
         level=np.full(count, -1, np.int32),
         weights=weights,
     )
-
-
-def load_weights(model: nn.Module, path: str) -> dict:
-    """Load a checkpoint, all of it.
-
-    Returns:
-        What the checkpoint says of itself, such as ``dataset_meta``.
-
-    Raises:
-        ConfigError: If it is not one of this model.
-    """
-    checkpoint = CheckpointLoader.load_checkpoint(path, map_location='cpu')
-    state = checkpoint.get('state_dict', checkpoint)
-    state = {key.removeprefix('module.'): value for key, value in state.items()}
-    expected = model.state_dict()
-    missing = [key for key in expected if key not in state and 'num_batches_tracked' not in key]
-    if missing:
-        hint = (
-            'it looks like a dense model: train the MoE model first'
-            if not any('.router.' in key for key in state)
-            else 'give the config that it was trained with'
-        )
-        raise ConfigError(
-            f"checkpoint: '{path}' lacks {len(missing)} of the model's {len(expected)} tensors, "
-            f"such as '{missing[0]}'; {hint}"
-        )
-    wrong = [key for key in expected if key in state and state[key].shape != expected[key].shape]
-    if wrong:
-        key = wrong[0]
-        raise ConfigError(
-            f"checkpoint: '{key}' has the shape {tuple(state[key].shape)} in '{path}', but "
-            f'{tuple(expected[key].shape)} in the model; give the config that it was trained with'
-        )
-    model.load_state_dict(state, strict=False)
-    return checkpoint.get('meta') or {}
