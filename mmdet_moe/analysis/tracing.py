@@ -367,6 +367,7 @@ class _PriorOrigins(_NoOrigins):
             getattr(head, 'assigner', None), MaxIoUAssigner
         )
         self._sizes: list[tuple[int, int]] = []
+        self._inside: tuple[tuple, Tensor, Tensor] | None = None
 
     @contextmanager
     def carried(self) -> Iterator[None]:
@@ -426,30 +427,38 @@ class _PriorOrigins(_NoOrigins):
             levels, (column + 0.5) / width, (row + 0.5) / height, torch.full_like(levels, _UNKNOWN)
         )
 
-    def of_objects(self, image: int, meta: dict, boxes: Tensor) -> tuple[Places, Tensor]:
+    def _priors_inside(self, meta: dict, device: torch.device) -> tuple[Tensor, Tensor]:
+        """The anchors that training assigns, (n, 4), and the level of each, (n,)."""
         from mmdet.models.task_modules.prior_generators import anchor_inside_flags
 
+        # The images of a batch, and often of a data set, have the same ones.
+        key = (self._sizes, meta['pad_shape'], meta['img_shape'])
+        if self._inside is None or self._inside[0] != key:
+            head = self.head
+            anchors, valid = head.get_anchors(self._sizes, [meta], device=device)
+            inside = [
+                anchor_inside_flags(a, v, meta['img_shape'][:2], head.train_cfg['allowed_border'])
+                for a, v in zip(anchors[0], valid[0], strict=True)
+            ]
+            priors = [a[i] for a, i in zip(anchors[0], inside, strict=True)]
+            of_level = [torch.full((len(p),), level) for level, p in enumerate(priors)]
+            self._inside = (key, torch.cat(priors), torch.cat(of_level))
+        return self._inside[1:]
+
+    def of_objects(self, image: int, meta: dict, boxes: Tensor) -> tuple[Places, Tensor]:
         if not self._assigns:
             return super().of_objects(image, meta, boxes)
         head = self.head
         device = next(head.parameters()).device
         boxes = _to_network(boxes, meta).to(device)
-        anchors, valid = head.get_anchors(self._sizes, [meta], device=device)
-        inside = [
-            anchor_inside_flags(a, v, meta['img_shape'][:2], head.train_cfg['allowed_border'])
-            for a, v in zip(anchors[0], valid[0], strict=True)
-        ]
-        of_level = torch.cat([torch.full((int(i.sum()),), level) for level, i in enumerate(inside)])
-        priors = torch.cat([a[i] for a, i in zip(anchors[0], inside, strict=True)])
+        priors, of_level = self._priors_inside(meta, device)
         labels = torch.zeros(len(boxes), dtype=torch.long, device=device)
         assigned = head.assigner.assign(
             InstanceData(priors=priors), InstanceData(bboxes=boxes, labels=labels)
         ).gt_inds.cpu()
         chosen = (assigned > 0).nonzero().flatten()
-        packed = [
-            self._places(level, priors.cpu()[chosen[of_level[chosen] == level]])
-            for level in range(len(inside))
-        ]
+        taken, levels = priors[chosen.to(device)].cpu(), of_level[chosen]
+        packed = [self._places(level, taken[levels == level]) for level in range(self.num_levels)]
         # Priors are ordered by level, so the parts are in the order of `chosen`.
         return Places.unpack(image, torch.cat(packed)), assigned[chosen] - 1
 
