@@ -42,6 +42,7 @@ def tool(monkeypatch):
         conv=(ConvShape(4, 8, 6, 4), ConvShape(6, 8, 4, 3)),
         scaling=(ConvShape(8, 8, 4, 4), ConvShape(8, 8, 4, 8)),
         image_size=32,
+        analysis=4,
         auto=2,
         repeats=2,
     )
@@ -161,6 +162,16 @@ def test_retinanet(run, monkeypatch):
     moe, wide, dense = counts
     assert 1.999 < moe / dense < 2.01
     assert 0.9 < wide / (2 * dense) < 1.001
+
+
+def test_analysis(run):
+    report, output = run('analysis')
+    results = report['suites']['analysis']
+    check_results(results, output)
+    (comparison,) = results['comparisons']
+    assert comparison['baseline'] == 'plain test'
+    assert set(rows_of(comparison)) > {'plain test', 'statistics pass'}
+    assert [target['limit'] for target in results['targets']] == [1.15]
 
 
 def test_auto(run, monkeypatch):

@@ -79,6 +79,40 @@ def test_table_has_mean_and_deviation_over_the_seeds():
     ]  # fmt: skip
 
 
+def experts_of(ap, mi, p_value, alone, equal, random, both):
+    """The parts of an ``experts.json`` that the table reads; ``alone`` has one AP per expert."""
+    sizes = {'mi': mi, 'p_value': p_value}
+    associations = {
+        'objects': {'size_coco': sizes, 'class': {'mi': mi / 10, 'p_value': 0.5}},
+        'detections': {'size_coco': {'mi': 2 * mi, 'p_value': p_value / 2}},
+    }
+    changed = [('cls', 'only', value) for value in alone]
+    changed += [('cls', 'equal', equal), ('cls', 'random', random), ('all', 'random', both)]
+    return {
+        'metrics': {'AP': ap},
+        'layers': {'cls': {'associations': associations}},
+        'interventions': [
+            {'layer': layer, 'kind': kind, 'metrics': {'AP': value}}
+            for layer, kind, value in changed
+        ],
+    }
+
+
+def test_table_of_specialisation():
+    reproduce = load_tool('reproduce')
+    runs = [
+        experts_of(0.6, 0.2, 0.001, [0.5, 0.3], 0.55, 0.45, 0.35),
+        experts_of(0.4, 0.4, 0.020, [0.1, 0.3], 0.35, 0.25, 0.15),
+    ]
+    (line,) = reproduce.specialisation_table({'some': runs}).splitlines()[2:]
+    cells = [cell.strip() for cell in line.split('|')[1:-1]]
+    # The best and the worst expert of each seed, whichever they are.
+    assert cells == [
+        'some', '2', '0.30', '0.60', '0.020', '0.03', '0.500 ± 0.141', '0.400', '0.200', '0.450',
+        '0.350', '0.250',
+    ]  # fmt: skip
+
+
 def test_one_seed_has_no_deviation():
     mean, std = mean_std([0.3])
     assert mean == 0.3
