@@ -6,6 +6,7 @@ suites:
   scaling    the cost grows with k, and not with E
   retinanet  a training iteration of the MoE RetinaNet: against dense ones
   analysis   the statistics of tools/analyze_experts.py: against a plain test of the same images
+  explorer   size and loading time of the report for a large data set (only if asked for; Chromium)
   auto       how good the choice of ConvExperts(impl='auto') is (only if asked for)
 
 All alternatives of a table take turns in one process, after their results have been compared. It
@@ -47,6 +48,7 @@ class Sizes:
         scaling: Those of the suite ``scaling``, which differ in E.
         image_size: Height and width in the suite ``retinanet``.
         analysis: Images of the suite ``analysis``.
+        explorer: Images of the suite ``explorer``.
         auto: How many shapes the suite ``auto`` draws.
         repeats: Rounds of every table; None: as time allows.
     """
@@ -62,12 +64,13 @@ class Sizes:
     scaling: tuple[ConvShape, ...] = tuple(ConvShape(64, 64, 32, e) for e in (4, 8, 16, 32, 64))
     image_size: int = 256
     analysis: int = 96
+    explorer: int = 5000
     auto: int = 60
     repeats: int | None = None
 
 
 FULL = Sizes()
-QUICK = Sizes(conv=(FULL.conv[1], FULL.conv[3]), analysis=24, auto=6, repeats=3)
+QUICK = Sizes(conv=(FULL.conv[1], FULL.conv[3]), analysis=24, explorer=200, auto=6, repeats=3)
 
 
 def _run_retinanet(bench: Benchmark, sizes: Sizes) -> None:
@@ -83,12 +86,19 @@ def _run_statistics(bench: Benchmark, sizes: Sizes) -> None:
     run_statistics(bench, sizes.analysis)
 
 
+def _run_explorer(bench: Benchmark, sizes: Sizes) -> None:
+    from mmdet_moe.analysis.benchmarks.explorer import run_explorer
+
+    run_explorer(bench, sizes.explorer)
+
+
 SUITES: dict[str, Callable[[Benchmark, Sizes], None]] = {
     'ops': lambda b, sizes: run_ops(b, sizes.rows[b.device.type == 'cuda'], sizes.channels),
     'conv': lambda b, sizes: run_conv(b, sizes.conv),
     'scaling': lambda b, sizes: run_scaling(b, sizes.scaling),
     'retinanet': _run_retinanet,
     'analysis': _run_statistics,
+    'explorer': _run_explorer,
     'auto': lambda b, sizes: run_auto(b, sizes.auto),
 }
 DEFAULT_SUITES = ('ops', 'conv', 'scaling', 'retinanet', 'analysis')

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import math
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -43,6 +44,7 @@ def tool(monkeypatch):
         scaling=(ConvShape(8, 8, 4, 4), ConvShape(8, 8, 4, 8)),
         image_size=32,
         analysis=4,
+        explorer=6,
         auto=2,
         repeats=2,
     )
@@ -172,6 +174,21 @@ def test_analysis(run):
     assert comparison['baseline'] == 'plain test'
     assert set(rows_of(comparison)) > {'plain test', 'statistics pass'}
     assert [target['limit'] for target in results['targets']] == [1.15]
+
+
+def test_explorer(run, monkeypatch):
+    pytest.importorskip('playwright')
+    from mmdet_moe.analysis.benchmarks import explorer
+
+    if not any(map(shutil.which, explorer._BROWSERS)):
+        pytest.skip('no Chromium')
+    monkeypatch.setattr(explorer, 'LOADS', 1)
+    report, output = run('explorer')
+    results = report['suites']['explorer']
+    seconds, megabytes, _, both = (target['figure'] for target in results['targets'])
+    assert output.count('loads in at most 2 s: m') == 2  # met or missed
+    assert seconds > 0
+    assert 1 < megabytes < both < 25
 
 
 def test_auto(run, monkeypatch):
