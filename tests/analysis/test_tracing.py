@@ -23,7 +23,8 @@ from tiny_models import (
 )
 from torch import nn
 
-from mmdet_moe.analysis.tracing import PLACE_FIELD, Tracer
+from mmdet_moe.analysis.origins import PLACE_FIELD
+from mmdet_moe.analysis.tracing import Tracer
 from mmdet_moe.errors import ConfigError
 from mmdet_moe.moe import LinearExperts, MoELayer, find_moe_layers
 
