@@ -39,10 +39,10 @@ from mmdet_moe.cli import apply_data_root
 from mmdet_moe.datasets import digit_scenes
 from mmdet_moe.errors import ConfigError, exit_on_user_error
 from mmdet_moe.moe import UtilizationReport
+from mmdet_moe.moe.utilization import DEAD_SHARE
 
 RESULTS = REPOSITORY / 'docs' / 'results.md'
 PICTURE = REPOSITORY / 'docs' / 'images' / 'specialisation.png'
-DEAD_SHARE = 0.01
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,12 @@ from mmengine.runner import Runner
 from mmdet_moe.engine.hooks.balancing_loss_hook import BalancingLossHook
 from mmdet_moe.engine.hooks.layers import moe_layers_of
 from mmdet_moe.moe import MoELayer
-from mmdet_moe.moe.utilization import Utilization, UtilizationReport
+from mmdet_moe.moe.utilization import (
+    COLLAPSE_SHARE,
+    DEAD_SHARE,
+    Utilization,
+    UtilizationReport,
+)
 from mmdet_moe.registry import HOOKS
 
 #: Written to the work directory after every validation (mode ``val``) or test (``test``).
@@ -57,8 +62,8 @@ class ExpertUtilizationHook(Hook):
         self,
         interval: int = 50,
         warmup_iters: int = 200,
-        dead_share: float = 0.01,
-        collapse_share: float = 0.02,
+        dead_share: float = DEAD_SHARE,
+        collapse_share: float = COLLAPSE_SHARE,
         draw: bool = True,
     ) -> None:
         self.interval = interval
