@@ -293,7 +293,11 @@ def test_balanced_routing(bench):
 @pytest.mark.parametrize(
     ('arguments', 'sentence'),
     [
-        (['speed'], "there is no suite 'speed'; choose from ops, conv, scaling, retinanet, auto"),
+        (
+            ['speed'],
+            "there is no suite 'speed'; choose from ops, conv, scaling, retinanet, analysis, "
+            'explorer, auto',
+        ),
         (['ops', '--repeats', '0'], '--repeats must be at least 1, got 0'),
         (['ops', '--threads', '-1'], '--threads must be at least 1, got -1'),
         (

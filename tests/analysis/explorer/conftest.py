@@ -8,7 +8,7 @@ import pytest
 BROWSERS = ('chromium', 'chromium-browser', 'google-chrome')
 
 
-@pytest.fixture(scope='session')
+@pytest.fixture(scope='module')
 def browser():
     """The system's Chromium, headless."""
     api = pytest.importorskip('playwright.sync_api', reason='playwright is not installed')

@@ -24,33 +24,33 @@ def make_report(folder, *runs, budget=9_000_000):
     return path
 
 
-@pytest.fixture(scope='session')
+@pytest.fixture(scope='module')
 def soft():
     return detection_run(classes=CLASSES, superclasses=SUPERCLASSES, backbone=True)
 
 
-@pytest.fixture(scope='session')
+@pytest.fixture(scope='module')
 def hard():
     return detection_run('retinanet_moe_hard', layers=((LAYER, 12),), sharpness=0.5, seed=3)
 
 
-@pytest.fixture(scope='session')
+@pytest.fixture(scope='module')
 def single_report(soft, tmp_path_factory):
     # So little that a part of the crops is left out.
     return make_report(tmp_path_factory.mktemp('single'), soft, budget=500_000)
 
 
-@pytest.fixture(scope='session')
+@pytest.fixture(scope='module')
 def double_report(soft, hard, tmp_path_factory):
     return make_report(tmp_path_factory.mktemp('double'), soft, hard)
 
 
-@pytest.fixture(scope='session')
+@pytest.fixture(scope='module')
 def classifier():
     return classification_run()
 
 
-@pytest.fixture(scope='session')
+@pytest.fixture(scope='module')
 def classifier_report(classifier, tmp_path_factory):
     return make_report(tmp_path_factory.mktemp('classifier'), classifier)
 
