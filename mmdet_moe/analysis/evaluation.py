@@ -26,9 +26,6 @@ class DetectionMetrics:
         num_images: The first so many images.
     """
 
-    #: What is compared first.
-    main = 'AP'
-
     def __init__(self, data: AnalysisData, num_images: int) -> None:
         self.classes = data.classes
         annotations = []
@@ -106,8 +103,6 @@ class ClassificationMetrics:
     Args:
         classes: Their names.
     """
-
-    main = 'accuracy'
 
     def __init__(self, classes: Sequence[str]) -> None:
         self.classes = list(classes)

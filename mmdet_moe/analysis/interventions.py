@@ -19,7 +19,6 @@ from mmdet_moe.moe.routers import Router
 from mmdet_moe.moe.routes import Routes
 from mmdet_moe.moe.routing import Routing
 
-KINDS = ('only', 'equal', 'without', 'random')
 #: Name of the interventions on all layers together.
 ALL = 'all'
 #: Outputs of experts that one batch may keep.

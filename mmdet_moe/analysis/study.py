@@ -36,6 +36,7 @@ from mmdet_moe.analysis.interventions import (
     interventions_on,
 )
 from mmdet_moe.analysis.layer_statistics import MAX_LEVELS, LayerStatistics
+from mmdet_moe.analysis.origins import replaced
 from mmdet_moe.analysis.outcomes import CORRECT, MISSED, WRONG, Outcomes
 from mmdet_moe.analysis.recorder import Recorder
 from mmdet_moe.analysis.records import Arrays, Records
@@ -264,8 +265,7 @@ def _shared_features(model: nn.Module, inputs: torch.Tensor) -> Iterator[Callabl
             if shared:
                 if not cache:
                     cache.append(model.extract_feat(inputs))
-                model.extract_feat = lambda _: cache[0]
-                stack.callback(delattr, model, 'extract_feat')
+                stack.enter_context(replaced(model, 'extract_feat', lambda _: cache[0]))
             yield
 
     yield sharing

@@ -818,6 +818,9 @@ def test_foreign_folders(detector, tmp_path, capsys):
 def test_empty_folder_is_used(detector, tmp_path):
     (tmp_path / 'out').mkdir()
     detector(tmp_path / 'out', '--no-interventions', '--max-images', '2')
+    experts = json.loads((tmp_path / 'out' / 'experts.json').read_text())
+    assert experts['run']['num_images'] == 2
+    assert experts['interventions'] == []
 
 
 def test_unknown_device(detector, tmp_path, capsys):

@@ -6,6 +6,7 @@ import torch
 from mmengine.model import BaseModule, initialize
 from torch import Tensor, nn
 
+from mmdet_moe.errors import ConfigError
 from mmdet_moe.moe.routes import Routes
 
 
@@ -81,8 +82,15 @@ class StackedExperts(Experts, BaseModule):
         return next(self.parameters()).shape[0]
 
     def dense(self) -> nn.Module:
-        """One expert as a module of its own, with fresh weights; needed for an ``init_cfg``."""
-        raise NotImplementedError(f'{type(self).__name__} have no dense() to initialise')
+        """One expert as a module of its own, with fresh weights; needed for an ``init_cfg``.
+
+        Raises:
+            ConfigError: If the kind of experts does not define it.
+        """
+        raise ConfigError(
+            f'expert.init_cfg: {type(self).__name__} do not say what one expert is, so it '
+            'cannot be initialised; remove init_cfg, or define their dense()'
+        )
 
     def init_weights(self) -> None:
         """Initialise every expert by itself, as ``init_cfg`` says of its dense layers."""
