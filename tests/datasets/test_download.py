@@ -307,13 +307,17 @@ def test_coco_splits_choose_the_archives(server, tmp_path, monkeypatch):
         download.prepare_coco(tmp_path, ['test2017'], server.url)
 
 
-def test_cifar100_lands_where_mmpretrain_looks():
-    mmpretrain = pytest.importorskip('mmpretrain.datasets.cifar')
-    theirs = mmpretrain.CIFAR100
-    assert download.CIFAR100.md5 == theirs.tgz_md5
-    assert download.CIFAR100.name == theirs.filename
-    assert f'{download.CIFAR100_URL_BASE}/{download.CIFAR100.path}' == theirs.url
-    assert set(download.CIFAR100.provides) == {
-        f'{theirs.base_folder}/{name}'
-        for name in (theirs.train_list[0][0], theirs.test_list[0][0], theirs.meta['filename'])
+@pytest.mark.parametrize('name', ['cifar10', 'cifar100'])
+def test_cifar_lands_where_mmpretrain_looks(name):
+    theirs = getattr(pytest.importorskip('mmpretrain.datasets.cifar'), name.upper())
+    ours = download.CIFAR[name]
+    assert ours.md5 == theirs.tgz_md5
+    assert ours.name == theirs.filename
+    assert f'{download.CIFAR_URL_BASE}/{ours.path}' == theirs.url
+    assert set(ours.provides) == {
+        f'{theirs.base_folder}/{file}'
+        for file in (
+            *(file for file, _ in theirs.train_list + theirs.test_list),
+            theirs.meta['filename'],
+        )
     }

@@ -54,7 +54,7 @@ def test_an_error_is_one_sentence_and_status_2(tmp_path):
 @pytest.mark.parametrize('command', ['coco', 'cifar100'])
 def test_offline(main, tmp_path, capsys, monkeypatch, command):
     monkeypatch.setenv('no_proxy', '127.0.0.1')
-    monkeypatch.setattr(download, '_check_disk_space', lambda *_: None)
+    monkeypatch.setattr(download, 'check_disk_space', lambda *_: None)
     arguments = [command, '--out', str(tmp_path / command), '--url-base', 'http://127.0.0.1:9']
     assert main(arguments) == 2
     message = capsys.readouterr().err
