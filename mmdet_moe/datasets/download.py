@@ -267,11 +267,11 @@ def fetch(archive: Archive, out: Path, url_base: str) -> Path:
     return target
 
 
-def md5_of(path: str | Path) -> str:
-    """MD5 of a file, in hexadecimal."""
+def md5_of(path: str | Path, progress: bool = True) -> str:
+    """MD5 of a file, in hexadecimal, with a progress bar if asked for."""
     path = Path(path)
     md5 = hashlib.md5(usedforsecurity=False)
-    with path.open('rb') as file, _byte_bar(f'verify {path.name}', _size(path)) as bar:
+    with path.open('rb') as file, _byte_bar(f'verify {path.name}', _size(path), 0, progress) as bar:
         while chunk := file.read(_CHUNK_BYTES):
             md5.update(chunk)
             bar.update(len(chunk))
@@ -286,7 +286,7 @@ def _size(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
 
 
-def _byte_bar(description: str, total: int, initial: int = 0) -> tqdm:
+def _byte_bar(description: str, total: int, initial: int = 0, visible: bool = True) -> tqdm:
     return tqdm(
         desc=description,
         total=total,
@@ -295,6 +295,7 @@ def _byte_bar(description: str, total: int, initial: int = 0) -> tqdm:
         unit_scale=True,
         unit_divisor=1000,
         leave=False,
+        disable=not visible,
     )
 
 
