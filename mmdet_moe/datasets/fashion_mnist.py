@@ -70,7 +70,7 @@ def prepare_fashion_mnist(
         out: folder to fill.
         source: folder that has the files already, plain or with ``.gz``; None downloads them.
         url_base: where the ``.gz`` files are on a server.
-        remove_archives: delete what was downloaded once all is written.
+        remove_archives: delete the downloaded files once all is written.
         overwrite: replace files in ``out`` that are not those of Fashion-MNIST.
 
     Returns:
@@ -85,19 +85,32 @@ def prepare_fashion_mnist(
     to_write = [name for name in CONTENT_MD5 if not _is_there(out / name, overwrite)]
     if not to_write:
         return None
-    downloaded = []
-    if source is None:
-        check_disk_space([ARCHIVES[name] for name in to_write], out)
-        out.mkdir(parents=True, exist_ok=True)
-        downloaded = [fetch(ARCHIVES[name], out, url_base) for name in to_write]
     files = {name: out / name for name in CONTENT_MD5 if name not in to_write}
-    for name in to_write:
-        files[name] = out / f'{name}.gz' if source is None else find_idx(source, name)
+    if source is None:
+        files |= _download(out, to_write, url_base)
+    else:
+        files |= {name: find_idx(source, name) for name in to_write}
     contents, num_images = _read_verified(files)
     _write(out, {name: contents[name] for name in to_write})
-    for file in downloaded if remove_archives else ():
-        file.unlink()
+    if source is None and remove_archives:
+        for name in to_write:
+            files[name].unlink()
     return num_images
+
+
+def _download(out: Path, names: list[str], url_base: str) -> dict[str, Path]:
+    """Paths of the ``.gz`` files in ``out`` by their idx names, after downloading what is missing.
+
+    One that was put there by hand is taken as it is, because its content is verified anyway: a
+    distribution's package compresses the same content in its own way.
+    """
+    paths = {name: out / ARCHIVES[name].name for name in names}
+    missing = [ARCHIVES[name] for name, path in paths.items() if not path.exists()]
+    check_disk_space([ARCHIVES[name] for name in names], out)
+    for archive in missing:
+        out.mkdir(parents=True, exist_ok=True)
+        fetch(archive, out, url_base)
+    return paths
 
 
 def _is_there(path: Path, overwrite: bool) -> bool:

@@ -30,7 +30,7 @@ _CIFAR = {
 def write_cifar100(root, num_train=200, num_test=100, seed=0):
     """Write ``root/cifar-100-python`` with the files train, test and meta; return that folder."""
     folder = Path(root, CIFAR100.base_folder)
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     coarse_names = sorted(SUPERCLASSES)
     fine_names = sorted(name for names in SUPERCLASSES.values() for name in names)
     coarse_of = [
@@ -55,7 +55,7 @@ def write_cifar100(root, num_train=200, num_test=100, seed=0):
 def write_cifar10(root, num_train=50, num_test=20, seed=0):
     """Write ``root/cifar-10-batches-py``, the training images in five batches; return it."""
     folder = Path(root, CIFAR10.base_folder)
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     names = list(CIFAR10.METAINFO['classes'])
     for split, count in (('train', num_train), ('test', num_test)):
         images, labels = _images(count, (3, 32, 32), len(names), seed, split)

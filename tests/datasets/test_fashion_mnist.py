@@ -195,6 +195,23 @@ def test_download_without_keeping(served, tmp_path):
     assert names_in(tmp_path) == sorted([*NAMES, 'source'])
 
 
+def test_gzipped_files_put_there_by_hand_are_used(served, gzipped, tmp_path):
+    """Whoever compressed them: what counts is their content."""
+    out = tmp_path / 'out'
+    out.mkdir()
+    for name in NAMES[1:]:
+        content = gzip.decompress((gzipped / f'{name}.gz').read_bytes())
+        (out / f'{name}.gz').write_bytes(gzip.compress(content, 1, mtime=12345))
+    assert prepare_fashion_mnist(out, url_base=served.url) == {'train': 50, 'test': 20}
+    assert served.ranges == [None]
+    for name in NAMES:
+        (out / name).unlink()
+    replace_content(out / 'train-labels-idx1-ubyte.gz', relabelled)
+    with pytest.raises(ConfigError, match=r'out/train-labels-idx1-ubyte.gz holds the label 10'):
+        prepare_fashion_mnist(out, url_base=served.url)
+    assert not set(names_in(out)) & set(NAMES)
+
+
 def test_interrupted_download_is_resumed(served, tmp_path):
     out = tmp_path / 'out'
     served.cut_after = [10_000, 0, 0, 0]
