@@ -224,8 +224,8 @@ def test_damaged_idx_file(fashion, name, change, problem):
     message = complaint('FashionMNIST', fashion)
     assert message.startswith(f'train_dataloader.dataset.data_root: {fashion}/')
     assert problem in message
-    fix = f': run `tools/prepare_data.py fashion-mnist --out {fashion} --overwrite`'
-    assert message.endswith(fix)
+    command = f'`tools/prepare_data.py fashion-mnist --out {fashion} --overwrite`'
+    assert message.endswith(f': to replace it by the published data set run {command}')
     assert complaint('MNIST', fashion).endswith(': copy it again')
 
 

@@ -141,7 +141,8 @@ def _check_idx(dataset: Dataset, good_files: set[tuple]) -> None:
     classes = classes_of(dataset)
     num_classes = _NUM_BYTES if classes is None else len(classes)
     run = _run(dataset, ' --overwrite')
-    again = f'run {run}' if run else 'copy it again'
+    # They may be of another data set in this format, which no command brings back.
+    again = f'to replace it by the published data set run {run}' if run else 'copy it again'
     for files in (dataset.cls.train_list, dataset.cls.test_list):
         # The class names what it would download, and reads it without the suffix.
         names = [name.rpartition('.')[0] for name, _ in files]
