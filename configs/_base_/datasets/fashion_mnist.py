@@ -11,6 +11,7 @@ train_dataloader = dict(
     dataset=dict(
         type=dataset_type,
         data_root=data_root,
+        split='train',
         download=False,
         pipeline=[
             dict(type='RandomCrop', crop_size=28, padding=2),
@@ -27,8 +28,9 @@ val_dataloader = dict(
     dataset=dict(
         type=dataset_type,
         data_root=data_root,
+        split='test',
+        test_mode=True,  # by which this class goes
         download=False,
-        test_mode=True,
         pipeline=[dict(type='PackInputs')],
     ),
 )
