@@ -28,6 +28,7 @@ from mmdet_moe.compat.distributed import (
 )
 from mmdet_moe.compat.malloc import keep_large_blocks
 from mmdet_moe.engine.explain import explain, in_one_line
+from mmdet_moe.engine.finished_run import FinishedRunHook
 from mmdet_moe.engine.image_errors import ImageErrorHook
 from mmdet_moe.engine.preflight import check_checkpoint, check_config
 from mmdet_moe.errors import ConfigError
@@ -36,6 +37,7 @@ __all__ = [
     'apply_data_root',
     'fail',
     'load_config',
+    'parse_options',
     'run_test',
     'run_train',
     'set_loader_defaults',
@@ -200,6 +202,13 @@ def load_config(path: str, options: Mapping[str, Any] | None = None) -> Config:
     if scope not in _SCOPES:
         raise ConfigError(f"default_scope must be 'mmdet' or 'mmpretrain', got {scope!r}")
     return cfg
+
+
+def parse_options(options: Sequence[str]) -> dict[str, Any]:
+    """``key=value`` pairs as ``--cfg-options`` understands them, by dotted key."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument('--cfg-options', nargs='*', action=DictAction, default={})
+    return parser.parse_args(['--cfg-options', *options]).cfg_options
 
 
 def _prepare(args: argparse.Namespace) -> Config:
@@ -428,7 +437,9 @@ def _prepare_training(args: argparse.Namespace) -> Runner:
     if args.resume is not None:
         _set_resume(cfg, args.resume)
     _check(cfg, 'train')
-    return _build_runner(cfg)
+    runner = _build_runner(cfg)
+    runner.register_hook(FinishedRunHook())
+    return runner
 
 
 def run_train(argv: Sequence[str] | None = None) -> None:

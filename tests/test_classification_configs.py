@@ -96,7 +96,7 @@ def test_one_line_swaps_the_balancing():
 
 @pytest.mark.parametrize('position', range(5))
 @pytest.mark.parametrize('num_experts', [4, 10])
-def test_position_and_number_of_experts_in_one_line_each(position, num_experts):
+def test_position_and_number_of_experts_in_one_line_each(position, num_experts, tmp_path):
     """All of them have the active cost of the dense network, and the stage that is asked for."""
     source = (CONFIGS / 'resnet18_moe_soft_cifar100.py').read_text()
     for line, new in (
@@ -105,12 +105,9 @@ def test_position_and_number_of_experts_in_one_line_each(position, num_experts):
     ):
         assert source.count(line) == 1
         source = source.replace(line, new)
-    path = CONFIGS / '_edited.py'
-    path.write_text(source)
-    try:
-        cfg = Config.fromfile(path)
-    finally:
-        path.unlink()
+    path = tmp_path / 'edited.py'
+    path.write_text(source.replace("'./_base_/", f"'{CONFIGS}/_base_/"))
+    cfg = Config.fromfile(path)
     init_default_scope('mmpretrain')
     model = MODELS.build(cfg.model)
     ((name, layer),) = moe.find_moe_layers(model).items()

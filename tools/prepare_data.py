@@ -54,7 +54,9 @@ def _add_digit_scenes(commands: argparse._SubParsersAction) -> None:
         'digit-scenes', help='generate a detection data set in COCO format, without a download'
     )
     scenes.set_defaults(run=run_digit_scenes)
-    scenes.add_argument('--out', default='data/digit-scenes', help='folder to write (%(default)s)')
+    scenes.add_argument(
+        '--out', help='folder to write (data/digit-scenes, or data/fashion-scenes with clothes)'
+    )
     scenes.add_argument(
         '--images', type=int, default=1000, help='training images (%(default)s)', metavar='N'
     )
@@ -77,7 +79,9 @@ def _add_digit_scenes(commands: argparse._SubParsersAction) -> None:
         '--sprites', choices=SOURCES, default='digits', help='what to paste (%(default)s)'
     )
     scenes.add_argument(
-        '--source', help="folder of Fashion-MNIST's four idx files", metavar='FOLDER'
+        '--source',
+        help="folder of Fashion-MNIST's four idx files (data/fashion-mnist)",
+        metavar='FOLDER',
     )
     scenes.add_argument(
         '--overwrite', action='store_true', help='replace a data set of other parameters'
@@ -113,14 +117,17 @@ def _add_download_options(parser: argparse.ArgumentParser, url_base: str) -> Non
 
 def run_digit_scenes(args: argparse.Namespace) -> None:
     """Generate the digit scenes and print how many objects there are of each size."""
+    out, source = args.out, args.source
+    if args.sprites == 'fashion-mnist':
+        out, source = out or 'data/fashion-scenes', source or 'data/fashion-mnist'
     summary = digit_scenes.generate(
-        args.out,
+        out or 'data/digit-scenes',
         num_train=args.images,
         num_val=args.val_images,
         size=args.size,
         seed=args.seed,
         sprites=args.sprites,
-        source=args.source,
+        source=source,
         objects=tuple(args.objects),
         overwrite=args.overwrite,
     )

@@ -1,12 +1,14 @@
 #!/usr/bin/env python
 """Reproduce the tables and pictures of docs/results.md.
 
-Every experiment trains several methods with several seeds, looks at the experts of each run, and
-rewrites its tables after every finished run. It resumes where it stopped.
+Every experiment trains several methods with several seeds and looks at the experts of each run. It
+resumes where it stopped. Tables and pictures go to docs/ when all runs of the seeds 0, 1 and 2 are
+there, and before that to the folder ``tables`` of the work directory.
 """
 
 import argparse
 import importlib.util
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +16,7 @@ from pathlib import Path
 if importlib.util.find_spec('mmdet_moe') is None:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from mmdet_moe.analysis.experiments.experiment import Experiment
+from mmdet_moe.analysis.experiments.experiment import SEEDS, Experiment
 from mmdet_moe.analysis.experiments.fashion_mnist import BUDGETS, FashionMNISTExperiment
 from mmdet_moe.analysis.experiments.scenes import DIGIT_SCENES, FASHION_SCENES, ScenesExperiment
 from mmdet_moe.analysis.runs import REPOSITORY
@@ -34,8 +36,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     scenes.add_argument(
         '--source',
         type=Path,
-        default=REPOSITORY / 'data' / 'fashion-mnist',
-        help='folder of the four idx files (%(default)s)',
+        default=Path(os.environ.get('FASHION_MNIST_ROOT', REPOSITORY / 'data' / 'fashion-mnist')),
+        help='folder of the four idx files (by default FASHION_MNIST_ROOT, or data/fashion-mnist)',
     )
     fashion = _add(commands, 'fashion-mnist', 'balancing methods of a ResNet-18 on Fashion-MNIST')
     fashion.add_argument(
@@ -51,10 +53,14 @@ def _add(
     commands: argparse._SubParsersAction, name: str, description: str
 ) -> argparse.ArgumentParser:
     parser = commands.add_parser(name, help=description, description=description)
-    parser.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2])
+    parser.add_argument('--seeds', type=int, nargs='+', default=list(SEEDS))
     parser.add_argument('--jobs', type=int, default=2, help='runs at a time, one thread each')
+    variable = f'{name.upper().replace("-", "_")}_ROOT'
     parser.add_argument(
-        '--data', type=Path, default=REPOSITORY / 'data' / name, help='folder of the data set'
+        '--data',
+        type=Path,
+        default=Path(os.environ.get(variable, REPOSITORY / 'data' / name)),
+        help=f'folder of the data set (by default {variable}, or data/{name})',
     )
     parser.add_argument(
         '--work-dir', type=Path, default=REPOSITORY / 'work_dirs' / 'reproduce' / name
@@ -77,7 +83,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Entry point."""
     args = parse_args(argv)
     with exit_on_user_error():
-        experiment(args).run(args.table_only)
+        chosen = experiment(args)
+        chosen.run(args.table_only)
+        print(f'Tables and pictures: {chosen.written}')
 
 
 if __name__ == '__main__':

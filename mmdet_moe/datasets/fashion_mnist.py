@@ -90,7 +90,8 @@ def prepare_fashion_mnist(
         files |= _download(out, to_write, url_base)
     else:
         files |= {name: find_idx(source, name) for name in to_write}
-    contents, num_images = _read_verified(files)
+    fix = 'delete it, and the command downloads it again' if source is None else 'get it again'
+    contents, num_images = _read_verified(files, fix)
     _write(out, {name: contents[name] for name in to_write})
     if source is None and remove_archives:
         for name in to_write:
@@ -126,13 +127,13 @@ def _is_there(path: Path, overwrite: bool) -> bool:
     )
 
 
-def _read_verified(files: dict[str, Path]) -> tuple[dict[str, bytes], dict[str, int]]:
+def _read_verified(files: dict[str, Path], fix: str) -> tuple[dict[str, bytes], dict[str, int]]:
     """Contents of the files by their idx names, and the number of images of each split."""
-    contents = {name: read_content(path) for name, path in files.items()}
+    contents = {name: read_content(path, fix) for name, path in files.items()}
     num_images = {}
     for split, (images_name, labels_name) in zip(('train', 'test'), SPLITS, strict=True):
-        images = parse_idx(contents[images_name], 3, files[images_name])
-        labels = parse_idx(contents[labels_name], 1, files[labels_name])
+        images = parse_idx(contents[images_name], 3, files[images_name], fix)
+        labels = parse_idx(contents[labels_name], 1, files[labels_name], fix)
         check_pair(images, labels, len(CLASSES), files[images_name], files[labels_name])
         num_images[split] = len(images)
     # The checks above say better what is wrong, so the one that covers them comes last.
@@ -141,7 +142,7 @@ def _read_verified(files: dict[str, Path]) -> tuple[dict[str, bytes], dict[str, 
         if found != CONTENT_MD5[name]:
             raise ConfigError(
                 f'the content of {files[name]} has the MD5 {found} instead of '
-                f"{CONTENT_MD5[name]}: it is not Fashion-MNIST's, or damaged; get it again"
+                f"{CONTENT_MD5[name]}: it is not Fashion-MNIST's, or damaged: {fix}"
             )
     return contents, num_images
 

@@ -33,7 +33,10 @@ def find_idx(folder: str | Path, name: str) -> Path:
     for path in (Path(folder, name), Path(folder, f'{name}.gz')):
         if path.is_file():
             return path
-    raise ConfigError(f'{Path(folder, name)} (or the same with .gz) does not exist: put it there')
+    raise ConfigError(
+        f'{Path(folder, name)} (or the same with .gz) does not exist: put it there, or let '
+        '`tools/prepare_data.py fashion-mnist --out DIR` fetch it'
+    )
 
 
 def read_content(path: str | Path, fix: str = _DOWNLOAD_AGAIN) -> bytes:

@@ -13,14 +13,15 @@ def count_flops(module: nn.Module, x: Tensor) -> int:
     that routes images. On the ``meta`` device nothing is computed; a router needs real values.
 
     Args:
-        module: Left as it was.
+        module: Left as it was, but for what it remembers of its latest forward pass.
         x: Its input.
     """
-    training = module.training
+    modes = {part: part.training for part in module.modules()}
     module.eval()
     try:
         with FlopCounterMode(display=False) as counter:
             module(x)
     finally:
-        module.train(training)
+        for part, training in modes.items():
+            part.training = training
     return counter.get_total_flops()

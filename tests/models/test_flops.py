@@ -11,10 +11,11 @@ def test_formulas_by_hand():
     model = nn.Sequential(
         nn.Conv2d(3, 8, 3, stride=2, padding=1), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(200, 7)
     )
+    model[1].eval()
     # Two for each multiplication and addition; 10×10 becomes 5×5.
     convolution, linear = 2 * 8 * 3 * 9 * 25, 2 * 200 * 7
     assert count_flops(model, torch.randn(2, 3, 10, 10)) == 2 * (convolution + linear)
-    assert model.training
+    assert [part.training for part in model] == [True, False, True, True]
 
 
 def test_nothing_is_computed_on_meta():

@@ -109,6 +109,24 @@ def test_dense_checkpoint(stages, num_experts, randomise, tmp_path):
     torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3 * wanted.abs().max())
 
 
+@pytest.mark.parametrize('width', ['equal_flops', 5, (3, 3, 3, 3)], ids=str)
+def test_dense_checkpoint_of_another_width(width, tmp_path):
+    """A part of it would fit, the last convolution: that is no start at the dense accuracy."""
+    torch.save({'state_dict': build(**SMALL).state_dict()}, tmp_path / 'dense.pth')
+    model = build({'moe_stages': 3, 'expert_channels': width}, **SMALL)
+    with pytest.raises(ConfigError, match=r"layer3\..* does not fit .*expert_channels='dense'"):
+        load_checkpoint(model, str(tmp_path / 'dense.pth'))
+
+
+def test_group_norm():
+    """It divides the channels, so the widths that are tried are multiples of its groups."""
+    norm_cfg = {'type': 'GN', 'num_groups': 4}
+    model = build({'moe_stages': (2, 4)}, **SMALL, norm_cfg=norm_cfg)
+    for layer in (model.layer2, model.layer4):
+        assert layer.experts[0][0].conv1.out_channels % 4 == 0
+    assert model(torch.randn(2, 3, 16, 16))[0].shape == (2, 64, 2, 2)
+
+
 @pytest.mark.parametrize('residual', [False, True])
 @pytest.mark.parametrize('stage', [0, 1, 3])
 def test_mixing_by_hand(stage, residual, randomise):
@@ -197,9 +215,16 @@ def test_images_in_training():
 
 
 @pytest.mark.parametrize(('options', 'message'), [
-    ({'moe_stages': 5}, r'moe_stages=\(5,\) must name some of the stages 1 to 4, or 0'),
+    ({'moe_stages': 5}, r'moe_stages=5 must name some of the stages 1 to 4, or 0'),
     ({'moe_stages': ()}, r'moe_stages=\(\) must name some'),
-    ({'expert_channels': 0}, r'expert_channels=\(0, 0, 0, 0\) must be a positive integer'),
+    ({'expert_channels': 0}, r'expert_channels=0 must be a positive integer'),
+    ({'expert_channels': 25.0}, r'expert_channels=25.0 must be a positive integer'),
+    ({'moe_stages': 4.0}, r'moe_stages=4.0 must name some'),
+    ({'moe_stages': True}, r'moe_stages=True must name some'),
+    ({'top_k': 5}, r'num_experts=4 and top_k=5 must be integers with 1 <= top_k'),
+    ({'num_experts': 2.5}, r'num_experts=2.5 and top_k=2 must be integers'),
+    ({'norm_cfg': {'type': 'GN', 'num_groups': 4}, 'expert_channels': 6},
+     r'expert_channels=6 of stage 4 is no multiple of norm_cfg.num_groups=4'),
     ({'expert_channels': (25, 50)}, r'expert_channels=\(25, 50\) must be .* 4 stages'),
     ({'expert_channels': 'wide'}, r"'wide' must be .* or 'equal_flops', or 'dense'"),
 ])  # fmt: skip

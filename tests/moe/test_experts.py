@@ -106,7 +106,7 @@ def test_another_number_of_experts(saved, wanted):
 
 
 def test_narrow_experts(randomise):
-    message = r'"stage\.0\.weight" of shape \(6, 3, 3, 3\) does not fit .* \(5, 3, 3, 3\)'
+    message = r'"stage\.2\.weight" of shape \(4, 6, 1, 1\) does not fit .* \(4, 5, 1, 1\)'
     with pytest.raises(ConfigError, match=message):
         load_state_dict(moe_model(width=5), dense_model(randomise).state_dict())
 

@@ -1,6 +1,6 @@
-# Clothes from Fashion-MNIST on photographs, from the generator of digit_scenes.py: `tools/
-# prepare_data.py digit-scenes --sprites fashion-mnist --source DIR --out data/fashion-scenes`.
-# Another folder: `export FASHION_SCENES_ROOT=DIR`, or `--cfg-options data_root=DIR`.
+# Clothes from Fashion-MNIST on photographs, from the generator of digit_scenes.py:
+# `tools/prepare_data.py digit-scenes --sprites fashion-mnist`. Another folder:
+# `export FASHION_SCENES_ROOT=DIR`, or `--cfg-options data_root=DIR`.
 _base_ = './digit_scenes.py'
 data_root = '{{$FASHION_SCENES_ROOT:data/fashion-scenes}}'
 metainfo = dict(

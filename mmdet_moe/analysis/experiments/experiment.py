@@ -9,8 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from mmdet_moe.analysis.files import EXPERTS_FILE
+from mmengine.config import Config
+
+from mmdet_moe.analysis.experiments.markdown import replace_between_markers
+from mmdet_moe.analysis.experiments.settings import difference
+from mmdet_moe.analysis.files import EXPERTS_FILE, write_file
 from mmdet_moe.analysis.runs import REPOSITORY, RunResult, analyse, collect, train
+from mmdet_moe.cli import load_config, parse_options, set_loader_defaults
 from mmdet_moe.errors import ConfigError
 from mmdet_moe.moe import UtilizationReport
 from mmdet_moe.moe.utilization import DEAD_SHARE
@@ -18,6 +23,8 @@ from mmdet_moe.moe.utilization import DEAD_SHARE
 CONFIGS = REPOSITORY / 'configs'
 RESULTS = REPOSITORY / 'docs' / 'results.md'
 PICTURES = REPOSITORY / 'docs' / 'images'
+#: The seeds behind docs/results.md.
+SEEDS = (0, 1, 2)
 Item = TypeVar('Item')
 
 
@@ -47,15 +54,23 @@ class Experiment(ABC):
     Args:
         data: Folder of the data set.
         work_dir: Where the runs live: ``<method>/seed<seed>``.
-        seeds: One run of each method for each of them.
-        jobs: Runs at a time, one thread each.
+        seeds: One run of each method for each of them, all different.
+        jobs: Runs at a time, one thread each, at least 1.
+
+    Raises:
+        ConfigError: For seeds or jobs out of range.
     """
 
     def __init__(self, data: Path, work_dir: Path, seeds: Sequence[int], jobs: int) -> None:
+        if not seeds or len(set(seeds)) < len(seeds):
+            raise ConfigError(f'--seeds {" ".join(map(str, seeds))}: give different numbers')
+        if jobs < 1:
+            raise ConfigError(f'--jobs {jobs}: give at least 1')
         # Trainings run from the checkout, wherever the tool was called.
         self.data, self.work_dir = data.resolve(), work_dir.resolve()
         self.seeds = list(seeds)
         self.jobs = jobs
+        self.written: Path | None = None
 
     @abstractmethod
     def run(self, table_only: bool = False) -> None:
@@ -67,7 +82,32 @@ class Experiment(ABC):
 
     @abstractmethod
     def write(self) -> None:
-        """Rewrite the generated parts of docs/results.md from what is there."""
+        """Rewrite the tables and pictures from what is there, with :meth:`publish`."""
+
+    def publish(
+        self, complete: bool, tables: dict[str, str], pictures: dict[str, Callable[[Path], None]]
+    ) -> None:
+        """Put tables and pictures into docs/, or into the work directory while runs are missing.
+
+        What is published is never replaced by less.
+
+        Args:
+            complete: Whether all runs are there, for each of the seeds.
+            tables: Markdown by the name of its markers in docs/results.md.
+            pictures: What draws a picture into a file, by the file's name.
+        """
+        if complete and self.seeds == list(SEEDS):
+            for marker, text in tables.items():
+                replace_between_markers(RESULTS, marker, text)
+            folder = PICTURES
+        else:
+            folder = self.work_dir / 'tables'
+            folder.mkdir(parents=True, exist_ok=True)
+            for marker, text in tables.items():
+                write_file(folder / f'{marker}.md', f'{text}\n'.encode())
+        for name, draw in pictures.items():
+            draw(folder / name)
+        self.written = RESULTS if folder == PICTURES else folder
 
     def options(self, method: Method, seed: int) -> list[str]:
         """``--cfg-options`` of a run, before those of its method."""
@@ -91,19 +131,37 @@ class Experiment(ABC):
         """Train those runs of some methods that are not finished.
 
         Raises:
-            ConfigError: If a run fails.
+            ConfigError: If a run fails, or was begun with other settings.
         """
         runs = [(method, seed) for seed in self.seeds for method in methods]
+        for run in runs:
+            self._check_settings(*run)
         todo = [run for run in runs if collect(self.run_dir(*run)) is None]
         print(f'{len(runs) - len(todo)} of {len(runs)} runs are finished.', flush=True)
         self._in_parallel(todo, lambda run: self._train_one(*run), 'runs')
+
+    def _check_settings(self, method: Method, seed: int) -> None:
+        folder = self.run_dir(method, seed)
+        for path in folder.glob('*.py'):
+            wanted = load_config(
+                str(CONFIGS / f'{method.config}.py'), parse_options(self._all_options(method, seed))
+            )
+            set_loader_defaults(wanted)
+            if field := difference(Config.fromfile(path), wanted):
+                raise ConfigError(
+                    f'{folder} holds a run with other settings ({field}); move it away, or choose '
+                    'another --work-dir'
+                )
+
+    def _all_options(self, method: Method, seed: int) -> list[str]:
+        return [*self.options(method, seed), *method.options]
 
     def _train_one(self, method: Method, seed: int) -> None:
         work_dir = self.run_dir(method, seed)
         work_dir.mkdir(parents=True, exist_ok=True)
         log = work_dir / 'output.log'
         with log.open('a') as output:
-            options = [*self.options(method, seed), *method.options]
+            options = self._all_options(method, seed)
             train(CONFIGS / f'{method.config}.py', work_dir, options, threads=1, output=output)
         if collect(work_dir) is None:
             raise ConfigError(f'{work_dir} did not finish; see {log}')

@@ -2,15 +2,15 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from mmengine.config import Config
+from mmengine.device import get_device
 from mmengine.registry import DefaultScope
 
 from mmdet_moe.analysis.experiments.experiment import (
     CONFIGS,
-    PICTURES,
-    RESULTS,
     Experiment,
     Method,
     changed_by,
@@ -20,7 +20,6 @@ from mmdet_moe.analysis.experiments.markdown import (
     NOTHING,
     mean_and_std,
     mean_per_layer,
-    replace_between_markers,
     table,
 )
 from mmdet_moe.analysis.models import build_model
@@ -28,6 +27,7 @@ from mmdet_moe.analysis.plots import plot_class_specialisation
 from mmdet_moe.analysis.runs import RunResult, mean_std
 from mmdet_moe.cli import load_config
 from mmdet_moe.engine.preflight import check_config
+from mmdet_moe.errors import ConfigError
 from mmdet_moe.models.flops import count_flops
 
 METHODS = (
@@ -109,12 +109,23 @@ class FashionMNISTExperiment(Experiment):
 
     def run(self, table_only: bool = False) -> None:
         print(f'Budget {self.budget.name}: {self.budget.text}.', flush=True)
-        cfg = load_config(str(CONFIGS / f'{DENSE.config}.py'), {'data_root': str(self.data)})
-        check_config(cfg)
+        if self.budget.name == 'gpu' and get_device() == 'cpu' and not table_only:
+            raise ConfigError('--budget gpu: there is no GPU here; use --budget cpu')
         if not table_only:
+            self._check_data()
             self.train(METHODS)
             self.analyse(MOE_METHODS)
         self.write()
+
+    def _check_data(self) -> None:
+        if not self.data.is_dir():
+            raise ConfigError(
+                f"--data: there is no folder '{self.data}'; `tools/prepare_data.py fashion-mnist "
+                '--out DIR` makes it, with --source DIR from files that you have already'
+            )
+        check_config(
+            load_config(str(CONFIGS / f'{DENSE.config}.py'), {'data_root': str(self.data)})
+        )
 
     def options(self, method: Method, seed: int) -> list[str]:
         options = [*super().options(method, seed), *self.budget.options]
@@ -130,10 +141,15 @@ class FashionMNISTExperiment(Experiment):
             f'Budget `{self.budget.name}`: {self.budget.text}.\n\n'
             f'{accuracy_table(results, self._flops)}\n\n{specialisation_table(found)}'
         )
-        replace_between_markers(RESULTS, 'fashion-mnist', text)
+        pictures = {}
         if all(found.values()):
-            pictures = {name: runs[0] for name, runs in found.items()}
-            plot_class_specialisation(pictures, PICTURES / 'fashion-mnist-specialisation.png')
+            first = {name: runs[0] for name, runs in found.items()}
+            name = f'fashion-mnist-{self.budget.name}-specialisation.png'
+            pictures[name] = partial(plot_class_specialisation, first)
+        complete = all(
+            len(runs) == len(self.seeds) for runs in (*results.values(), *found.values())
+        )
+        self.publish(complete, {f'fashion-mnist-{self.budget.name}': text}, pictures)
 
     def _active_flops(self, method: Method) -> int:
         folders = (self.run_dir(method, seed) for seed in self.seeds)

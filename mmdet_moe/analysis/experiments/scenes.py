@@ -5,6 +5,7 @@ Every seed has its own pretrained dense model, from which all of its methods sta
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from mmengine.config import Config
@@ -12,8 +13,6 @@ from torch import Tensor
 
 from mmdet_moe.analysis.experiments.experiment import (
     CONFIGS,
-    PICTURES,
-    RESULTS,
     Experiment,
     Method,
     changed_by,
@@ -23,7 +22,6 @@ from mmdet_moe.analysis.experiments.markdown import (
     NOTHING,
     mean_and_std,
     mean_per_layer,
-    replace_between_markers,
     table,
 )
 from mmdet_moe.analysis.interventions import ALL
@@ -146,20 +144,22 @@ class ScenesExperiment(Experiment):
         cfg = Config.fromfile(CONFIGS / f'{scenes.methods[0].config}.py')
         apply_data_root(cfg, str(self.data))
         objects = positives_per_level(cfg)
-        tables = {scenes.name: scenes.methods}
+        rows = {scenes.name: scenes.methods}
         if scenes.decision_weights:
-            tables['decision-weights'] = scenes.decision_weights
-        for marker, methods in tables.items():
-            results = {method.name: self.results(method) for method in methods}
-            replace_between_markers(RESULTS, marker, markdown_table(results, objects))
-        found = {method: self.analyses(method) for method in scenes.methods[1:]}
-        by_name = {method.name: runs for method, runs in found.items() if runs}
-        if by_name:
-            marker = f'{scenes.name}-specialisation'
-            replace_between_markers(RESULTS, marker, specialisation_table(by_name))
-        if all(found[method] for method in scenes.pictured):
-            pictures = {method.name: found[method][0] for method in scenes.pictured}
-            plot_specialisation(pictures, PICTURES / f'{scenes.name}-specialisation.png')
+            rows['decision-weights'] = scenes.decision_weights
+        results = {
+            marker: {method.name: self.results(method) for method in methods}
+            for marker, methods in rows.items()
+        }
+        tables = {marker: markdown_table(runs, objects) for marker, runs in results.items()}
+        found = {method.name: self.analyses(method) for method in scenes.methods[1:]}
+        tables[f'{scenes.name}-specialisation'] = specialisation_table(found)
+        pictures = {}
+        if all(found[method.name] for method in scenes.pictured):
+            first = {method.name: found[method.name][0] for method in scenes.pictured}
+            pictures[f'{scenes.name}-specialisation.png'] = partial(plot_specialisation, first)
+        runs = [*found.values(), *(runs for group in results.values() for runs in group.values())]
+        self.publish(all(len(r) == len(self.seeds) for r in runs), tables, pictures)
 
 
 def markdown_table(results: dict[str, list[RunResult]], objects: Tensor) -> str:
@@ -215,6 +215,8 @@ def specialisation_table(found: dict[str, list[dict]]) -> str:
 
     def rows() -> Iterator[list[str]]:
         for name, runs in found.items():
+            if not runs:
+                continue
             of_objects, of_detections, of_class = (
                 _over_layers(runs, lambda run, x, a=a: _association(run, x, *a)['mi'])
                 for a in (

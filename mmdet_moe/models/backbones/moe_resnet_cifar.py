@@ -75,14 +75,17 @@ class MoEResNet_CIFAR(ResNet_CIFAR):
         capacity_factor: float | None = None,
         **kwargs,
     ) -> None:
+        _check_numbers(num_experts, top_k)
         # Filled by make_res_layer, which the base class calls from its constructor.
         self._stage_options: list[dict[str, Any]] = []
         super().__init__(*args, **kwargs)
-        self.moe_stages = (moe_stages,) if isinstance(moe_stages, int) else tuple(moe_stages)
         num_stages = len(self.res_layers)
-        if not self.moe_stages or not set(self.moe_stages) <= set(range(num_stages + 1)):
+        self.moe_stages = tuple(moe_stages) if isinstance(moe_stages, Sequence) else (moe_stages,)
+        if not self.moe_stages or not all(
+            type(stage) is int and 0 <= stage <= num_stages for stage in self.moe_stages
+        ):
             raise ConfigError(
-                f'moe_stages={self.moe_stages} must name some of the stages 1 to {num_stages}, or '
+                f'moe_stages={moe_stages!r} must name some of the stages 1 to {num_stages}, or '
                 '0 for the first convolution'
             )
         self.expert_channels = _per_stage(expert_channels, num_stages)
@@ -122,6 +125,12 @@ class MoEResNet_CIFAR(ResNet_CIFAR):
     def _mix_stage(self, stage: int) -> MoELayer:
         options = self._stage_options[stage - 1]
         width = self.expert_channels[stage - 1]
+        num_groups = self.norm_cfg.get('num_groups', 1)
+        if isinstance(width, int) and width % num_groups:
+            raise ConfigError(
+                f'expert_channels={width} of stage {stage} is no multiple of '
+                f'norm_cfg.num_groups={num_groups}; choose a multiple, or {EQUAL_FLOPS!r}'
+            )
         if width == DENSE:
             width = options['out_channels'] // options['expansion']
         elif width == EQUAL_FLOPS:
@@ -142,24 +151,29 @@ class MoEResNet_CIFAR(ResNet_CIFAR):
         return MoELayer(experts, in_channels=in_channels, shortcut=shortcut, **self._moe_cfg)
 
 
+def _check_numbers(num_experts: int, top_k: int) -> None:
+    # The router says the same, but only after the widths have been searched with them.
+    if not (type(num_experts) is type(top_k) is int and 1 <= top_k <= num_experts):
+        raise ConfigError(
+            f'num_experts={num_experts!r} and top_k={top_k!r} must be integers with '
+            '1 <= top_k <= num_experts'
+        )
+
+
 def _per_stage(
     expert_channels: int | Sequence[int] | str, num_stages: int
 ) -> tuple[int | str, ...]:
     """The width of each stage's experts, or how to find it."""
     if expert_channels in (EQUAL_FLOPS, DENSE):
         return (expert_channels,) * num_stages
-    if isinstance(expert_channels, int):
-        expert_channels = (expert_channels,) * num_stages
-    if (
-        isinstance(expert_channels, str)
-        or len(expert_channels) != num_stages
-        or not all(isinstance(width, int) and width > 0 for width in expert_channels)
-    ):
+    several = isinstance(expert_channels, Sequence) and not isinstance(expert_channels, str)
+    widths = tuple(expert_channels) if several else (expert_channels,) * num_stages
+    if len(widths) != num_stages or not all(type(width) is int and width > 0 for width in widths):
         raise ConfigError(
             f'expert_channels={expert_channels!r} must be a positive integer, or one for each of '
             f'the {num_stages} stages, or {EQUAL_FLOPS!r}, or {DENSE!r}'
         )
-    return tuple(expert_channels)
+    return widths
 
 
 def _narrow_stage(
@@ -210,8 +224,10 @@ def _equal_flops_width(stage: int, options: dict[str, Any], top_k: int) -> int:
         def relative_cost(width: int) -> float:
             return top_k * count_flops(_narrow_stage(width, **options), x) / dense
 
-        widths = range(1, options['out_channels'] // options['expansion'] + 1)
-        if (least := relative_cost(1)) > 1 + TOLERANCE:
+        # Group norm divides the channels of each layer.
+        step = options['norm_cfg'].get('num_groups', 1)
+        widths = range(step, options['out_channels'] // options['expansion'] + 1, step)
+        if (least := relative_cost(step)) > 1 + TOLERANCE:
             raise ConfigError(
                 f'expert_channels={EQUAL_FLOPS!r}: top_k={top_k} experts of stage {stage} cost at '
                 f'least {least:.2f} times what the dense stage costs, because their last block has '

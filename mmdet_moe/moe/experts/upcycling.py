@@ -33,8 +33,8 @@ def upcycle(
             draw the same.
 
     Raises:
-        ConfigError: If the checkpoint holds another number of experts, or if no dense weight has
-            the shape of the experts'.
+        ConfigError: If the checkpoint holds another number of experts, or dense weights with
+            other inputs than the experts have.
     """
     prefix = moe_prefix + 'experts.'
     dense_prefix += experts.dense_scope
@@ -56,15 +56,15 @@ def upcycle(
     }
     if found or not dense:
         return
-    weights = [name for name, value in dense.items() if value.dim() > 1]
-    if weights and all(dense[name].shape != expected[name].shape for name in weights):
-        name = weights[0]
-        raise ConfigError(
-            f'The checkpoint\'s dense weight "{dense_prefix}{name}" of shape '
-            f'{tuple(dense[name].shape)} does not fit the experts, which need '
-            f'{tuple(expected[name].shape)}, and no other one does: use experts of the dense '
-            'width, or a checkpoint of this model'
-        )
+    for name, value in dense.items():
+        # Other outputs are a prediction layer for other classes, other inputs another network.
+        if value.dim() > 1 and value.shape[1:] != expected[name].shape[1:]:
+            raise ConfigError(
+                f'The checkpoint\'s dense weight "{dense_prefix}{name}" of shape '
+                f'{tuple(value.shape)} does not fit the experts, which need '
+                f'{tuple(expected[name].shape)}: use experts of the dense width '
+                "(expert_channels='dense' in MoEResNet_CIFAR), or a checkpoint of this model"
+            )
     for name, value in dense.items():
         del state_dict[dense_prefix + name]
         copies = [_copy(value, noise, f'{prefix}{e}.{name}') for e in range(experts.num_experts)]

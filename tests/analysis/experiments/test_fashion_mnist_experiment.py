@@ -1,11 +1,11 @@
 """The Fashion-MNIST experiment: its tables, and all of it in miniature."""
 
-import argparse
 import math
+from dataclasses import replace
 
 import pytest
 from miniature import write_fashion_mnist
-from mmengine.config import Config, DictAction
+from mmengine.config import Config
 from mmengine.registry import DefaultScope
 
 from mmdet_moe.analysis.experiments import experiment as experiment_module
@@ -19,7 +19,7 @@ from mmdet_moe.analysis.experiments.fashion_mnist import (
 )
 from mmdet_moe.analysis.models import build_model
 from mmdet_moe.analysis.runs import RunResult
-from mmdet_moe.cli import load_config
+from mmdet_moe.cli import load_config, parse_options
 from mmdet_moe.errors import ConfigError
 from mmdet_moe.moe import UtilizationReport
 
@@ -100,11 +100,14 @@ def test_experiment(tmp_path, monkeypatch, capsys):
     """Trains, analyses, writes; a second run finds everything done."""
     data = write_fashion_mnist(tmp_path / 'data', num_train=40, num_test=20)
     page, pictures = tmp_path / 'results.md', tmp_path / 'pictures'
-    page.write_text('before\n<!-- fashion-mnist:begin -->\n<!-- fashion-mnist:end -->\nafter\n')
+    page.write_text(
+        'before\n<!-- fashion-mnist-tiny:begin -->\n<!-- fashion-mnist-tiny:end -->\nafter\n'
+    )
     pictures.mkdir()
     methods = fashion_mnist.METHODS[:2]
-    monkeypatch.setattr(fashion_mnist, 'RESULTS', page)
-    monkeypatch.setattr(fashion_mnist, 'PICTURES', pictures)
+    monkeypatch.setattr(experiment_module, 'RESULTS', page)
+    monkeypatch.setattr(experiment_module, 'PICTURES', pictures)
+    monkeypatch.setattr(experiment_module, 'SEEDS', (3,))
     monkeypatch.setattr(fashion_mnist, 'METHODS', methods)
     monkeypatch.setattr(fashion_mnist, 'MOE_METHODS', methods[1:])
     experiment = FashionMNISTExperiment(TINY, data, tmp_path / 'runs', seeds=[3], jobs=2)
@@ -133,11 +136,49 @@ def test_experiment(tmp_path, monkeypatch, capsys):
     experiment.run()
     assert '2 of 2 runs are finished.' in capsys.readouterr().out
     assert page.read_text() == first
+    # Of other settings nothing is reused, and with other seeds nothing is published.
+    longer = replace(TINY, options=(*TINY.options, 'train_cfg.max_epochs=3'))
+    with pytest.raises(ConfigError, match=r'seed3 holds a run .*max_epochs: 2 there, 3 now'):
+        FashionMNISTExperiment(longer, data, tmp_path / 'runs', seeds=[3], jobs=2).run()
+    fewer = FashionMNISTExperiment(TINY, data, tmp_path / 'runs', seeds=[3, 4], jobs=2)
+    fewer.run(table_only=True)
+    assert page.read_text() == first
+    assert (fewer.written / 'fashion-mnist-tiny.md').read_text().strip() in first
+
+
+def test_interrupted_in_the_last_validation(tmp_path, monkeypatch):
+    """The checkpoint is there, the accuracy is not: resuming only has to validate."""
+    data = write_fashion_mnist(tmp_path / 'data', num_train=40, num_test=20)
+    experiment = FashionMNISTExperiment(TINY, data, tmp_path / 'runs', seeds=[0], jobs=1)
+    monkeypatch.setattr(experiment, 'write', lambda: None)
+    dense = fashion_mnist.METHODS[:1]
+    experiment.train(dense)
+    (before,) = experiment.results(dense[0])
+    folder = experiment.run_dir(dense[0], 0)
+    (scalars,) = folder.glob('*/vis_data/scalars.json')
+    lines = scalars.read_text().splitlines()
+    scalars.write_text('\n'.join(line for line in lines if 'accuracy' not in line) + '\n')
+    assert experiment.results(dense[0]) == []
+    stamp = (folder / 'epoch_2.pth').stat().st_mtime_ns
+    experiment.train(dense)
+    (after,) = experiment.results(dense[0])
+    assert after.metrics == before.metrics
+    assert (folder / 'epoch_2.pth').stat().st_mtime_ns == stamp
+
+
+@pytest.mark.parametrize(('seeds', 'jobs', 'message'), [
+    ([0, 0], 1, '--seeds 0 0: give different numbers'),
+    ([], 1, '--seeds : give different'),
+    ([0], 0, '--jobs 0: give at least 1'),
+])  # fmt: skip
+def test_seeds_and_jobs(seeds, jobs, message, tmp_path):
+    with pytest.raises(ConfigError, match=message):
+        FashionMNISTExperiment(TINY, tmp_path, tmp_path, seeds, jobs)
 
 
 def test_without_the_data(tmp_path):
     experiment = FashionMNISTExperiment(TINY, tmp_path / 'no', tmp_path / 'runs', [0], jobs=1)
-    with pytest.raises(ConfigError, match=r"there is no folder '.*no'; .*prepare_data\.py"):
+    with pytest.raises(ConfigError, match=r"--data: there is no folder '.*no'; .*prepare_data\.py"):
         experiment.run()
     assert not (tmp_path / 'runs').exists()
 
@@ -149,9 +190,7 @@ def test_what_the_budgets_say(budget, width, images, batches, tmp_path):
     """The texts name widths, images and batches; these are what the trainings get."""
     experiment = FashionMNISTExperiment(BUDGETS[budget], tmp_path, tmp_path, [0], jobs=1)
     for method in fashion_mnist.METHODS:
-        parser = argparse.ArgumentParser()
-        parser.add_argument('--cfg-options', nargs='+', action=DictAction)
-        options = parser.parse_args(['--cfg-options', *experiment.options(method, 0)]).cfg_options
+        options = parse_options(experiment.options(method, 0))
         cfg = load_config(str(experiment_module.CONFIGS / f'{method.config}.py'), options)
         with DefaultScope.overwrite_default_scope(cfg.default_scope):
             model = build_model(cfg)
