@@ -1,5 +1,15 @@
 """What trains and watches MoE layers under MMEngine's Runner: hooks, optimizers and metrics."""
 
-from mmdet_moe.engine.hooks import BalancingLossHook, ExpertUtilizationHook, StopAtLossHook
+from mmdet_moe.engine.hooks import (
+    BalancingLossHook,
+    ClusterAlignmentHook,
+    ExpertUtilizationHook,
+    StopAtLossHook,
+)
 
-__all__ = ['BalancingLossHook', 'ExpertUtilizationHook', 'StopAtLossHook']
+__all__ = [
+    'BalancingLossHook',
+    'ClusterAlignmentHook',
+    'ExpertUtilizationHook',
+    'StopAtLossHook',
+]

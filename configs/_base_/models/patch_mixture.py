@@ -22,4 +22,5 @@ model = dict(
 custom_hooks = [
     dict(type='mmdet_moe.ExpertUtilizationHook', draw=False),
     dict(type='mmdet_moe.StopAtLossHook', threshold=0.314, key='loss_cls'),
+    dict(type='mmdet_moe.ClusterAlignmentHook', interval=10),
 ]
