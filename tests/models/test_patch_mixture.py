@@ -144,14 +144,10 @@ def test_same_seed_same_model(tmp_path, monkeypatch):
 def test_balancing_by_config(tmp_path, monkeypatch):
     """The paper's load-balancing loss is Switch's."""
     monkeypatch.chdir(tmp_path)
-    text = f"_base_ = '{CONFIGS}/moe_theory_s1.py'\n" + (
-        'custom_hooks = [dict(type="mmdet_moe.ExpertUtilizationHook", interval=2), '
-        'dict(type="mmdet_moe.BalancingLossHook", '
-        'loss=dict(type="mmdet_moe.SwitchLoss", weight=0.5))]\n'
-    )
-    Path('balanced.py').write_text(text)
+    config = str(CONFIGS / 'moe_theory_s1.py')
     options = [*SMALL, 'train_cfg.max_iters=2', 'default_hooks.logger.interval=1']
-    cli.run_train(['balanced.py', '--work-dir', 'run', '--cfg-options', *options])
+    options.append('custom_hooks.3.loss.weight=0.5')
+    cli.run_train([config, '--work-dir', 'run', '--cfg-options', *options])
     first = next(line for line in logged('run') if 'loss' in line)
     # The logits are all 0 at first, so P is uniform and the loss is the weight.
     assert first['loss_moe_moe'] == pytest.approx(0.5)

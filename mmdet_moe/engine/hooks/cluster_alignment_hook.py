@@ -44,6 +44,9 @@ class ClusterAlignmentHook(Hook):
         ConfigError: If the data or the model is of another kind.
     """
 
+    # After what may make this iteration the last one.
+    priority = 'BELOW_NORMAL'
+
     def __init__(self, interval: int = 10) -> None:
         self.interval = interval
         self._rows: list[dict[str, np.ndarray]] = []
