@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
@@ -121,8 +122,8 @@ def _plot_plane(
         axes.plot(x, y, linestyle='', alpha=0.75, **_expert_marker(int(e)))
     outermost = np.abs(points).max()
     for k, direction in enumerate(directions):
-        x, y = 1.1 * outermost * direction * math.sqrt(2)
-        axes.annotate(f'cluster {k}', (x, y), ha='center', va='center', annotation_clip=False)
+        x, y = 1.1 * outermost * direction / np.abs(direction).max()
+        axes.text(x, y, f'cluster {k}', ha='center', va='center')
     axes.set_aspect('equal')
     limit = 1.2 * outermost
     axes.set(xlim=(-limit, limit), ylim=(-limit, limit), xticks=[], yticks=[])
@@ -180,5 +181,5 @@ def plot_dispatch_entropy(
         _save(figure, path)
 
 
-def _save(figure, path: Path) -> None:
+def _save(figure: Figure, path: Path) -> None:
     path.write_bytes(to_bytes(figure, path.suffix[1:]))
