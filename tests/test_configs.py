@@ -61,10 +61,6 @@ def test_config_is_what_its_name_says(path):
         assert actual is None if constraint is None else type(actual) is constraint
 
 
-def test_every_config_is_looked_at():
-    assert {*COCO, *THEORY} == set(CONFIGS.glob('*.py'))
-
-
 @pytest.mark.parametrize('path', THEORY, ids=lambda path: path.stem)
 def test_theory_config_is_what_its_name_says(path):
     """Setting, activation, number of experts and filters, and how they are trained."""
