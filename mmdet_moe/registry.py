@@ -6,8 +6,13 @@ imported on the first look-up, so a config needs no ``custom_imports``. Inside M
 (``mmdet.ResNet``).
 """
 
+from mmengine.registry import DATASETS as MMENGINE_DATASETS
+from mmengine.registry import FUNCTIONS as MMENGINE_FUNCTIONS
 from mmengine.registry import HOOKS as MMENGINE_HOOKS
+from mmengine.registry import METRICS as MMENGINE_METRICS
 from mmengine.registry import MODELS as MMENGINE_MODELS
+from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS as MMENGINE_CONSTRUCTORS
+from mmengine.registry import OPTIMIZERS as MMENGINE_OPTIMIZERS
 from mmengine.registry import Registry
 
 SCOPE = 'mmdet_moe'
@@ -19,3 +24,21 @@ MODELS = Registry(
     locations=['mmdet_moe.moe', 'mmdet_moe.models'],
 )
 HOOKS = Registry('hook', parent=MMENGINE_HOOKS, scope=SCOPE, locations=['mmdet_moe.engine'])
+METRICS = Registry(
+    'metric', parent=MMENGINE_METRICS, scope=SCOPE, locations=['mmdet_moe.engine.metrics']
+)
+OPTIMIZERS = Registry(
+    'optimizer', parent=MMENGINE_OPTIMIZERS, scope=SCOPE, locations=['mmdet_moe.engine.optimizers']
+)
+OPTIM_WRAPPER_CONSTRUCTORS = Registry(
+    'optimizer wrapper constructor',
+    parent=MMENGINE_CONSTRUCTORS,
+    scope=SCOPE,
+    locations=['mmdet_moe.engine.optimizers'],
+)
+DATASETS = Registry(
+    'dataset', parent=MMENGINE_DATASETS, scope=SCOPE, locations=['mmdet_moe.datasets']
+)
+FUNCTIONS = Registry(
+    'function', parent=MMENGINE_FUNCTIONS, scope=SCOPE, locations=['mmdet_moe.datasets']
+)

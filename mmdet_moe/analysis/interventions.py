@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from mmdet_moe.analysis.origins import replaced
 from mmdet_moe.moe import MoELayer
 from mmdet_moe.moe.items import Items
+from mmdet_moe.moe.metrics import shares
 from mmdet_moe.moe.routers import Router
 from mmdet_moe.moe.routes import Routes
 from mmdet_moe.moe.routing import Routing
@@ -43,26 +44,31 @@ class Intervention:
 
     def __call__(self, routing: Routing, router: Router, generator: torch.Generator) -> Routing:
         """The changed decision."""
-        total = routing.weights.sum(1, keepdim=True)
         items, experts = routing.logits.shape
         device = routing.expert_ids.device
         if self.kind == 'only':
             ids = torch.full((items, 1), self.expert, device=device)
-            return replace(routing, expert_ids=ids, weights=total)
+            return _shared(routing, ids, torch.ones_like(routing.weights[:, :1]))
         if self.kind == 'equal':
             ids = torch.arange(experts, device=device).repeat(items, 1)
-            return replace(routing, expert_ids=ids, weights=(total / experts).repeat(1, experts))
+            return _shared(routing, ids, torch.full_like(routing.logits, 1 / experts))
         if self.kind == 'random':
             order = torch.rand(items, experts, generator=generator).argsort(dim=1)
             return replace(routing, expert_ids=order[:, : routing.top_k].to(device))
         logits = routing.logits.clone()
         logits[:, self.expert] = float('-inf')
         ids, weights = router.choose(logits, training=False)
-        return replace(routing, expert_ids=ids, weights=_with_sum(weights, total))
+        return _shared(routing, ids, shares(weights))
 
 
-def _with_sum(weights: Tensor, total: Tensor) -> Tensor:
-    return weights * (total / weights.sum(1, keepdim=True).clamp(min=torch.finfo(total.dtype).tiny))
+def _shared(routing: Routing, expert_ids: Tensor, shares_TK: Tensor) -> Routing:
+    """Other experts, which share the sum of each item's weights, and that of its gates."""
+    return replace(
+        routing,
+        expert_ids=expert_ids,
+        weights=shares_TK * routing.weights.sum(1, keepdim=True),
+        gates=None if routing.gates is None else shares_TK * routing.gates.sum(1, keepdim=True),
+    )
 
 
 def interventions_on(layers: dict[str, MoELayer]) -> list[Intervention]:

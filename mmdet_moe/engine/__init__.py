@@ -1,5 +1,15 @@
-"""Hooks that train and watch MoE layers under MMEngine's Runner."""
+"""What trains and watches MoE layers under MMEngine's Runner: hooks, optimizers and metrics."""
 
-from mmdet_moe.engine.hooks import BalancingLossHook, ExpertUtilizationHook
+from mmdet_moe.engine.hooks import (
+    BalancingLossHook,
+    ClusterAlignmentHook,
+    ExpertUtilizationHook,
+    StopAtLossHook,
+)
 
-__all__ = ['BalancingLossHook', 'ExpertUtilizationHook']
+__all__ = [
+    'BalancingLossHook',
+    'ClusterAlignmentHook',
+    'ExpertUtilizationHook',
+    'StopAtLossHook',
+]

@@ -1,6 +1,7 @@
 """What plugs into MMDetection and MMPretrain: their models, with parts of them as experts."""
 
 from mmdet_moe.models.backbones import MoEResNet, MoEResNet_CIFAR
+from mmdet_moe.models.classifiers import PatchMixture
 from mmdet_moe.models.dense_heads import MoERetinaHead
 from mmdet_moe.models.frozen import frozen
 from mmdet_moe.models.necks import MoEFPN
@@ -12,5 +13,6 @@ __all__ = [
     'MoEResNet_CIFAR',
     'MoERetinaHead',
     'MoEShared2FCBBoxHead',
+    'PatchMixture',
     'frozen',
 ]

@@ -9,6 +9,7 @@ from mmdet_moe.moe.constraints import (
 from mmdet_moe.moe.experts import (
     ConvExperts,
     Experts,
+    FilterExperts,
     LinearExperts,
     MLPExperts,
     ModuleExperts,
@@ -43,6 +44,7 @@ __all__ = [
     'ConvGAPRouter',
     'EntropyLoss',
     'Experts',
+    'FilterExperts',
     'GAPRouter',
     'ImportanceLoss',
     'KLLoss',

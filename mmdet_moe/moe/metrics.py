@@ -24,6 +24,20 @@ def mutual_information(joint: Tensor) -> Tensor:
     return (entropy(p.sum(-2)) + entropy(p.sum(-1)) - entropy(p.flatten(-2))).clamp(min=0)
 
 
+def conditional_entropy(joint: Tensor) -> Tensor:
+    """Entropy ``H(a | b)`` of the first variable of a joint table given the second, in nats.
+
+    Args:
+        joint: Non-negative counts or probabilities, shape (..., A, B); need not be normalised.
+
+    Returns:
+        ``sum_b p(b) H(a | b)`` of every table, shape (...); 0 for an empty table.
+    """
+    joint = joint.double()
+    given = shares(joint, dim=-2).transpose(-1, -2)
+    return (shares(joint.sum(-2)) * entropy(given)).sum(-1)
+
+
 def shares(counts: Tensor, dim: int = -1) -> Tensor:
     """Counts divided by their sum along a dimension; zeros where nothing was counted."""
     return counts / counts.sum(dim, keepdim=True).clamp(min=torch.finfo(counts.dtype).tiny)

@@ -39,11 +39,14 @@ class Router(nn.Module, ABC):
         top_k: k, between 1 and E.
         softmax: ``'kept'``: softmax over the k kept logits, so the weights of an item sum to 1.
             ``'all'``: softmax over all E logits before the choice (Switch, arXiv 2101.03961), so
-            they sum to less, and a single chosen expert still has a gradient. Default: ``'kept'``
+            they sum to less, and a single chosen expert still has a gradient. ``'none'``: an
+            expert's output is multiplied with its logit itself, of either sign (arXiv 2208.02813);
+            the weights that balancing and analysis see are those of ``'all'``. Default: ``'kept'``
             for k > 1, ``'all'`` for k = 1.
-        noise: Whether noise is added to the logits in training:
-            ``eps · softplus(W_noise · GAP(x) + 0.01)``, ``eps ~ N(0, 1)``. Default: True without a
-            constraint, False with one (noise and a hard constraint exclude each other).
+        noise: What is added to the logits in training, for the choice as for the weights. ``True``:
+            ``eps · softplus(W_noise · GAP(x) + 0.01)``, ``eps ~ N(0, 1)``. ``'uniform'``: a number
+            of U[0, 1] for every expert (arXiv 2208.02813). ``False``: nothing. Default: True
+            without a constraint, False with one (noise and a hard constraint exclude each other).
         constraint: Config or instance of a :class:`~mmdet_moe.moe.constraints.Constraint`.
 
     Raises:
@@ -60,7 +63,7 @@ class Router(nn.Module, ABC):
         num_experts: int,
         top_k: int,
         softmax: str | None = None,
-        noise: bool | None = None,
+        noise: bool | str | None = None,
         constraint: Constraint | dict | None = None,
     ) -> None:
         super().__init__()
@@ -76,8 +79,8 @@ class Router(nn.Module, ABC):
             )
         if softmax is None:
             softmax = 'all' if top_k == 1 else 'kept'
-        if softmax not in ('kept', 'all'):
-            raise ConfigError(f"softmax={softmax!r} is unknown; use 'kept' or 'all'")
+        if softmax not in ('kept', 'all', 'none'):
+            raise ConfigError(f"softmax={softmax!r} is unknown; use 'kept', 'all' or 'none'")
         if softmax == 'kept' and top_k == 1 < num_experts:
             raise ConfigError(
                 "softmax='kept' with top_k=1 makes every weight the constant 1, so the router gets "
@@ -96,18 +99,22 @@ class Router(nn.Module, ABC):
             )
         if noise is None:
             noise = constraint is None
+        if not isinstance(noise, bool) and noise != 'uniform':
+            raise ConfigError(f"noise={noise!r} is unknown; use True, False or 'uniform'")
         if noise and constraint is not None and constraint.excludes_noise:
             raise ConfigError(
-                f'noise=True cannot be combined with constraint={type(constraint).__name__}, whose '
-                'decisions it would undo; set noise=False'
+                f'noise={noise!r} cannot be combined with constraint={type(constraint).__name__}, '
+                'whose decisions it would undo; set noise=False'
             )
         self.in_channels = in_channels
         self.num_experts = num_experts
         self.top_k = top_k
         self.softmax = softmax
         self.constraint = constraint
-        self.noise_fc = RouterLinear(in_channels, num_experts, bias=False) if noise else None
-        if self.noise_fc is not None:
+        self.noise = noise
+        self.noise_fc = None
+        if noise is True:
+            self.noise_fc = RouterLinear(in_channels, num_experts, bias=False)
             # Equal noise for every expert at the start, as in arXiv 1701.06538.
             nn.init.zeros_(self.noise_fc.weight)
 
@@ -152,7 +159,12 @@ class Router(nn.Module, ABC):
                 pooled = torch.cat([p.pool(m) for m, p in zip(maps, patches, strict=True)])
                 scale = F.softplus(_linear(self.noise_fc, pooled) + 0.01)
                 noisy = logits + torch.randn_like(logits) * scale
+            elif self.training and self.noise == 'uniform':
+                noisy = logits + torch.rand_like(logits)
             expert_ids, weights = self.choose(noisy, self.training)
+            gates = None
+            if self.softmax == 'none':
+                gates = noisy.gather(1, expert_ids).masked_fill(weights == 0, 0)
         return Routing(
             expert_ids=expert_ids,
             weights=weights,
@@ -160,6 +172,7 @@ class Router(nn.Module, ABC):
             items_per_level=tuple(num_images * len(p) for p in patches),
             num_images=num_images,
             decision_weights=weights.new_ones(len(weights)),
+            gates=gates,
         )
 
     def choose(self, logits: Tensor, training: bool) -> tuple[Tensor, Tensor]:
@@ -189,27 +202,74 @@ def _linear(fc: nn.Linear, x: Tensor) -> Tensor:
     return F.linear(x, fc.weight.to(x.dtype), bias)
 
 
+class _PooledRouter(Router):
+    """Base class of routers whose logits are a linear layer of pooled features.
+
+    Args: as :class:`Router`, and
+        bias: Whether the linear layer has a bias.
+        init_std: Standard deviation of its initial weights; 0 starts with equal logits.
+        pool: Whether the ``'mean'`` or the ``'sum'`` over the pixels of an item is taken.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        num_experts: int,
+        top_k: int,
+        bias: bool = True,
+        init_std: float = 0.01,
+        pool: str = 'mean',
+        **kwargs,
+    ) -> None:
+        super().__init__(in_channels, num_experts, top_k, **kwargs)
+        if pool not in ('mean', 'sum'):
+            raise ConfigError(f"pool={pool!r} is unknown; use 'mean' or 'sum'")
+        if init_std < 0:
+            raise ConfigError(f'init_std={init_std} must not be negative')
+        if self.softmax == 'none' and init_std == 0 and not self.noise:
+            raise ConfigError(
+                "softmax='none' with init_std=0 and noise=False multiplies all experts with 0, so "
+                "that nothing is ever learned; set noise='uniform' or a positive init_std"
+            )
+        self.pool = pool
+        self._bias, self._init_std = bias, init_std
+
+    def _build_fc(self, features: int) -> RouterLinear:
+        fc = RouterLinear(features, self.num_experts, bias=self._bias)
+        # Small logits: at the start no expert is preferred, and the noise decides.
+        nn.init.normal_(fc.weight, std=self._init_std)
+        if fc.bias is not None:
+            nn.init.zeros_(fc.bias)
+        return fc
+
+    def _pooled_logits(self, features: Tensor, patches: Items) -> Tensor:
+        return _linear(self.fc, patches.pool(features, total=self.pool == 'sum'))
+
+
 @MODELS.register_module()
-class GAPRouter(Router):
+class GAPRouter(_PooledRouter):
     """Global average pooling, then a linear layer (GAP-FC).
 
-    Args: as :class:`Router`.
+    Args: as :class:`Router`, and
+        bias: Whether the linear layer has a bias.
+        init_std: Standard deviation of its initial weights; 0 starts with equal logits.
+        pool: ``'mean'``, or ``'sum'`` over the pixels of an item, with which the router of arXiv
+            2208.02813 is this one: linear on every patch, then summed.
     """
 
     def __init__(self, in_channels: int, num_experts: int, top_k: int, **kwargs) -> None:
         super().__init__(in_channels, num_experts, top_k, **kwargs)
-        self.fc = RouterLinear(in_channels, num_experts)
-        _init_fc(self.fc)
+        self.fc = self._build_fc(in_channels)
 
     def compute_logits(self, x: Tensor, patches: Items) -> Tensor:
-        return _linear(self.fc, patches.pool(x))
+        return self._pooled_logits(x, patches)
 
 
 @MODELS.register_module()
-class ConvGAPRouter(Router):
+class ConvGAPRouter(_PooledRouter):
     """A 3×3 convolution with ReLU first, then global average pooling and a linear layer.
 
-    Args: as :class:`Router`, and
+    Args: as :class:`GAPRouter`, and
         conv_channels: Channels of the convolution, 256 in the paper.
     """
 
@@ -220,17 +280,10 @@ class ConvGAPRouter(Router):
     ) -> None:
         super().__init__(in_channels, num_experts, top_k, **kwargs)
         self.conv = nn.Conv2d(in_channels, conv_channels, 3, padding=1)
-        self.fc = RouterLinear(conv_channels, num_experts)
-        _init_fc(self.fc)
+        self.fc = self._build_fc(conv_channels)
 
     def compute_logits(self, x: Tensor, patches: Items) -> Tensor:
         x = x.to(torch.promote_types(x.dtype, torch.float32))
         weight, bias = self.conv.weight.to(x.dtype), self.conv.bias.to(x.dtype)
         features = F.relu(F.conv2d(x, weight, bias, padding=1))
-        return _linear(self.fc, patches.pool(features))
-
-
-def _init_fc(fc: nn.Linear) -> None:
-    # Small logits: at the start no expert is preferred, and the noise decides.
-    nn.init.normal_(fc.weight, std=0.01)
-    nn.init.zeros_(fc.bias)
+        return self._pooled_logits(features, patches)

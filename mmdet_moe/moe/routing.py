@@ -31,6 +31,9 @@ class Routing:
             the layer has said so (see :meth:`mmdet_moe.moe.MoELayer.weigh_decisions`).
         dropped: bool (T, K), the routes that exceed the capacity of their expert and give 0; None
             without a capacity. Importance and load count them: balancing has to see the overload.
+        gates: (T, K), of either sign, what the experts' outputs are multiplied with where that is
+            not the weights (a router with ``softmax='none'``); 0 where the weight is. Importance,
+            load and everything else that asks who was chosen goes by the weights.
     """
 
     expert_ids: Tensor
@@ -40,6 +43,7 @@ class Routing:
     num_images: int
     decision_weights: Tensor | None = None
     dropped: Tensor | None = None
+    gates: Tensor | None = None
 
     @property
     def num_items(self) -> int:
@@ -55,6 +59,11 @@ class Routing:
     def top_k(self) -> int:
         """K."""
         return self.expert_ids.shape[1]
+
+    @property
+    def factors(self) -> Tensor:
+        """(T, K): what the experts' outputs are multiplied with, the gates or the weights."""
+        return self.weights if self.gates is None else self.gates
 
     @cached_property
     def level_ids(self) -> Tensor:
@@ -97,13 +106,13 @@ class Routing:
         return self.weights.new_zeros(()) if self.dropped is None else self.dropped.sum()
 
     def level(self, index: int) -> tuple[Tensor, Tensor]:
-        """``expert_ids`` of one level's items, and their weights, 0 where a route is dropped."""
+        """``expert_ids`` of one level's items, and their factors, 0 where a route is dropped."""
         start = sum(self.items_per_level[:index])
         items = slice(start, start + self.items_per_level[index])
-        weights = self.weights[items]
+        factors = self.factors[items]
         if self.dropped is not None:
-            weights = weights.masked_fill(self.dropped[items], 0)
-        return self.expert_ids[items], weights
+            factors = factors.masked_fill(self.dropped[items], 0)
+        return self.expert_ids[items], factors
 
     def known_decision_weights(self) -> Tensor:
         """``decision_weights``, or an error that says who should have given them."""

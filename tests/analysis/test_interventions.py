@@ -124,6 +124,30 @@ def test_without_is_a_router_with_one_expert_less(top_k, randomise):
             torch.testing.assert_close(y, reference, rtol=0, atol=1e-10)
 
 
+@pytest.mark.parametrize(
+    ('kind', 'expert'), [('only', 1), ('equal', None), ('without', 2), ('random', None)]
+)
+@torch.no_grad()
+def test_gates_keep_their_sum(kind, expert, randomise):
+    layer, maps = build('image', 'none', randomise), random_maps()
+    layer.router.fc.bias -= 1
+    layer(maps)
+    usual = layer.routing
+    with applied(Intervention('a', kind, expert), {'a': layer}):
+        found = layer(maps)
+        routing = layer.routing
+    assert (usual.gates < 0).any()
+    torch.testing.assert_close(routing.gates.sum(1), usual.gates.sum(1))
+    factors = torch.zeros_like(usual.logits).scatter(1, routing.expert_ids, routing.gates)
+    for y, reference in zip(found, dense(layer, maps, factors), strict=True):
+        torch.testing.assert_close(y, reference, rtol=0, atol=1e-10)
+    if kind == 'without':
+        shares = usual.logits.index_fill(1, torch.tensor([expert]), -torch.inf).softmax(1)
+        shares = shares.gather(1, routing.expert_ids)
+        expected = shares / shares.sum(1, keepdim=True) * usual.gates.sum(1, keepdim=True)
+        torch.testing.assert_close(routing.gates, expected)
+
+
 @torch.no_grad()
 def test_without_under_a_biased_choice(randomise):
     """The bias of a loss-free constraint takes part in the choice, but not in the weights."""

@@ -184,6 +184,75 @@ def test_no_noise_in_evaluation():
     torch.testing.assert_close(router(x).weights, expected, rtol=0, atol=1e-12)
 
 
+def test_uniform_noise_in_training_only():
+    router, x = gap_router(2, noise='uniform'), torch.randn(500, C, 3, 3, dtype=torch.float64)
+    assert router.noise_fc is None
+    plain = router.eval()(x)
+    assert torch.equal(router(x).weights, plain.weights)
+    torch.manual_seed(7)
+    routing = router.train()(x)
+    torch.manual_seed(7)
+    noise = torch.rand(500, E, dtype=torch.float64)
+    assert torch.equal(routing.logits, plain.logits)
+    values, ids = (plain.logits + noise).topk(2)
+    assert torch.equal(routing.expert_ids, ids)
+    torch.testing.assert_close(routing.weights, values.softmax(-1))
+
+
+@pytest.mark.parametrize('top_k', [1, 3])
+def test_logits_as_gates(top_k):
+    """Without softmax the factors are the noisy logits; the weights are Switch's."""
+    router = gap_router(top_k, noise='uniform', softmax='none')
+    torch.nn.init.constant_(router.fc.bias, -2.0)
+    x = torch.randn(50, C, 3, 3, dtype=torch.float64)
+    torch.manual_seed(7)
+    routing = router(x)
+    torch.manual_seed(7)
+    noisy = gap_logits(router, x) + torch.rand(50, E, dtype=torch.float64)
+    values, ids = noisy.topk(top_k)
+    assert torch.equal(routing.expert_ids, ids)
+    torch.testing.assert_close(routing.gates, values)
+    assert (routing.gates < 0).any()
+    torch.testing.assert_close(routing.weights, noisy.softmax(-1).gather(1, ids))
+    torch.testing.assert_close(routing.level(0)[1], values)
+    assert routing.load().sum() == 50 * top_k
+    routing.gates.sum().backward()
+    assert router.fc.weight.grad.abs().max() > 1e-3
+
+
+def test_no_gate_for_a_masked_expert():
+    config = {'type': 'mmdet_moe.RelativeImportanceConstraint'}
+    router = gap_router(3, softmax='none', constraint=config)
+    router.constraint.relative_importance.copy_(torch.tensor([-3.0, 1, 1, 1, 0]))
+    routing = router(torch.randn(20, C, 3, 3, dtype=torch.float64))
+    assert ((routing.weights == 0) == (routing.gates == 0)).all()
+    assert ((routing.gates != 0).sum(1) == 2).all()
+
+
+@pytest.mark.parametrize('make', [GAPRouter, ConvGAPRouter])
+def test_options_of_the_linear_layer(make):
+    router = make(C, E, 2, bias=False, init_std=0.0)
+    assert router.fc.bias is None
+    assert not router.fc.weight.any()
+    wide = make(200, E, 2, init_std=0.5).fc if make is GAPRouter else None
+    assert wide is None or wide.weight.std().item() == pytest.approx(0.5, rel=0.1)
+
+
+@pytest.mark.parametrize('grid', [1, 2])
+def test_sum_over_the_pixels(grid):
+    router = gap_router(pool='sum')
+    x = torch.randn(2, C, 5, 7, dtype=torch.float64)
+    routing = router(x, [PatchGrid((5, 7), grid=grid)])
+    cuts = [(0, 5)] if grid == 1 else [(0, 2), (2, 5)], [(0, 7)] if grid == 1 else [(0, 3), (3, 7)]
+    expected = [
+        router.fc(x[n, :, top:bottom, left:right].sum((1, 2)))
+        for n in range(2)
+        for top, bottom in cuts[0]
+        for left, right in cuts[1]
+    ]
+    torch.testing.assert_close(routing.logits, torch.stack(expected), rtol=0, atol=1e-12)
+
+
 def test_no_noise_with_a_constraint():
     router = GAPRouter(C, E, 2, constraint={'type': 'mmdet_moe.RelativeImportanceConstraint'})
     assert router.noise_fc is None
@@ -206,7 +275,19 @@ def test_constraint_from_config_and_instance():
         ({'num_experts': 0, 'top_k': 1}, r'num_experts=0\b.*at least 1 expert'),
         ({'top_k': 6}, r'top_k=6 must lie between 1 and num_experts=5'),
         ({'top_k': 0}, r'top_k=0 must lie between 1 and num_experts=5'),
-        ({'softmax': 'some'}, r"softmax='some' is unknown; use 'kept' or 'all'"),
+        ({'softmax': 'some'}, r"softmax='some' is unknown; use 'kept', 'all' or 'none'"),
+        ({'noise': 'normal'}, r"noise='normal' is unknown; use True, False or 'uniform'"),
+        ({'noise': 1}, r"noise=1 is unknown; use True, False or 'uniform'"),
+        ({'pool': 'max'}, r"pool='max' is unknown; use 'mean' or 'sum'"),
+        ({'init_std': -1.0}, r'init_std=-1.0 must not be negative'),
+        (
+            {'softmax': 'none', 'init_std': 0.0, 'noise': False},
+            r"init_std=0 and noise=False multiplies all experts with 0.*set noise='uniform'",
+        ),
+        (
+            {'noise': 'uniform', 'constraint': {'type': 'mmdet_moe.MeanImportanceConstraint'}},
+            r"noise='uniform' cannot be combined with constraint=MeanImportanceConstraint",
+        ),
         ({'top_k': 1, 'softmax': 'kept'}, r"softmax='kept' with top_k=1 .*use softmax='all'"),
         (
             {'noise': True, 'constraint': {'type': 'mmdet_moe.MeanImportanceConstraint'}},

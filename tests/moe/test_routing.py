@@ -6,7 +6,12 @@ import pytest
 import torch
 
 from mmdet_moe.moe import Routing
-from mmdet_moe.moe.metrics import coefficient_of_variation_squared, entropy, mutual_information
+from mmdet_moe.moe.metrics import (
+    coefficient_of_variation_squared,
+    conditional_entropy,
+    entropy,
+    mutual_information,
+)
 
 EXPERT_IDS = [[0, 2], [1, 0], [2, 1], [0, 1], [3, 0], [0, 3]]
 WEIGHTS = [[0.75, 0.25], [0.5, 0.5], [1.0, 0.0], [0.625, 0.375], [0.5, 0.5], [1.0, 0.0]]
@@ -31,6 +36,18 @@ def test_sizes_and_order(routing):
     ids, weights = routing.level(1)
     assert ids.tolist() == EXPERT_IDS[4:]
     assert weights.tolist() == WEIGHTS[4:]
+
+
+def test_gates_are_the_factors(routing):
+    """Of either sign; who was chosen is told by the weights alone."""
+    assert routing.factors is routing.weights
+    load = routing.load()
+    routing.gates = torch.tensor([[-1.0, 2], [3, -4], [5, 0], [6, 7], [8, -9], [1, 0]])
+    routing.dropped = torch.zeros(6, 2, dtype=torch.bool)
+    routing.dropped[5, 0] = True
+    assert routing.level(1)[1].tolist() == [[8, -9], [0, 0]]
+    assert torch.equal(routing.load(), load)
+    assert routing.importance().sum() == 6
 
 
 def test_dense_weights(routing):
@@ -104,3 +121,14 @@ def test_coefficient_of_variation_squared():
     )
     assert coefficient_of_variation_squared(torch.tensor([5.0])).item() == 0
     assert coefficient_of_variation_squared(torch.zeros(4)).item() == 0
+
+
+def test_conditional_entropy():
+    """By its definition, and as what is left of the entropy after the mutual information."""
+    joint = torch.tensor([[2.0, 0, 1], [2, 4, 0]])
+    given = [4 / 9 * math.log(2), 0, 0]
+    assert conditional_entropy(joint).item() == pytest.approx(sum(given), abs=1e-12)
+    p = joint.double() / 9
+    left = entropy(p.sum(1)) - mutual_information(joint)
+    assert conditional_entropy(joint).item() == pytest.approx(left.item(), abs=1e-12)
+    assert conditional_entropy(torch.zeros(2, 3)) == 0

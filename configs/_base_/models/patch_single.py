@@ -1,0 +1,16 @@
+# The single model of arXiv 2208.02813: one expert with 40 filters per class, initialised as usual.
+model = dict(
+    type='mmdet_moe.PatchMixture',
+    in_channels=50,
+    num_classes=2,
+    num_experts=1,
+    num_filters=40,
+    activation='cubic',
+    init_scale=1.0,
+    router=dict(type='mmdet_moe.GAPRouter', noise=False),
+    loss_on='logits',
+)
+# Adam's loss goes up and down; the authors end the training at the first rise after 500 steps.
+custom_hooks = [
+    dict(type='mmdet_moe.StopAtLossHook', rise=0.02, begin=500, key='loss_cls'),
+]

@@ -1,0 +1,84 @@
+"""The mixture of two-layer CNNs of arXiv 2208.02813, and its single experts."""
+
+import torch.nn.functional as F
+from mmengine.model import BaseModel
+from torch import Tensor
+
+from mmdet_moe.errors import ConfigError
+from mmdet_moe.moe import FilterExperts, MoELayer
+from mmdet_moe.registry import MODELS
+
+
+@MODELS.register_module()
+class PatchMixture(BaseModel):
+    """Classifies samples of P patches by ``f(x) = sum_i g_i(x) E_i(x)``, one MoE layer.
+
+    A single model is a mixture of one: with ``num_experts=1`` the router's only weight is 1.
+
+    Args:
+        in_channels: d, the numbers of a patch.
+        num_classes: Outputs.
+        num_experts: E.
+        top_k: k.
+        num_filters: Filters of an expert for each class.
+        activation: ``'cubic'`` or ``'linear'``.
+        init_scale: Factor on the experts' initial weights.
+        router: Config of a :class:`~mmdet_moe.moe.Router`, without the numbers given here.
+        loss_on: ``'logits'``: the cross-entropy of the softmax of f, as usual.
+            ``'probabilities'``: the softmax of f is put into such a cross-entropy once more, as the
+            authors of the paper do. Its smallest value is ``log(1 + (C − 1) / e)``, 0.3133 for
+            C = 2 classes, and a sample that is classified with confidence has no gradient at all.
+        data_preprocessor: As of MMEngine's ``BaseModel``.
+    """
+
+    def __init__(
+        self,
+        in_channels: int = 50,
+        num_classes: int = 2,
+        num_experts: int = 8,
+        top_k: int = 1,
+        num_filters: int = 8,
+        activation: str = 'cubic',
+        init_scale: float = 1e-3,
+        router: dict | None = None,
+        loss_on: str = 'logits',
+        data_preprocessor: dict | None = None,
+    ) -> None:
+        super().__init__(data_preprocessor)
+        if loss_on not in ('logits', 'probabilities'):
+            raise ConfigError(f"loss_on={loss_on!r} is unknown; use 'logits' or 'probabilities'")
+        self.loss_on = loss_on
+        experts = FilterExperts(
+            in_channels, num_classes, num_filters, num_experts, activation, init_scale
+        )
+        self.moe = MoELayer(experts, num_experts, top_k, router, in_channels)
+
+    def forward(
+        self, inputs: Tensor, gt_label: Tensor, cluster: Tensor | None = None, mode: str = 'tensor'
+    ) -> Tensor | dict[str, Tensor] | list[dict[str, Tensor]]:
+        """Run the model.
+
+        Args:
+            inputs: (N, d, 1, P).
+            gt_label: int64 (N,).
+            cluster: int64 (N,), what the samples come from, for metrics.
+            mode: ``'tensor'``: f, (N, C). ``'loss'``: the losses. ``'predict'``: for each sample a
+                dict of ``pred_score`` (C,), ``gt_label`` (1,), ``expert_ids`` (k,) and ``cluster``
+                (), if known.
+        """
+        y = self.moe(inputs)
+        if mode == 'tensor':
+            return y
+        if mode == 'loss':
+            scores = y.softmax(1) if self.loss_on == 'probabilities' else y
+            return {'loss_cls': F.cross_entropy(scores, gt_label)}
+        columns = {
+            'pred_score': y.softmax(1),
+            'gt_label': gt_label[:, None],
+            'expert_ids': self.moe.routing.expert_ids,
+        }
+        if cluster is not None:
+            columns['cluster'] = cluster
+        # Plain dicts: a whole data set may be one batch, and data samples take long to make.
+        rows = zip(*(column.unbind() for column in columns.values()), strict=True)
+        return [dict(zip(columns, row, strict=True)) for row in rows]

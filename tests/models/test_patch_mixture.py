@@ -1,0 +1,154 @@
+"""The mixture of arXiv 2208.02813 against a dense computation, and trained by the tools."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from mmengine.config import Config
+from mmengine.registry import MODELS
+
+import mmdet_moe
+from mmdet_moe import cli
+from mmdet_moe.datasets import ClusterPatches
+from mmdet_moe.errors import ConfigError
+from mmdet_moe.models import PatchMixture
+
+CONFIGS = Path(mmdet_moe.__file__).parents[1] / 'configs'
+
+
+def mixture(setting='s1', **kwargs):
+    cfg = Config.fromfile(CONFIGS / f'moe_theory_{setting}.py').model
+    return MODELS.build({**cfg, **kwargs})
+
+
+def dense_by_hand(model, x, noise=0.0):
+    """f(x), (N, 2): every expert on everything, the router's best one taken, times its value."""
+    patches = x[:, :, 0].transpose(1, 2)
+    values = patches.sum(1) @ model.moe.router.fc.weight.T + noise
+    z = torch.einsum('npd,efd->npef', patches, model.moe.experts.weight)
+    z = (z + model.moe.experts.bias) ** 3
+    every = z.sum(1).unflatten(2, (2, -1)).sum(-1)
+    best = values.argmax(1)
+    rows = torch.arange(len(x))
+    return values[rows, best][:, None] * every[rows, best], best
+
+
+@pytest.mark.parametrize('training', [True, False])
+@pytest.mark.parametrize('loss_on', ['logits', 'probabilities'])
+def test_against_a_dense_computation(training, loss_on):
+    model = mixture(loss_on=loss_on, init_scale=1.0).train(training)
+    torch.nn.init.normal_(model.moe.router.fc.weight, std=0.05)
+    batch = ClusterPatches(num_samples=40).__getitems__(range(40))
+    torch.manual_seed(5)
+    loss = model(**batch, mode='loss')['loss_cls']
+    torch.manual_seed(5)
+    noise = torch.rand(40, 8) if training else 0.0
+    expected, best = dense_by_hand(model, batch['inputs'], noise)
+    assert len(set(best.tolist())) > 2
+    if loss_on == 'probabilities':
+        expected = expected.softmax(1)
+    reference = F.cross_entropy(expected, batch['gt_label'])
+    torch.testing.assert_close(loss, reference, rtol=1e-4, atol=1e-4)
+    parameters = [*model.moe.experts.parameters(), model.moe.router.fc.weight]
+    found = torch.autograd.grad(loss, parameters)
+    for gradient, by_hand in zip(found, torch.autograd.grad(reference, parameters), strict=True):
+        torch.testing.assert_close(gradient, by_hand, rtol=1e-3, atol=1e-4)
+
+
+def test_a_single_model_is_a_mixture_of_one():
+    model = mixture('s1_single').train()
+    batch = ClusterPatches(num_samples=30).__getitems__(range(30))
+    weight, bias = model.moe.experts.weight[0], model.moe.experts.bias[0]
+    assert weight.shape == (80, 50)
+    z = (batch['inputs'][:, :, 0].transpose(1, 2) @ weight.T + bias) ** 3
+    expected = z.sum(1).unflatten(1, (2, 40)).sum(2)
+    torch.testing.assert_close(model(**batch), expected, rtol=1e-4, atol=1e-2)
+
+
+def test_predictions():
+    model = mixture(init_scale=1.0).eval()
+    torch.nn.init.normal_(model.moe.router.fc.weight, std=0.05)
+    batch = ClusterPatches(num_samples=10).__getitems__(range(10))
+    samples = model(**batch, mode='predict')
+    expected, best = dense_by_hand(model, batch['inputs'])
+    for i, sample in enumerate(samples):
+        torch.testing.assert_close(sample['pred_score'], expected[i].softmax(0))
+        assert sample['gt_label'].tolist() == [batch['gt_label'][i]]
+        assert sample['expert_ids'].tolist() == [best[i]]
+        assert sample['cluster'] == batch['cluster'][i]
+    del batch['cluster']
+    assert 'cluster' not in model(**batch, mode='predict')[0]
+
+
+def test_refused():
+    with pytest.raises(ConfigError, match="loss_on='scores' is unknown"):
+        PatchMixture(loss_on='scores')
+
+
+SMALL = (
+    'train_dataloader.batch_size=400',
+    'train_dataloader.dataset.num_samples=400',
+    'val_dataloader.dataset.num_samples=300',
+    'test_dataloader.dataset.num_samples=300',
+    'test_dataloader.batch_size=70',
+)
+
+
+def logged(work_dir):
+    path = next(Path(work_dir).glob('*/vis_data/scalars.json'))
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.mark.parametrize('name', ['s1', 's4_linear', 's2_single', 's3_single_linear'])
+def test_config_trains_and_tests(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = str(CONFIGS / f'moe_theory_{name}.py')
+    options = [*SMALL, 'train_cfg.max_iters=12', 'train_cfg.val_interval=12']
+    options.append('default_hooks.logger.interval=4')
+    cli.run_train([config, '--work-dir', 'run', '--cfg-options', *options])
+    losses = [line['loss'] for line in logged('run') if 'loss' in line]
+    assert losses[-1] < losses[0]
+    (metrics,) = [line for line in logged('run') if 'accuracy/top1' in line]
+    assert 0 <= metrics['moe/dispatch_entropy'] <= 1.39
+    cli.run_test(
+        [
+            config,
+            'run/iter_12.pth',
+            '--work-dir',
+            'test',
+            '--cfg-options',
+            *SMALL,
+            'experiment_name=test',
+        ]
+    )
+    tested = json.loads(next(Path('test').glob('*/*.json')).read_text())
+    assert tested['accuracy/top1'] == pytest.approx(metrics['accuracy/top1'])
+    assert tested['moe/dispatch_entropy'] == pytest.approx(metrics['moe/dispatch_entropy'])
+
+
+def test_same_seed_same_model(tmp_path, monkeypatch):
+    """Also after another training in the same process."""
+    monkeypatch.chdir(tmp_path)
+    config = str(CONFIGS / 'moe_theory_s1.py')
+    options = [*SMALL, 'train_cfg.max_iters=5']
+    for name, seed in (('a', 1), ('b', 2), ('c', 1)):
+        given = [*options, f'randomness.seed={seed}', f'experiment_name={name}']
+        cli.run_train([config, '--work-dir', name, '--cfg-options', *given])
+    a, b, c = (torch.load(f'{name}/iter_5.pth', weights_only=False)['state_dict'] for name in 'abc')
+    assert all(torch.equal(a[key], c[key]) for key in a)
+    assert not torch.equal(a['moe.experts.weight'], b['moe.experts.weight'])
+
+
+def test_balancing_by_config(tmp_path, monkeypatch):
+    """The paper's load-balancing loss is Switch's."""
+    monkeypatch.chdir(tmp_path)
+    config = str(CONFIGS / 'moe_theory_s1.py')
+    options = [*SMALL, 'train_cfg.max_iters=2', 'default_hooks.logger.interval=1']
+    options.append('custom_hooks.3.loss.weight=0.5')
+    cli.run_train([config, '--work-dir', 'run', '--cfg-options', *options])
+    first = next(line for line in logged('run') if 'loss' in line)
+    # The logits are all 0 at first, so P is uniform and the loss is the weight.
+    assert first['loss_moe_moe'] == pytest.approx(0.5)
+    assert first['loss'] == pytest.approx(first['loss_cls'] + 0.5)
