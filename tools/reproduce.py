@@ -2,7 +2,7 @@
 """Reproduce the tables and pictures of docs/results.md.
 
 Every experiment trains several methods with several seeds and looks at the experts of each run. It
-resumes where it stopped. Tables and pictures go to docs/ when all runs of the seeds 0, 1 and 2 are
+resumes where it stopped. Tables and pictures go to docs/ when all runs of the default seeds are
 there, and before that to the folder ``tables`` of the work directory.
 """
 
@@ -16,6 +16,7 @@ from pathlib import Path
 if importlib.util.find_spec('mmdet_moe') is None:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from mmdet_moe.analysis.experiments import theory
 from mmdet_moe.analysis.experiments.experiment import SEEDS, Experiment
 from mmdet_moe.analysis.experiments.fashion_mnist import BUDGETS, FashionMNISTExperiment
 from mmdet_moe.analysis.experiments.scenes import DIGIT_SCENES, FASHION_SCENES, ScenesExperiment
@@ -46,6 +47,14 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         default='cpu',
         help='; '.join(f'{name}: {budget.text}' for name, budget in BUDGETS.items()),
     )
+    cluster = commands.add_parser(
+        'theory', help='the table of "Towards Understanding the MoE Layer", on generated clusters'
+    )
+    cluster.add_argument('--settings', type=int, nargs='+', default=list(theory.SETTINGS))
+    cluster.add_argument(
+        '--runs', type=int, default=theory.RUNS, help='of each mixture (%(default)s)'
+    )
+    _add_common(cluster, 'theory', 'trainings at a time, which share the cores')
     return parser.parse_args(argv)
 
 
@@ -54,7 +63,6 @@ def _add(
 ) -> argparse.ArgumentParser:
     parser = commands.add_parser(name, help=description, description=description)
     parser.add_argument('--seeds', type=int, nargs='+', default=list(SEEDS))
-    parser.add_argument('--jobs', type=int, default=2, help='runs at a time, one thread each')
     variable = f'{name.upper().replace("-", "_")}_ROOT'
     parser.add_argument(
         '--data',
@@ -62,11 +70,16 @@ def _add(
         default=Path(os.environ.get(variable, REPOSITORY / 'data' / name)),
         help=f'folder of the data set (by default {variable}, or data/{name})',
     )
+    _add_common(parser, name, 'runs at a time, one thread each')
+    return parser
+
+
+def _add_common(parser: argparse.ArgumentParser, name: str, jobs: str) -> None:
+    parser.add_argument('--jobs', type=int, default=2, help=f'{jobs} (%(default)s)')
     parser.add_argument(
         '--work-dir', type=Path, default=REPOSITORY / 'work_dirs' / 'reproduce' / name
     )
     parser.add_argument('--table-only', action='store_true', help='train nothing')
-    return parser
 
 
 def experiment(args: argparse.Namespace) -> Experiment:
@@ -83,9 +96,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Entry point."""
     args = parse_args(argv)
     with exit_on_user_error():
-        chosen = experiment(args)
-        chosen.run(args.table_only)
-        print(f'Tables and pictures: {chosen.written}')
+        if args.command == 'theory':
+            written = theory.run(
+                args.work_dir, args.settings, args.runs, args.jobs, args.table_only
+            )
+        else:
+            chosen = experiment(args)
+            chosen.run(args.table_only)
+            written = chosen.written
+        print(f'Tables and pictures: {written}')
 
 
 if __name__ == '__main__':

@@ -87,27 +87,14 @@ class Experiment(ABC):
     def publish(
         self, complete: bool, tables: dict[str, str], pictures: dict[str, Callable[[Path], None]]
     ) -> None:
-        """Put tables and pictures into docs/, or into the work directory while runs are missing.
-
-        What is published is never replaced by less.
+        """Put tables and pictures into docs/ if all runs of :data:`SEEDS` are there.
 
         Args:
             complete: Whether all runs are there, for each of the seeds.
-            tables: Markdown by the name of its markers in docs/results.md.
-            pictures: What draws a picture into a file, by the file's name.
+            tables, pictures: As of :func:`publish`.
         """
-        if complete and self.seeds == list(SEEDS):
-            for marker, text in tables.items():
-                replace_between_markers(RESULTS, marker, text)
-            folder = PICTURES
-        else:
-            folder = self.work_dir / 'tables'
-            folder.mkdir(parents=True, exist_ok=True)
-            for marker, text in tables.items():
-                write_file(folder / f'{marker}.md', f'{text}\n'.encode())
-        for name, draw in pictures.items():
-            draw(folder / name)
-        self.written = RESULTS if folder == PICTURES else folder
+        complete = complete and self.seeds == list(SEEDS)
+        self.written = publish(complete, self.work_dir, tables, pictures)
 
     def options(self, method: Method, seed: int) -> list[str]:
         """``--cfg-options`` of a run, before those of its method."""
@@ -199,6 +186,37 @@ class Experiment(ABC):
                 # What has not begun would only delay the message.
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
+
+
+def publish(
+    complete: bool,
+    work_dir: Path,
+    tables: dict[str, str],
+    pictures: dict[str, Callable[[Path], None]],
+) -> Path:
+    """Put tables and pictures into docs/, or into a work directory while runs are missing.
+
+    So what is published is never replaced by less.
+
+    Args:
+        complete: Whether all runs are there.
+        work_dir: Gets a folder ``tables`` if not.
+        tables: Markdown by the name of its markers in docs/results.md.
+        pictures: What draws a picture into a file, by the file's name.
+
+    Returns:
+        docs/results.md, or that folder.
+    """
+    folder = PICTURES if complete else work_dir / 'tables'
+    folder.mkdir(parents=True, exist_ok=True)
+    for marker, text in tables.items():
+        if complete:
+            replace_between_markers(RESULTS, marker, text)
+        else:
+            write_file(folder / f'{marker}.md', f'{text}\n'.encode())
+    for name, draw in pictures.items():
+        draw(folder / name)
+    return RESULTS if complete else folder
 
 
 def dead_experts(runs: Sequence[RunResult]) -> str:

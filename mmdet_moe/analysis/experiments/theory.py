@@ -11,10 +11,11 @@ import multiprocessing
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,8 @@ from mmdet_moe.analysis.cluster_figures import (
     plot_dispatch_entropy,
     plot_routing_plane,
 )
+from mmdet_moe.analysis.experiments.experiment import publish
+from mmdet_moe.analysis.experiments.markdown import NOTHING, mean_and_std, table
 from mmdet_moe.analysis.files import write_file
 from mmdet_moe.analysis.history import logged_scalars
 from mmdet_moe.analysis.runs import REPOSITORY, latest_checkpoint, mean_std
@@ -35,6 +38,8 @@ from mmdet_moe.engine.hooks.cluster_alignment_hook import RECORD_FILE
 from mmdet_moe.errors import ConfigError
 
 SETTINGS = (1, 2, 3, 4)
+#: Of each mixture in the published table.
+RUNS = 10
 RESULT_FILE = 'result.json'
 
 
@@ -83,6 +88,7 @@ VARIANTS = (
         for weight in (1e-4, 1e-3, 1e-2)
     ),
 )
+#: Of the variants, and of the figures in docs/results.md; every setting has them in its folder.
 VARIANTS_SETTING = 1
 
 #: Published test accuracy in %, its standard deviation, and the dispatch entropy of the training
@@ -154,13 +160,11 @@ class Run:
 def run(
     work_dir: Path,
     settings: Sequence[int] = SETTINGS,
-    runs: int = 10,
+    runs: int = RUNS,
     jobs: int = 2,
     table_only: bool = False,
-    page: Path | None = None,
-    pictures: Path | None = None,
-) -> None:
-    """Train what is missing and write the table and the figures; goes on where it stopped.
+) -> Path:
+    """Train what is missing and write the tables and the figures; goes on where it stopped.
 
     Args:
         work_dir: Where the trainings live.
@@ -169,13 +173,16 @@ def run(
             so are they here.
         jobs: Processes that train side by side, which share the cores.
         table_only: Train nothing.
-        page: The file with the markers ``theory``, between which the tables are replaced; None
-            prints them only.
-        pictures: Folder of the figures; those of the work directory by default.
+
+    Returns:
+        Where they were written, see :func:`~mmdet_moe.analysis.experiments.experiment.publish`:
+        docs/results.md when all :data:`RUNS` of all settings are there.
 
     Raises:
         ConfigError: For a setting that there is not, and if a training fails.
     """
+    if runs < 1 or jobs < 1:
+        raise ConfigError(f'--runs {runs} --jobs {jobs}: give at least 1')
     if unknown := set(settings) - set(SETTINGS):
         raise ConfigError(f'--settings {sorted(unknown)}: the paper has the settings 1 to 4')
     work_dir = Path(work_dir).resolve()
@@ -188,12 +195,14 @@ def run(
     results = {run: result for run in every if (result := read_result(run, work_dir))}
     text = f'{markdown_table(results)}\n\n{variants_table(results)}'
     print(text)
-    if page is not None:
-        _replace(page, text)
-    folder = work_dir if pictures is None else pictures
-    folder.mkdir(parents=True, exist_ok=True)
-    for setting in settings:
-        write_figures(setting, results, work_dir, folder)
+    pictures = {setting: figures(setting, results, work_dir) for setting in settings}
+    for setting, drawn in pictures.items():
+        folder = work_dir / f's{setting}' / 'figures'
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, draw in drawn.items():
+            draw(folder / name)
+    complete = runs == RUNS and len(results) == len(every) and set(settings) == set(SETTINGS)
+    return publish(complete, work_dir, {'theory': text}, pictures.get(VARIANTS_SETTING, {}))
 
 
 def _runs(settings: Sequence[int], runs: int) -> Iterator[Run]:
@@ -303,53 +312,59 @@ def markdown_table(results: Mapping[Run, Result]) -> str:
         'dispatch entropy, training', 'published', 'test, no noise',
         'router: largest with a feature / a centre',
     )  # fmt: skip
-    lines = ['| ' + ' | '.join(columns) + ' |', '| --- ' * len(columns) + '|']
+    rows = []
     for (setting, model), (mean, std, entropy) in PUBLISHED.items():
         found = _of(results, setting, model)
         if not found:
             continue
-        ours = mean_std([result.accuracy for result in found])[0]
+        accuracies = [result.accuracy for result in found]
+        difference = mean_std(accuracies)[0] - mean
         tolerance = 2.0 if std is None else max(2 * std, 1.0)
-        cells = [f'S{setting}', model.name, str(len(found))]
-        cells.append(_mean_std([result.accuracy for result in found], 2))
-        cells.append(f'{mean:.1f}' if std is None else f'{mean:.2f} ± {std:.2f}')
-        verdict = 'yes' if abs(ours - mean) <= tolerance else 'no'
-        cells.append(f'{verdict}: {ours - mean:+.2f} of ±{tolerance:.2f}')
+        verdict = 'yes' if abs(difference) <= tolerance else 'no'
+        rows.append(
+            [
+                f'S{setting}',
+                model.name,
+                str(len(found)),
+                mean_and_std(accuracies, 2),
+                f'{mean:.1f}' if std is None else f'{mean:.2f} ± {std:.2f}',
+                f'{verdict}: {difference:+.2f} of ±{tolerance:.2f}',
+            ]
+        )
         if entropy is None:
-            cells += ['–'] * 4
+            rows[-1] += [NOTHING] * 4
         else:
-            cells.append(_mean_std([result.train_entropy for result in found], 3))
-            cells.append(f'{entropy:.3f}')
-            cells.append(_mean_std([result.test_entropy for result in found], 3))
-            cells.append(_router(found))
-        lines.append('| ' + ' | '.join(cells) + ' |')
-    return '\n'.join(lines)
+            rows[-1] += [
+                mean_and_std([result.train_entropy for result in found]),
+                f'{entropy:.3f}',
+                mean_and_std([result.test_entropy for result in found]),
+                _router(found),
+            ]
+    return table(columns, rows)
 
 
 def variants_table(results: Mapping[Run, Result]) -> str:
     """The non-linear mixture with one thing changed, one row for each variant."""
     columns = ('variant', 'runs', 'test accuracy (%)', 'dispatch entropy, test', 'iterations')
-    lines = ['| ' + ' | '.join(columns) + ' |', '| --- ' * len(columns) + '|']
+    rows = []
     for variant in VARIANTS:
         model = MIXTURE if variant == VARIANTS[0] else variant
-        found = _of(results, VARIANTS_SETTING, model)
-        if not found:
-            continue
-        cells = [variant.name, str(len(found))]
-        cells.append(_mean_std([result.accuracy for result in found], 2))
-        cells.append(_mean_std([result.test_entropy for result in found], 3))
-        cells.append(f'{min(r.iterations for r in found)} – {max(r.iterations for r in found)}')
-        lines.append('| ' + ' | '.join(cells) + ' |')
-    return '\n'.join(lines)
+        if found := _of(results, VARIANTS_SETTING, model):
+            iterations = [result.iterations for result in found]
+            rows.append(
+                [
+                    variant.name,
+                    str(len(found)),
+                    mean_and_std([result.accuracy for result in found], 2),
+                    mean_and_std([result.test_entropy for result in found]),
+                    f'{min(iterations)} – {max(iterations)}',
+                ]
+            )
+    return table(columns, rows)
 
 
 def _of(results: Mapping[Run, Result], setting: int, model: Model) -> list[Result]:
     return [r for run, r in results.items() if (run.setting, run.model) == (setting, model)]
-
-
-def _mean_std(values: Sequence[float], digits: int) -> str:
-    mean, std = mean_std(values)
-    return f'{mean:.{digits}f} ± {std:.{digits}f}' if len(values) > 1 else f'{mean:.{digits}f}'
 
 
 def _router(found: Sequence[Result]) -> str:
@@ -359,10 +374,10 @@ def _router(found: Sequence[Result]) -> str:
     return f'{feature:.2f} / {centre:.2f}; centre in {more} of {len(found)}'
 
 
-def write_figures(
-    setting: int, results: Mapping[Run, Result], work_dir: Path, folder: Path
-) -> None:
-    """The three figures of one setting, from the mixtures that have finished.
+def figures(
+    setting: int, results: Mapping[Run, Result], work_dir: Path
+) -> dict[str, Callable[[Path], None]]:
+    """What draws the three figures of one setting, by their names; nothing without its mixtures.
 
     ``theory_s<setting>_alignment.png`` and ``…_routing.png`` show the first seed.
     """
@@ -371,14 +386,11 @@ def write_figures(
         for model in (MIXTURE, MIXTURE_LINEAR)
     }
     if not all(runs.values()):
-        return
-    first = Run(setting, MIXTURE, 0)
-    plot_alignment(_record(first, work_dir), folder / f'theory_s{setting}_alignment.png')
+        return {}
     panels = {
-        f'{model.name}: {results[runs[model][0]].accuracy:.2f} %': _routed(runs[model][0], work_dir)
-        for model in runs
+        f'{model.name}: {results[found[0]].accuracy:.2f} %': _routed(found[0], work_dir)
+        for model, found in runs.items()
     }
-    plot_routing_plane(panels, folder / f'theory_s{setting}_routing.png')
     records = {
         model.name: [_record(run, work_dir) for run in found] for model, found in runs.items()
     }
@@ -386,8 +398,13 @@ def write_figures(
         name: [(record['steps'], record['dispatch_entropy']) for record in found]
         for name, found in records.items()
     }
-    clusters = next(iter(records.values()))[0]['router_centres'].shape[2]
-    plot_dispatch_entropy(lines, folder / f'theory_s{setting}_entropy.png', clusters)
+    first = records[MIXTURE.name][0]
+    clusters = first['router_centres'].shape[2]
+    return {
+        f'theory_s{setting}_alignment.png': partial(plot_alignment, first),
+        f'theory_s{setting}_routing.png': partial(plot_routing_plane, panels),
+        f'theory_s{setting}_entropy.png': lambda path: plot_dispatch_entropy(lines, path, clusters),
+    }
 
 
 def _record(run: Run, work_dir: Path) -> dict[str, np.ndarray]:
@@ -410,13 +427,3 @@ def _routed(run: Run, work_dir: Path) -> tuple[np.ndarray, np.ndarray, np.ndarra
     strengths = data.inputs.sum((2, 3)) @ data.centres.T
     experts = model.moe.routing.expert_ids[:, 0]
     return strengths.numpy(), data.clusters.numpy(), experts.numpy()
-
-
-def _replace(page: Path, text: str) -> None:
-    begin, end = '<!-- theory:begin -->', '<!-- theory:end -->'
-    content = page.read_text()
-    if begin not in content or end not in content:
-        raise ConfigError(f'{page} lacks the markers {begin} and {end} around its table')
-    head, rest = content.split(begin, 1)
-    tail = rest.split(end, 1)[1]
-    page.write_text(f'{head}{begin}\n{text}\n{end}{tail}')

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from mmdet_moe import cli
-from mmdet_moe.analysis.experiments import theory
+from mmdet_moe.analysis.experiments import experiment, theory
 from mmdet_moe.analysis.experiments.theory import Result, Run
 from mmdet_moe.engine.hooks.cluster_alignment_hook import RECORD_FILE
 from mmdet_moe.errors import ConfigError
@@ -66,10 +66,13 @@ class OneProcess:
 @pytest.mark.usefixtures('small')
 def test_everything_and_again(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(theory, 'ProcessPoolExecutor', OneProcess)
-    page = tmp_path / 'page.md'
+    page, pictures = tmp_path / 'page.md', tmp_path / 'pictures'
     page.write_text('before\n<!-- theory:begin -->\nold\n<!-- theory:end -->\nafter\n')
-    pictures = tmp_path / 'pictures'
-    theory.run(tmp_path / 'runs', [1, 2], runs=2, page=page, pictures=pictures)
+    monkeypatch.setattr(experiment, 'RESULTS', page)
+    monkeypatch.setattr(experiment, 'PICTURES', pictures)
+    monkeypatch.setattr(theory, 'SETTINGS', (1, 2))
+    monkeypatch.setattr(theory, 'RUNS', 2)
+    assert theory.run(tmp_path / 'runs', [1, 2], runs=2) == page
     out = capsys.readouterr().out
     assert '0 of 14 trainings are finished.' in out
     assert re.search(r'14/14 setting . .*0\.0 min left', out.replace(',', ''))
@@ -78,17 +81,22 @@ def test_everything_and_again(tmp_path, monkeypatch, capsys):
     assert content.endswith('\n<!-- theory:end -->\nafter\n')
     assert content.count('| S1 |') == content.count('| S2 |') == 4
     assert content.count('gate: softmax') == 1
-    assert {path.name for path in pictures.iterdir()} == {
-        f'theory_s{s}_{name}.png' for s in (1, 2) for name in ('alignment', 'entropy', 'routing')
-    }
-    theory.run(tmp_path / 'runs', [1, 2], runs=2, page=page)
+    names = [{f'theory_s{s}_{x}.png' for x in ('alignment', 'entropy', 'routing')} for s in (1, 2)]
+    assert {path.name for path in pictures.iterdir()} == names[0]
+    for s in (1, 2):
+        drawn = (tmp_path / 'runs' / f's{s}' / 'figures').iterdir()
+        assert {path.name for path in drawn} == names[s - 1]
+    theory.run(tmp_path / 'runs', [1, 2], runs=2)
     assert '14 of 14 trainings are finished.' in capsys.readouterr().out
     assert page.read_text() == content
     # What was interrupted is trained anew.
     interrupted = Run(1, theory.MIXTURE, 1).folder(tmp_path / 'runs')
     before = json.loads((interrupted / 'result.json').read_text())
     (interrupted / 'result.json').unlink()
-    theory.run(tmp_path / 'runs', [1, 2], runs=2, table_only=True)
+    written = theory.run(tmp_path / 'runs', [1, 2], runs=2, table_only=True)
+    # What is published is not replaced by less.
+    assert page.read_text() == content
+    assert (written / 'theory.md').read_text().count('| S1 |') == 4
     assert not (interrupted / 'result.json').exists()
     theory.run(tmp_path / 'runs', [1, 2], runs=2)
     assert '13 of 14 trainings are finished.' in capsys.readouterr().out
