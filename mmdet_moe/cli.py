@@ -220,13 +220,14 @@ def _prepare(args: argparse.Namespace) -> Config:
         cfg.work_dir = args.work_dir
     elif cfg.get('work_dir') is None:
         cfg.work_dir = osp.join('work_dirs', osp.splitext(osp.basename(args.config))[0])
-    if cfg.default_scope == 'mmpretrain':
-        set_loader_defaults(cfg)
+    set_loader_defaults(cfg)
     return cfg
 
 
 def set_loader_defaults(cfg: Config) -> None:
-    """MMPretrain's configs rely on its tools for these."""
+    """Fill in what MMPretrain's configs rely on its tools for; those of others stay as they are."""
+    if cfg.default_scope != 'mmpretrain':
+        return
     for field in ('train_dataloader', 'val_dataloader', 'test_dataloader'):
         loader = cfg.get(field)
         if loader is not None:

@@ -169,8 +169,7 @@ def prepare(args: argparse.Namespace, cfg: Config) -> Study:
     Raises:
         ConfigError: If config, checkpoint and data do not fit together.
     """
-    if cfg.default_scope == 'mmpretrain':
-        set_loader_defaults(cfg)
+    set_loader_defaults(cfg)
     model, _ = load_model(cfg, args.checkpoint, args.device)
     data = AnalysisData(cfg, args.split, args.max_images)
     plan = {

@@ -214,7 +214,7 @@ def _equal_flops_width(stage: int, options: dict[str, Any], top_k: int) -> int:
     """The width at which ``top_k`` experts come closest to the FLOPs of the dense stage.
 
     Raises:
-        ConfigError: If that is not within :data:`TOLERANCE`.
+        ConfigError: If even the least width costs too much, see :data:`TOLERANCE`.
     """
     # Shapes are all that counts: no memory is taken, nothing is computed.
     with torch.device('meta'):
