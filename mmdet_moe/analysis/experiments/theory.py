@@ -190,8 +190,12 @@ def run(
     if not table_only:
         todo = [run for run in every if read_result(run, work_dir) is None]
         print(f'{len(every) - len(todo)} of {len(every)} trainings are finished.', flush=True)
-        # The long ones first, so that no process is left alone with one at the end.
-        _train_all(sorted(todo, key=lambda run: -run.cost), work_dir, jobs)
+        # The longest first, so that no process is left alone with one at the end; then one seed of
+        # every cell after the other, so that what is interrupted is a table, too.
+        order = sorted(
+            todo, key=lambda run: (run.model.is_mixture, run.model in VARIANTS, run.seed)
+        )
+        _train_all(order, work_dir, jobs)
     results = {run: result for run in every if (result := read_result(run, work_dir))}
     text = f'{markdown_table(results)}\n\n{variants_table(results)}'
     print(text)

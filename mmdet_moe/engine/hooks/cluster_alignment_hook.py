@@ -81,7 +81,7 @@ class ClusterAlignmentHook(Hook):
     ) -> None:
         """Record at the interval, and the last iteration."""
         if self.every_n_train_iters(runner, self.interval) or self.is_last_train_iter(runner):
-            self._record(runner.iter + 1, float(outputs['loss']), data_batch['cluster'])
+            self._record(runner.iter + 1, outputs['loss'].item(), data_batch['cluster'])
 
     def _past(self, step: int) -> list[dict[str, np.ndarray]]:
         """The rows of an earlier part of this training, up to a step."""
