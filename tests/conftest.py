@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+from local_server import Server
 from mmengine.utils import ManagerMixin
 from torch import nn
 
 import mmdet_moe  # noqa: F401  # stands in for mmcv's ops before a test imports mmdet
+from mmdet_moe.datasets import download
 from mmdet_moe.datasets.digit_scenes import generate
 
 # The tensors are small: threads cost more than they gain.
@@ -39,6 +41,16 @@ def digit_scenes_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp('digit-scenes') / 'data'
     generate(folder, num_train=16, num_val=8, size=128, seed=0)
     return folder
+
+
+@pytest.fixture
+def server(monkeypatch):
+    """An HTTP server on this machine; after an interruption a download goes on at once."""
+    monkeypatch.setenv('no_proxy', '127.0.0.1')
+    monkeypatch.setattr(download, '_RETRY_PAUSES', (0.0, 0.0, 0.0))
+    server = Server()
+    yield server
+    server.close()
 
 
 @pytest.fixture

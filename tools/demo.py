@@ -97,9 +97,9 @@ def run_once(args: argparse.Namespace, config: str, *options: str) -> RunResult:
     """Train unless that has been done, and read the figures."""
     work_dir = args.work_dir / config
     result = collect(work_dir)
-    if result is not None and args.iterations not in (None, result.iterations):
+    if result is not None and args.iterations not in (None, result.length):
         raise ConfigError(
-            f'{work_dir} holds a run of {result.iterations} iterations, not {args.iterations}; '
+            f'{work_dir} holds a run of {result.length} iterations, not {args.iterations}; '
             'forget it with --fresh, or choose another folder with --work-dir'
         )
     if result is not None:

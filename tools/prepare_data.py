@@ -1,5 +1,9 @@
 #!/usr/bin/env python
-"""Prepare the data sets that the configs run on: digit scenes, COCO 2017, CIFAR-100."""
+"""Prepare the data sets that the configs run on: digit scenes, COCO 2017, CIFAR, Fashion-MNIST.
+
+Each command fills one folder, by default the one where the configs look, verifies what it puts
+there and says "already there" when there is nothing to do.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +17,7 @@ from pathlib import Path
 if importlib.util.find_spec('mmdet_moe') is None:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from mmdet_moe.datasets import digit_scenes, download
+from mmdet_moe.datasets import digit_scenes, download, fashion_mnist
 from mmdet_moe.datasets.sprites import SOURCES
 from mmdet_moe.errors import ConfigError
 
@@ -36,10 +40,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     _add_download_options(coco, download.COCO_URL_BASE)
 
-    cifar100 = commands.add_parser('cifar100', help='download CIFAR-100 (169 MB)')
-    cifar100.set_defaults(run=run_cifar100)
-    cifar100.add_argument('--out', default='data/cifar100', help='folder to fill (%(default)s)')
-    _add_download_options(cifar100, download.CIFAR100_URL_BASE)
+    for name, title in (('cifar10', 'CIFAR-10 (170 MB)'), ('cifar100', 'CIFAR-100 (169 MB)')):
+        cifar = commands.add_parser(name, help=f'download {title}')
+        cifar.set_defaults(run=run_cifar)
+        cifar.add_argument('--out', default=f'data/{name}', help='folder to fill (%(default)s)')
+        _add_download_options(cifar, download.CIFAR_URL_BASE)
+    _add_fashion_mnist(commands)
     return parser.parse_args(argv)
 
 
@@ -76,6 +82,24 @@ def _add_digit_scenes(commands: argparse._SubParsersAction) -> None:
     scenes.add_argument(
         '--overwrite', action='store_true', help='replace a data set of other parameters'
     )
+
+
+def _add_fashion_mnist(commands: argparse._SubParsersAction) -> None:
+    fashion = commands.add_parser(
+        'fashion-mnist', help='download Fashion-MNIST (31 MB), or unpack it from a folder'
+    )
+    fashion.set_defaults(run=run_fashion_mnist)
+    fashion.add_argument('--out', default='data/fashion-mnist', help='folder to fill (%(default)s)')
+    fashion.add_argument(
+        '--source',
+        help='folder that has the four idx files already, plain or with .gz, in place of a '
+        "download (Debian's package dataset-fashion-mnist brings them)",
+        metavar='FOLDER',
+    )
+    fashion.add_argument(
+        '--overwrite', action='store_true', help='replace files in --out that are something else'
+    )
+    _add_download_options(fashion, fashion_mnist.URL_BASE)
 
 
 def _add_download_options(parser: argparse.ArgumentParser, url_base: str) -> None:
@@ -126,9 +150,30 @@ def run_coco(args: argparse.Namespace) -> None:
     _report(args, unpacked)
 
 
-def run_cifar100(args: argparse.Namespace) -> None:
-    """Download CIFAR-100."""
-    _report(args, download.prepare_cifar100(args.out, args.url_base, args.remove_archives))
+def run_cifar(args: argparse.Namespace) -> None:
+    """Download CIFAR-10 or CIFAR-100."""
+    _report(
+        args,
+        download.prepare_cifar(args.command, args.out, args.url_base, args.remove_archives),
+    )
+
+
+def run_fashion_mnist(args: argparse.Namespace) -> None:
+    """Download Fashion-MNIST or unpack it from a folder, and print how many images there are."""
+    if args.source is not None and (
+        args.remove_archives or args.url_base != fashion_mnist.URL_BASE
+    ):
+        raise ConfigError(
+            '--url-base and --remove-archives are for a download: leave them out with --source'
+        )
+    num_images = fashion_mnist.prepare_fashion_mnist(
+        args.out, args.source, args.url_base, args.remove_archives, args.overwrite
+    )
+    if num_images is None:
+        print(f'{args.out}: already there')
+    else:
+        counts = ', '.join(f'{count} {split} images' for split, count in num_images.items())
+        print(f'{args.out}: written, {counts}')
 
 
 def _report(args: argparse.Namespace, unpacked: Sequence[str]) -> None:

@@ -166,7 +166,8 @@ def loader_of(cfg: Config, split: str) -> ConfigDict:
                 'images would go through'
             )
         dataset.pipeline = _innermost(tested.dataset).pipeline
-        dataset.test_mode = True
+        if cfg.get('default_scope', 'mmdet') == 'mmdet':
+            dataset.test_mode = True  # keeps the images without objects
         loader.dataset = dataset  # without RepeatDataset and the like
         for key in ('num_workers', 'persistent_workers', 'collate_fn', 'pin_memory'):
             if key in tested:

@@ -28,13 +28,24 @@ def load_model(cfg: Config, checkpoint: str, device: str | None) -> tuple[nn.Mod
     device = device or get_device()
     if device == 'cpu':
         keep_large_blocks()
-    model = MODELS.build(cfg.model)
+    model = build_model(cfg)
     meta = load_weights(model, checkpoint)
     try:
         model.to(device).eval()
     except (AssertionError, RuntimeError) as error:
         raise ConfigError(f"--device: the model cannot be put on '{device}': {error}") from error
     return model, meta
+
+
+def build_model(cfg: Config) -> nn.Module:
+    """Build the model of a config as MMEngine's Runner does.
+
+    MMPretrain's configs have their ``data_preprocessor`` outside the model.
+    """
+    model = cfg.model.copy()
+    if 'data_preprocessor' in cfg:
+        model.setdefault('data_preprocessor', cfg.data_preprocessor)
+    return MODELS.build(model)
 
 
 def load_weights(model: nn.Module, path: str) -> dict:

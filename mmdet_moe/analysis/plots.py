@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from mmdet_moe.analysis.figures import px_axis, stack_shares
-from mmdet_moe.drawing import level_names, new_figure, plot_heat_map, style
+from mmdet_moe.drawing import expert_ticks, level_names, new_figure, plot_heat_map, style
 
 
 def plot_overview(images: Sequence[np.ndarray], layers: dict[str, dict], path: Path) -> None:
@@ -71,4 +71,25 @@ def plot_specialisation(runs: dict[str, dict], path: Path) -> None:
             axes.set_xlabel('√area of the objects (px)')
         handles = grid[0, 0].get_legend_handles_labels()[0][::-1]
         figure.legend(handles=handles, loc='outside right center', handleheight=1.4)
+        figure.savefig(path, dpi=130)
+
+
+def plot_class_specialisation(runs: dict[str, dict], path: Path) -> None:
+    """How the images of each class are divided among the experts, one panel for each run.
+
+    Args:
+        runs: Contents of ``experts.json`` of classifiers by the name of the run.
+        path: The file to write.
+    """
+    with style():
+        figure = new_figure(7.2, 3.4)
+        panels = figure.subplots(1, len(runs), sharey=True, squeeze=False)[0]
+        for axes, (name, experts) in zip(panels, runs.items(), strict=True):
+            (layer,) = experts['layers'].values()
+            found = layer['associations']['objects']['class']
+            shares = np.array(found['expert_given_bin'])
+            plot_heat_map(axes, shares, found['bins'], expert_ticks(shares.shape[1]), fontsize=6)
+            axes.set_title(f'{name}\n{found["mi"]:.2f} nats', fontsize=8.5)
+            axes.set_xlabel('expert')
+        panels[0].set_ylabel('class')
         figure.savefig(path, dpi=130)

@@ -220,8 +220,12 @@ def _on_images(decisions: Decisions, results: list) -> np.ndarray:
     """(T, 2): x and y of the decisions relative to their images without padding; NaN on padding."""
     scales = []
     for result in results:
-        height, width = result.metainfo['img_shape'][:2]
-        padded_height, padded_width = result.metainfo.get('batch_input_shape', (height, width))
+        meta = result.metainfo
+        if 'img_shape' not in meta or 'batch_input_shape' not in meta:
+            scales.append([1, 1])  # a classifier's images fill their batch
+            continue
+        height, width = meta['img_shape'][:2]
+        padded_height, padded_width = meta['batch_input_shape']
         scales.append([padded_width / width, padded_height / height])
     centre = decisions.centre.numpy() * np.array(scales, np.float32)[decisions.image.numpy()]
     centre[(centre >= 1).any(1)] = np.nan

@@ -30,17 +30,20 @@ COCO_METRICS = {
     'coco/bbox_mAP_l': 'AP large',
 }
 
+#: Name in the log of MMPretrain's Accuracy, in percent.
+ACCURACY = 'accuracy/top1'
+
 
 @dataclass
 class RunResult:
     """What one finished run measured.
 
     Attributes:
-        metrics: By the names of :data:`COCO_METRICS`, in 0..1.
+        metrics: By the names of :data:`COCO_METRICS`, or ``'accuracy'``; in 0..1.
         seconds_per_iteration: Median over the logged training iterations.
         active_parameters: Parameters that one item uses.
         total_parameters: All parameters.
-        iterations: Length of the training.
+        length: Of the training, in the unit of its loop: iterations or epochs.
         layers: The report of ``ExpertUtilizationHook`` on the validation set, by MoE layer; empty
             for a dense model.
     """
@@ -49,7 +52,7 @@ class RunResult:
     seconds_per_iteration: float
     active_parameters: int
     total_parameters: int
-    iterations: int
+    length: int
     layers: dict[str, dict] = field(default_factory=dict)
 
 
@@ -146,20 +149,27 @@ def collect(work_dir: Path) -> RunResult | None:
     lines = logged_scalars(work_dir)
     # A validation's line has the time of loading, as a training's has, but no loss.
     validations = [line for line in lines if 'data_time' in line and 'loss' not in line]
-    if not validations or validations[-1]['step'] != cfg.train_cfg.max_iters:
+    length = cfg.train_cfg.get('max_iters') or cfg.train_cfg.max_epochs
+    if not validations or validations[-1]['step'] != length:
         return None
     times = [line['time'] for line in lines if 'loss' in line and 'time' in line]
     report = work_dir / REPORT_FILE.format(mode='val')
     active, total = _parameters(cfg)
     return RunResult(
-        # Where nothing at all was detected MMDetection logs no metric.
-        metrics={name: validations[-1].get(key, 0.0) for key, name in COCO_METRICS.items()},
+        metrics=_metrics(validations[-1]),
         seconds_per_iteration=statistics.median(times),
         active_parameters=active,
         total_parameters=total,
-        iterations=cfg.train_cfg.max_iters,
+        length=length,
         layers=json.loads(report.read_text())['layers'] if report.exists() else {},
     )
+
+
+def _metrics(validation: dict) -> dict[str, float]:
+    if ACCURACY in validation:
+        return {'accuracy': validation[ACCURACY] / 100}
+    # Where nothing at all was detected MMDetection logs no metric.
+    return {name: validation.get(key, 0.0) for key, name in COCO_METRICS.items()}
 
 
 def _parameters(cfg: Config) -> tuple[int, int]:

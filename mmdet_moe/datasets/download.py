@@ -1,4 +1,4 @@
-"""Download, verify and unpack COCO 2017 and CIFAR-100 to where the configs look for them.
+"""Download, verify and unpack COCO 2017 and CIFAR to where the configs look for them.
 
 A download continues where it was interrupted, in this run or an earlier one: it goes into a
 ``.part`` file, which gets its name only after its MD5 is right. An archive is unpacked into a
@@ -83,18 +83,35 @@ COCO_ANNOTATIONS = Archive(
     },
 )
 
-CIFAR100_URL_BASE = 'https://www.cs.toronto.edu/~kriz'
-CIFAR100 = Archive(
-    path='cifar-100-python.tar.gz',
-    md5='eb9058c3a382ffc7106e4002c42a8d85',
-    num_bytes=169_001_437,
-    unpacked_bytes=187_000_000,
-    provides={
-        'cifar-100-python/train': None,
-        'cifar-100-python/test': None,
-        'cifar-100-python/meta': None,
-    },
-)
+CIFAR_URL_BASE = 'https://www.cs.toronto.edu/~kriz'
+
+
+def _cifar(name: str, md5: str, num_bytes: int, folder: str, files: Sequence[str]) -> Archive:
+    return Archive(
+        path=f'{name}-python.tar.gz',
+        md5=md5,
+        num_bytes=num_bytes,
+        unpacked_bytes=187_000_000,
+        provides={f'{folder}/{file}': None for file in files},
+    )
+
+
+CIFAR = {
+    'cifar10': _cifar(
+        'cifar-10',
+        'c58f30108f718f92721af3b95e74349a',
+        170_498_071,
+        'cifar-10-batches-py',
+        (*(f'data_batch_{i}' for i in range(1, 6)), 'test_batch', 'batches.meta'),
+    ),
+    'cifar100': _cifar(
+        'cifar-100',
+        'eb9058c3a382ffc7106e4002c42a8d85',
+        169_001_437,
+        'cifar-100-python',
+        ('train', 'test', 'meta'),
+    ),
+}
 
 _CHUNK_BYTES = 1 << 20
 _TIMEOUT_SECONDS = 60
@@ -130,11 +147,18 @@ def prepare_coco(
     return prepare(archives, out, url_base, remove_archives)
 
 
-def prepare_cifar100(
-    out: str | Path, url_base: str = CIFAR100_URL_BASE, remove_archives: bool = False
+def prepare_cifar(
+    name: str, out: str | Path, url_base: str = CIFAR_URL_BASE, remove_archives: bool = False
 ) -> list[str]:
-    """Get CIFAR-100 as ``out/cifar-100-python``; else like :func:`prepare_coco`."""
-    return prepare([CIFAR100], out, url_base, remove_archives)
+    """Get ``out/cifar-10-batches-py`` or ``out/cifar-100-python``; else as :func:`prepare_coco`.
+
+    Args:
+        name: 'cifar10' or 'cifar100'.
+        out: folder that gets that folder.
+        url_base: where the archive is.
+        remove_archives: delete the archive once it is unpacked.
+    """
+    return prepare([CIFAR[name]], out, url_base, remove_archives)
 
 
 def prepare(
@@ -159,7 +183,7 @@ def prepare(
     """
     out = Path(out)
     missing = [archive for archive in archives if not is_unpacked(archive, out)]
-    _check_disk_space(missing, out)
+    check_disk_space(missing, out)
     for archive in missing:
         out.mkdir(parents=True, exist_ok=True)
         file = fetch(archive, out, url_base)
@@ -192,7 +216,12 @@ def is_unpacked(archive: Archive, out: Path) -> bool:
     return complete
 
 
-def _check_disk_space(archives: Sequence[Archive], out: Path) -> None:
+def check_disk_space(archives: Sequence[Archive], out: Path) -> None:
+    """Complain if the archives and their content do not fit on the disk of ``out``.
+
+    Raises:
+        ConfigError: there is less room than what is not downloaded yet takes.
+    """
     needed = 0
     for archive in archives:
         here = max(_size(out / archive.name), _size(_part(out / archive.name)))
@@ -238,11 +267,11 @@ def fetch(archive: Archive, out: Path, url_base: str) -> Path:
     return target
 
 
-def md5_of(path: str | Path) -> str:
-    """MD5 of a file, in hexadecimal."""
+def md5_of(path: str | Path, progress: bool = True) -> str:
+    """MD5 of a file, in hexadecimal, with a progress bar if asked for."""
     path = Path(path)
     md5 = hashlib.md5(usedforsecurity=False)
-    with path.open('rb') as file, _byte_bar(f'verify {path.name}', _size(path)) as bar:
+    with path.open('rb') as file, _byte_bar(f'verify {path.name}', _size(path), 0, progress) as bar:
         while chunk := file.read(_CHUNK_BYTES):
             md5.update(chunk)
             bar.update(len(chunk))
@@ -257,7 +286,7 @@ def _size(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
 
 
-def _byte_bar(description: str, total: int, initial: int = 0) -> tqdm:
+def _byte_bar(description: str, total: int, initial: int = 0, visible: bool = True) -> tqdm:
     return tqdm(
         desc=description,
         total=total,
@@ -266,6 +295,7 @@ def _byte_bar(description: str, total: int, initial: int = 0) -> tqdm:
         unit_scale=True,
         unit_divisor=1000,
         leave=False,
+        disable=not visible,
     )
 
 

@@ -6,30 +6,17 @@ from its four idx files on disk. Each gives a training and a validation set that
 
 from __future__ import annotations
 
-import gzip
 import hashlib
-import struct
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from mmdet_moe.datasets.fashion_mnist import CLASSES as FASHION_CLASSES
+from mmdet_moe.datasets.idx import SPLITS, check_pair, find_idx, read_idx
 from mmdet_moe.errors import ConfigError
 
 DIGIT_CLASSES = tuple(str(digit) for digit in range(10))
-FASHION_CLASSES = (
-    'T-shirt/top',
-    'Trouser',
-    'Pullover',
-    'Dress',
-    'Coat',
-    'Sandal',
-    'Shirt',
-    'Sneaker',
-    'Bag',
-    'Ankle boot',
-)
 SOURCES = ('digits', 'fashion-mnist')
 
 # One digit in five goes to validation. The file lists the writers one after the other, so taking
@@ -117,84 +104,22 @@ def load_fashion_mnist(source: str | Path) -> dict[str, SpriteSet]:
         ConfigError: a file is missing, damaged, or does not fit its partner.
     """
     return {
-        'train': _load_fashion_split(Path(source), 'train'),
-        'val': _load_fashion_split(Path(source), 't10k'),
+        split: _load_fashion_split(Path(source), *names)
+        for split, names in zip(('train', 'val'), SPLITS, strict=True)
     }
 
 
-def _load_fashion_split(source: Path, prefix: str) -> SpriteSet:
-    images_path = _find_idx(source, f'{prefix}-images-idx3-ubyte')
-    labels_path = _find_idx(source, f'{prefix}-labels-idx1-ubyte')
+def _load_fashion_split(source: Path, images_name: str, labels_name: str) -> SpriteSet:
+    images_path = find_idx(source, images_name)
+    labels_path = find_idx(source, labels_name)
     images = read_idx(images_path, ndim=3)
     labels = read_idx(labels_path, ndim=1).astype(np.int64)
-    if len(images) != len(labels):
-        raise ConfigError(
-            f'{images_path} holds {len(images)} images but {labels_path} holds {len(labels)} '
-            'labels: the two files do not belong together'
-        )
-    if len(labels) and labels.max() >= len(FASHION_CLASSES):
-        raise ConfigError(
-            f'{labels_path} holds the label {labels.max()}, and Fashion-MNIST has labels 0 to 9: '
-            'this is another data set'
-        )
+    check_pair(images, labels, len(FASHION_CLASSES), images_path, labels_path)
     ink = (0.04, 0.6)
     has_ink = images.reshape(len(images), -1).max(axis=1, initial=0) >= 255 * ink[1]
     if not has_ink.any():
         raise ConfigError(f'{images_path} holds no image with anything to see in it')
     return SpriteSet(images[has_ink], labels[has_ink], FASHION_CLASSES, ink)
-
-
-def _find_idx(source: Path, name: str) -> Path:
-    for path in (source / name, source / f'{name}.gz'):
-        if path.is_file():
-            return path
-    raise ConfigError(f'{source / name} (or the same with .gz) does not exist: put it there')
-
-
-def read_idx(path: str | Path, ndim: int) -> np.ndarray:
-    """Read an idx file of unsigned bytes, plain or (by its name's ``.gz``) gzipped.
-
-    Args:
-        path: the file.
-        ndim: the number of dimensions it must have: 3 for images, 1 for labels.
-
-    Returns:
-        uint8 array with ``ndim`` dimensions.
-
-    Raises:
-        ConfigError: the file cannot be read, its magic number is not that of ``ndim`` dimensions of
-            unsigned bytes, or its length is not the one that its header promises.
-    """
-    path = Path(path)
-    try:
-        data = gzip.decompress(path.read_bytes()) if path.suffix == '.gz' else path.read_bytes()
-    except (OSError, EOFError, zlib.error) as error:
-        raise ConfigError(f'{path} cannot be read ({error}): download it again') from error
-    header_bytes = 4 + 4 * ndim
-    if len(data) < header_bytes:
-        raise ConfigError(
-            f'{path} ends inside its header ({len(data)} bytes, header {header_bytes}): '
-            'download it again'
-        )
-    magic, *shape = struct.unpack(f'>{1 + ndim}I', data[:header_bytes])
-    # 0x08 is the idx code for unsigned bytes; the low byte is the number of dimensions.
-    expected_magic = 0x0800 | ndim
-    if magic != expected_magic:
-        raise ConfigError(
-            f'{path} starts with {magic:#010x}, not {expected_magic:#010x}: '
-            f'it is no idx file of unsigned bytes in {ndim} dimension(s)'
-        )
-    values = len(data) - header_bytes
-    # Python integers: a damaged header's product can exceed 64 bits.
-    promised = 1
-    for length in shape:
-        promised *= length
-    if values != promised:
-        raise ConfigError(
-            f'{path} holds {values} values but its header promises '
-            f'{" x ".join(map(str, shape))}: download it again'
-        )
-    return np.frombuffer(data, np.uint8, offset=header_bytes).reshape(shape)
 
 
 def digest(sprite_sets: dict[str, SpriteSet]) -> str:

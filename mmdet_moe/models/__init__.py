@@ -1,6 +1,6 @@
-"""What plugs into MMDetection and MMPretrain: models with mixtures of experts in them."""
+"""What plugs into MMDetection and MMPretrain: their models, with parts of them as experts."""
 
-from mmdet_moe.models.backbones import MoEResNet
+from mmdet_moe.models.backbones import MoEResNet, MoEResNet_CIFAR
 from mmdet_moe.models.classifiers import PatchMixture
 from mmdet_moe.models.dense_heads import MoERetinaHead
 from mmdet_moe.models.frozen import frozen
@@ -10,6 +10,7 @@ from mmdet_moe.models.roi_heads import MoEShared2FCBBoxHead
 __all__ = [
     'MoEFPN',
     'MoEResNet',
+    'MoEResNet_CIFAR',
     'MoERetinaHead',
     'MoEShared2FCBBoxHead',
     'PatchMixture',

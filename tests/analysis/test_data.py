@@ -2,14 +2,19 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import cv2
+import miniature
 import numpy as np
 import pytest
 from mmengine.config import Config, ConfigDict
 from mmengine.registry import init_default_scope
 
+import mmdet_moe
 from mmdet_moe.analysis.data import AnalysisData, loader_of
+from mmdet_moe.cli import load_config
+from mmdet_moe.datasets import idx
 from mmdet_moe.errors import ConfigError
 
 CLASSES = tuple('0123456789')
@@ -216,3 +221,22 @@ def test_arrays_as_images():
         assert data.label(index) == label
     assert np.array_equal(data.image(2), data.info(2)['img'])
     assert data.classes == ['0', '1', '2']
+
+
+@pytest.mark.parametrize(('split', 'prefix', 'count'), [
+    ('train', 'train', 12), ('val', 't10k', 7), ('test', 't10k', 7),
+])  # fmt: skip
+def test_images_in_idx_files(split, prefix, count, tmp_path):
+    """MMPretrain's FashionMNIST chooses its files by test_mode, and holds grey arrays."""
+    root = miniature.write_fashion_mnist(tmp_path, num_train=12, num_test=7)
+    path = Path(mmdet_moe.__file__).parents[1] / 'configs' / 'resnet18_moe_soft_fashion_mnist.py'
+    cfg = load_config(str(path), {'data_root': str(root)})
+    init_default_scope(cfg.default_scope)
+    data = AnalysisData(cfg, split)
+    images = idx.read_idx(root / f'{prefix}-images-idx3-ubyte', 3)
+    labels = idx.read_idx(root / f'{prefix}-labels-idx1-ubyte', 1)
+    assert len(data) == len(images) == count
+    assert [data.label(i) for i in range(count)] == labels.tolist()
+    for i in (0, count - 1):
+        assert data.image_size(i) == (28, 28)
+        assert np.array_equal(data.image(i), np.stack([images[i]] * 3, axis=-1))

@@ -45,7 +45,7 @@ def test_resumed_run(tmp_path):
     assert result.metrics['AP'] == 0.5
     assert result.metrics['AP small'] == 0.25
     assert result.seconds_per_iteration == 2.0
-    assert result.iterations == 4
+    assert result.length == 4
     # The router's 2 · 4 weights, 4 biases and 2 · 4 weights of the noise; 6 for each expert.
     assert (result.active_parameters, result.total_parameters) == (20 + 6, 20 + 4 * 6)
     assert result.layers == {}

@@ -1,10 +1,9 @@
-import gzip
 import json
-import struct
 
 import cv2
 import numpy as np
 import pytest
+from miniature import write_fashion_mnist
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from sklearn.datasets import load_digits as sklearn_digits
@@ -25,7 +24,6 @@ from mmdet_moe.datasets.sprites import (
     load_digits,
     load_fashion_mnist,
     load_sprites,
-    read_idx,
 )
 from mmdet_moe.errors import ConfigError
 
@@ -352,56 +350,11 @@ def test_bad_parameters(tmp_path, changes, message):
     assert not list(tmp_path.iterdir())
 
 
-# --- idx files ----------------------------------------------------------------------------------
-
-
-def test_idx_reader_on_bytes_written_by_hand(tmp_path):
-    path = tmp_path / 'images'
-    path.write_bytes(
-        b'\x00\x00\x08\x03' + b'\x00\x00\x00\x02\x00\x00\x00\x01\x00\x00\x00\x03' + bytes(range(6))
-    )
-    assert read_idx(path, ndim=3).tolist() == [[[0, 1, 2]], [[3, 4, 5]]]
-    zipped = tmp_path / 'images.gz'
-    zipped.write_bytes(gzip.compress(path.read_bytes()))
-    assert read_idx(zipped, ndim=3).tolist() == [[[0, 1, 2]], [[3, 4, 5]]]
-
-
-LABELS = b'\x00\x00\x08\x01\x00\x00\x00\x03\x05\x06\x07'
-
-
-@pytest.mark.parametrize(
-    ('name', 'content', 'message'),
-    [
-        ('x', b'\x00\x00\x08', 'ends inside its header'),
-        ('x', b'\x00\x00\x08\x03' + LABELS[4:], 'starts with 0x00000803, not 0x00000801'),
-        ('x', b'\x00\x00\x0d\x01' + LABELS[4:], 'no idx file of unsigned bytes'),
-        ('x', LABELS[:-1], 'holds 2 values but its header promises 3'),
-        ('x', LABELS + b'\x00', 'holds 4 values but its header promises 3'),
-        ('x.gz', LABELS, 'cannot be read'),
-        ('x.gz', gzip.compress(LABELS)[:-9], 'cannot be read'),
-    ],
-)
-def test_damaged_idx_file(tmp_path, name, content, message):
-    path = tmp_path / name
-    path.write_bytes(content)
-    with pytest.raises(ConfigError, match=message):
-        read_idx(path, ndim=1)
-
-
-def write_fashion(folder, num_train=10, num_test=5, label_shift=0):
-    rng = np.random.default_rng(0)
-    for prefix, count in (('train', num_train), ('t10k', num_test)):
-        images = np.zeros((count, 28, 28), np.uint8)
-        images[:, 4:24, 8:20] = rng.integers(100, 256, (count, 20, 12))
-        labels = np.arange(count, dtype=np.uint8) % 10 + label_shift
-        image_bytes = struct.pack('>4I', 0x803, count, 28, 28) + images.tobytes()
-        label_bytes = struct.pack('>2I', 0x801, count) + labels.astype(np.uint8).tobytes()
-        (folder / f'{prefix}-images-idx3-ubyte.gz').write_bytes(gzip.compress(image_bytes))
-        (folder / f'{prefix}-labels-idx1-ubyte').write_bytes(label_bytes)
+# --- Fashion-MNIST ------------------------------------------------------------------------------
 
 
 def test_fashion_mnist_scenes(tmp_path):
-    write_fashion(tmp_path)
+    write_fashion_mnist(tmp_path, num_train=10, num_test=5, gz=True)
     sets = load_sprites('fashion-mnist', tmp_path)
     assert [len(sets[split].images) for split in ('train', 'val')] == [10, 5]
     out = tmp_path / 'data'
@@ -409,7 +362,7 @@ def test_fashion_mnist_scenes(tmp_path):
     assert tuple(summary['splits']['train2017']['classes']) == FASHION_CLASSES
     assert load(out, 'train')['categories'][0]['name'] == 'T-shirt/top'
     # Other files under the same names are other parameters.
-    write_fashion(tmp_path, num_train=9)
+    write_fashion_mnist(tmp_path, num_train=9, num_test=5, gz=True)
     with pytest.raises(ConfigError, match='sprites_sha256'):
         generate(out, 4, 2, 128, 0, sprites='fashion-mnist', source=tmp_path)
 
@@ -417,10 +370,12 @@ def test_fashion_mnist_scenes(tmp_path):
 def test_fashion_mnist_files_that_do_not_fit(tmp_path):
     with pytest.raises(ConfigError, match=r'train-images-idx3-ubyte \(or the same with .gz\)'):
         load_fashion_mnist(tmp_path)
-    write_fashion(tmp_path, label_shift=1)
+    write_fashion_mnist(tmp_path, num_test=5)
+    labels = tmp_path / 't10k-labels-idx1-ubyte'
+    content = labels.read_bytes()
+    labels.write_bytes(content[:-1] + b'\x0a')
     with pytest.raises(ConfigError, match='holds the label 10'):
         load_fashion_mnist(tmp_path)
-    write_fashion(tmp_path)
-    (tmp_path / 't10k-labels-idx1-ubyte').write_bytes(LABELS)
+    labels.write_bytes(content[:4] + b'\x00\x00\x00\x03' + content[8:-2])
     with pytest.raises(ConfigError, match=r'5 images but .* holds 3 labels'):
         load_fashion_mnist(tmp_path)

@@ -1,76 +1,13 @@
 import hashlib
 import io
 import tarfile
-import threading
 import zipfile
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
 from mmdet_moe.datasets import download
 from mmdet_moe.datasets.download import Archive, prepare
 from mmdet_moe.errors import ConfigError
-
-
-class Server:
-    """A localhost server whose faults a test can set.
-
-    Attributes:
-        files: content by path.
-        ranges: the Range header of every request, None where there was none.
-        cut_after: close each of the first connections after that many body bytes.
-        with_ranges: answer Range requests with 206; else with the whole file.
-    """
-
-    def __init__(self):
-        self.files = {}
-        self.ranges = []
-        self.cut_after = []
-        self.with_ranges = True
-        outer = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_GET(self):
-                outer.answer(self)
-
-            def log_message(self, *_):
-                pass
-
-        self._http = ThreadingHTTPServer(('127.0.0.1', 0), Handler)
-        self.url = f'http://127.0.0.1:{self._http.server_port}'
-        threading.Thread(target=self._http.serve_forever, args=(0.02,), daemon=True).start()
-
-    def answer(self, request):
-        wanted = request.headers.get('Range')
-        self.ranges.append(wanted)
-        content = self.files.get(request.path)
-        if content is None:
-            request.send_error(404)
-            return
-        start = 0
-        if wanted and self.with_ranges:
-            start = int(wanted.removeprefix('bytes=').removesuffix('-'))
-            request.send_response(206)
-            request.send_header('Content-Range', f'bytes {start}-{len(content) - 1}/{len(content)}')
-        else:
-            request.send_response(200)
-        body = content[start:]
-        request.send_header('Content-Length', str(len(body)))
-        request.end_headers()
-        request.wfile.write(body[: self.cut_after.pop(0)] if self.cut_after else body)
-
-    def close(self):
-        self._http.shutdown()
-        self._http.server_close()
-
-
-@pytest.fixture
-def server(monkeypatch):
-    monkeypatch.setenv('no_proxy', '127.0.0.1')
-    monkeypatch.setattr(download, '_RETRY_PAUSES', (0.0, 0.0, 0.0))
-    server = Server()
-    yield server
-    server.close()
 
 
 def zip_bytes(members):
@@ -307,13 +244,17 @@ def test_coco_splits_choose_the_archives(server, tmp_path, monkeypatch):
         download.prepare_coco(tmp_path, ['test2017'], server.url)
 
 
-def test_cifar100_lands_where_mmpretrain_looks():
-    mmpretrain = pytest.importorskip('mmpretrain.datasets.cifar')
-    theirs = mmpretrain.CIFAR100
-    assert download.CIFAR100.md5 == theirs.tgz_md5
-    assert download.CIFAR100.name == theirs.filename
-    assert f'{download.CIFAR100_URL_BASE}/{download.CIFAR100.path}' == theirs.url
-    assert set(download.CIFAR100.provides) == {
-        f'{theirs.base_folder}/{name}'
-        for name in (theirs.train_list[0][0], theirs.test_list[0][0], theirs.meta['filename'])
+@pytest.mark.parametrize('name', ['cifar10', 'cifar100'])
+def test_cifar_lands_where_mmpretrain_looks(name):
+    theirs = getattr(pytest.importorskip('mmpretrain.datasets.cifar'), name.upper())
+    ours = download.CIFAR[name]
+    assert ours.md5 == theirs.tgz_md5
+    assert ours.name == theirs.filename
+    assert f'{download.CIFAR_URL_BASE}/{ours.path}' == theirs.url
+    assert set(ours.provides) == {
+        f'{theirs.base_folder}/{file}'
+        for file in (
+            *(file for file, _ in theirs.train_list + theirs.test_list),
+            theirs.meta['filename'],
+        )
     }

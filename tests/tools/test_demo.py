@@ -1,20 +1,15 @@
-"""``make demo`` in miniature, and the tables that the tools write."""
+"""``make demo`` in miniature, and what it has in common with ``tools/reproduce.py``."""
 
 import importlib.util
 import json
-import math
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 import mmdet_moe
-from mmdet_moe.analysis.runs import COCO_METRICS, RunResult, mean_std
-from mmdet_moe.errors import ConfigError
-from mmdet_moe.moe import UtilizationReport
 
 TOOLS = Path(mmdet_moe.__file__).parents[1] / 'tools'
 
@@ -53,81 +48,6 @@ def test_demo_trains_both_models_and_then_reuses_them(tmp_path):
     assert (experts / 'report.html').stat().st_size > 1_000_000
     assert 'statistics: ' in first.stderr
     assert 'statistics: ' not in second.stderr
-
-
-def result(ap, load, mi):
-    metrics = dict.fromkeys(COCO_METRICS.values(), ap)
-    report = UtilizationReport(
-        num_items=10, load=load, importance=load, load_cv2=0.5, usage_entropy=0.6,
-        decision_entropy=0.1, mi_input=mi, mi_level=mi / 2, level_shares=[load],
-    ).as_dict()  # fmt: skip
-    return RunResult(metrics, 0.2, 1, 2, 10, {'cls': report, 'reg': report})
-
-
-def test_table_has_mean_and_deviation_over_the_seeds():
-    reproduce = load_tool('reproduce')
-    runs = [result(0.4, [0.5, 0.5], 0.2), result(0.6, [0.996, 0.004], 0.4)]
-    # Both layers' only level has all objects.
-    table = reproduce.markdown_table({'some': runs, 'none yet': []}, torch.ones(1))
-    lines = table.splitlines()
-    assert len(lines) == 3
-    cells = [cell.strip() for cell in lines[2].split('|')[1:-1]]
-    # Two of the eight experts (two layers, two experts, two seeds) get less than 1 % of 1 / 2.
-    assert cells == [
-        'some', '2', *['0.500 ± 0.141'] * 5, '0.50 / 0.50', '2 of 8', '0.30 / 0.30', '0.15 / 0.15',
-        '0.00 / 0.00',
-    ]  # fmt: skip
-
-
-def experts_of(ap, mi, p_value, alone, equal, random, both):
-    """The parts of an ``experts.json`` that the table reads; ``alone`` has one AP per expert."""
-    sizes = {'mi': mi, 'p_value': p_value}
-    associations = {
-        'objects': {'size_coco': sizes, 'class': {'mi': mi / 10, 'p_value': 0.5}},
-        'detections': {'size_coco': {'mi': 2 * mi, 'p_value': p_value / 2}},
-    }
-    changed = [('cls', 'only', value) for value in alone]
-    changed += [('cls', 'equal', equal), ('cls', 'random', random), ('all', 'random', both)]
-    return {
-        'metrics': {'AP': ap},
-        'layers': {'cls': {'associations': associations}},
-        'interventions': [
-            {'layer': layer, 'kind': kind, 'metrics': {'AP': value}}
-            for layer, kind, value in changed
-        ],
-    }
-
-
-def test_table_of_specialisation():
-    reproduce = load_tool('reproduce')
-    runs = [
-        experts_of(0.6, 0.2, 0.001, [0.5, 0.3], 0.55, 0.45, 0.35),
-        experts_of(0.4, 0.4, 0.020, [0.1, 0.3], 0.35, 0.25, 0.15),
-    ]
-    (line,) = reproduce.specialisation_table({'some': runs}).splitlines()[2:]
-    cells = [cell.strip() for cell in line.split('|')[1:-1]]
-    # The best and the worst expert of each seed, whichever they are.
-    assert cells == [
-        'some', '2', '0.30', '0.60', '0.020', '0.03', '0.500 ± 0.141', '0.400', '0.200', '0.450',
-        '0.350', '0.250',
-    ]  # fmt: skip
-
-
-def test_one_seed_has_no_deviation():
-    mean, std = mean_std([0.3])
-    assert mean == 0.3
-    assert math.isnan(std)
-
-
-def test_only_the_marked_part_is_rewritten(tmp_path):
-    reproduce = load_tool('reproduce')
-    page = tmp_path / 'page.md'
-    page.write_text('before\n<!-- a:begin -->\nold\n<!-- a:end -->\nafter\n')
-    reproduce.replace_between_markers(page, 'a', 'new')
-    assert page.read_text() == 'before\n<!-- a:begin -->\nnew\n<!-- a:end -->\nafter\n'
-    with pytest.raises(ConfigError, match='lacks the markers <!-- b:begin -->'):
-        reproduce.replace_between_markers(page, 'b', 'new')
-    assert 'new' in page.read_text()
 
 
 @pytest.mark.parametrize('arguments', [['demo'], ['reproduce', 'digit-scenes']], ids=lambda a: a[0])

@@ -6,8 +6,16 @@ import sys
 from pathlib import Path
 
 import pytest
+from miniature import (
+    expect_cifar,
+    expect_fashion_mnist,
+    pack,
+    write_cifar10,
+    write_cifar100,
+    write_fashion_mnist,
+)
 
-from mmdet_moe.datasets import download
+from mmdet_moe.datasets import download, fashion_mnist
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / 'tools' / 'prepare_data.py'
@@ -51,10 +59,11 @@ def test_an_error_is_one_sentence_and_status_2(tmp_path):
     assert 'Traceback' not in done.stderr
 
 
-@pytest.mark.parametrize('command', ['coco', 'cifar100'])
+@pytest.mark.parametrize('command', ['coco', 'cifar10', 'cifar100', 'fashion-mnist'])
 def test_offline(main, tmp_path, capsys, monkeypatch, command):
     monkeypatch.setenv('no_proxy', '127.0.0.1')
-    monkeypatch.setattr(download, '_check_disk_space', lambda *_: None)
+    for module in (download, fashion_mnist):
+        monkeypatch.setattr(module, 'check_disk_space', lambda *_: None)
     arguments = [command, '--out', str(tmp_path / command), '--url-base', 'http://127.0.0.1:9']
     assert main(arguments) == 2
     message = capsys.readouterr().err
@@ -71,6 +80,56 @@ def test_data_that_is_there_needs_no_network(main, tmp_path, capsys):
     assert capsys.readouterr().out == f'{tmp_path}: already there\n'
 
 
+@pytest.mark.parametrize('write', [write_cifar10, write_cifar100])
+def test_cifar_from_a_server(main, server, tmp_path, capsys, monkeypatch, write):
+    folder = write(tmp_path / 'published')
+    archive = pack(folder)
+    expect_cifar(monkeypatch, folder, archive)
+    server.files[f'/{archive.name}'] = archive.read_bytes()
+    out = tmp_path / 'out'
+    command = {write_cifar10: 'cifar10', write_cifar100: 'cifar100'}[write]
+    arguments = [command, '--out', str(out), '--url-base', server.url, '--remove-archives']
+    assert main(arguments) == 0
+    assert capsys.readouterr().out == f'{out}: unpacked {archive.name}\n'
+    assert [path.name for path in out.iterdir()] == [folder.name]
+    for path in folder.iterdir():
+        assert (out / folder.name / path.name).read_bytes() == path.read_bytes()
+    assert main(arguments) == 0
+    assert capsys.readouterr().out == f'{out}: already there\n'
+
+
+def test_fashion_mnist(main, server, tmp_path, capsys, monkeypatch):
+    source = write_fashion_mnist(tmp_path / 'source', gz=True)
+    expect_fashion_mnist(monkeypatch, source)
+    for path in source.iterdir():
+        server.files[f'/{path.name}'] = path.read_bytes()
+    for name, options in (
+        ('copied', ['--source', str(source)]),
+        ('downloaded', ['--url-base', server.url, '--remove-archives']),
+    ):
+        out = tmp_path / name
+        assert main(['fashion-mnist', '--out', str(out), *options]) == 0
+        assert capsys.readouterr().out == f'{out}: written, 50 train images, 20 test images\n'
+        assert len(list(out.iterdir())) == 4
+        assert main(['fashion-mnist', '--out', str(out), *options]) == 0
+        assert capsys.readouterr().out == f'{out}: already there\n'
+
+    write_fashion_mnist(out, seed=1)
+    copy = ['fashion-mnist', '--out', str(out), '--source', str(source)]
+    assert main(copy) == 2
+    assert 'or replace it with --overwrite' in capsys.readouterr().err
+    assert main([*copy, '--overwrite']) == 0
+
+
+@pytest.mark.parametrize('options', [['--url-base', 'http://mirror'], ['--remove-archives']])
+def test_options_of_a_download_without_one(main, tmp_path, capsys, options):
+    command = ['fashion-mnist', '--out', str(tmp_path / 'out'), '--source', str(tmp_path)]
+    assert main([*command, *options]) == 2
+    assert capsys.readouterr().err == (
+        'error: --url-base and --remove-archives are for a download: leave them out with --source\n'
+    )
+
+
 def test_defaults_are_where_the_configs_look(main, monkeypatch, capsys):
     calls = []
     monkeypatch.setattr(download, 'prepare_coco', lambda *args: calls.append(args) or [])
@@ -78,6 +137,19 @@ def test_defaults_are_where_the_configs_look(main, monkeypatch, capsys):
     assert calls == [
         ('data/coco', ['train2017', 'val2017'], 'http://images.cocodataset.org', False)
     ]
+    calls.clear()
+    monkeypatch.setattr(download, 'prepare_cifar', lambda *args: calls.append(args) or [])
+    for name in ('cifar10', 'cifar100'):
+        assert main([name]) == 0
+    server = 'https://www.cs.toronto.edu/~kriz'
+    assert calls == [
+        ('cifar10', 'data/cifar10', server, False),
+        ('cifar100', 'data/cifar100', server, False),
+    ]
+    calls.clear()
+    monkeypatch.setattr(fashion_mnist, 'prepare_fashion_mnist', lambda *args: calls.append(args))
+    assert main(['fashion-mnist']) == 0
+    assert calls == [('data/fashion-mnist', None, fashion_mnist.URL_BASE, False, False)]
     with pytest.raises(SystemExit):
         main(['coco', '--splits', 'test2017'])
     assert 'invalid choice' in capsys.readouterr().err

@@ -2,11 +2,11 @@
 
 from collections.abc import Sequence
 
-from mmcv.cnn import build_conv_layer, build_norm_layer
 from mmdet.models.backbones import ResNet
 from torch import nn
 
 from mmdet_moe.errors import ConfigError
+from mmdet_moe.models.backbones.shortcut import make_shortcut
 from mmdet_moe.moe import MoELayer
 from mmdet_moe.registry import MODELS
 
@@ -84,13 +84,7 @@ class MoEResNet(ResNet):
         out_channels = kwargs['planes'] * kwargs['block'].expansion
         shortcut = None
         if self.residual:
-            shortcut = self._make_shortcut(kwargs['inplanes'], out_channels, kwargs['stride'])
+            shortcut = make_shortcut(
+                kwargs['inplanes'], out_channels, kwargs['stride'], self.conv_cfg, self.norm_cfg
+            )
         return MoELayer(dense, in_channels=kwargs['inplanes'], shortcut=shortcut, **self._moe_cfg)
-
-    def _make_shortcut(self, in_channels: int, out_channels: int, stride: int) -> nn.Module:
-        if in_channels == out_channels and stride == 1:
-            return nn.Identity()
-        conv = build_conv_layer(
-            self.conv_cfg, in_channels, out_channels, kernel_size=1, stride=stride, bias=False
-        )
-        return nn.Sequential(conv, build_norm_layer(self.norm_cfg, out_channels)[1])

@@ -1,0 +1,3 @@
+# The paper's threshold for classifiers, which decide once per image.
+_base_ = './hard_relative.py'
+router = dict(constraint=dict(threshold=0.5))

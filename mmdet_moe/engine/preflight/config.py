@@ -1,0 +1,180 @@
+"""The checks of a whole config, which walk its hooks, checkpoints and data loaders."""
+
+import os.path as osp
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mmengine.config import Config
+
+from mmdet_moe.engine.preflight.arrays import check_arrays, reads_arrays
+from mmdet_moe.engine.preflight.coco import CocoFile, check_coco, reads_coco
+from mmdet_moe.engine.preflight.datasets import GET_DATA, Dataset, datasets_of, is_remote
+from mmdet_moe.engine.preflight.heads import check_num_classes
+from mmdet_moe.errors import ConfigError
+
+_LOADERS = {
+    'train': (('train_dataloader', None), ('val_dataloader', 'val_evaluator')),
+    'val': (('val_dataloader', 'val_evaluator'),),
+    'test': (('test_dataloader', 'test_evaluator'),),
+}
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What was read already, because data loaders share files."""
+
+    coco_files: dict[str, CocoFile]
+    good_files: set[tuple]
+
+
+def check_config(cfg: Config, mode: str = 'train', checkpoint: str | None = None) -> None:
+    """Compare a config with the files that it names.
+
+    Args:
+        cfg: the whole config.
+        mode: ``'train'`` (training and validation data), ``'val'`` or ``'test'``.
+        checkpoint: the checkpoint of the command line, if any.
+
+    Raises:
+        ConfigError: the first thing that is wrong, in one sentence.
+    """
+    _check_hooks(cfg)
+    if checkpoint is not None:
+        check_checkpoint(checkpoint, 'checkpoint')
+    elif cfg.get('load_from'):
+        check_checkpoint(cfg.load_from, 'load_from')
+    if mode == 'train':
+        _check_pretrained(cfg.get('model'), 'model')
+    seen = _Seen(coco_files={}, good_files=set())
+    for loader_field, evaluator_field in _LOADERS[mode]:
+        if cfg.get(loader_field) is None:
+            continue
+        _check_loader(cfg, loader_field, evaluator_field, seen)
+
+
+def check_checkpoint(path: str, field: str) -> None:
+    """Complain about a local checkpoint that is missing or no checkpoint.
+
+    Addresses (``https://``, ``torchvision://``, ...) are left to MMEngine.
+
+    Args:
+        path: file or address.
+        field: what to call it in the message.
+
+    Raises:
+        ConfigError: the file does not exist or was not written by PyTorch.
+    """
+    if is_remote(path):
+        return
+    if not osp.isfile(path):
+        fix = 'give the path of an existing checkpoint'
+        if field == 'load_from':
+            fix = 'train that model first, or choose with --cfg-options load_from=FILE (or None)'
+        raise ConfigError(f"{field}: there is no file '{path}'; {fix}")
+    # PyTorch writes zip archives since 1.6, and wrote bare pickles (first byte 0x80) before.
+    with open(path, 'rb') as file:
+        is_pickle = file.read(1) == b'\x80'
+    if not (is_pickle or zipfile.is_zipfile(path)):
+        raise ConfigError(
+            f"{field}: '{path}' is not a PyTorch checkpoint, or an incomplete one; copy or "
+            'download it again'
+        )
+
+
+def _check_hooks(cfg: Config) -> None:
+    hooks = cfg.get('custom_hooks')
+    if hooks is not None and not (isinstance(hooks, Sequence) and not isinstance(hooks, str)):
+        raise ConfigError(
+            f'custom_hooks must be a list of dicts such as [dict(type=...)], got {hooks!r}'
+        )
+    for index, hook in enumerate(hooks or ()):
+        if isinstance(hook, str) or (isinstance(hook, Mapping) and 'type' not in hook):
+            raise ConfigError(
+                f'custom_hooks[{index}] must be a dict with the key `type`, got {hook!r}'
+            )
+    default_hooks = cfg.get('default_hooks')
+    if default_hooks is not None and not isinstance(default_hooks, Mapping):
+        raise ConfigError(
+            'default_hooks must be a dict of dicts such as dict(timer=dict(type=...)); further '
+            'hooks belong into the list custom_hooks'
+        )
+
+
+def _check_pretrained(node: Any, field: str) -> None:
+    """Look for local checkpoints in the ``init_cfg`` of the model and its parts."""
+    if isinstance(node, (list, tuple)):
+        for index, item in enumerate(node):
+            _check_pretrained(item, f'{field}[{index}]')
+    elif isinstance(node, Mapping):
+        for key, value in node.items():
+            name = f'{field}.{key}'
+            if key == 'init_cfg' and isinstance(value, Mapping):
+                pretrained = value.get('checkpoint')
+                if value.get('type') == 'Pretrained' and isinstance(pretrained, str):
+                    check_checkpoint(pretrained, f'{name}.checkpoint')
+            else:
+                _check_pretrained(value, name)
+
+
+def _check_loader(cfg: Config, loader_field: str, evaluator_field: str | None, seen: _Seen) -> None:
+    evaluators = list(_evaluators(cfg, evaluator_field))
+    # A test split without ground truth is fine as long as results are only written, not scored.
+    needs_annotations = not evaluators or not all(
+        evaluator.get('format_only') for _, evaluator in evaluators
+    )
+    dataset_cfg = cfg[loader_field].get('dataset')
+    for dataset in datasets_of(cfg, dataset_cfg, f'{loader_field}.dataset'):
+        is_coco = reads_coco(dataset.cls)
+        is_arrays = reads_arrays(dataset.cls)
+        if is_arrays:
+            check_arrays(dataset, seen.good_files)
+        elif dataset.is_local and not dataset.downloads:
+            _check_paths(dataset)
+            if is_coco:
+                check_coco(dataset, needs_annotations, seen.coco_files)
+        if is_coco or is_arrays:
+            check_num_classes(cfg.get('model'), dataset)
+    for field, evaluator in evaluators:
+        ann_file = evaluator.get('ann_file')
+        if isinstance(ann_file, str) and not is_remote(ann_file) and not osp.isfile(ann_file):
+            raise ConfigError(f"{field}.ann_file: there is no file '{ann_file}'; {GET_DATA}")
+
+
+def _evaluators(cfg: Config, field: str | None) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    evaluator = cfg.get(field) if field else None
+    if isinstance(evaluator, Mapping):
+        yield field, evaluator
+    elif isinstance(evaluator, Sequence):
+        for index, item in enumerate(evaluator):
+            if isinstance(item, Mapping):
+                yield f'{field}[{index}]', item
+
+
+def _check_paths(dataset: Dataset) -> None:
+    data_root = dataset.cfg.get('data_root')
+    if data_root and not osp.isdir(data_root):
+        raise ConfigError(
+            f"{dataset.field}.data_root: there is no folder '{data_root}'; {GET_DATA}"
+        )
+    ann_file = dataset.cfg.get('ann_file')
+    if isinstance(ann_file, str) and ann_file and not is_remote(ann_file):
+        path = dataset.path(ann_file)
+        # An mmpretrain data set may take a folder here.
+        if not osp.exists(path):
+            raise ConfigError(f"{dataset.field}.ann_file: there is no file '{path}'; {GET_DATA}")
+    for key, folder in _prefixes(dataset.cfg).items():
+        if folder and not is_remote(folder) and not osp.isdir(dataset.path(folder)):
+            raise ConfigError(
+                f'{dataset.field}.data_prefix{key}: there is no folder '
+                f"'{dataset.path(folder)}'; {GET_DATA}"
+            )
+
+
+def _prefixes(cfg: Mapping[str, Any]) -> dict[str, str]:
+    """Folders of ``data_prefix`` by the key to print."""
+    prefix = cfg.get('data_prefix') or {}
+    if isinstance(prefix, str):
+        return {'': prefix}
+    return {f'.{key}': value for key, value in prefix.items() if isinstance(value, str)}

@@ -1,0 +1,125 @@
+"""What a config's data sets are: their classes, their files and their class names."""
+
+import inspect
+import os.path as osp
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mmengine.config import Config
+from mmengine.registry import DATASETS, DefaultScope
+
+from mmdet_moe.errors import ConfigError
+
+GET_DATA = (
+    'prepare the data set with `tools/prepare_data.py`, or say where it is with '
+    '`--cfg-options data_root=DIR` or an environment variable (COCO_ROOT for COCO, '
+    'DIGIT_SCENES_ROOT for digit scenes)'
+)
+_NAMES_TO_PRINT = 5
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A data set's config with the name of its field, wrappers taken off."""
+
+    field: str
+    cfg: Mapping[str, Any]
+    cls: type | None
+
+    def path(self, relative: str) -> str:
+        """``relative`` below the data set's root, the way MMEngine joins them."""
+        return osp.join(self.cfg.get('data_root') or '', relative)
+
+    @property
+    def downloads(self) -> bool:
+        """Whether missing files are fetched, which for some data sets is the default."""
+        for cls in getattr(self.cls, '__mro__', ()):
+            parameter = inspect.signature(cls.__init__).parameters.get('download')
+            if parameter is not None:
+                return bool(self.cfg.get('download', parameter.default))
+        return False
+
+    @property
+    def is_local(self) -> bool:
+        """Whether ordinary files hold the data."""
+        backend = (self.cfg.get('backend_args') or {}).get('backend', 'local')
+        return backend in ('local', 'disk') and not is_remote(self.cfg.get('data_root') or '')
+
+
+def is_remote(path: str) -> bool:
+    """Whether a path is an address such as ``s3://bucket/folder``."""
+    return '://' in path
+
+
+def datasets_of(cfg: Config, node: Any, field: str) -> Iterator[Dataset]:
+    """The data sets inside wrappers such as RepeatDataset and ConcatDataset."""
+    if not isinstance(node, Mapping):
+        return  # an object that somebody built already
+    if 'dataset' in node:
+        yield from datasets_of(cfg, node['dataset'], f'{field}.dataset')
+    elif 'datasets' in node:
+        for index, item in enumerate(node['datasets']):
+            yield from datasets_of(cfg, item, f'{field}.datasets[{index}]')
+    else:
+        yield Dataset(field, node, _dataset_class(cfg, node.get('type')))
+
+
+def _dataset_class(cfg: Config, type_: Any) -> type | None:
+    """The class behind a config's ``type``; None for an unknown name, which the builder reports."""
+    if not isinstance(type_, str):
+        return type_ if inspect.isclass(type_) else None
+    scope = cfg.get('default_scope') or 'mmengine'
+    with DefaultScope.overwrite_default_scope(scope):
+        try:
+            with DATASETS.switch_scope_and_registry(None) as registry:
+                found = registry.get(type_)
+        except RuntimeError:  # MMEngine's answer to an unknown name with a dot
+            return None
+    return found if inspect.isclass(found) else None
+
+
+def inherits(cls: type | None, module: str, name: str, *methods: str) -> bool:
+    """Whether a class is or inherits one that is told by name, and has not replaced its methods.
+
+    By name, so that no toolbox is imported that the config does not use.
+    """
+    for base in getattr(cls, '__mro__', ()):
+        if (base.__module__, base.__name__) == (module, name):
+            return all(getattr(cls, method) is getattr(base, method) for method in methods)
+    return False
+
+
+def classes_of(dataset: Dataset) -> tuple[str, ...] | None:
+    """Class names of a data set as the toolboxes find them.
+
+    ``metainfo`` in the config comes first, then MMPretrain's argument ``classes``, then what the
+    data set's class says itself.
+    """
+    for field, classes in (
+        ('metainfo.classes', (dataset.cfg.get('metainfo') or {}).get('classes')),
+        ('classes', dataset.cfg.get('classes')),
+        ('METAINFO', (getattr(dataset.cls, 'METAINFO', None) or {}).get('classes')),
+    ):
+        if classes is not None:
+            return _class_names(classes, f'{dataset.field}.{field}')
+    return None
+
+
+def _class_names(classes: str | Sequence[str], field: str) -> tuple[str, ...]:
+    if not isinstance(classes, str):
+        return tuple(classes)
+    if not osp.isfile(classes):
+        raise ConfigError(
+            f'{field} must be a list or tuple of names, or a text file with one name a line, got '
+            f'{classes!r}; write one class as ({classes!r},)'
+        )
+    return tuple(Path(classes).read_text(encoding='utf-8').splitlines())
+
+
+def quote(names: Sequence[str]) -> str:
+    """The first few names for a message."""
+    shown = ', '.join(repr(name) for name in names[:_NAMES_TO_PRINT])
+    more = len(names) - _NAMES_TO_PRINT
+    return f'{shown} and {more} more' if more > 0 else shown

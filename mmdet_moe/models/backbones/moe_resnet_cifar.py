@@ -1,0 +1,222 @@
+"""ResNet for images of 32×32 pixels with a mixture of narrow stages (arXiv 2204.10598)."""
+
+import bisect
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from mmpretrain.models.backbones import ResNet_CIFAR
+from mmpretrain.models.backbones.resnet import ResLayer
+from torch import nn
+
+from mmdet_moe.errors import ConfigError
+from mmdet_moe.models.backbones.shortcut import make_shortcut
+from mmdet_moe.models.flops import count_flops
+from mmdet_moe.moe import ConvExperts, Experts, MoELayer
+from mmdet_moe.registry import MODELS
+
+EQUAL_FLOPS = 'equal_flops'
+DENSE = 'dense'
+#: By how much k experts of the least width may be dearer than the dense stage.
+TOLERANCE = 0.1
+#: Side of the map on which costs are compared; even after one stride of 2.
+_SIDE = 32
+
+
+@MODELS.register_module()
+class MoEResNet_CIFAR(ResNet_CIFAR):
+    """MMPretrain's ``ResNet_CIFAR`` in which a stage, or the first convolution, becomes experts.
+
+    An expert of a stage has the stage's blocks, all but the last one narrow: with n blocks, n − 1
+    of ``expert_channels`` channels and one that projects to the channels of the stage. So k active
+    experts can cost what the dense stage did. At position 0 the first convolution becomes E
+    convolutions of its own size. Batch normalisation inside an expert sees only the images (or
+    patches) that were routed to it.
+
+    Args:
+        *args, **kwargs: As for ``ResNet_CIFAR``.
+        num_experts: E.
+        top_k: k.
+        router: Config of each MoE layer's router. Default: ``dict(type='mmdet_moe.GAPRouter')``.
+        moe_stages: Which stages become experts, counted from 1; 0 is the first convolution.
+        expert_channels: Width of an expert's narrow blocks, counted as ``base_channels`` is: a
+            bottleneck has ``expansion`` times as many output channels. A number, or one for each
+            stage of the network (the paper: 25, 50, 90, 180). ``'equal_flops'``: as many as make
+            ``top_k`` experts cost what the dense stage costs. ``'dense'``: experts are copies of
+            the whole stage, into which a dense checkpoint loads.
+        residual: Add a shortcut around each MoE: the identity, or a strided 1×1 convolution with
+            batch norm where the shape changes.
+        granularity: ``'image'`` or ``'patch'``, see :class:`~mmdet_moe.moe.MoELayer`.
+        grid_size: g for patches.
+        expert_init: Whether each expert starts with its own weights (``'independent'``, as in
+            training from scratch) or as a copy of the first one (``'shared'``).
+        upcycle_noise: Relative noise on the experts when a dense checkpoint is loaded into them.
+        capacity_factor: Bound on an expert's share of the items in training, see
+            :class:`~mmdet_moe.moe.MoELayer`.
+
+    Raises:
+        ConfigError: For options out of range, and where no width gives equal FLOPs.
+    """
+
+    def __init__(
+        self,
+        *args,
+        num_experts: int = 4,
+        top_k: int = 2,
+        router: dict | None = None,
+        moe_stages: int | Sequence[int] = 4,
+        expert_channels: int | Sequence[int] | str = EQUAL_FLOPS,
+        residual: bool = False,
+        granularity: str = 'image',
+        grid_size: int = 1,
+        expert_init: str = 'independent',
+        upcycle_noise: float = 0.0,
+        capacity_factor: float | None = None,
+        **kwargs,
+    ) -> None:
+        # Filled by make_res_layer, which the base class calls from its constructor.
+        self._stage_options: list[dict[str, Any]] = []
+        super().__init__(*args, **kwargs)
+        self.moe_stages = (moe_stages,) if isinstance(moe_stages, int) else tuple(moe_stages)
+        num_stages = len(self.res_layers)
+        if not self.moe_stages or not set(self.moe_stages) <= set(range(num_stages + 1)):
+            raise ConfigError(
+                f'moe_stages={self.moe_stages} must name some of the stages 1 to {num_stages}, or '
+                '0 for the first convolution'
+            )
+        self.expert_channels = _per_stage(expert_channels, num_stages)
+        self.residual = residual
+        self._moe_cfg = {
+            'num_experts': num_experts,
+            'top_k': top_k,
+            'router': router,
+            'granularity': granularity,
+            'grid_size': grid_size,
+            'expert_init': expert_init,
+            'upcycle_noise': upcycle_noise,
+            'capacity_factor': capacity_factor,
+        }
+        for stage in self.moe_stages:
+            if stage == 0:
+                self.conv1 = self._mix_first_conv(self.conv1)
+            else:
+                setattr(self, self.res_layers[stage - 1], self._mix_stage(stage))
+        self._freeze_stages()
+
+    def make_res_layer(self, **kwargs) -> nn.Module:
+        """Build the next stage, and remember how."""
+        self._stage_options.append(kwargs)
+        return super().make_res_layer(**kwargs)
+
+    def _mix_first_conv(self, conv: nn.Conv2d) -> MoELayer:
+        init_cfg = self.init_cfg if isinstance(self.init_cfg, list) else [self.init_cfg or {}]
+        experts = ConvExperts.like(
+            conv,
+            self._moe_cfg['num_experts'],
+            # The backbone's own passes by stacked kernels.
+            init_cfg=[cfg for cfg in init_cfg if cfg.get('type') not in (None, 'Pretrained')],
+        )
+        return self._layer(experts, conv.in_channels, conv.out_channels, conv.stride[0])
+
+    def _mix_stage(self, stage: int) -> MoELayer:
+        options = self._stage_options[stage - 1]
+        width = self.expert_channels[stage - 1]
+        if width == DENSE:
+            width = options['out_channels'] // options['expansion']
+        elif width == EQUAL_FLOPS:
+            width = _equal_flops_width(stage, options, self._moe_cfg['top_k'])
+        experts = [_narrow_stage(width, **options) for _ in range(self._moe_cfg['num_experts'])]
+        return self._layer(
+            experts, options['in_channels'], options['out_channels'], options['stride']
+        )
+
+    def _layer(
+        self, experts: Experts | list[nn.Module], in_channels: int, out_channels: int, stride: int
+    ) -> MoELayer:
+        shortcut = None
+        if self.residual:
+            shortcut = make_shortcut(
+                in_channels, out_channels, stride, self.conv_cfg, self.norm_cfg
+            )
+        return MoELayer(experts, in_channels=in_channels, shortcut=shortcut, **self._moe_cfg)
+
+
+def _per_stage(
+    expert_channels: int | Sequence[int] | str, num_stages: int
+) -> tuple[int | str, ...]:
+    """The width of each stage's experts, or how to find it."""
+    if expert_channels in (EQUAL_FLOPS, DENSE):
+        return (expert_channels,) * num_stages
+    if isinstance(expert_channels, int):
+        expert_channels = (expert_channels,) * num_stages
+    if (
+        isinstance(expert_channels, str)
+        or len(expert_channels) != num_stages
+        or not all(isinstance(width, int) and width > 0 for width in expert_channels)
+    ):
+        raise ConfigError(
+            f'expert_channels={expert_channels!r} must be a positive integer, or one for each of '
+            f'the {num_stages} stages, or {EQUAL_FLOPS!r}, or {DENSE!r}'
+        )
+    return tuple(expert_channels)
+
+
+def _narrow_stage(
+    width: int,
+    *,
+    num_blocks: int,
+    in_channels: int,
+    out_channels: int,
+    expansion: int,
+    stride: int,
+    drop_path_rate: Sequence[float],
+    **options: Any,
+) -> nn.Sequential:
+    """A stage whose blocks but the last have ``width · expansion`` output channels.
+
+    With the dense stage's own width it is that stage, also in the names of its weights.
+    """
+    narrow = width * expansion
+    build = partial(ResLayer, expansion=expansion, **options)
+    first = build(
+        num_blocks=num_blocks - 1,
+        in_channels=in_channels,
+        out_channels=narrow,
+        stride=stride,
+        drop_path_rate=drop_path_rate[:-1],
+    )
+    last = build(
+        num_blocks=1,
+        in_channels=narrow,
+        out_channels=out_channels,
+        stride=1,
+        drop_path_rate=drop_path_rate[-1:],
+    )
+    return nn.Sequential(*first, *last)
+
+
+def _equal_flops_width(stage: int, options: dict[str, Any], top_k: int) -> int:
+    """The width at which ``top_k`` experts come closest to the FLOPs of the dense stage.
+
+    Raises:
+        ConfigError: If that is not within :data:`TOLERANCE`.
+    """
+    # Shapes are all that counts: no memory is taken, nothing is computed.
+    with torch.device('meta'):
+        x = torch.empty(1, options['in_channels'], _SIDE, _SIDE)
+        dense = count_flops(ResLayer(**options), x)
+
+        def relative_cost(width: int) -> float:
+            return top_k * count_flops(_narrow_stage(width, **options), x) / dense
+
+        widths = range(1, options['out_channels'] // options['expansion'] + 1)
+        if (least := relative_cost(1)) > 1 + TOLERANCE:
+            raise ConfigError(
+                f'expert_channels={EQUAL_FLOPS!r}: top_k={top_k} experts of stage {stage} cost at '
+                f'least {least:.2f} times what the dense stage costs, because their last block has '
+                'its full width; give expert_channels as a number, or lower top_k'
+            )
+        above = bisect.bisect_left(widths, 1.0, key=relative_cost)
+        candidates = widths[max(above - 1, 0) : above + 1]
+        return min(candidates, key=lambda width: abs(relative_cost(width) - 1))

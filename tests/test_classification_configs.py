@@ -1,0 +1,165 @@
+"""The classification configs: what they are, and a run on data in the published file formats."""
+
+import json
+from pathlib import Path
+
+import miniature
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.registry import MODELS, init_default_scope
+
+import mmdet_moe
+from mmdet_moe import cli, moe
+from mmdet_moe.analysis.command import run_analysis
+from mmdet_moe.models.flops import count_flops
+
+CONFIGS = Path(mmdet_moe.__file__).parents[1] / 'configs'
+CLASSIFIERS = sorted(CONFIGS.glob('resnet18_*.py'))
+DATA = {'cifar100': ('CIFAR100', 3, 100), 'fashion_mnist': ('FashionMNIST', 1, 10)}
+
+# Loss and constraint with their λ and m: 0.5, 0.5, 0.5 and 0.3 for classifiers in the paper.
+BALANCING = {
+    'soft_kl': (dict(type='mmdet_moe.KLLoss', weight=0.5), None),
+    'soft': (dict(type='mmdet_moe.ImportanceLoss', weight=0.5), None),
+    'hard_mean': (None, dict(type='mmdet_moe.MeanImportanceConstraint', threshold=0.3)),
+    'hard': (None, dict(type='mmdet_moe.RelativeImportanceConstraint', threshold=0.5)),
+    'unbalanced': (None, None),
+}
+
+
+def test_all_are_there():
+    kinds = (*BALANCING, 'dense')
+    expected = {f'resnet18_moe_{kind}_{data}' for kind in kinds for data in DATA}
+    expected |= {f'resnet18_moe_{kind}_sgd_cifar100' for kind in ('soft', 'dense')}
+    assert {path.stem for path in CLASSIFIERS} == expected
+
+
+@pytest.mark.parametrize('path', CLASSIFIERS, ids=lambda path: path.stem)
+def test_config_is_what_its_name_says(path):
+    cfg = Config.fromfile(path)
+    init_default_scope(cfg.default_scope)
+    model = MODELS.build(cfg.model)
+    kind, data = next(
+        (path.stem[len('resnet18_moe_') : -len(name) - 1], name)
+        for name in DATA
+        if path.stem.endswith(name)
+    )
+    recipe = 'sgd' if kind.endswith('_sgd') else 'adam'
+    kind = kind.removesuffix('_sgd')
+    dataset, channels, classes = DATA[data]
+    for loader in (cfg.train_dataloader, cfg.val_dataloader, cfg.test_dataloader):
+        assert loader.dataset.type == dataset
+        assert loader.batch_size == 128
+    assert model.backbone.conv1(torch.randn(1, channels, 8, 8)).shape[1] == 64
+    assert model.head.fc.weight.shape == (classes, 512)
+    assert len(cfg.data_preprocessor.mean) == channels
+    assert cfg.optim_wrapper.optimizer.type == {'sgd': 'SGD', 'adam': 'Adam'}[recipe]
+    assert type(model.head.loss_module).__name__ == (
+        'LabelSmoothLoss' if recipe == 'sgd' else 'CrossEntropyLoss'
+    )
+    layers = moe.find_moe_layers(model)
+    if kind == 'dense':
+        assert not layers
+        return
+    ((name, layer),) = layers.items()
+    assert name == 'backbone.layer4'
+    assert (layer.num_experts, layer.top_k) == (4, 2)
+    loss, constraint = BALANCING[kind]
+    losses = [hook['loss'] for hook in cfg.custom_hooks if 'loss' in hook]
+    assert losses == ([loss] if loss else [])
+    assert cfg.model.backbone.router.get('constraint') == constraint
+
+
+def test_recipe_of_the_paper():
+    cfg = Config.fromfile(CONFIGS / 'resnet18_moe_soft_cifar100.py')
+    assert cfg.train_cfg.max_epochs == 180
+    assert cfg.optim_wrapper.optimizer == dict(type='Adam', lr=1e-3)
+    assert cfg.param_scheduler == dict(
+        type='MultiStepLR', by_epoch=True, milestones=[100, 150], gamma=0.1
+    )
+
+
+def test_one_line_swaps_the_balancing():
+    soft, hard = (
+        (CONFIGS / f'resnet18_moe_{kind}_cifar100.py').read_text().splitlines()[2:]
+        for kind in ('soft', 'hard')
+    )
+    different = [(a.strip(), b.strip()) for a, b in zip(soft, hard, strict=True) if a != b]
+    assert different == [
+        (
+            "'./_base_/balancing/soft_importance.py',",
+            "'./_base_/balancing/hard_relative_classification.py',",
+        )
+    ]
+
+
+@pytest.mark.parametrize('position', range(5))
+@pytest.mark.parametrize('num_experts', [4, 10])
+def test_position_and_number_of_experts_in_one_line_each(position, num_experts):
+    """All of them have the active cost of the dense network, and the stage that is asked for."""
+    source = (CONFIGS / 'resnet18_moe_soft_cifar100.py').read_text()
+    for line, new in (
+        ('moe_stages=4,', f'moe_stages={position},'),
+        ('num_experts=4,', f'num_experts={num_experts},'),
+    ):
+        assert source.count(line) == 1
+        source = source.replace(line, new)
+    path = CONFIGS / '_edited.py'
+    path.write_text(source)
+    try:
+        cfg = Config.fromfile(path)
+    finally:
+        path.unlink()
+    init_default_scope('mmpretrain')
+    model = MODELS.build(cfg.model)
+    ((name, layer),) = moe.find_moe_layers(model).items()
+    assert name == ('backbone.conv1' if position == 0 else f'backbone.layer{position}')
+    assert layer.num_experts == num_experts
+    x = torch.randn(1, 3, 16, 16)
+    dense = MODELS.build(Config.fromfile(CONFIGS / 'resnet18_moe_dense_cifar100.py').model)
+    assert count_flops(model, x) == pytest.approx(count_flops(dense, x), rel=0.1)
+
+
+@pytest.fixture
+def folders(tmp_path, monkeypatch):
+    """Data in the published formats, of a size for a test, accepted as the published ones."""
+    folder = miniature.write_cifar100(tmp_path / 'cifar100', num_train=100, num_test=100)
+    miniature.expect_cifar(monkeypatch, folder)
+    miniature.write_fashion_mnist(tmp_path / 'fashion_mnist', num_train=50, num_test=20)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    'name',
+    [
+        'resnet18_moe_soft_cifar100',
+        'resnet18_moe_hard_mean_cifar100',
+        'resnet18_moe_soft_sgd_cifar100',
+        'resnet18_moe_hard_fashion_mnist',
+    ],
+)
+def test_config_trains(name, folders, monkeypatch):
+    """Nothing is changed but the data root, and 180 epochs to one."""
+    monkeypatch.chdir(folders)
+    root = folders / name.split('_', 3)[-1].removeprefix('sgd_').removeprefix('mean_')
+    options = [f'data_root={root}', 'train_cfg.max_epochs=1']
+    path = str(CONFIGS / f'{name}.py')
+    cli.run_train([path, '--work-dir', 'run', '--cfg-options', *options])
+    trained = torch.load('run/epoch_1.pth', map_location='cpu', weights_only=False)['state_dict']
+    assert all(torch.isfinite(value.float()).all() for value in trained.values())
+    report = json.loads(Path('run/expert_utilization_val.json').read_text())
+    count = 100 if 'cifar100' in name else 20
+    assert report['layers']['backbone.layer4']['num_items'] == count
+    if name != 'resnet18_moe_soft_cifar100':
+        return
+    run_analysis([path, 'run/epoch_1.pth', '--cfg-options', options[0], '--out', 'experts'])
+    experts = json.loads(Path('experts/experts.json').read_text())
+    associations = experts['layers']['backbone.layer4']['associations']['objects']
+    assert len(associations['class']['bins']) == 100
+    assert len(associations['superclass']['bins']) == 20
+    # The miniature has every class once: the 5 of a group together.
+    counts = torch.tensor(associations['superclass']['counts'])
+    torch.testing.assert_close(counts.sum(1), torch.full((20,), 5.0, dtype=counts.dtype))
+    kinds = {entry['kind'] for entry in experts['interventions']}
+    assert kinds == {'only', 'equal', 'without', 'random'}
