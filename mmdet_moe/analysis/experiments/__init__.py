@@ -1,5 +1,4 @@
-<<<<<<< HEAD
-"""The experiments of docs/results.md: what they train, and the tables and figures they make."""
-=======
-"""The experiments behind docs/results.md, which ``tools/reproduce.py`` runs."""
->>>>>>> main
+"""The experiments behind docs/results.md: what they train, and the tables and figures they make.
+
+``tools/reproduce.py`` runs them.
+"""
