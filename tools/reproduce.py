@@ -14,6 +14,7 @@ from pathlib import Path
 if importlib.util.find_spec('mmdet_moe') is None:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from mmdet_moe.analysis.experiments import rotate
 from mmdet_moe.analysis.experiments.experiment import Experiment
 from mmdet_moe.analysis.experiments.fashion_mnist import BUDGETS, FashionMNISTExperiment
 from mmdet_moe.analysis.experiments.scenes import DIGIT_SCENES, FASHION_SCENES, ScenesExperiment
@@ -44,17 +45,32 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         default='cpu',
         help='; '.join(f'{name}: {budget.text}' for name, budget in BUDGETS.items()),
     )
+    rotated = _add(
+        commands,
+        'rotate',
+        'a mixture of networks against a single one: is this image of Fashion-MNIST rotated?',
+        data='fashion-mnist',
+    )
+    rotated.add_argument(
+        '--budget',
+        choices=tuple(rotate.BUDGETS),
+        default='cpu',
+        help='; '.join(f'{name}: {budget.text}' for name, budget in rotate.BUDGETS.items()),
+    )
     return parser.parse_args(argv)
 
 
 def _add(
-    commands: argparse._SubParsersAction, name: str, description: str
+    commands: argparse._SubParsersAction, name: str, description: str, data: str | None = None
 ) -> argparse.ArgumentParser:
     parser = commands.add_parser(name, help=description, description=description)
     parser.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2])
     parser.add_argument('--jobs', type=int, default=2, help='runs at a time, one thread each')
     parser.add_argument(
-        '--data', type=Path, default=REPOSITORY / 'data' / name, help='folder of the data set'
+        '--data',
+        type=Path,
+        default=REPOSITORY / 'data' / (data or name),
+        help='folder of the data set (%(default)s)',
     )
     parser.add_argument(
         '--work-dir', type=Path, default=REPOSITORY / 'work_dirs' / 'reproduce' / name
@@ -68,6 +84,8 @@ def experiment(args: argparse.Namespace) -> Experiment:
     common = (args.data, args.work_dir, args.seeds, args.jobs)
     if args.command == 'fashion-mnist':
         return FashionMNISTExperiment(BUDGETS[args.budget], *common)
+    if args.command == 'rotate':
+        return rotate.RotateExperiment(rotate.BUDGETS[args.budget], *common)
     if args.command == 'fashion-scenes':
         return ScenesExperiment(FASHION_SCENES, *common, source=args.source)
     return ScenesExperiment(DIGIT_SCENES, *common)
