@@ -20,6 +20,8 @@ CONFIGS = Path(mmdet_moe.__file__).parents[1] / 'configs'
 COCO = sorted(CONFIGS.glob('*_coco.py'))
 DEMO = sorted((CONFIGS / 'demo').glob('*.py'))
 THEORY = sorted(CONFIGS.glob('moe_theory_*.py'))
+#: tests/test_classification_configs.py and tests/test_rotate_configs.py look at these.
+CLASSIFIERS = [*CONFIGS.glob('resnet18_*.py'), *CONFIGS.glob('moe_rotate_*.py')]
 
 # What a reader expects of a name: where the experts sit, and what balances them.
 HEADS = {
@@ -59,6 +61,10 @@ def test_config_is_what_its_name_says(path):
         assert (layer.num_experts, layer.top_k) == (4, 2)
         actual = layer.router.constraint
         assert actual is None if constraint is None else type(actual) is constraint
+
+
+def test_every_config_is_looked_at():
+    assert {*COCO, *THEORY, *CLASSIFIERS} == set(CONFIGS.glob('*.py'))
 
 
 @pytest.mark.parametrize('path', THEORY, ids=lambda path: path.stem)

@@ -16,7 +16,7 @@ from pathlib import Path
 if importlib.util.find_spec('mmdet_moe') is None:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from mmdet_moe.analysis.experiments import theory
+from mmdet_moe.analysis.experiments import rotate, theory
 from mmdet_moe.analysis.experiments.experiment import SEEDS, Experiment
 from mmdet_moe.analysis.experiments.fashion_mnist import BUDGETS, FashionMNISTExperiment
 from mmdet_moe.analysis.experiments.scenes import DIGIT_SCENES, FASHION_SCENES, ScenesExperiment
@@ -55,20 +55,33 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         '--runs', type=int, default=theory.RUNS, help='of each mixture (%(default)s)'
     )
     _add_common(cluster, 'theory', 'trainings at a time, which share the cores')
+    rotated = _add(
+        commands,
+        'rotate',
+        'a mixture of networks against a single one: is this image of Fashion-MNIST rotated?',
+        data='fashion-mnist',
+    )
+    rotated.add_argument(
+        '--budget',
+        choices=tuple(rotate.BUDGETS),
+        default='cpu',
+        help='; '.join(f'{name}: {budget.text}' for name, budget in rotate.BUDGETS.items()),
+    )
     return parser.parse_args(argv)
 
 
 def _add(
-    commands: argparse._SubParsersAction, name: str, description: str
+    commands: argparse._SubParsersAction, name: str, description: str, data: str | None = None
 ) -> argparse.ArgumentParser:
     parser = commands.add_parser(name, help=description, description=description)
     parser.add_argument('--seeds', type=int, nargs='+', default=list(SEEDS))
-    variable = f'{name.upper().replace("-", "_")}_ROOT'
+    data = data or name
+    variable = f'{data.upper().replace("-", "_")}_ROOT'
     parser.add_argument(
         '--data',
         type=Path,
-        default=Path(os.environ.get(variable, REPOSITORY / 'data' / name)),
-        help=f'folder of the data set (by default {variable}, or data/{name})',
+        default=Path(os.environ.get(variable, REPOSITORY / 'data' / data)),
+        help=f'folder of the data set (by default {variable}, or data/{data})',
     )
     _add_common(parser, name, 'runs at a time, one thread each')
     return parser
@@ -87,6 +100,8 @@ def experiment(args: argparse.Namespace) -> Experiment:
     common = (args.data, args.work_dir, args.seeds, args.jobs)
     if args.command == 'fashion-mnist':
         return FashionMNISTExperiment(BUDGETS[args.budget], *common)
+    if args.command == 'rotate':
+        return rotate.RotateExperiment(rotate.BUDGETS[args.budget], *common)
     if args.command == 'fashion-scenes':
         return ScenesExperiment(FASHION_SCENES, *common, source=args.source)
     return ScenesExperiment(DIGIT_SCENES, *common)

@@ -71,6 +71,12 @@ class AnalysisData:
             return [str(i) for i in range(int(max(labels)) + 1)]
         return _distinct(list(classes))
 
+    @property
+    def clusters(self) -> list[str] | None:
+        """Names of the hidden clusters that the images come from; None where there are none."""
+        clusters = self.dataset.metainfo.get('clusters')
+        return None if clusters is None else _distinct(list(clusters))
+
     @cached_property
     def superclasses(self) -> dict[str, list[int]] | None:
         """Groups of classes, see :func:`~mmdet_moe.analysis.superclasses.superclasses`."""
@@ -106,6 +112,10 @@ class AnalysisData:
     def label(self, index: int) -> int:
         """The class of a classifier's image."""
         return int(np.asarray(self.info(index)['gt_label']).item())
+
+    def cluster(self, index: int) -> int:
+        """The hidden cluster of a classifier's image, where there are any."""
+        return int(self.info(index)['cluster'])
 
     @cached_property
     def _annotations(self) -> dict[int, list[dict]] | None:
@@ -159,16 +169,14 @@ def loader_of(cfg: Config, split: str) -> ConfigDict:
     loader = ConfigDict({**cfg[field]})
     if split == 'train':
         tested = cfg.get('test_dataloader') or cfg.get('val_dataloader')
-        dataset = _innermost(loader.dataset)
         if tested is None or 'pipeline' not in _innermost(tested.dataset):
             raise ConfigError(
                 '--split train: the config has no test_dataloader, whose pipeline the training '
                 'images would go through'
             )
-        dataset.pipeline = _innermost(tested.dataset).pipeline
+        loader.dataset = _as_tested(loader.dataset, tested.dataset)
         if cfg.get('default_scope', 'mmdet') == 'mmdet':
-            dataset.test_mode = True  # keeps the images without objects
-        loader.dataset = dataset  # without RepeatDataset and the like
+            _innermost(loader.dataset).test_mode = True  # keeps the images without objects
         for key in ('num_workers', 'persistent_workers', 'collate_fn', 'pin_memory'):
             if key in tested:
                 loader[key] = tested[key]
@@ -176,6 +184,23 @@ def loader_of(cfg: Config, split: str) -> ConfigDict:
     loader.pop('batch_sampler', None)
     loader.sampler = dict(type='DefaultSampler', shuffle=False)
     return loader
+
+
+def _as_tested(dataset: ConfigDict, tested: ConfigDict) -> ConfigDict:
+    """A training set with the pipelines of the tests, and with those wrappers alone that the tests
+    have, too: what defines the samples stays, RepeatDataset and the like go.
+    """
+    if 'dataset' not in tested:
+        dataset = _innermost(dataset)
+    else:
+        while dataset.type != tested.type and 'dataset' in dataset:
+            dataset = dataset.dataset
+        if dataset.type == tested.type:
+            dataset = ConfigDict({**dataset})
+            dataset.dataset = _as_tested(dataset.dataset, tested.dataset)
+    if 'pipeline' in tested:
+        dataset.pipeline = tested.pipeline
+    return dataset
 
 
 def _innermost(dataset: ConfigDict) -> ConfigDict:

@@ -14,6 +14,7 @@ interventions on all layers at once); <source> is ``decisions``, ``objects`` or 
 ``<source>_size_coco``           the same for COCO's three sizes
 ``<source>_class``               who sees which class, sorted by the main expert
 ``<source>_superclass``          who sees which super-class
+``<source>_cluster``             who sees which hidden cluster of the data
 ``<source>_level``               who works on which pyramid level
 ``<source>_position``            who sees which part of the image
 ===============================  =================================================================
@@ -317,6 +318,11 @@ def _class(layer: str, things: str, association: dict) -> Figure:
 
 def _superclass(layer: str, things: str, association: dict) -> Figure:
     title = f'{layer}: which expert sees which super-class of the {things}'
+    return _heat_maps(title, things, association)
+
+
+def _cluster(layer: str, things: str, association: dict) -> Figure:
+    title = f'{layer}: which expert sees the {things} of which hidden cluster'
     return _heat_maps(title, things, association)
 
 
@@ -674,6 +680,7 @@ _FIGURES: dict[str, dict[str, Callable[[str, str, dict], Figure]]] = {
     'size_coco': {'size_coco': _size_coco},
     'class': {'class': _class},
     'superclass': {'superclass': _superclass},
+    'cluster': {'cluster': _cluster},
     'level': {'level': _level},
     'position': {'position': _position},
 }

@@ -3,7 +3,8 @@
 Arrays of one file of records (i images, d detections, o objects, L layers by their number):
 
 - ``image`` int32 (i,), index in the data set; ``size`` int32 (i, 2), its height and width in px; of
-  a classifier also ``label`` and ``prediction`` int32 and ``score`` float32.
+  a classifier also ``label`` and ``prediction`` int32 and ``score`` float32, and ``cluster`` int32
+  where the images come from hidden clusters.
 - ``det_image`` int32, ``det_box`` float32 (d, 4), ``det_score`` float32, ``det_label`` int32,
   ``det_level`` int32, ``det_match`` int64 (the row of its object, or what
   :mod:`~mmdet_moe.analysis.matching` says).
@@ -173,6 +174,9 @@ class Recorder:
             prediction=prediction.numpy().astype(np.int32),
             score=scores.amax(1).numpy(),
         )
+        if self.data.clusters is not None:
+            clusters = [self.data.cluster(index) for index in indices]
+            self._append(cluster=np.array(clusters, np.int32))
         for number, name in enumerate(self.tracer.layers):
             decisions = self.tracer.decisions(name, len(indices))
             kept = self._decisions(number, decisions, indices, results)

@@ -32,6 +32,8 @@ COCO_METRICS = {
 
 #: Name in the log of MMPretrain's Accuracy, in percent.
 ACCURACY = 'accuracy/top1'
+#: Name in the log of DispatchEntropy, in nats.
+DISPATCH_ENTROPY = 'moe/dispatch_entropy'
 
 
 @dataclass
@@ -39,7 +41,8 @@ class RunResult:
     """What one finished run measured.
 
     Attributes:
-        metrics: By the names of :data:`COCO_METRICS`, or ``'accuracy'``; in 0..1.
+        metrics: By the names of :data:`COCO_METRICS`, or ``'accuracy'``, in 0..1; and, where it was
+            measured, ``'dispatch entropy'`` in nats.
         seconds_per_iteration: Median over the logged training iterations.
         active_parameters: Parameters that one item uses.
         total_parameters: All parameters.
@@ -167,7 +170,10 @@ def collect(work_dir: Path) -> RunResult | None:
 
 def _metrics(validation: dict) -> dict[str, float]:
     if ACCURACY in validation:
-        return {'accuracy': validation[ACCURACY] / 100}
+        metrics = {'accuracy': validation[ACCURACY] / 100}
+        if DISPATCH_ENTROPY in validation:
+            metrics['dispatch entropy'] = validation[DISPATCH_ENTROPY]
+        return metrics
     # Where nothing at all was detected MMDetection logs no metric.
     return {name: validation.get(key, 0.0) for key, name in COCO_METRICS.items()}
 

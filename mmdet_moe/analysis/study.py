@@ -305,6 +305,7 @@ class _LayerSummary:
             'size_coco': COCO_SIZES,
             'class': Bins(data.classes),
             'superclass': Bins(list(data.superclasses)) if data.superclasses else None,
+            'cluster': Bins(data.clusters) if data.clusters else None,
             'level': Bins([str(level) for level in range(MAX_LEVELS)]),
             'position': POSITIONS,
         }
@@ -335,7 +336,8 @@ class _LayerSummary:
             arrays[f'{prefix}link_weights'],
         )
         if 'obj_box' not in arrays:
-            self._count('objects', arrays['label'][owner], *rest)
+            cluster = arrays['cluster'][owner] if 'cluster' in arrays else None
+            self._count('objects', arrays['label'][owner], *rest, cluster=cluster)
             return
         boxes = arrays['obj_box'][owner]
         self._count(
@@ -372,8 +374,11 @@ class _LayerSummary:
         size: np.ndarray | None = None,
         level: np.ndarray | None = None,
         centre: np.ndarray | None = None,
+        cluster: np.ndarray | None = None,
     ) -> None:
         bins = {'class': label}
+        if cluster is not None:
+            bins['cluster'] = cluster
         if self.group_of is not None:
             bins['superclass'] = self.group_of[label]
         if size is not None:

@@ -37,6 +37,7 @@ _SIZES = ('size', 'size_coco')
 # Whoever tells images apart tells nothing on what is in them.
 _NOT_A_SPECIALITY = ('image',)
 _NAMES = {
+    'cluster': 'hidden cluster',
     'level': 'pyramid level',
     'size': 'object size',
     'size_coco': 'object size (small, medium, large)',

@@ -15,6 +15,7 @@ import mmdet_moe
 from mmdet_moe.analysis.data import AnalysisData, loader_of
 from mmdet_moe.cli import load_config
 from mmdet_moe.datasets import idx
+from mmdet_moe.datasets.rotated_pairs import rotated_square
 from mmdet_moe.errors import ConfigError
 
 CLASSES = tuple('0123456789')
@@ -240,3 +241,31 @@ def test_images_in_idx_files(split, prefix, count, tmp_path):
     for i in (0, count - 1):
         assert data.image_size(i) == (28, 28)
         assert np.array_equal(data.image(i), np.stack([images[i]] * 3, axis=-1))
+
+
+@pytest.mark.parametrize(('split', 'count'), [('train', 12), ('val', 7)])
+def test_wrappers_that_define_the_samples_stay(split, count, tmp_path):
+    """Rotated pairs are rotated in the training split, too, but neither flipped nor repeated."""
+    root = miniature.write_fashion_mnist(tmp_path, num_train=12, num_test=7)
+    folder = Path(mmdet_moe.__file__).parents[1] / 'configs'
+    cfg = load_config(
+        str(folder / 'moe_rotate_resnet18_fashion_mnist.py'), {'data_root': str(root)}
+    )
+    init_default_scope(cfg.default_scope)
+    pairs = cfg.train_dataloader.dataset
+    pairs.dataset.pipeline[0].prob = 1.0
+    cfg.train_dataloader.dataset = dict(type='RepeatDataset', times=3, dataset=pairs)
+    data = AnalysisData(cfg, split)
+    assert len(data) == 2 * count
+    assert data.classes == ['upright', 'rotated']
+    assert data.clusters[:2] == ['T-shirt/top', 'Trouser']
+    prefix = 'train' if split == 'train' else 't10k'
+    images = idx.read_idx(root / f'{prefix}-images-idx3-ubyte', 3)
+    labels = idx.read_idx(root / f'{prefix}-labels-idx1-ubyte', 1)
+    for i in (0, 9, 2 * count - 1):
+        assert (data.label(i), data.cluster(i)) == (i % 2, labels[i // 2])
+        shown = rotated_square(images[i // 2], 30, rotate=i % 2 == 1)
+        assert np.array_equal(data.image(i)[..., 0], shown)
+        sample = data.dataset[i]
+        assert np.array_equal(sample['inputs'][0].numpy(), shown)
+        assert sample['data_samples'].cluster == labels[i // 2]

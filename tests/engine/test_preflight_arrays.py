@@ -298,3 +298,29 @@ def test_a_class_that_reads_other_files_is_left_alone(tmp_path):
             return []
 
     check_config(config(Ours, tmp_path, num_classes=7))
+
+
+# --- Wrappers -----------------------------------------------------------------------------------
+
+
+def test_rotated_pairs_have_classes_of_their_own(fashion):
+    """The files are checked by the ten classes that they hold, the heads by the two of the task."""
+    expert = dict(type='ImageClassifier', head=dict(type='LinearClsHead', num_classes=2))
+    cfg = config('FashionMNIST', fashion)
+    cfg.model = dict(type='mmdet_moe.ClassifierMixture', expert=expert)
+    for loader in (cfg.train_dataloader, cfg.val_dataloader):
+        pairs = dict(type='mmdet_moe.RotatedPairs', dataset=loader.dataset)
+        loader.dataset = dict(type='RepeatDataset', times=2, dataset=pairs)
+    check_config(cfg)
+    cfg.model.expert.head.num_classes = 10
+    with pytest.raises(ConfigError) as error:
+        check_config(cfg)
+    assert str(error.value) == (
+        'model.expert.head.num_classes is 10, but train_dataloader.dataset.dataset.dataset has 2 '
+        "classes ('upright', 'rotated'): set model.expert.head.num_classes=2"
+    )
+    (fashion / SPLITS[0][1]).unlink()
+    with pytest.raises(
+        ConfigError, match=r'train_dataloader\.dataset\.dataset\.dataset\.data_root'
+    ):
+        check_config(cfg)

@@ -1,34 +1,18 @@
 """Balancing methods of a ResNet-18 with a mixture of narrow stages, on Fashion-MNIST."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 
-import torch
-from mmengine.config import Config
-from mmengine.device import get_device
-from mmengine.registry import DefaultScope
-
-from mmdet_moe.analysis.experiments.experiment import (
-    CONFIGS,
-    Experiment,
-    Method,
-    changed_by,
-    dead_experts,
-)
+from mmdet_moe.analysis.experiments.budget import Budget, BudgetedExperiment
+from mmdet_moe.analysis.experiments.experiment import Method, changed_by, dead_experts
 from mmdet_moe.analysis.experiments.markdown import (
     NOTHING,
     mean_and_std,
     mean_per_layer,
     table,
 )
-from mmdet_moe.analysis.models import build_model
 from mmdet_moe.analysis.plots import plot_class_specialisation
 from mmdet_moe.analysis.runs import RunResult, mean_std
-from mmdet_moe.cli import load_config
-from mmdet_moe.engine.preflight import check_config
-from mmdet_moe.errors import ConfigError
-from mmdet_moe.models.flops import count_flops
 
 METHODS = (
     Method('dense', 'resnet18_moe_dense_fashion_mnist'),
@@ -39,23 +23,6 @@ METHODS = (
     Method('no balancing', 'resnet18_moe_unbalanced_fashion_mnist'),
 )
 DENSE, MOE_METHODS = METHODS[0], METHODS[1:]
-
-
-@dataclass(frozen=True)
-class Budget:
-    """How large the runs are.
-
-    Attributes:
-        name: On the command line.
-        text: What it means, for the reader of the table.
-        options: Of all runs, on top of the configs.
-        moe_options: Of the MoE models.
-    """
-
-    name: str
-    text: str
-    options: tuple[str, ...] = ()
-    moe_options: tuple[str, ...] = ()
 
 
 BUDGETS = {
@@ -93,53 +60,27 @@ BUDGETS = {
 }
 
 
-class FashionMNISTExperiment(Experiment):
-    """All methods with one budget.
-
-    Args:
-        budget: Entry of :data:`BUDGETS`.
-        *args, **kwargs: As for :class:`Experiment`; each budget has its own folder of runs.
-    """
-
-    def __init__(self, budget: Budget, *args, **kwargs) -> None:
-        super().__init__(*args, **kwargs)
-        self.budget = budget
-        self.work_dir /= budget.name
-        self._flops: dict[str, int] = {}
+class FashionMNISTExperiment(BudgetedExperiment):
+    """All methods with one budget."""
 
     def run(self, table_only: bool = False) -> None:
-        print(f'Budget {self.budget.name}: {self.budget.text}.', flush=True)
-        if self.budget.name == 'gpu' and get_device() == 'cpu' and not table_only:
-            raise ConfigError('--budget gpu: there is no GPU here; use --budget cpu')
         if not table_only:
-            self._check_data()
+            self.check(DENSE)
             self.train(METHODS)
             self.analyse(MOE_METHODS)
         self.write()
 
-    def _check_data(self) -> None:
-        if not self.data.is_dir():
-            raise ConfigError(
-                f"--data: there is no folder '{self.data}'; `tools/prepare_data.py fashion-mnist "
-                '--out DIR` makes it, with --source DIR from files that you have already'
-            )
-        check_config(
-            load_config(str(CONFIGS / f'{DENSE.config}.py'), {'data_root': str(self.data)})
-        )
-
     def options(self, method: Method, seed: int) -> list[str]:
-        options = [*super().options(method, seed), *self.budget.options]
+        options = super().options(method, seed)
         return options if method == DENSE else [*options, *self.budget.moe_options]
 
     def write(self) -> None:
         results = {method.name: self.results(method) for method in METHODS}
         found = {method.name: self.analyses(method) for method in MOE_METHODS}
-        for method in METHODS:
-            if results[method.name] and method.name not in self._flops:
-                self._flops[method.name] = self._active_flops(method)
+        flops = {m.name: self.active_flops(m) for m in METHODS if results[m.name]}
         text = (
-            f'Budget `{self.budget.name}`: {self.budget.text}.\n\n'
-            f'{accuracy_table(results, self._flops)}\n\n{specialisation_table(found)}'
+            f'{self.budget.headline}\n\n{accuracy_table(results, flops)}\n\n'
+            f'{specialisation_table(found)}'
         )
         pictures = {}
         if all(found.values()):
@@ -150,13 +91,6 @@ class FashionMNISTExperiment(Experiment):
             len(runs) == len(self.seeds) for runs in (*results.values(), *found.values())
         )
         self.publish(complete, {f'fashion-mnist-{self.budget.name}': text}, pictures)
-
-    def _active_flops(self, method: Method) -> int:
-        folders = (self.run_dir(method, seed) for seed in self.seeds)
-        cfg = Config.fromfile(next(path for folder in folders for path in folder.glob('*.py')))
-        with DefaultScope.overwrite_default_scope(cfg.default_scope):
-            model = build_model(cfg)
-        return count_flops(model, torch.randn(1, cfg.model.backbone.in_channels, 28, 28))
 
 
 def accuracy_table(results: dict[str, list[RunResult]], flops: dict[str, int]) -> str:

@@ -22,11 +22,20 @@ _NAMES_TO_PRINT = 5
 
 @dataclass(frozen=True)
 class Dataset:
-    """A data set's config with the name of its field, wrappers taken off."""
+    """A data set's config with the name of its field, wrappers taken off.
+
+    Attributes:
+        field: Where the config stands.
+        cfg: The config.
+        cls: The class behind its ``type``; None if unknown.
+        new_classes: Names of the classes of the outermost wrapper that replaces the labels; None
+            without such a wrapper.
+    """
 
     field: str
     cfg: Mapping[str, Any]
     cls: type | None
+    new_classes: tuple[str, ...] | None = None
 
     def path(self, relative: str) -> str:
         """``relative`` below the data set's root, the way MMEngine joins them."""
@@ -53,17 +62,29 @@ def is_remote(path: str) -> bool:
     return '://' in path
 
 
-def datasets_of(cfg: Config, node: Any, field: str) -> Iterator[Dataset]:
-    """The data sets inside wrappers such as RepeatDataset and ConcatDataset."""
+def datasets_of(
+    cfg: Config, node: Any, field: str, new_classes: tuple[str, ...] | None = None
+) -> Iterator[Dataset]:
+    """The data sets inside wrappers such as RepeatDataset and ConcatDataset.
+
+    Args:
+        cfg: The whole config.
+        node: The config of a data set.
+        field: Where it stands.
+        new_classes: As of :class:`Dataset`, of the wrappers around it.
+    """
     if not isinstance(node, Mapping):
         return  # an object that somebody built already
+    cls = _dataset_class(cfg, node.get('type'))
     if 'dataset' in node:
-        yield from datasets_of(cfg, node['dataset'], f'{field}.dataset')
+        if new_classes is None:
+            new_classes = (getattr(cls, 'METAINFO', None) or {}).get('classes')
+        yield from datasets_of(cfg, node['dataset'], f'{field}.dataset', new_classes)
     elif 'datasets' in node:
         for index, item in enumerate(node['datasets']):
-            yield from datasets_of(cfg, item, f'{field}.datasets[{index}]')
+            yield from datasets_of(cfg, item, f'{field}.datasets[{index}]', new_classes)
     else:
-        yield Dataset(field, node, _dataset_class(cfg, node.get('type')))
+        yield Dataset(field, node, cls, new_classes)
 
 
 def _dataset_class(cfg: Config, type_: Any) -> type | None:

@@ -9,7 +9,8 @@ from mmdet_moe.errors import ConfigError
 
 def _heads(model: Mapping[str, Any], field: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """The parts of a detector or classifier that have one output per class of the data set."""
-    for wrapper in ('detector', 'module'):  # semi-supervised and test-time augmented detectors
+    # Semi-supervised and test-time augmented detectors, and mixtures of classifiers.
+    for wrapper in ('detector', 'module', 'expert'):
         if isinstance(model.get(wrapper), Mapping):
             yield from _heads(model[wrapper], f'{field}.{wrapper}')
     owners = [(field, model)]
@@ -31,7 +32,7 @@ def check_num_classes(model: Any, dataset: Dataset) -> None:
     Raises:
         ConfigError: its ``num_classes`` is not the data set's number of classes.
     """
-    classes = classes_of(dataset)
+    classes = dataset.new_classes or classes_of(dataset)
     if classes is None or not isinstance(model, Mapping):
         return
     for field, head in _heads(model, 'model'):

@@ -1,3 +1,4 @@
+from mmdet_moe.models.classifiers.classifier_mixture import ClassifierMixture
 from mmdet_moe.models.classifiers.patch_mixture import PatchMixture
 
-__all__ = ['PatchMixture']
+__all__ = ['ClassifierMixture', 'PatchMixture']

@@ -10,9 +10,9 @@ from mmengine.registry import DefaultScope
 
 from mmdet_moe.analysis.experiments import experiment as experiment_module
 from mmdet_moe.analysis.experiments import fashion_mnist
+from mmdet_moe.analysis.experiments.budget import Budget
 from mmdet_moe.analysis.experiments.fashion_mnist import (
     BUDGETS,
-    Budget,
     FashionMNISTExperiment,
     accuracy_table,
     specialisation_table,

@@ -1,0 +1,7 @@
+# Rotated or not, on CIFAR-10 (arXiv 2208.02813): a mixture of 4 whole ResNet-18.
+_base_ = [
+    './_base_/models/resnet18_mixture.py',
+    './_base_/datasets/cifar10_rotate.py',
+    './_base_/schedules/rotate_adam.py',
+    './_base_/classification_runtime.py',
+]
