@@ -170,6 +170,9 @@ def test_refused():
         mixture(expert=headless)
     with pytest.raises(ConfigError, match='expert: MobileNetV2 has no head'):
         mixture(expert=dict(type='MobileNetV2'))
+    stacked = dict(type='mmdet_moe.LinearExperts', in_features=2, out_features=3)
+    with pytest.raises(ConfigError, match='expert: LinearExperts has no head'):
+        mixture(expert=stacked)
     with pytest.raises(ConfigError, match='top_k=5 must lie between 1 and num_experts=4'):
         mixture(top_k=5)
     with pytest.raises(ValueError, match="mode='scores' is unknown"):

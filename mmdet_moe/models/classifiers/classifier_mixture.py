@@ -71,7 +71,7 @@ class ClassifierMixture(BaseClassifier):
             upcycle_noise=upcycle_noise,
             capacity_factor=capacity_factor,
         )
-        first = self.moe.experts[0]
+        first = next(self.moe.experts.children(), self.moe.experts)
         if not getattr(first, 'with_head', False):
             raise ConfigError(
                 f'expert: {type(first).__name__} has no head, so that it gives no scores that '
