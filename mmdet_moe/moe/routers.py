@@ -39,7 +39,7 @@ class Router(nn.Module, ABC):
         top_k: k, between 1 and E.
         softmax: ``'kept'``: softmax over the k kept logits, so the weights of an item sum to 1.
             ``'all'``: softmax over all E logits before the choice (Switch, arXiv 2101.03961), so
-            they sum to less, and a single chosen expert still has a gradient. ``'none'``: an
+            they sum to less, and a single chosen expert still has a gradient. ``'raw'``: an
             expert's output is multiplied with its logit itself, of either sign (arXiv 2208.02813);
             the weights that balancing and analysis see are those of ``'all'``. Default: ``'kept'``
             for k > 1, ``'all'`` for k = 1.
@@ -79,8 +79,8 @@ class Router(nn.Module, ABC):
             )
         if softmax is None:
             softmax = 'all' if top_k == 1 else 'kept'
-        if softmax not in ('kept', 'all', 'none'):
-            raise ConfigError(f"softmax={softmax!r} is unknown; use 'kept', 'all' or 'none'")
+        if softmax not in ('kept', 'all', 'raw'):
+            raise ConfigError(f"softmax={softmax!r} is unknown; use 'kept', 'all' or 'raw'")
         if softmax == 'kept' and top_k == 1 < num_experts:
             raise ConfigError(
                 "softmax='kept' with top_k=1 makes every weight the constant 1, so the router gets "
@@ -163,7 +163,7 @@ class Router(nn.Module, ABC):
                 noisy = logits + torch.rand_like(logits)
             expert_ids, weights = self.choose(noisy, self.training)
             gates = None
-            if self.softmax == 'none':
+            if self.softmax == 'raw':
                 gates = noisy.gather(1, expert_ids).masked_fill(weights == 0, 0)
         return Routing(
             expert_ids=expert_ids,
@@ -226,9 +226,9 @@ class _PooledRouter(Router):
             raise ConfigError(f"pool={pool!r} is unknown; use 'mean' or 'sum'")
         if init_std < 0:
             raise ConfigError(f'init_std={init_std} must not be negative')
-        if self.softmax == 'none' and init_std == 0 and not self.noise:
+        if self.softmax == 'raw' and init_std == 0 and not self.noise:
             raise ConfigError(
-                "softmax='none' with init_std=0 and noise=False multiplies all experts with 0, so "
+                "softmax='raw' with init_std=0 and noise=False multiplies all experts with 0, so "
                 "that nothing is ever learned; set noise='uniform' or a positive init_std"
             )
         self.pool = pool

@@ -129,7 +129,7 @@ def test_without_is_a_router_with_one_expert_less(top_k, randomise):
 )
 @torch.no_grad()
 def test_gates_keep_their_sum(kind, expert, randomise):
-    layer, maps = build('image', 'none', randomise), random_maps()
+    layer, maps = build('image', 'raw', randomise), random_maps()
     layer.router.fc.bias -= 1
     layer(maps)
     usual = layer.routing

@@ -202,7 +202,7 @@ def test_uniform_noise_in_training_only():
 @pytest.mark.parametrize('top_k', [1, 3])
 def test_logits_as_gates(top_k):
     """Without softmax the factors are the noisy logits; the weights are Switch's."""
-    router = gap_router(top_k, noise='uniform', softmax='none')
+    router = gap_router(top_k, noise='uniform', softmax='raw')
     torch.nn.init.constant_(router.fc.bias, -2.0)
     x = torch.randn(50, C, 3, 3, dtype=torch.float64)
     torch.manual_seed(7)
@@ -222,7 +222,7 @@ def test_logits_as_gates(top_k):
 
 def test_no_gate_for_a_masked_expert():
     config = {'type': 'mmdet_moe.RelativeImportanceConstraint'}
-    router = gap_router(3, softmax='none', constraint=config)
+    router = gap_router(3, softmax='raw', constraint=config)
     router.constraint.relative_importance.copy_(torch.tensor([-3.0, 1, 1, 1, 0]))
     routing = router(torch.randn(20, C, 3, 3, dtype=torch.float64))
     assert ((routing.weights == 0) == (routing.gates == 0)).all()
@@ -275,13 +275,13 @@ def test_constraint_from_config_and_instance():
         ({'num_experts': 0, 'top_k': 1}, r'num_experts=0\b.*at least 1 expert'),
         ({'top_k': 6}, r'top_k=6 must lie between 1 and num_experts=5'),
         ({'top_k': 0}, r'top_k=0 must lie between 1 and num_experts=5'),
-        ({'softmax': 'some'}, r"softmax='some' is unknown; use 'kept', 'all' or 'none'"),
+        ({'softmax': 'some'}, r"softmax='some' is unknown; use 'kept', 'all' or 'raw'"),
         ({'noise': 'normal'}, r"noise='normal' is unknown; use True, False or 'uniform'"),
         ({'noise': 1}, r"noise=1 is unknown; use True, False or 'uniform'"),
         ({'pool': 'max'}, r"pool='max' is unknown; use 'mean' or 'sum'"),
         ({'init_std': -1.0}, r'init_std=-1.0 must not be negative'),
         (
-            {'softmax': 'none', 'init_std': 0.0, 'noise': False},
+            {'softmax': 'raw', 'init_std': 0.0, 'noise': False},
             r"init_std=0 and noise=False multiplies all experts with 0.*set noise='uniform'",
         ),
         (

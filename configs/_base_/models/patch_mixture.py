@@ -14,7 +14,7 @@ model = dict(
         bias=False,
         init_std=0.0,
         noise='uniform',
-        softmax='none',
+        softmax='raw',
     ),
     loss_on='probabilities',
 )

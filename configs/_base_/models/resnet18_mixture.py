@@ -20,5 +20,6 @@ model = dict(
 )
 custom_hooks = [
     dict(type='mmdet_moe.ExpertUtilizationHook'),
-    dict(type='mmdet_moe.BalancingLossHook', loss=dict(type='mmdet_moe.SwitchLoss', weight=0.01)),
+    # The usual weight of 0.01 lets one expert take everything within two epochs.
+    dict(type='mmdet_moe.BalancingLossHook', loss=dict(type='mmdet_moe.SwitchLoss', weight=0.2)),
 ]
