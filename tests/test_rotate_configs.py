@@ -49,7 +49,7 @@ def test_config_is_what_its_name_says(path):
     router = model.moe.router
     assert (router.noise, router.softmax) == ('uniform', 'all')
     (loss,) = [hook['loss'] for hook in cfg.custom_hooks if 'loss' in hook]
-    assert loss == dict(type='mmdet_moe.SwitchLoss', weight=0.01)
+    assert loss == dict(type='mmdet_moe.SwitchLoss', weight=0.2)
     # Three strides in all.
     model.eval()
     with torch.no_grad():
