@@ -109,6 +109,22 @@ def test_dense_checkpoint(stages, num_experts, randomise, tmp_path):
     torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3 * wanted.abs().max())
 
 
+@pytest.mark.parametrize('depth', [18, 50])
+@pytest.mark.parametrize('stage', [0, 1, 3])
+def test_patches(depth, stage, randomise):
+    """Each cell of a 2×2 grid is routed by itself and sees its true neighbours."""
+    small = {**SMALL, 'depth': depth}
+    dense = randomise(build(**small))
+    moe = {'moe_stages': stage, 'expert_channels': 'dense', 'granularity': 'patch', 'grid_size': 2}
+    model = build(moe, **small)
+    model.load_state_dict(dense.state_dict(), strict=False)
+    dense.eval(), model.eval()
+    x = torch.randn(3, 3, 32, 32)
+    torch.testing.assert_close(model(x)[0], dense(x)[0], rtol=1e-4, atol=1e-4)
+    (layer,) = find_moe_layers(model).values()
+    assert layer.routing.num_items == 3 * 4
+
+
 @pytest.mark.parametrize('width', ['equal_flops', 5, (3, 3, 3, 3)], ids=str)
 def test_dense_checkpoint_of_another_width(width, tmp_path):
     """A part of it would fit, the last convolution: that is no start at the dense accuracy."""

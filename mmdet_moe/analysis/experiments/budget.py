@@ -51,7 +51,7 @@ class BudgetedExperiment(Experiment):
         self.work_dir /= budget.name
         self._flops: dict[Method, int] = {}
 
-    def check(self, method: Method) -> None:
+    def prepare(self, method: Method) -> None:
         """State the budget, and see whether the device and the data are there.
 
         Raises:

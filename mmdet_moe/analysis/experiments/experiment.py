@@ -9,13 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from mmengine.config import Config
-
 from mmdet_moe.analysis.experiments.markdown import replace_between_markers
-from mmdet_moe.analysis.experiments.settings import difference
+from mmdet_moe.analysis.experiments.settings import check_settings
 from mmdet_moe.analysis.files import EXPERTS_FILE, write_file
 from mmdet_moe.analysis.runs import REPOSITORY, RunResult, analyse, collect, train
-from mmdet_moe.cli import load_config, parse_options, set_loader_defaults
 from mmdet_moe.errors import ConfigError
 from mmdet_moe.moe import UtilizationReport
 from mmdet_moe.moe.utilization import DEAD_SHARE
@@ -26,6 +23,11 @@ PICTURES = REPOSITORY / 'docs' / 'images'
 #: The seeds behind docs/results.md.
 SEEDS = (0, 1, 2)
 Item = TypeVar('Item')
+
+
+def folder_name(name: str) -> str:
+    """What tables call a thing, as the name of a folder."""
+    return name.replace(' ', '_').replace(',', '').replace(':', '')
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ class Method:
     @property
     def key(self) -> str:
         """Name of the folder of its runs."""
-        return self.name.replace(' ', '_').replace(',', '').replace(':', '')
+        return folder_name(self.name)
 
 
 class Experiment(ABC):
@@ -71,6 +73,7 @@ class Experiment(ABC):
         self.seeds = list(seeds)
         self.jobs = jobs
         self.written: Path | None = None
+        self._finished: dict[Path, RunResult] = {}
 
     @abstractmethod
     def run(self, table_only: bool = False) -> None:
@@ -106,8 +109,15 @@ class Experiment(ABC):
 
     def results(self, method: Method) -> list[RunResult]:
         """The finished runs of a method."""
-        found = (collect(self.run_dir(method, seed)) for seed in self.seeds)
+        found = (self._result(method, seed) for seed in self.seeds)
         return [result for result in found if result is not None]
+
+    def _result(self, method: Method, seed: int) -> RunResult | None:
+        # Read once: the tables are written after every run, and reading one builds its model.
+        folder = self.run_dir(method, seed)
+        if folder not in self._finished and (result := collect(folder)) is not None:
+            self._finished[folder] = result
+        return self._finished.get(folder)
 
     def analyses(self, method: Method) -> list[dict]:
         """Contents of the ``experts.json`` of a method's runs, as far as they are there."""
@@ -120,25 +130,25 @@ class Experiment(ABC):
         Raises:
             ConfigError: If a run fails, or was begun with other settings.
         """
-        runs = [(method, seed) for seed in self.seeds for method in methods]
-        for run in runs:
-            self._check_settings(*run)
-        todo = [run for run in runs if collect(self.run_dir(*run)) is None]
+        methods = list(methods)
+        self.check(methods)
+        runs = self._runs(methods)
+        todo = [run for run in runs if self._result(*run) is None]
         print(f'{len(runs) - len(todo)} of {len(runs)} runs are finished.', flush=True)
         self._in_parallel(todo, lambda run: self._train_one(*run), 'runs')
 
-    def _check_settings(self, method: Method, seed: int) -> None:
-        folder = self.run_dir(method, seed)
-        for path in folder.glob('*.py'):
-            wanted = load_config(
-                str(CONFIGS / f'{method.config}.py'), parse_options(self._all_options(method, seed))
-            )
-            set_loader_defaults(wanted)
-            if field := difference(Config.fromfile(path), wanted):
-                raise ConfigError(
-                    f'{folder} holds a run with other settings ({field}); move it away, or choose '
-                    'another --work-dir'
-                )
+    def check(self, methods: Iterable[Method]) -> None:
+        """Refuse runs of some methods that were begun with other settings.
+
+        Raises:
+            ConfigError: With the first field that differs.
+        """
+        for method, seed in self._runs(methods):
+            options = self._all_options(method, seed)
+            check_settings(self.run_dir(method, seed), CONFIGS / f'{method.config}.py', options)
+
+    def _runs(self, methods: Iterable[Method]) -> list[tuple[Method, int]]:
+        return [(method, seed) for seed in self.seeds for method in methods]
 
     def _all_options(self, method: Method, seed: int) -> list[str]:
         return [*self.options(method, seed), *method.options]
@@ -150,7 +160,7 @@ class Experiment(ABC):
         with log.open('a') as output:
             options = self._all_options(method, seed)
             train(CONFIGS / f'{method.config}.py', work_dir, options, threads=1, output=output)
-        if collect(work_dir) is None:
+        if self._result(method, seed) is None:
             raise ConfigError(f'{work_dir} did not finish; see {log}')
 
     def analyse(self, methods: Iterable[Method]) -> None:
@@ -159,7 +169,7 @@ class Experiment(ABC):
         Raises:
             ConfigError: If an analysis fails.
         """
-        folders = [self.run_dir(method, seed) for seed in self.seeds for method in methods]
+        folders = [self.run_dir(*run) for run in self._runs(methods)]
         todo = [folder for folder in folders if not (folder / 'experts' / EXPERTS_FILE).exists()]
 
         def analyse_one(work_dir: Path) -> None:

@@ -65,9 +65,10 @@ class FashionMNISTExperiment(BudgetedExperiment):
 
     def run(self, table_only: bool = False) -> None:
         if not table_only:
-            self.check(DENSE)
+            self.prepare(DENSE)
             self.train(METHODS)
             self.analyse(MOE_METHODS)
+        self.check(METHODS)
         self.write()
 
     def options(self, method: Method, seed: int) -> list[str]:

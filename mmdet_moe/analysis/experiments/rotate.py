@@ -60,8 +60,9 @@ class RotateExperiment(BudgetedExperiment):
 
     def run(self, table_only: bool = False) -> None:
         if not table_only:
-            self.check(MIXTURE)
+            self.prepare(MIXTURE)
             self.train(METHODS)
+        self.check(METHODS)
         self.write()
 
     def write(self) -> None:

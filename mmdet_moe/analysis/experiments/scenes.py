@@ -122,6 +122,7 @@ class ScenesExperiment(Experiment):
             self.train([self.scenes.pretraining])
             self.train(self._unique_methods())
             self.analyse(self.scenes.methods[1:])
+        self.check(self._unique_methods())
         self.write()
 
     def _unique_methods(self) -> list[Method]:

@@ -1,13 +1,38 @@
 """Whether a run on the disk was made with the settings that are asked for now."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from mmengine.config import Config
 
+from mmdet_moe.cli import load_config, parse_options, set_loader_defaults
+from mmdet_moe.errors import ConfigError
+
 #: Where a run lives and how it was started: nothing that its figures depend on.
-_PLACES = ('work_dir', 'launcher', 'resume', 'load_from')
+_PLACES = ('work_dir', 'launcher', 'resume', 'load_from', 'experiment_name')
 _MISSING = object()
+
+
+def check_settings(folder: Path, config: Path, options: Sequence[str]) -> None:
+    """Refuse a run that was begun with other settings; nothing is said of a folder without one.
+
+    Args:
+        folder: Where the run lives.
+        config: Config file that it should be a run of.
+        options: ``key=value`` pairs for ``--cfg-options``.
+
+    Raises:
+        ConfigError: With the first field that differs.
+    """
+    for path in folder.glob('*.py'):
+        wanted = load_config(str(config), parse_options(options))
+        set_loader_defaults(wanted)
+        if field := difference(Config.fromfile(path), wanted):
+            raise ConfigError(
+                f'{folder} holds a run with other settings ({field}); move it away, or choose '
+                'another --work-dir'
+            )
 
 
 def difference(found: Config, wanted: Config) -> str | None:

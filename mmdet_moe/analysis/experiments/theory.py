@@ -29,11 +29,12 @@ from mmdet_moe.analysis.cluster_figures import (
     plot_dispatch_entropy,
     plot_routing_plane,
 )
-from mmdet_moe.analysis.experiments.experiment import publish
+from mmdet_moe.analysis.experiments.experiment import CONFIGS, folder_name, publish
 from mmdet_moe.analysis.experiments.markdown import NOTHING, mean_and_std, table
+from mmdet_moe.analysis.experiments.settings import check_settings
 from mmdet_moe.analysis.files import write_file
 from mmdet_moe.analysis.history import logged_scalars
-from mmdet_moe.analysis.runs import REPOSITORY, latest_checkpoint, mean_std
+from mmdet_moe.analysis.runs import latest_checkpoint, mean_std
 from mmdet_moe.engine.hooks.cluster_alignment_hook import RECORD_FILE
 from mmdet_moe.errors import ConfigError
 
@@ -60,7 +61,7 @@ class Model:
     @property
     def key(self) -> str:
         """Name of the folder of its runs."""
-        return self.name.replace(' ', '_').replace(',', '').replace(':', '')
+        return folder_name(self.name)
 
     @property
     def is_mixture(self) -> bool:
@@ -151,6 +152,16 @@ class Run:
         return work_dir / f's{self.setting}' / self.model.key / f'seed{self.seed}'
 
     @property
+    def config(self) -> Path:
+        """Its config file."""
+        return CONFIGS / f'moe_theory_s{self.setting}{self.model.suffix}.py'
+
+    @property
+    def options(self) -> list[str]:
+        """Its ``--cfg-options``."""
+        return [f'randomness.seed={self.seed}', *self.model.options]
+
+    @property
     def cost(self) -> float:
         """Roughly how long it takes, relative to the others."""
         costs = {SINGLE: 8.0, SINGLE_LINEAR: 2.0, MIXTURE_LINEAR: 1.5}
@@ -187,6 +198,8 @@ def run(
         raise ConfigError(f'--settings {sorted(unknown)}: the paper has the settings 1 to 4')
     work_dir = Path(work_dir).resolve()
     every = list(_runs(settings, runs))
+    for run in every:
+        check_settings(run.folder(work_dir), run.config, run.options)
     if not table_only:
         todo = [run for run in every if read_result(run, work_dir) is None]
         print(f'{len(every) - len(todo)} of {len(every)} trainings are finished.', flush=True)
@@ -268,16 +281,14 @@ def train(run: Run, work_dir: Path) -> Result:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     options = [
-        f'randomness.seed={run.seed}',
         # MMEngine's global objects, the logger among them, go by this name.
         f'experiment_name={folder.relative_to(work_dir).as_posix().replace("/", "_")}',
-        *run.model.options,
+        *run.options,
     ]
-    config = REPOSITORY / 'configs' / f'moe_theory_s{run.setting}{run.model.suffix}.py'
     log = folder / 'output.log'
     with log.open('w') as output, redirect_stdout(output), redirect_stderr(output):
         try:
-            cli.run_train([str(config), '--work-dir', str(folder), '--cfg-options', *options])
+            cli.run_train([str(run.config), '--work-dir', str(folder), '--cfg-options', *options])
         except SystemExit as error:
             raise ConfigError(f'the training in {folder} failed; see {log}') from error
     result = _measured(run, folder)

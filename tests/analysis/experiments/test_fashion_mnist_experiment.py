@@ -140,6 +140,8 @@ def test_experiment(tmp_path, monkeypatch, capsys):
     longer = replace(TINY, options=(*TINY.options, 'train_cfg.max_epochs=3'))
     with pytest.raises(ConfigError, match=r'seed3 holds a run .*max_epochs: 2 there, 3 now'):
         FashionMNISTExperiment(longer, data, tmp_path / 'runs', seeds=[3], jobs=2).run()
+    with pytest.raises(ConfigError, match='max_epochs: 2 there, 3 now'):
+        FashionMNISTExperiment(longer, data, tmp_path / 'runs', [3], 2).run(table_only=True)
     fewer = FashionMNISTExperiment(TINY, data, tmp_path / 'runs', seeds=[3, 4], jobs=2)
     fewer.run(table_only=True)
     assert page.read_text() == first

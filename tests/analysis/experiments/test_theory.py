@@ -101,6 +101,15 @@ def test_everything_and_again(tmp_path, monkeypatch, capsys):
     theory.run(tmp_path / 'runs', [1, 2], runs=2)
     assert '13 of 14 trainings are finished.' in capsys.readouterr().out
     assert json.loads((interrupted / 'result.json').read_text()) == before
+    # Of other settings nothing is taken over.
+    published = theory.PUBLISHED
+    longer = {m: replace(m, options=(*SMALL, 'train_cfg.max_iters=5')) for m in theory.TABLE}
+    monkeypatch.setattr(theory, 'TABLE', tuple(longer.values()))
+    monkeypatch.setattr(
+        theory, 'PUBLISHED', {(s, longer[m]): value for (s, m), value in published.items()}
+    )
+    with pytest.raises(ConfigError, match=r'other settings \(train_cfg.max_iters: 4 there, 5 now'):
+        theory.run(tmp_path / 'runs', [1, 2], runs=2, table_only=True)
 
 
 @pytest.mark.usefixtures('small')
@@ -109,7 +118,7 @@ def test_a_training_is_that_of_the_tool(tmp_path, monkeypatch):
     theory.train(Run(2, theory.SINGLE, 0), tmp_path)
     result = theory.train(Run(2, theory.MIXTURE, 7), tmp_path)
     monkeypatch.chdir(tmp_path)
-    config = theory.REPOSITORY / 'configs' / 'moe_theory_s2.py'
+    config = theory.CONFIGS / 'moe_theory_s2.py'
     options = [*SMALL, 'randomness.seed=7']
     cli.run_train([str(config), '--work-dir', 'tool', '--cfg-options', *options])
     states = [
