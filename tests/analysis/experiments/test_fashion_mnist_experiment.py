@@ -151,19 +151,24 @@ def test_experiment(tmp_path, monkeypatch, capsys):
 def test_interrupted_in_the_last_validation(tmp_path, monkeypatch):
     """The checkpoint is there, the accuracy is not: resuming only has to validate."""
     data = write_fashion_mnist(tmp_path / 'data', num_train=40, num_test=20)
-    experiment = FashionMNISTExperiment(TINY, data, tmp_path / 'runs', seeds=[0], jobs=1)
-    monkeypatch.setattr(experiment, 'write', lambda: None)
+    monkeypatch.setattr(FashionMNISTExperiment, 'write', lambda self: None)
+
+    def started_anew() -> FashionMNISTExperiment:
+        return FashionMNISTExperiment(TINY, data, tmp_path / 'runs', seeds=[0], jobs=1)
+
     dense = fashion_mnist.METHODS[:1]
-    experiment.train(dense)
-    (before,) = experiment.results(dense[0])
-    folder = experiment.run_dir(dense[0], 0)
+    first = started_anew()
+    first.train(dense)
+    (before,) = first.results(dense[0])
+    folder = first.run_dir(dense[0], 0)
     (scalars,) = folder.glob('*/vis_data/scalars.json')
     lines = scalars.read_text().splitlines()
     scalars.write_text('\n'.join(line for line in lines if 'accuracy' not in line) + '\n')
-    assert experiment.results(dense[0]) == []
     stamp = (folder / 'epoch_2.pth').stat().st_mtime_ns
-    experiment.train(dense)
-    (after,) = experiment.results(dense[0])
+    second = started_anew()
+    assert second.results(dense[0]) == []
+    second.train(dense)
+    (after,) = second.results(dense[0])
     assert after.metrics == before.metrics
     assert (folder / 'epoch_2.pth').stat().st_mtime_ns == stamp
 
