@@ -128,10 +128,8 @@ class Experiment(ABC):
         """Train those runs of some methods that are not finished.
 
         Raises:
-            ConfigError: If a run fails, or was begun with other settings.
+            ConfigError: If a run fails.
         """
-        methods = list(methods)
-        self.check(methods)
         runs = self._runs(methods)
         todo = [run for run in runs if self._result(*run) is None]
         print(f'{len(runs) - len(todo)} of {len(runs)} runs are finished.', flush=True)

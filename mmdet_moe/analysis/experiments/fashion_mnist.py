@@ -64,11 +64,11 @@ class FashionMNISTExperiment(BudgetedExperiment):
     """All methods with one budget."""
 
     def run(self, table_only: bool = False) -> None:
+        self.check(METHODS)
         if not table_only:
             self.prepare(DENSE)
             self.train(METHODS)
             self.analyse(MOE_METHODS)
-        self.check(METHODS)
         self.write()
 
     def options(self, method: Method, seed: int) -> list[str]:

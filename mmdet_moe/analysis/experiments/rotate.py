@@ -59,10 +59,10 @@ class RotateExperiment(BudgetedExperiment):
     """Single network and mixture with one budget."""
 
     def run(self, table_only: bool = False) -> None:
+        self.check(METHODS)
         if not table_only:
             self.prepare(MIXTURE)
             self.train(METHODS)
-        self.check(METHODS)
         self.write()
 
     def write(self) -> None:

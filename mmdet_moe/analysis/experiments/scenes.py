@@ -118,11 +118,11 @@ class ScenesExperiment(Experiment):
             sprites=self.scenes.sprites,
             source=self.source,
         )
+        self.check([self.scenes.pretraining, *self._unique_methods()])
         if not table_only:
             self.train([self.scenes.pretraining])
             self.train(self._unique_methods())
             self.analyse(self.scenes.methods[1:])
-        self.check(self._unique_methods())
         self.write()
 
     def _unique_methods(self) -> list[Method]:
