@@ -1,0 +1,57 @@
+"""Checks of options that come out of a config, where a wrong type is as easily written as a wrong
+number; their errors name the option."""
+
+import math
+from numbers import Integral, Real
+from typing import Any
+
+from mmdet_moe.errors import ConfigError
+
+
+def check_integer(owner: str, field: str, value: Any, least: int) -> None:
+    """Refuse what is no integer of at least ``least``.
+
+    Args:
+        owner: The class, or whatever else has the option.
+        field: Name of the option.
+        value: What it was set to.
+        least: The smallest value allowed.
+
+    Raises:
+        ConfigError: Naming all of them.
+    """
+    if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
+        raise ConfigError(f'{owner}: {field}={value!r} must be an integer of at least {least}')
+
+
+def check_number(
+    owner: str, field: str, value: Any, least: float = -math.inf, above: float = -math.inf
+) -> None:
+    """Refuse what is no finite number of at least ``least`` and greater than ``above``.
+
+    Args:
+        owner, field, value: As for :func:`check_integer`.
+        least: The smallest value allowed.
+        above: The largest value that is just too small.
+
+    Raises:
+        ConfigError: Naming all of them.
+    """
+    is_number = isinstance(value, Real) and not isinstance(value, bool)
+    if not is_number or not math.isfinite(value) or value < least or value <= above:
+        bounds = f' of at least {least:g}' if least > -math.inf else ''
+        bounds += f' greater than {above:g}' if above > -math.inf else ''
+        raise ConfigError(f'{owner}: {field}={value!r} must be a finite number{bounds}')
+
+
+def check_flag(owner: str, field: str, value: Any) -> None:
+    """Refuse what is neither True nor False, such as the text ``'False'``.
+
+    Args:
+        owner, field, value: As for :func:`check_integer`.
+
+    Raises:
+        ConfigError: Naming all of them.
+    """
+    if not isinstance(value, bool):
+        raise ConfigError(f'{owner}: {field}={value!r} must be True or False')
