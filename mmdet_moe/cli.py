@@ -30,7 +30,7 @@ from mmdet_moe.compat.malloc import keep_large_blocks
 from mmdet_moe.engine.explain import explain, in_one_line
 from mmdet_moe.engine.finished_run import FinishedRunHook
 from mmdet_moe.engine.image_errors import ImageErrorHook
-from mmdet_moe.engine.preflight import check_checkpoint, check_config
+from mmdet_moe.engine.preflight import check_checkpoint, check_config, datasets_of
 from mmdet_moe.errors import ConfigError
 
 __all__ = [
@@ -471,6 +471,12 @@ def _prepare_test(args: argparse.Namespace) -> Runner:
             'of MMPretrain draws no images that exist in several variants'
         )
     if draws:
+        for dataset in datasets_of(cfg, cfg.test_dataloader.dataset, 'test_dataloader.dataset'):
+            if dataset.cls is not None and not hasattr(dataset.cls, 'get_data_info'):
+                raise ConfigError(
+                    f'--show and --show-dir need images to draw in, which {dataset.field}, '
+                    f'{dataset.cls.__name__}, has not'
+                )
         _set_visualization(cfg, args)
     _check(cfg, 'test', args.checkpoint)
     if args.tta:

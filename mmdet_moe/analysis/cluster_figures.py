@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
+from mmdet_moe.analysis.files import write_file
 from mmdet_moe.drawing import (
     PAGE_WIDTH,
     expert_colour,
@@ -182,4 +183,4 @@ def plot_dispatch_entropy(
 
 
 def _save(figure: Figure, path: Path) -> None:
-    path.write_bytes(to_bytes(figure, path.suffix[1:]))
+    write_file(path, to_bytes(figure, path.suffix[1:]))

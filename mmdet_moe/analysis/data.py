@@ -42,12 +42,18 @@ class AnalysisData:
         max_images: Use the first so many.
 
     Raises:
-        ConfigError: If the config does not describe that split, or it has no images.
+        ConfigError: If the config does not describe that split, or it has no images, as generated
+            patches have none.
     """
 
     def __init__(self, cfg: Config, split: str, max_images: int | None = None) -> None:
         self.loader_cfg = loader_of(cfg, split)
         self.dataset = DATASETS.build(self.loader_cfg.dataset)
+        if not hasattr(self.dataset, 'get_data_info'):
+            raise ConfigError(
+                f'{split}_dataloader.dataset: {type(self.dataset).__name__} has no images for an '
+                'analysis to show; use a data set of images'
+            )
         if hasattr(self.dataset, 'full_init'):
             self.dataset.full_init()
         self._length = len(self.dataset)

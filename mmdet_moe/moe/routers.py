@@ -47,6 +47,8 @@ class Router(nn.Module, ABC):
             ``eps · softplus(W_noise · GAP(x) + 0.01)``, ``eps ~ N(0, 1)``. ``'uniform'``: a number
             of U[0, 1] for every expert (arXiv 2208.02813). ``False``: nothing. Default: True
             without a constraint, False with one (noise and a hard constraint exclude each other).
+            On several GPUs MMEngine gives all of them the same random numbers, and so the same
+            noise, unless the config says ``randomness=dict(diff_rank_seed=True)``.
         constraint: Config or instance of a :class:`~mmdet_moe.moe.constraints.Constraint`.
 
     Raises:
@@ -191,7 +193,12 @@ class Router(nn.Module, ABC):
         allowed = logits.masked_fill(torch.isneginf(selection), float('-inf'))
         if self.softmax == 'kept':
             return expert_ids, allowed.gather(1, expert_ids).softmax(dim=-1)
-        return expert_ids, allowed.softmax(dim=-1).gather(1, expert_ids)
+        weights = allowed.softmax(dim=-1).gather(1, expert_ids)
+        if self.softmax == 'raw':
+            # A weight that is rounded to 0 would mean that there is no choice, and no gate.
+            free = ~torch.isneginf(allowed.gather(1, expert_ids))
+            weights = weights.clamp_min(torch.finfo(weights.dtype).tiny) * free
+        return expert_ids, weights
 
     def extra_repr(self) -> str:
         return f'num_experts={self.num_experts}, top_k={self.top_k}, softmax={self.softmax!r}'

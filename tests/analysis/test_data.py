@@ -269,3 +269,14 @@ def test_wrappers_that_define_the_samples_stay(split, count, tmp_path):
         sample = data.dataset[i]
         assert np.array_equal(sample['inputs'][0].numpy(), shown)
         assert sample['data_samples'].cluster == labels[i // 2]
+
+
+def test_patches_are_no_images():
+    configs = Path(mmdet_moe.__file__).parents[1] / 'configs'
+    cfg = load_config(str(configs / 'moe_theory_s1.py'))
+    cfg.val_dataloader.dataset.num_samples = 10
+    init_default_scope(cfg.default_scope)
+    with pytest.raises(
+        ConfigError, match=r'^val_dataloader\.dataset: ClusterPatches has no images'
+    ):
+        AnalysisData(cfg, 'val')

@@ -220,6 +220,19 @@ def test_logits_as_gates(top_k):
     assert router.fc.weight.grad.abs().max() > 1e-3
 
 
+def test_gates_of_logits_far_apart():
+    """Their softmax is 1 and, rounded, 0; yet the second one is a choice, with its own gate."""
+    router = gap_router(2, noise=False, softmax='raw').float()
+    torch.nn.init.zeros_(router.fc.weight)
+    with torch.no_grad():
+        router.fc.bias.copy_(torch.tensor([0.0, 200.0, -300.0, 50.0, 0.0]))
+    routing = router(torch.randn(4, C, 3, 3))
+    assert routing.expert_ids.tolist() == [[1, 3]] * 4
+    assert routing.gates.tolist() == [[200.0, 50.0]] * 4
+    assert routing.load().tolist() == [0, 4, 0, 4, 0]
+    assert routing.weights[:, 1].max() < 1e-30
+
+
 def test_no_gate_for_a_masked_expert():
     config = {'type': 'mmdet_moe.RelativeImportanceConstraint'}
     router = gap_router(3, softmax='raw', constraint=config)

@@ -515,3 +515,13 @@ def test_the_tools_find_the_checkout():
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     assert module.run_train is cli.run_train
+
+
+def test_nothing_to_draw_in(here, capsys):
+    config = str(TOOLS.parent / 'configs' / 'moe_theory_s1.py')
+    Path('any.pth').touch()
+    sentence = failure(capsys, cli.run_test, config, 'any.pth', '--show-dir', 'drawn')
+    assert sentence == (
+        '--show and --show-dir need images to draw in, which test_dataloader.dataset, '
+        'ClusterPatches, has not'
+    )

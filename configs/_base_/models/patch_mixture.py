@@ -20,7 +20,8 @@ model = dict(
 )
 custom_hooks = [
     dict(type='mmdet_moe.ExpertUtilizationHook', draw=False),
-    dict(type='mmdet_moe.StopAtLossHook', threshold=0.314, key='loss_cls'),
+    # As the authors' loop does.
+    dict(type='mmdet_moe.StopAtLossHook', threshold=0.314, rise=0.02, key='loss_cls'),
     dict(type='mmdet_moe.ClusterAlignmentHook', interval=10),
     # The paper's load-balancing loss. Its table was made without, and so training warns.
     dict(type='mmdet_moe.BalancingLossHook', loss=dict(type='mmdet_moe.SwitchLoss', weight=0.0)),

@@ -6,11 +6,15 @@ from typing import Any
 
 from mmengine.config import Config
 
-from mmdet_moe.cli import load_config, parse_options, set_loader_defaults
+from mmdet_moe.cli import apply_data_root, load_config, parse_options, set_loader_defaults
 from mmdet_moe.errors import ConfigError
 
-#: Where a run lives and how it was started: nothing that its figures depend on.
-_PLACES = ('work_dir', 'launcher', 'resume', 'load_from', 'experiment_name')
+#: Where a run lives, how it was started and saved, and on what device: nothing that its figures
+#: depend on.
+_PLACES = {
+    *('work_dir', 'launcher', 'resume', 'load_from', 'experiment_name'),
+    *('max_keep_ckpts', 'pin_memory'),
+}
 _MISSING = object()
 
 
@@ -23,12 +27,14 @@ def check_settings(folder: Path, config: Path, options: Sequence[str]) -> None:
         options: ``key=value`` pairs for ``--cfg-options``.
 
     Raises:
-        ConfigError: With the first field that differs.
+        ConfigError: With the first field that differs, and for a config that cannot be read.
     """
     for path in folder.glob('*.py'):
-        wanted = load_config(str(config), parse_options(options))
+        wanted, found = load_config(str(config), parse_options(options)), load_config(str(path))
         set_loader_defaults(wanted)
-        if field := difference(Config.fromfile(path), wanted):
+        if {'data_root'} <= wanted.keys() & found.keys():  # the data may have been moved
+            apply_data_root(found, wanted.data_root)
+        if field := difference(found, wanted):
             raise ConfigError(
                 f'{folder} holds a run with other settings ({field}); move it away, or choose '
                 'another --work-dir'
@@ -42,16 +48,12 @@ def difference(found: Config, wanted: Config) -> str | None:
         found: Of a run, as MMEngine has stored it.
         wanted: As the tools would start it now.
     """
-    return _difference(_settings(found), _settings(wanted), '')
-
-
-def _settings(cfg: Config) -> dict[str, Any]:
-    return {key: value for key, value in cfg.to_dict().items() if key not in _PLACES}
+    return _difference(found.to_dict(), wanted.to_dict(), '')
 
 
 def _difference(found: Any, wanted: Any, field: str) -> str | None:
     if isinstance(found, Mapping) and isinstance(wanted, Mapping):
-        for key in sorted({*found, *wanted}, key=str):
+        for key in sorted({*found, *wanted}.difference(_PLACES), key=str):
             name = f'{field}.{key}' if field else str(key)
             values = found.get(key, _MISSING), wanted.get(key, _MISSING)
             if (text := _difference(*values, name)) is not None:

@@ -13,6 +13,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -77,13 +78,16 @@ TABLE = (SINGLE_LINEAR, SINGLE, MIXTURE_LINEAR, MIXTURE)
 
 # The cross-entropy of logits goes on falling below the loss at which the authors stop.
 _ON_LOGITS = ('model.loss_on=logits', 'custom_hooks.1.threshold=0.0')
+# Routers that are alike for all samples would send them all to the same expert.
+_NO_NOISE = ('model.router.noise=False', 'model.router.init_std=1e-5')
 #: What is left open by the paper, or differs between it and its authors' program: on setting 1.
 VARIANTS = (
     Model('as in the table', ''),
     Model('gate: softmax', '', ('model.router.softmax=all',)),
     Model('loss: on logits', '', _ON_LOGITS),
     Model('gate: softmax, loss: on logits', '', ('model.router.softmax=all', *_ON_LOGITS)),
-    Model('no noise', '', ('model.router.noise=False', 'model.router.init_std=1e-5')),
+    Model('no noise', '', _NO_NOISE),
+    Model('no noise, gate: softmax', '', (*_NO_NOISE, 'model.router.softmax=all')),
     *(
         Model(f'load balancing: {weight:g}', '', (f'custom_hooks.3.loss.weight={weight}',))
         for weight in (1e-4, 1e-3, 1e-2)
@@ -121,7 +125,6 @@ class Result:
     Attributes:
         accuracy: On the test samples, in %.
         iterations: Length of the training.
-        loss: Of its last iteration.
         test_entropy: Dispatch entropy of the test samples, without noise, in nats.
         train_entropy: That of the last training batch, with the noise of the training.
         router_feature: Largest ``|⟨θ_e, v_k⟩|`` of the router's weights with a feature.
@@ -132,7 +135,6 @@ class Result:
 
     accuracy: float
     iterations: int
-    loss: float
     test_entropy: float | None = None
     train_entropy: float | None = None
     router_feature: float | None = None
@@ -190,18 +192,23 @@ def run(
         docs/results.md when all :data:`RUNS` of all settings are there.
 
     Raises:
-        ConfigError: For a setting that there is not, and if a training fails.
+        ConfigError: For a setting that there is not, if a training fails or was begun with other
+            settings, and if there is nothing to write.
     """
     if runs < 1 or jobs < 1:
         raise ConfigError(f'--runs {runs} --jobs {jobs}: give at least 1')
+    if not settings or len(set(settings)) < len(settings):
+        raise ConfigError(f'--settings {" ".join(map(str, settings))}: give different numbers')
     if unknown := set(settings) - set(SETTINGS):
         raise ConfigError(f'--settings {sorted(unknown)}: the paper has the settings 1 to 4')
     work_dir = Path(work_dir).resolve()
     every = list(_runs(settings, runs))
-    for run in every:
+    results = _finished(every, work_dir)
+    # Half a training is not gone on with, so that it may have had other settings.
+    for run in results:
         check_settings(run.folder(work_dir), run.config, run.options)
     if not table_only:
-        todo = [run for run in every if read_result(run, work_dir) is None]
+        todo = [run for run in every if run not in results]
         print(f'{len(every) - len(todo)} of {len(every)} trainings are finished.', flush=True)
         # The longest first, so that no process is left alone with one at the end; then one seed of
         # every cell after the other, so that what is interrupted is a table, too.
@@ -209,8 +216,13 @@ def run(
             todo, key=lambda run: (run.model.is_mixture, run.model in VARIANTS, run.seed)
         )
         _train_all(order, work_dir, jobs)
-    results = {run: result for run in every if (result := read_result(run, work_dir))}
-    text = f'{markdown_table(results)}\n\n{variants_table(results)}'
+        results = _finished(every, work_dir)
+    if not results:
+        raise ConfigError(f'{work_dir} holds no finished training, so there is nothing to show')
+    tables = [markdown_table(results)]
+    if VARIANTS_SETTING in settings:
+        tables.append(variants_table(results))
+    text = '\n\n'.join(tables)
     print(text)
     pictures = {setting: figures(setting, results, work_dir) for setting in settings}
     for setting, drawn in pictures.items():
@@ -239,6 +251,10 @@ def read_result(run: Run, work_dir: Path) -> Result | None:
     return Result(**json.loads(path.read_text())) if path.exists() else None
 
 
+def _finished(runs: Sequence[Run], work_dir: Path) -> dict[Run, Result]:
+    return {run: result for run in runs if (result := read_result(run, work_dir))}
+
+
 def _train_all(todo: list[Run], work_dir: Path, jobs: int) -> None:
     started, done = time.time(), 0.0
     total = sum(run.cost for run in todo)
@@ -261,6 +277,11 @@ def _train_all(todo: list[Run], work_dir: Path, jobs: int) -> None:
                     f'{minutes / done * (total - done):.1f} min left',
                     flush=True,
                 )
+        except BrokenProcessPool as error:
+            raise ConfigError(
+                'a process that trains was ended from outside, perhaps for want of memory; '
+                'finished trainings are kept: start the command again, with a smaller --jobs'
+            ) from error
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
@@ -300,15 +321,13 @@ def _measured(run: Run, folder: Path) -> Result:
     """The result of a training from what it logged and recorded."""
     lines = logged_scalars(folder)
     (validation,) = [line for line in lines if 'accuracy/top1' in line]
-    losses = [line['loss_cls'] for line in lines if 'loss_cls' in line]
     accuracy, iterations = validation['accuracy/top1'], validation['step']
     if not run.model.is_mixture:
-        return Result(accuracy, iterations, losses[-1])
+        return Result(accuracy, iterations)
     with np.load(folder / RECORD_FILE) as record:
         return Result(
             accuracy,
             iterations,
-            float(record['loss'][-1]),
             test_entropy=validation['moe/dispatch_entropy'],
             train_entropy=float(record['dispatch_entropy'][-1]),
             router_feature=float(np.abs(record['router_features'][-1]).max()),

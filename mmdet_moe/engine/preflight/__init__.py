@@ -6,5 +6,6 @@ MMDetection ignores class names that an annotation file does not have. Every com
 """
 
 from mmdet_moe.engine.preflight.config import check_checkpoint, check_config
+from mmdet_moe.engine.preflight.datasets import datasets_of
 
-__all__ = ['check_checkpoint', 'check_config']
+__all__ = ['check_checkpoint', 'check_config', 'datasets_of']

@@ -3,7 +3,9 @@
 import pytest
 from mmengine.config import Config
 
-from mmdet_moe.analysis.experiments.settings import difference
+from mmdet_moe.analysis.experiments import settings
+from mmdet_moe.analysis.experiments.settings import check_settings, difference
+from mmdet_moe.errors import ConfigError
 
 FOUND = {
     'work_dir': 'a', 'resume': True, 'load_from': 'x', 'launcher': 'none',
@@ -33,3 +35,44 @@ def test_a_list_is_a_tuple():
 ])  # fmt: skip
 def test_first_difference(change, text):
     assert difference(Config(FOUND), Config({**FOUND, **change})) == text
+
+
+CONFIG = """
+default_scope = 'mmpretrain'
+data_root = 'data/'
+train_dataloader = dict(dataset=dict(data_root=data_root, ann_file=data_root + 'a.json'))
+optim_wrapper = dict(optimizer=dict(lr={lr}))
+"""
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """A config, and the folder of a run of it on a GPU, with its data in another place."""
+    config, folder = tmp_path / 'config.py', tmp_path / 'run'
+    config.write_text(CONFIG.format(lr=0.1))
+    folder.mkdir()
+    stored = settings.load_config(str(config), {'data_root': '/elsewhere'})
+    monkeypatch.setattr('mmdet_moe.cli.get_device', lambda: 'cuda')
+    settings.set_loader_defaults(stored)
+    monkeypatch.setattr('mmdet_moe.cli.get_device', lambda: 'cpu')
+    assert stored.train_dataloader.pin_memory
+    assert stored.train_dataloader.dataset.ann_file == '/elsewhere/a.json'
+    stored.dump(folder / 'config.py')
+    return config, folder
+
+
+def test_another_machine_does_not_matter(run):
+    config, folder = run
+    check_settings(folder, config, ['data_root=/here'])
+    check_settings(folder, config, [])
+    with pytest.raises(ConfigError, match=r'run holds a run .*optimizer\.lr: 0\.1 there, 0\.2 now'):
+        check_settings(folder, config, ['optim_wrapper.optimizer.lr=0.2'])
+
+
+def test_half_a_config(run):
+    """As left behind by a process that was killed while it wrote it."""
+    config, folder = run
+    stored = folder / 'config.py'
+    stored.write_text(stored.read_text()[:-20])
+    with pytest.raises(ConfigError, match=r"cannot read the config file '.*config\.py'"):
+        check_settings(folder, config, [])

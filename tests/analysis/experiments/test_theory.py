@@ -3,6 +3,7 @@
 import json
 import re
 from concurrent.futures import Future
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from pathlib import Path
 
@@ -110,6 +111,24 @@ def test_everything_and_again(tmp_path, monkeypatch, capsys):
     )
     with pytest.raises(ConfigError, match=r'other settings \(train_cfg.max_iters: 4 there, 5 now'):
         theory.run(tmp_path / 'runs', [1, 2], runs=2, table_only=True)
+    # What was interrupted begins anew, whatever its settings were.
+    for path in (tmp_path / 'runs').glob('*/*/*/result.json'):
+        path.unlink()
+    with pytest.raises(ConfigError, match='holds no finished training'):
+        theory.run(tmp_path / 'runs', [1, 2], runs=2, table_only=True)
+
+
+@pytest.mark.usefixtures('small')
+def test_killed_process(tmp_path, monkeypatch):
+    class Killed(OneProcess):
+        def submit(self, function, *args):
+            future = Future()
+            future.set_exception(BrokenProcessPool('...'))
+            return future
+
+    monkeypatch.setattr(theory, 'ProcessPoolExecutor', Killed)
+    with pytest.raises(ConfigError, match=r'ended from outside.*start the command again'):
+        theory.run(tmp_path, [3], runs=1)
 
 
 @pytest.mark.usefixtures('small')
@@ -146,18 +165,20 @@ def test_failure_names_the_log(tmp_path):
     assert 'sigma=-1 must not be negative' in log.read_text()
 
 
-def test_unknown_setting(tmp_path):
+def test_wrong_settings(tmp_path):
+    with pytest.raises(ConfigError, match='--settings 1 2 1: give different numbers'):
+        theory.run(tmp_path, [1, 2, 1])
     with pytest.raises(ConfigError, match=r'--settings \[5\]: the paper has the settings 1 to 4'):
         theory.run(tmp_path, [1, 5])
 
 
 def test_table_by_hand():
     mixture = [
-        Result(99.0, 300, 0.32, 0.10, 0.12, 0.1, 0.5),
-        Result(98.0, 501, 0.33, 0.20, 0.16, 0.6, 0.4),
+        Result(99.0, 300, 0.10, 0.12, 0.1, 0.5),
+        Result(98.0, 501, 0.20, 0.16, 0.6, 0.4),
     ]
     results = {Run(1, theory.MIXTURE, i): result for i, result in enumerate(mixture)}
-    results[Run(1, theory.SINGLE, 0)] = Result(83.1, 501, 0.2)
+    results[Run(1, theory.SINGLE, 0)] = Result(83.1, 501)
     single, mixed = theory.markdown_table(results).splitlines()[2:]
     assert single == (
         '| S1 | single, non-linear | 1 | 83.10 | 79.6 | no: +3.50 of ±2.00 | – | – | – | – |'
@@ -175,10 +196,10 @@ def test_table_by_hand():
 def test_variants_by_hand():
     variant = theory.VARIANTS[1]
     results = {
-        Run(1, theory.MIXTURE, 0): Result(99.0, 300, 0.32, 0.1, 0.1, 0.1, 0.1),
-        Run(1, variant, 0): Result(90.0, 501, 0.32, 0.3, 0.1, 0.1, 0.1),
-        Run(1, variant, 1): Result(92.0, 400, 0.32, 0.5, 0.1, 0.1, 0.1),
-        Run(2, theory.MIXTURE, 0): Result(1.0, 1, 0.32, 0.1, 0.1, 0.1, 0.1),
+        Run(1, theory.MIXTURE, 0): Result(99.0, 300, 0.1, 0.1, 0.1, 0.1),
+        Run(1, variant, 0): Result(90.0, 501, 0.3, 0.1, 0.1, 0.1),
+        Run(1, variant, 1): Result(92.0, 400, 0.5, 0.1, 0.1, 0.1),
+        Run(2, theory.MIXTURE, 0): Result(1.0, 1, 0.1, 0.1, 0.1, 0.1),
     }
     assert theory.variants_table(results).splitlines()[2:] == [
         '| as in the table | 1 | 99.00 | 0.100 | 300 – 300 |',
