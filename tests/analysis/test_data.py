@@ -276,7 +276,5 @@ def test_patches_are_no_images():
     cfg = load_config(str(configs / 'moe_theory_s1.py'))
     cfg.val_dataloader.dataset.num_samples = 10
     init_default_scope(cfg.default_scope)
-    with pytest.raises(
-        ConfigError, match=r'^val_dataloader\.dataset: ClusterPatches has no images'
-    ):
+    with pytest.raises(ConfigError, match=r'^val_dataloader\.dataset: ClusterPatches has no '):
         AnalysisData(cfg, 'val')
