@@ -2,6 +2,7 @@
 number; their errors name the option."""
 
 import math
+from collections.abc import Collection
 from numbers import Integral, Real
 from typing import Any
 
@@ -55,3 +56,19 @@ def check_flag(owner: str, field: str, value: Any) -> None:
     """
     if not isinstance(value, bool):
         raise ConfigError(f'{owner}: {field}={value!r} must be True or False')
+
+
+def check_options(owner: str, field: str, value: Any, known: Collection[str]) -> None:
+    """Refuse what is no dict, and a dict with other keys, such as ``'normalise'``.
+
+    Args:
+        owner, field, value: As for :func:`check_integer`.
+        known: The keys that the dict may have.
+
+    Raises:
+        ConfigError: Naming the field and the keys.
+    """
+    if not isinstance(value, dict):
+        raise ConfigError(f'{owner}: {field}={value!r} must be a dict')
+    if unknown := sorted(map(str, set(value) - set(known))):
+        raise ConfigError(f'{owner}: {field} has unknown keys {unknown}; known are {list(known)}')

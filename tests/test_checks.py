@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from mmdet_moe.checks import check_flag, check_integer, check_number
+from mmdet_moe.checks import check_flag, check_integer, check_number, check_options
 from mmdet_moe.errors import ConfigError
 
 
@@ -47,3 +47,14 @@ def test_flags():
     for value in ('False', 0, None):
         with pytest.raises(ConfigError, match=f'^Owner: field={value!r} must be True or False$'):
             check_flag('Owner', 'field', value)
+
+
+def test_options():
+    check_options('Owner', 'field', {'lr': 1}, ('lr', 'momentum'))
+    message = r"^Owner: field has unknown keys \['3', 'rl'\]; known are \['lr', 'momentum'\]$"
+    with pytest.raises(ConfigError, match=message):
+        check_options('Owner', 'field', {'rl': 1, 'lr': 1, 3: 1}, ('lr', 'momentum'))
+    for value in (None, 0.1, [('lr', 1)]):
+        message = re.escape(f'Owner: field={value!r} must be a dict')
+        with pytest.raises(ConfigError, match=f'^{message}$'):
+            check_options('Owner', 'field', value, ('lr',))
