@@ -1,13 +1,14 @@
 """The mixture of arXiv 2208.02813 against a dense computation, and trained by the tools."""
 
 import json
+import pickle
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from mmengine.config import Config
-from mmengine.registry import MODELS
+from mmengine.registry import METRICS, MODELS
 
 import mmdet_moe
 from mmdet_moe import cli
@@ -16,6 +17,7 @@ from mmdet_moe.errors import ConfigError
 from mmdet_moe.models import PatchMixture
 
 CONFIGS = Path(mmdet_moe.__file__).parents[1] / 'configs'
+METRIC_TYPES = ('mmpretrain.Accuracy', 'mmdet_moe.DispatchEntropy')
 
 
 def mixture(setting='s1', **kwargs):
@@ -80,6 +82,24 @@ def test_predictions():
         assert sample['cluster'] == batch['cluster'][i]
     del batch['cluster']
     assert 'cluster' not in model(**batch, mode='predict')[0]
+
+
+def test_pickled_predictions_grow_linearly():
+    """And so do those that the metrics keep, which distributed ranks pickle to exchange them."""
+    model = mixture().eval()
+    metrics = [METRICS.build(dict(type=name)) for name in METRIC_TYPES]
+    sizes = []
+    for number in (100, 200):
+        batch = ClusterPatches(num_samples=number).__getitems__(range(number))
+        samples = model(**batch, mode='predict')
+        kept = [samples]
+        for metric in metrics:
+            metric.results.clear()
+            metric.process(None, samples)
+            kept.append(metric.results)
+        sizes.append([len(pickle.dumps(results)) for results in kept])
+    for small, large in zip(*sizes, strict=True):
+        assert large < 2.1 * small
 
 
 def test_refused():

@@ -103,7 +103,8 @@ class ClassifierMixture(BaseClassifier):
             return self.head.loss(scores, data_samples)
         samples = self.head.predict(scores, data_samples)
         for sample, chosen in zip(samples, self.moe.routing.expert_ids, strict=True):
-            sample.set_field(chosen, 'expert_ids')
+            # A copy, which does not take the whole batch along when it is pickled.
+            sample.set_field(chosen.clone(), 'expert_ids')
         return samples
 
     def extract_feat(self, inputs: Tensor) -> tuple[Tensor]:

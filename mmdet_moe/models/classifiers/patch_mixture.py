@@ -80,5 +80,6 @@ class PatchMixture(BaseModel):
         if cluster is not None:
             columns['cluster'] = cluster
         # Plain dicts: a whole data set may be one batch, and data samples take long to make.
-        rows = zip(*(column.unbind() for column in columns.values()), strict=True)
-        return [dict(zip(columns, row, strict=True)) for row in rows]
+        # Each cell is a copy: a row of the whole batch, when pickled, takes all the others along.
+        cells = [[cell.clone() for cell in column.unbind()] for column in columns.values()]
+        return [dict(zip(columns, row, strict=True)) for row in zip(*cells, strict=True)]
