@@ -13,6 +13,7 @@ from mmengine.registry import MODELS
 import mmdet_moe
 from mmdet_moe import cli
 from mmdet_moe.datasets import ClusterPatches
+from mmdet_moe.engine import ClusterAlignmentHook
 from mmdet_moe.engine.hooks.cluster_alignment_hook import RECORD_FILE
 from mmdet_moe.errors import ConfigError
 
@@ -26,11 +27,12 @@ OPTIONS = (
 )
 
 
-def train(work_dir, iterations, *more):
+def train(work_dir, iterations, *more, options=()):
     options = [
         *OPTIONS,
         f'train_cfg.max_iters={iterations}',
         f'experiment_name={work_dir}_{iterations}',
+        *options,
     ]
     cli.run_train([CONFIG, '--work-dir', work_dir, *more, '--cfg-options', *options])
     with np.load(f'{work_dir}/{RECORD_FILE}') as record:
@@ -102,6 +104,19 @@ def test_resumed(tmp_path, monkeypatch):
     for key, values in whole.items():
         np.testing.assert_allclose(parts[key][kept], values, rtol=0.1, atol=0.1)
     assert parts['steps'].tolist() == [0, 3, 4, 6, 7]
+
+
+@pytest.mark.parametrize('interval', [0, -1, 2.5, 'a'])
+def test_interval_is_refused(interval):
+    with pytest.raises(ConfigError, match=r'ClusterAlignmentHook: interval=.* must be an integer'):
+        ClusterAlignmentHook(interval)
+
+
+def test_data_of_another_dimension_is_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        train('run', 1, options=['train_dataloader.dataset.patch_dim=60'])
+    assert 'the data has patch_dim=60, the model in_channels=50; give' in capsys.readouterr().err
 
 
 @pytest.mark.parametrize('dense', [False, True])

@@ -119,6 +119,20 @@ def test_values_older_than_the_checkpoint(make_runner):
     assert runner.iter == 6
 
 
+@pytest.mark.parametrize(
+    ('options', 'message'),
+    [
+        ({'threshold': 'abc'}, "threshold='abc' must be a finite number"),
+        ({'threshold': float('nan')}, 'threshold=nan must be a finite number'),
+        ({'rise': -1}, 'rise=-1 must be a finite number of at least 0'),
+        ({'rise': 1, 'begin': 'x'}, "begin='x' must be an integer of at least 0"),
+    ],
+)
+def test_options_out_of_range(options, message):
+    with pytest.raises(ConfigError, match=f'StopAtLossHook: {message}'):
+        StopAtLossHook(**options)
+
+
 def test_refused(make_runner):
     with pytest.raises(ConfigError, match='give threshold, rise or both'):
         StopAtLossHook()

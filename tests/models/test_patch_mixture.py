@@ -105,6 +105,17 @@ def test_pickled_predictions_grow_linearly():
 def test_refused():
     with pytest.raises(ConfigError, match="loss_on='scores' is unknown"):
         PatchMixture(loss_on='scores')
+    with pytest.raises(ConfigError, match='PatchMixture: num_classes=1 must be an integer of at l'):
+        PatchMixture(num_classes=1)
+    with pytest.raises(ConfigError, match='FilterExperts: num_filters=0 must be an integer of at'):
+        PatchMixture(num_filters=0)
+
+
+def test_inputs_of_other_data_are_refused():
+    batch = ClusterPatches(num_samples=3, patch_dim=60).__getitems__(range(3))
+    message = r'in_channels=50 wants inputs \(N, 50, 1, P\), got \(3, 60, 1, 4\); set model.in_ch'
+    with pytest.raises(ConfigError, match=message):
+        mixture()(**batch, mode='loss')
 
 
 SMALL = (

@@ -12,6 +12,7 @@ from mmengine.runner import Runner
 from torch import Tensor
 
 from mmdet_moe.analysis.files import write_file
+from mmdet_moe.checks import check_integer
 from mmdet_moe.engine.hooks.layers import moe_layers_of
 from mmdet_moe.errors import ConfigError
 from mmdet_moe.moe import FilterExperts, MoELayer
@@ -38,16 +39,18 @@ class ClusterAlignmentHook(Hook):
     the record of the run that it resumes.
 
     Args:
-        interval: Training iterations between two steps.
+        interval: Training iterations between two steps, at least 1.
 
     Raises:
-        ConfigError: If the data or the model is of another kind.
+        ConfigError: For another interval, and if the data or the model is of another kind or they do
+            not fit each other.
     """
 
     # After what may make this iteration the last one.
     priority = 'BELOW_NORMAL'
 
     def __init__(self, interval: int = 10) -> None:
+        check_integer(type(self).__name__, 'interval', interval, least=1)
         self.interval = interval
         self._rows: list[dict[str, np.ndarray]] = []
 
@@ -70,6 +73,13 @@ class ClusterAlignmentHook(Hook):
                 f'{len(layers)}; use mmdet_moe.PatchMixture or remove the hook'
             )
         self._layer: MoELayer = layers[0]
+        patch_dim, in_channels = data.features.shape[1], self._layer.experts.weight.shape[2]
+        if patch_dim != in_channels:
+            raise ConfigError(
+                f'ClusterAlignmentHook: the data has patch_dim={patch_dim}, the model '
+                f'in_channels={in_channels}; give train_dataloader.dataset.patch_dim and '
+                'model.in_channels the same value'
+            )
         self._directions = {'features': data.features, 'centres': data.centres}
         self._path = Path(runner.work_dir) / RECORD_FILE
         self._rows = self._past(runner.iter) if runner.iter else []

@@ -7,6 +7,7 @@ from mmengine.hooks import Hook
 from mmengine.runner import IterBasedTrainLoop, Runner
 from torch import Tensor
 
+from mmdet_moe.checks import check_integer, check_number
 from mmdet_moe.errors import ConfigError
 from mmdet_moe.registry import HOOKS
 
@@ -39,6 +40,12 @@ class StopAtLossHook(Hook):
     ) -> None:
         if threshold is None and rise is None:
             raise ConfigError('StopAtLossHook: give threshold, rise or both; it stops at nothing')
+        owner = type(self).__name__
+        if threshold is not None:
+            check_number(owner, 'threshold', threshold)
+        if rise is not None:
+            check_number(owner, 'rise', rise, least=0)
+        check_integer(owner, 'begin', begin, least=0)
         self.threshold = -math.inf if threshold is None else threshold
         self.rise = math.inf if rise is None else rise
         self.key = key

@@ -4,6 +4,7 @@ import torch.nn.functional as F
 from mmengine.model import BaseModel
 from torch import Tensor
 
+from mmdet_moe.checks import check_integer
 from mmdet_moe.errors import ConfigError
 from mmdet_moe.moe import FilterExperts, MoELayer
 from mmdet_moe.registry import MODELS
@@ -17,7 +18,7 @@ class PatchMixture(BaseModel):
 
     Args:
         in_channels: d, the numbers of a patch.
-        num_classes: Outputs.
+        num_classes: Outputs, at least 2.
         num_experts: E.
         top_k: k.
         num_filters: Filters of an expert for each class.
@@ -29,6 +30,9 @@ class PatchMixture(BaseModel):
             authors of the paper do. Its smallest value is ``log(1 + (C − 1) / e)``, 0.3133 for
             C = 2 classes, and a sample that is classified with confidence has no gradient at all.
         data_preprocessor: As of MMEngine's ``BaseModel``.
+
+    Raises:
+        ConfigError: For options that are unknown, of a wrong type or out of range.
     """
 
     def __init__(
@@ -47,6 +51,8 @@ class PatchMixture(BaseModel):
         super().__init__(data_preprocessor)
         if loss_on not in ('logits', 'probabilities'):
             raise ConfigError(f"loss_on={loss_on!r} is unknown; use 'logits' or 'probabilities'")
+        # Of a single class the probability is 1, and nothing is learned.
+        check_integer(type(self).__name__, 'num_classes', num_classes, least=2)
         self.loss_on = loss_on
         experts = FilterExperts(
             in_channels, num_classes, num_filters, num_experts, activation, init_scale
@@ -65,7 +71,16 @@ class PatchMixture(BaseModel):
             mode: ``'tensor'``: f, (N, C). ``'loss'``: the losses. ``'predict'``: for each sample a
                 dict of ``pred_score`` (C,), ``gt_label`` (1,), ``expert_ids`` (k,) and ``cluster``
                 (), if known.
+
+        Raises:
+            ConfigError: If the patches are not of ``in_channels`` numbers.
         """
+        in_channels = self.moe.router.in_channels
+        if inputs.dim() != 4 or inputs.shape[1] != in_channels:
+            raise ConfigError(
+                f'PatchMixture: in_channels={in_channels} wants inputs (N, {in_channels}, 1, P), '
+                f'got {tuple(inputs.shape)}; set model.in_channels to the patch_dim of the data'
+            )
         y = self.moe(inputs)
         if mode == 'tensor':
             return y
