@@ -36,7 +36,8 @@ class ClusterAlignmentHook(Hook):
     ``expert_centres`` (S, E, K), the largest ``|⟨w, v_k⟩|`` of an expert's filters, and
     ``router_features`` and ``router_centres`` (S, E, K), ``⟨θ_e, v_k⟩`` with its sign. Where the
     training has not begun the loss, the entropy and the load are NaN. A resumed run goes on with
-    the record of the run that it resumes.
+    the record in its work directory; without one its first row is the step that it resumes from,
+    with these three NaN, too.
 
     Args:
         interval: Training iterations between two steps, at least 1.
@@ -84,7 +85,7 @@ class ClusterAlignmentHook(Hook):
         self._path = Path(runner.work_dir) / RECORD_FILE
         self._rows = self._past(runner.iter) if runner.iter else []
         if not self._rows:
-            self._record(0, math.nan, None)
+            self._record(runner.iter, math.nan, None)
 
     def after_train_iter(
         self, runner: Runner, batch_idx: int, data_batch=None, outputs: dict | None = None
