@@ -84,6 +84,24 @@ def test_predictions():
     assert 'cluster' not in model(**batch, mode='predict')[0]
 
 
+def test_samples_without_a_label():
+    model = mixture(init_scale=1.0).eval()
+    batch = ClusterPatches(num_samples=10).__getitems__(range(10))
+    inputs = batch['inputs']
+    assert torch.equal(model(inputs), model(**batch))
+    labelled, unlabelled = model(**batch, mode='predict'), model(inputs, mode='predict')
+    for expected, sample in zip(labelled, unlabelled, strict=True):
+        assert set(sample) == {'pred_score', 'expert_ids'}
+        assert torch.equal(sample['pred_score'], expected['pred_score'])
+    with pytest.raises(ConfigError, match=r"the batch has no gt_label, which mode='loss' needs"):
+        model(inputs, mode='loss')
+
+
+def test_unknown_mode():
+    with pytest.raises(ValueError, match="mode='scores' is unknown; use 'tensor', 'loss' or 'pred"):
+        mixture()(torch.zeros(1, 50, 1, 4), mode='scores')
+
+
 def test_pickled_predictions_grow_linearly():
     """And so do those that the metrics keep, which distributed ranks pickle to exchange them."""
     model = mixture().eval()

@@ -60,21 +60,34 @@ class PatchMixture(BaseModel):
         self.moe = MoELayer(experts, num_experts, top_k, router, in_channels)
 
     def forward(
-        self, inputs: Tensor, gt_label: Tensor, cluster: Tensor | None = None, mode: str = 'tensor'
+        self,
+        inputs: Tensor,
+        gt_label: Tensor | None = None,
+        cluster: Tensor | None = None,
+        mode: str = 'tensor',
     ) -> Tensor | dict[str, Tensor] | list[dict[str, Tensor]]:
         """Run the model.
 
         Args:
             inputs: (N, d, 1, P).
-            gt_label: int64 (N,).
+            gt_label: int64 (N,); needed for ``mode='loss'``.
             cluster: int64 (N,), what the samples come from, for metrics.
             mode: ``'tensor'``: f, (N, C). ``'loss'``: the losses. ``'predict'``: for each sample a
-                dict of ``pred_score`` (C,), ``gt_label`` (1,), ``expert_ids`` (k,) and ``cluster``
-                (), if known.
+                dict of ``pred_score`` (C,) and ``expert_ids`` (k,), and of ``gt_label`` (1,) and
+                ``cluster`` (), if known.
 
         Raises:
-            ConfigError: If the patches are not of ``in_channels`` numbers.
+            ConfigError: If the patches are not of ``in_channels`` numbers, and for a loss without
+                labels.
+            ValueError: For another mode.
         """
+        if mode not in ('tensor', 'loss', 'predict'):
+            raise ValueError(f"mode={mode!r} is unknown; use 'tensor', 'loss' or 'predict'")
+        if mode == 'loss' and gt_label is None:
+            raise ConfigError(
+                "PatchMixture: the batch has no gt_label, which mode='loss' needs; train on data "
+                'whose samples have it, as those of mmdet_moe.ClusterPatches'
+            )
         in_channels = self.moe.router.in_channels
         if inputs.dim() != 4 or inputs.shape[1] != in_channels:
             raise ConfigError(
@@ -87,11 +100,9 @@ class PatchMixture(BaseModel):
         if mode == 'loss':
             scores = y.softmax(1) if self.loss_on == 'probabilities' else y
             return {'loss_cls': F.cross_entropy(scores, gt_label)}
-        columns = {
-            'pred_score': y.softmax(1),
-            'gt_label': gt_label[:, None],
-            'expert_ids': self.moe.routing.expert_ids,
-        }
+        columns = {'pred_score': y.softmax(1), 'expert_ids': self.moe.routing.expert_ids}
+        if gt_label is not None:
+            columns['gt_label'] = gt_label[:, None]
         if cluster is not None:
             columns['cluster'] = cluster
         # Plain dicts: a whole data set may be one batch, and data samples take long to make.
