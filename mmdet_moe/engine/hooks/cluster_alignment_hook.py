@@ -43,8 +43,8 @@ class ClusterAlignmentHook(Hook):
         interval: Training iterations between two steps, at least 1.
 
     Raises:
-        ConfigError: For another interval, and if the data or the model is of another kind or they do
-            not fit each other.
+        ConfigError: For another interval, and if the data or the model is of another kind, or they
+            do not fit each other.
     """
 
     # After what may make this iteration the last one.
