@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from mmengine.dist import is_main_process
+from mmengine.dist import all_reduce, is_main_process
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
 from torch import Tensor
@@ -37,7 +37,8 @@ class ClusterAlignmentHook(Hook):
     ``router_features`` and ``router_centres`` (S, E, K), ``⟨θ_e, v_k⟩`` with its sign. Where the
     training has not begun the loss, the entropy and the load are NaN. A resumed run goes on with
     the record in its work directory; without one its first row is the step that it resumes from,
-    with these three NaN, too.
+    with these three NaN, too. Under distributed training they are those of the batches of all
+    ranks, the loss as the mean over the ranks.
 
     Args:
         interval: Training iterations between two steps, at least 1.
@@ -92,7 +93,9 @@ class ClusterAlignmentHook(Hook):
     ) -> None:
         """Record at the interval, and the last iteration."""
         if self.every_n_train_iters(runner, self.interval) or self.is_last_train_iter(runner):
-            self._record(runner.iter + 1, outputs['loss'].item(), data_batch['cluster'])
+            loss: Tensor = outputs['loss'].detach().clone()
+            all_reduce(loss, 'mean')
+            self._record(runner.iter + 1, loss.item(), data_batch['cluster'])
 
     def _past(self, step: int) -> list[dict[str, np.ndarray]]:
         """The rows of an earlier part of this training, up to a step."""
