@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
+from mmdet_moe.checks import check_integer, check_number
 from mmdet_moe.errors import ConfigError
 from mmdet_moe.registry import DATASETS, FUNCTIONS
 
@@ -35,12 +36,12 @@ class ClusterPatches(Dataset):
         setting: ``'s1'`` to ``'s4'``: ``sigma`` and ``gamma`` of the paper.
         split: ``'train'`` or ``'test'``.
         num_samples: N.
-        seed: Fixes everything that is drawn.
-        alpha: Range of α.
+        seed: Fixes everything that is drawn; at least 0.
+        alpha: Range (low, high) of α.
         beta: Range of β.
         gamma: Range of γ; by default that of the setting.
         sigma: σ; by default that of the setting.
-        scale: Factor on all patches.
+        scale: Factor on all patches, above 0.
         num_clusters: K, at least 2.
         num_patches: P, at least 3.
         patch_dim: d, at least 2 · K.
@@ -53,7 +54,7 @@ class ClusterPatches(Dataset):
         clusters: int64 (N,), in 0 … K − 1.
 
     Raises:
-        ConfigError: For unknown names and values out of range.
+        ConfigError: For unknown names, and values of a wrong type or out of range.
     """
 
     METAINFO = {'classes': ('negative', 'positive')}
@@ -73,22 +74,25 @@ class ClusterPatches(Dataset):
         num_patches: int = 4,
         patch_dim: int = 50,
     ) -> None:
-        if setting not in SETTINGS:
+        if setting not in tuple(SETTINGS):
             raise ConfigError(f'setting={setting!r} is unknown; use one of {tuple(SETTINGS)}')
         if split not in SPLITS:
             raise ConfigError(f'split={split!r} is unknown; use one of {SPLITS}')
-        given = {'num_samples': (num_samples, 1), 'num_clusters': (num_clusters, 2)}
-        given |= {'num_patches': (num_patches, 3), 'patch_dim': (patch_dim, 2 * num_clusters)}
-        for field, (value, least) in given.items():
-            if value < least:
-                raise ConfigError(f'{field}={value} must be at least {least}')
+        owner = type(self).__name__
+        check_integer(owner, 'num_samples', num_samples, least=1)
+        check_integer(owner, 'seed', seed, least=0)
+        check_integer(owner, 'num_clusters', num_clusters, least=2)
+        check_integer(owner, 'num_patches', num_patches, least=3)
+        check_integer(owner, 'patch_dim', patch_dim, least=2 * num_clusters)
+        check_number(owner, 'scale', scale, above=0)
         sigma = SETTINGS[setting]['sigma'] if sigma is None else sigma
+        check_number(owner, 'sigma', sigma)
         if sigma < 0:
-            raise ConfigError(f'sigma={sigma} must not be negative')
-        ranges = {'alpha': alpha, 'beta': beta, 'gamma': gamma or SETTINGS[setting]['gamma']}
+            raise ConfigError(f'{owner}: sigma={sigma} must not be negative')
+        gamma = SETTINGS[setting]['gamma'] if gamma is None else gamma
+        ranges = {'alpha': alpha, 'beta': beta, 'gamma': gamma}
         for field, value in ranges.items():
-            if len(value) != 2 or value[0] > value[1]:
-                raise ConfigError(f'{field}={value} must be a range (low, high)')
+            _check_range(owner, field, value)
         self.metainfo = dict(self.METAINFO)
         directions = _orthonormal(2 * num_clusters, patch_dim, np.random.default_rng((seed, 0)))
         rng = np.random.default_rng((seed, 1 + SPLITS.index(split)))
@@ -136,6 +140,15 @@ class _Batch(dict):
 def collate_batch(samples: Sequence[dict] | _Batch) -> dict[str, Any]:
     """``collate_fn`` for data sets that may make whole batches; other samples are stacked."""
     return dict(samples) if isinstance(samples, _Batch) else default_collate(samples)
+
+
+def _check_range(owner: str, field: str, value: Any) -> None:
+    if not isinstance(value, Sequence) or isinstance(value, str) or len(value) != 2:
+        raise ConfigError(f'{owner}: {field}={value!r} must be a range (low, high)')
+    for i, bound in enumerate(value):
+        check_number(owner, f'{field}[{i}]', bound)
+    if value[0] > value[1]:
+        raise ConfigError(f'{owner}: {field}={value!r} must be a range (low, high), low first')
 
 
 def _orthonormal(number: int, dim: int, rng: np.random.Generator) -> np.ndarray:

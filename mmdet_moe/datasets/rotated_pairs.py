@@ -13,6 +13,10 @@ from mmengine.registry import TRANSFORMS
 from mmdet_moe.errors import ConfigError
 from mmdet_moe.registry import DATASETS
 
+#: What OpenCV can interpolate with Lanczos.
+PIXEL_TYPES = ('uint8', 'uint16', 'int16', 'float32', 'float64')
+MAX_CHANNELS = 4
+
 
 @DATASETS.register_module()
 class RotatedPairs:
@@ -42,7 +46,7 @@ class RotatedPairs:
 
     Raises:
         ConfigError: For an angle that is not a number or leaves the image as it is, and for samples
-            without an image or with several labels.
+            with several labels, without an image, or with one that OpenCV cannot rotate.
     """
 
     METAINFO = {'classes': ('upright', 'rotated')}
@@ -118,14 +122,18 @@ def rotated_square(image: np.ndarray, angle: float, rotate: bool) -> np.ndarray:
     """The square of an image that stays inside of it under a rotation, rotated or not.
 
     Args:
-        image: (H, W) or (H, W, C) of any type that OpenCV knows.
+        image: (H, W) or (H, W, C) with at most 4 channels, of one of ``PIXEL_TYPES``.
         angle: In degrees, counter-clockwise.
         rotate: Whether to turn the image.
 
     Returns:
         The same shape and type: the square, enlarged to S×S and, for images that are not square,
         stretched to H×W.
+
+    Raises:
+        ConfigError: For images of another kind.
     """
+    _check_image(image)
     height, width = image.shape[:2]
     radians = math.radians(angle)
     cos, sin = math.cos(radians), math.sin(radians)
@@ -147,3 +155,14 @@ def rotated_square(image: np.ndarray, angle: float, rotate: bool) -> np.ndarray:
         borderMode=cv2.BORDER_REFLECT_101,
     )
     return shown.reshape(image.shape)  # OpenCV drops a single channel
+
+
+def _check_image(image: np.ndarray) -> None:
+    is_image = isinstance(image, np.ndarray) and image.ndim in (2, 3) and image.size > 0
+    channels = image.shape[2] if is_image and image.ndim == 3 else 1
+    if not is_image or image.dtype.name not in PIXEL_TYPES or channels > MAX_CHANNELS:
+        found = f'{image.dtype} {image.shape}' if isinstance(image, np.ndarray) else type(image)
+        raise ConfigError(
+            f'RotatedPairs rotates images (H, W) or (H, W, C) of at most {MAX_CHANNELS} channels '
+            f'and of one of the types {PIXEL_TYPES}, got {found}; convert them in dataset.pipeline'
+        )

@@ -1,5 +1,7 @@
 """The generated data against the formulas of arXiv 2208.02813."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -128,13 +130,24 @@ def test_every_parameter_can_be_given():
     [
         ({'setting': 's5'}, "setting='s5' is unknown"),
         ({'split': 'val'}, "split='val' is unknown"),
-        ({'num_samples': 0}, 'num_samples=0 must be at least 1'),
-        ({'num_clusters': 1}, 'num_clusters=1 must be at least 2'),
-        ({'num_patches': 2}, 'num_patches=2 must be at least 3'),
-        ({'patch_dim': 7}, 'patch_dim=7 must be at least 8'),
+        ({'setting': ['s1']}, r"setting=\['s1'\] is unknown"),
+        ({'num_samples': 0}, 'num_samples=0 must be an integer of at least 1'),
+        ({'num_samples': 10.5}, 'num_samples=10.5 must be an integer of at least 1'),
+        ({'seed': -1}, 'seed=-1 must be an integer of at least 0'),
+        ({'num_clusters': 1}, 'num_clusters=1 must be an integer of at least 2'),
+        ({'num_patches': 2}, 'num_patches=2 must be an integer of at least 3'),
+        ({'patch_dim': 7}, 'patch_dim=7 must be an integer of at least 8'),
+        ({'patch_dim': '50'}, "patch_dim='50' must be an integer of at least 8"),
         ({'sigma': -1.0}, 'sigma=-1.0 must not be negative'),
-        ({'alpha': (2, 1)}, r'alpha=\(2, 1\) must be a range'),
+        ({'sigma': math.nan}, 'sigma=nan must be a finite number'),
+        ({'scale': math.inf}, 'scale=inf must be a finite number greater than 0'),
+        ({'alpha': 1}, r'alpha=1 must be a range \(low, high\)'),
+        ({'alpha': None}, r'alpha=None must be a range'),
+        ({'alpha': (2, 1)}, r'alpha=\(2, 1\) must be a range \(low, high\), low first'),
+        ({'beta': '12'}, r"beta='12' must be a range"),
+        ({'beta': (1, math.nan)}, r'beta\[1\]=nan must be a finite number'),
         ({'gamma': (1,)}, r'gamma=\(1,\) must be a range'),
+        ({'gamma': ()}, r'gamma=\(\) must be a range'),
     ],
 )
 def test_refused(options, message):

@@ -59,6 +59,31 @@ def test_against_scipy(shape, angle):
         np.testing.assert_allclose(shown, by_hand(image, angle, rotate), rtol=0, atol=3)
 
 
+@pytest.mark.parametrize('dtype', ['uint8', 'uint16', 'int16', 'float32', 'float64'])
+@pytest.mark.parametrize('channels', [1, 2, 4])
+def test_types_and_channels(dtype, channels):
+    image = smooth((12, 12, channels)).astype(dtype)
+    shown = rotated_square(image, 30, rotate=True)
+    assert (shown.shape, shown.dtype) == (image.shape, image.dtype)
+    np.testing.assert_allclose(shown, by_hand(image, 30, rotate=True), rtol=0, atol=3)
+
+
+@pytest.mark.parametrize(
+    ('image', 'found'),
+    [
+        (np.ones((9, 9), bool), r'bool \(9, 9\)'),
+        (np.ones((9, 9, 3), np.int64), r'int64 \(9, 9, 3\)'),
+        (np.ones((9, 9, 5), np.uint8), r'uint8 \(9, 9, 5\)'),
+        (np.ones((0, 9), np.uint8), r'uint8 \(0, 9\)'),
+        (np.ones(9, np.uint8), r'uint8 \(9,\)'),
+        (torch.ones(9, 9), 'Tensor'),
+    ],
+)
+def test_images_that_cannot_be_rotated(image, found):
+    with pytest.raises(ConfigError, match=f'got .*{found}.*; convert them in dataset.pipeline'):
+        rotated_square(image, 30, rotate=True)
+
+
 def test_direction_and_quarter_turns():
     """A quarter turn needs no interpolation and cuts nothing off."""
     image = np.random.default_rng(0).integers(0, 256, (9, 9, 3), dtype=np.uint8)

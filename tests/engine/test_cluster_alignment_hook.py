@@ -1,11 +1,14 @@
 """The record of a training against the weights and decisions that it is about."""
 
 import math
+import os
+import socket
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.multiprocessing as mp
 from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.registry import MODELS
@@ -13,6 +16,7 @@ from mmengine.registry import MODELS
 import mmdet_moe
 from mmdet_moe import cli
 from mmdet_moe.datasets import ClusterPatches
+from mmdet_moe.engine import ClusterAlignmentHook
 from mmdet_moe.engine.hooks.cluster_alignment_hook import RECORD_FILE
 from mmdet_moe.errors import ConfigError
 
@@ -24,13 +28,16 @@ OPTIONS = (
     'custom_hooks.2.interval=3',
     'default_hooks.checkpoint.interval=1',
 )
+# Each rank, and each part of an interrupted run, would draw noise of its own.
+NO_NOISE = ('model.router.noise=False', 'model.router.init_std=0.01')
 
 
-def train(work_dir, iterations, *more):
+def train(work_dir, iterations, *more, options=()):
     options = [
         *OPTIONS,
         f'train_cfg.max_iters={iterations}',
         f'experiment_name={work_dir}_{iterations}',
+        *options,
     ]
     cli.run_train([CONFIG, '--work-dir', work_dir, *more, '--cfg-options', *options])
     with np.load(f'{work_dir}/{RECORD_FILE}') as record:
@@ -94,14 +101,61 @@ def test_entropy_and_load_of_the_batch(make_runner):
 
 def test_resumed(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    whole = train('whole', 7)
-    train('parts', 4)
-    parts = train('parts', 7, '--resume')
-    # The end of the first part is a step of its own.
-    kept = [i for i, step in enumerate(parts['steps']) if step != 4]
-    for key, values in whole.items():
-        np.testing.assert_allclose(parts[key][kept], values, rtol=0.1, atol=0.1)
+    whole = train('whole', 7, options=NO_NOISE)
+    first = train('parts', 4, options=NO_NOISE)
+    parts = train('parts', 7, '--resume', options=NO_NOISE)
+    assert first['steps'].tolist() == [0, 3, 4]
     assert parts['steps'].tolist() == [0, 3, 4, 6, 7]
+    for key, values in whole.items():
+        np.testing.assert_array_equal(parts[key][:3], first[key])
+        np.testing.assert_allclose(parts[key][3:], values[2:], rtol=1e-4)
+    # In another folder there is no record to go on with: it begins with the resumed weights.
+    elsewhere = train('elsewhere', 7, '--resume', 'parts/iter_4.pth', options=NO_NOISE)
+    assert elsewhere['steps'].tolist() == [4, 6, 7]
+    unknown = {'loss', 'dispatch_entropy', 'load'}
+    for key, values in elsewhere.items():
+        np.testing.assert_allclose(values[1:], parts[key][3:], rtol=1e-4)
+        if key in unknown:
+            assert np.isnan(values[0]).all()
+        else:
+            np.testing.assert_array_equal(values[0], parts[key][2])
+
+
+# With the initial weights of the config all losses are log 2 at first.
+DIFFERENT_LOSSES = (*NO_NOISE, 'model.init_scale=0.5')
+
+
+def train_as_rank(rank, world_size, port):
+    torch.set_num_threads(1)
+    os.environ |= {'RANK': str(rank), 'LOCAL_RANK': str(rank), 'WORLD_SIZE': str(world_size)}
+    os.environ |= {'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(port)}
+    options = [*DIFFERENT_LOSSES, 'train_dataloader.batch_size=100']
+    train('ranks', 4, '--launcher', 'pytorch', options=options)
+
+
+def test_two_ranks_record_what_one_does(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    expected = train('one', 4, options=DIFFERENT_LOSSES)
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        port = free.getsockname()[1]
+    mp.spawn(train_as_rank, (2, port), nprocs=2)
+    with np.load(f'ranks/{RECORD_FILE}') as record:
+        for key, values in expected.items():
+            np.testing.assert_allclose(record[key], values, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize('interval', [0, -1, 2.5, 'a'])
+def test_interval_is_refused(interval):
+    with pytest.raises(ConfigError, match=r'ClusterAlignmentHook: interval=.* must be an integer'):
+        ClusterAlignmentHook(interval)
+
+
+def test_data_of_another_dimension_is_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        train('run', 1, options=['train_dataloader.dataset.patch_dim=60'])
+    assert 'the data has patch_dim=60, the model in_channels=50; give' in capsys.readouterr().err
 
 
 @pytest.mark.parametrize('dense', [False, True])

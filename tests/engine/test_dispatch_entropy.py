@@ -48,3 +48,5 @@ def test_other_labels():
 def test_refused():
     with pytest.raises(ConfigError, match='needs data samples with `superclass`'):
         evaluate([(0, [0]), (1, [0])], label='superclass')
+    with pytest.raises(ConfigError, match='`cluster` is -1, which is no number of a cluster'):
+        evaluate([(0, [0]), (-1, [0])])

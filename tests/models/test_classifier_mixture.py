@@ -175,6 +175,12 @@ def test_refused():
         mixture(expert=stacked)
     with pytest.raises(ConfigError, match='top_k=5 must lie between 1 and num_experts=4'):
         mixture(top_k=5)
+    head = dict(type='LinearClsHead', num_classes=3, in_channels=32)
+    with pytest.raises(ConfigError, match='head: LinearClsHead has weights of its own'):
+        mixture(head=head)
+    message = r'in_channels=2 wants inputs \(N, 2, H, W\), got \(1, 3, 8, 8\); set model.in_ch'
+    with pytest.raises(ConfigError, match=message):
+        mixture()(torch.zeros(1, 3, 8, 8))
     with pytest.raises(ValueError, match="mode='scores' is unknown"):
         mixture()(torch.zeros(1, 2, 8, 8), mode='scores')
 

@@ -1,13 +1,14 @@
 """The mixture of arXiv 2208.02813 against a dense computation, and trained by the tools."""
 
 import json
+import pickle
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from mmengine.config import Config
-from mmengine.registry import MODELS
+from mmengine.registry import METRICS, MODELS
 
 import mmdet_moe
 from mmdet_moe import cli
@@ -16,6 +17,7 @@ from mmdet_moe.errors import ConfigError
 from mmdet_moe.models import PatchMixture
 
 CONFIGS = Path(mmdet_moe.__file__).parents[1] / 'configs'
+METRIC_TYPES = ('mmpretrain.Accuracy', 'mmdet_moe.DispatchEntropy')
 
 
 def mixture(setting='s1', **kwargs):
@@ -82,9 +84,56 @@ def test_predictions():
     assert 'cluster' not in model(**batch, mode='predict')[0]
 
 
+def test_samples_without_a_label():
+    model = mixture(init_scale=1.0).eval()
+    batch = ClusterPatches(num_samples=10).__getitems__(range(10))
+    inputs = batch['inputs']
+    assert torch.equal(model(inputs), model(**batch))
+    labelled, unlabelled = model(**batch, mode='predict'), model(inputs, mode='predict')
+    for expected, sample in zip(labelled, unlabelled, strict=True):
+        assert set(sample) == {'pred_score', 'expert_ids'}
+        assert torch.equal(sample['pred_score'], expected['pred_score'])
+    with pytest.raises(ConfigError, match=r"the batch has no gt_label, which mode='loss' needs"):
+        model(inputs, mode='loss')
+
+
+def test_unknown_mode():
+    with pytest.raises(ValueError, match="mode='scores' is unknown; use 'tensor', 'loss' or 'pred"):
+        mixture()(torch.zeros(1, 50, 1, 4), mode='scores')
+
+
+def test_pickled_predictions_grow_linearly():
+    """And so do those that the metrics keep, which distributed ranks pickle to exchange them."""
+    model = mixture().eval()
+    metrics = [METRICS.build(dict(type=name)) for name in METRIC_TYPES]
+    sizes = []
+    for number in (100, 200):
+        batch = ClusterPatches(num_samples=number).__getitems__(range(number))
+        samples = model(**batch, mode='predict')
+        kept = [samples]
+        for metric in metrics:
+            metric.results.clear()
+            metric.process(None, samples)
+            kept.append(metric.results)
+        sizes.append([len(pickle.dumps(results)) for results in kept])
+    for small, large in zip(*sizes, strict=True):
+        assert large < 2.1 * small
+
+
 def test_refused():
     with pytest.raises(ConfigError, match="loss_on='scores' is unknown"):
         PatchMixture(loss_on='scores')
+    with pytest.raises(ConfigError, match='PatchMixture: num_classes=1 must be an integer of at l'):
+        PatchMixture(num_classes=1)
+    with pytest.raises(ConfigError, match='FilterExperts: num_filters=0 must be an integer of at'):
+        PatchMixture(num_filters=0)
+
+
+def test_inputs_of_other_data_are_refused():
+    batch = ClusterPatches(num_samples=3, patch_dim=60).__getitems__(range(3))
+    message = r'in_channels=50 wants inputs \(N, 50, 1, P\), got \(3, 60, 1, 4\); set model.in_ch'
+    with pytest.raises(ConfigError, match=message):
+        mixture()(**batch, mode='loss')
 
 
 SMALL = (

@@ -76,6 +76,23 @@ def test_initial_values():
     assert len({row.sum().item() for row in experts.weight}) == 4
 
 
+@pytest.mark.parametrize(
+    ('field', 'value', 'message'),
+    [
+        ('in_channels', 0, 'must be an integer of at least 1'),
+        ('num_classes', 0, 'must be an integer of at least 1'),
+        ('num_filters', 2.5, 'must be an integer of at least 1'),
+        ('num_experts', -1, 'must be an integer of at least 1'),
+        ('init_scale', float('nan'), 'must be a finite number greater than 0'),
+        ('init_scale', 0.0, 'must be a finite number greater than 0'),
+    ],
+)
+def test_numbers_out_of_range(field, value, message):
+    options = dict(in_channels=D, num_classes=CLASSES, num_filters=J, num_experts=E)
+    with pytest.raises(ConfigError, match=f'FilterExperts: {field}={value} {message}'):
+        FilterExperts(**{**options, field: value})
+
+
 def test_refused():
     with pytest.raises(ConfigError, match="activation='relu' is unknown"):
         FilterExperts(D, CLASSES, J, E, 'relu')

@@ -6,12 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from mmengine.dist import is_main_process
+from mmengine.dist import all_reduce, is_main_process
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
 from torch import Tensor
 
 from mmdet_moe.analysis.files import write_file
+from mmdet_moe.checks import check_integer
 from mmdet_moe.engine.hooks.layers import moe_layers_of
 from mmdet_moe.errors import ConfigError
 from mmdet_moe.moe import FilterExperts, MoELayer
@@ -35,19 +36,23 @@ class ClusterAlignmentHook(Hook):
     ``expert_centres`` (S, E, K), the largest ``|⟨w, v_k⟩|`` of an expert's filters, and
     ``router_features`` and ``router_centres`` (S, E, K), ``⟨θ_e, v_k⟩`` with its sign. Where the
     training has not begun the loss, the entropy and the load are NaN. A resumed run goes on with
-    the record of the run that it resumes.
+    the record in its work directory; without one its first row is the step that it resumes from,
+    with these three NaN, too. Under distributed training they are those of the batches of all
+    ranks, the loss as the mean over the ranks.
 
     Args:
-        interval: Training iterations between two steps.
+        interval: Training iterations between two steps, at least 1.
 
     Raises:
-        ConfigError: If the data or the model is of another kind.
+        ConfigError: For another interval, and if the data or the model is of another kind, or they
+            do not fit each other.
     """
 
     # After what may make this iteration the last one.
     priority = 'BELOW_NORMAL'
 
     def __init__(self, interval: int = 10) -> None:
+        check_integer(type(self).__name__, 'interval', interval, least=1)
         self.interval = interval
         self._rows: list[dict[str, np.ndarray]] = []
 
@@ -70,18 +75,27 @@ class ClusterAlignmentHook(Hook):
                 f'{len(layers)}; use mmdet_moe.PatchMixture or remove the hook'
             )
         self._layer: MoELayer = layers[0]
+        patch_dim, in_channels = data.features.shape[1], self._layer.experts.weight.shape[2]
+        if patch_dim != in_channels:
+            raise ConfigError(
+                f'ClusterAlignmentHook: the data has patch_dim={patch_dim}, the model '
+                f'in_channels={in_channels}; give train_dataloader.dataset.patch_dim and '
+                'model.in_channels the same value'
+            )
         self._directions = {'features': data.features, 'centres': data.centres}
         self._path = Path(runner.work_dir) / RECORD_FILE
         self._rows = self._past(runner.iter) if runner.iter else []
         if not self._rows:
-            self._record(0, math.nan, None)
+            self._record(runner.iter, math.nan, None)
 
     def after_train_iter(
         self, runner: Runner, batch_idx: int, data_batch=None, outputs: dict | None = None
     ) -> None:
         """Record at the interval, and the last iteration."""
         if self.every_n_train_iters(runner, self.interval) or self.is_last_train_iter(runner):
-            self._record(runner.iter + 1, outputs['loss'].item(), data_batch['cluster'])
+            loss: Tensor = outputs['loss'].detach().clone()
+            all_reduce(loss, 'mean')
+            self._record(runner.iter + 1, loss.item(), data_batch['cluster'])
 
     def _past(self, step: int) -> list[dict[str, np.ndarray]]:
         """The rows of an earlier part of this training, up to a step."""

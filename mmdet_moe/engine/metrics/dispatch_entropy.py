@@ -25,7 +25,8 @@ class DispatchEntropy(BaseMetric):
         prefix: As of MMEngine's ``BaseMetric``.
 
     Raises:
-        ConfigError: If the data samples do not tell the cluster or ``expert_ids``.
+        ConfigError: If the data samples do not tell the cluster, or a negative one, or
+            ``expert_ids``.
     """
 
     default_prefix = 'moe'
@@ -45,7 +46,14 @@ class DispatchEntropy(BaseMetric):
                         f'DispatchEntropy needs data samples with `{field}`, as those of '
                         'mmdet_moe.PatchMixture; remove it from the evaluators'
                     )
-            self.results.append((int(sample[self.label]), sample['expert_ids'].tolist()))
+            cluster = int(sample[self.label])
+            # It is counted by its number, from the end of the table if that is negative.
+            if cluster < 0:
+                raise ConfigError(
+                    f'DispatchEntropy: `{self.label}` is {cluster}, which is no number of a '
+                    'cluster; number them from 0'
+                )
+            self.results.append((cluster, sample['expert_ids'].tolist()))
 
     def compute_metrics(self, results: list[tuple[int, list[int]]]) -> dict[str, float]:
         """``dispatch_entropy`` over all samples."""

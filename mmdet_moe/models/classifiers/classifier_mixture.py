@@ -42,7 +42,8 @@ class ClassifierMixture(BaseClassifier):
         init_cfg: As of MMEngine's ``BaseModule``.
 
     Raises:
-        ConfigError: For an expert without a head, and for options out of range.
+        ConfigError: For an expert without a head, for a head with weights, and for options out of
+            range.
     """
 
     def __init__(
@@ -78,6 +79,12 @@ class ClassifierMixture(BaseClassifier):
                 "could be mixed; use dict(type='ImageClassifier', backbone=..., neck=..., head=...)"
             )
         self.head = MODELS.build({'type': 'mmpretrain.ClsHead', **(head or {})})
+        if any(True for _ in self.head.parameters()):
+            raise ConfigError(
+                f'head: {type(self.head).__name__} has weights of its own, but what it gets are '
+                "scores already, mixed from those of the experts' heads; use one without, such as "
+                "dict(type='mmpretrain.ClsHead')"
+            )
         self.register_load_state_dict_pre_hook(_upcycle_classifier)
 
     def forward(
@@ -92,6 +99,7 @@ class ClassifierMixture(BaseClassifier):
                 samples with ``pred_score``, ``pred_label`` and ``expert_ids`` (k,).
 
         Raises:
+            ConfigError: If the images do not have ``in_channels`` channels.
             ValueError: For another mode.
         """
         if mode not in ('tensor', 'loss', 'predict'):
@@ -103,11 +111,19 @@ class ClassifierMixture(BaseClassifier):
             return self.head.loss(scores, data_samples)
         samples = self.head.predict(scores, data_samples)
         for sample, chosen in zip(samples, self.moe.routing.expert_ids, strict=True):
-            sample.set_field(chosen, 'expert_ids')
+            # A copy, which does not take the whole batch along when it is pickled.
+            sample.set_field(chosen.clone(), 'expert_ids')
         return samples
 
     def extract_feat(self, inputs: Tensor) -> tuple[Tensor]:
         """The mixture's scores (N, classes), as a head takes them."""
+        in_channels = self.moe.router.in_channels
+        if inputs.dim() != 4 or inputs.shape[1] != in_channels:
+            raise ConfigError(
+                f'ClassifierMixture: in_channels={in_channels} wants inputs (N, {in_channels}, H, '
+                f'W), got {tuple(inputs.shape)}; set model.in_channels to the channels of the '
+                'images'
+            )
         return (self.moe(inputs),)
 
 

@@ -4,6 +4,7 @@ import torch.nn.functional as F
 from mmengine.model import BaseModel
 from torch import Tensor
 
+from mmdet_moe.checks import check_integer
 from mmdet_moe.errors import ConfigError
 from mmdet_moe.moe import FilterExperts, MoELayer
 from mmdet_moe.registry import MODELS
@@ -17,7 +18,7 @@ class PatchMixture(BaseModel):
 
     Args:
         in_channels: d, the numbers of a patch.
-        num_classes: Outputs.
+        num_classes: Outputs, at least 2.
         num_experts: E.
         top_k: k.
         num_filters: Filters of an expert for each class.
@@ -29,6 +30,9 @@ class PatchMixture(BaseModel):
             authors of the paper do. Its smallest value is ``log(1 + (C − 1) / e)``, 0.3133 for
             C = 2 classes, and a sample that is classified with confidence has no gradient at all.
         data_preprocessor: As of MMEngine's ``BaseModel``.
+
+    Raises:
+        ConfigError: For options that are unknown, of a wrong type or out of range.
     """
 
     def __init__(
@@ -47,6 +51,8 @@ class PatchMixture(BaseModel):
         super().__init__(data_preprocessor)
         if loss_on not in ('logits', 'probabilities'):
             raise ConfigError(f"loss_on={loss_on!r} is unknown; use 'logits' or 'probabilities'")
+        # Of a single class the probability is 1, and nothing is learned.
+        check_integer(type(self).__name__, 'num_classes', num_classes, least=2)
         self.loss_on = loss_on
         experts = FilterExperts(
             in_channels, num_classes, num_filters, num_experts, activation, init_scale
@@ -54,31 +60,52 @@ class PatchMixture(BaseModel):
         self.moe = MoELayer(experts, num_experts, top_k, router, in_channels)
 
     def forward(
-        self, inputs: Tensor, gt_label: Tensor, cluster: Tensor | None = None, mode: str = 'tensor'
+        self,
+        inputs: Tensor,
+        gt_label: Tensor | None = None,
+        cluster: Tensor | None = None,
+        mode: str = 'tensor',
     ) -> Tensor | dict[str, Tensor] | list[dict[str, Tensor]]:
         """Run the model.
 
         Args:
             inputs: (N, d, 1, P).
-            gt_label: int64 (N,).
+            gt_label: int64 (N,); needed for ``mode='loss'``.
             cluster: int64 (N,), what the samples come from, for metrics.
             mode: ``'tensor'``: f, (N, C). ``'loss'``: the losses. ``'predict'``: for each sample a
-                dict of ``pred_score`` (C,), ``gt_label`` (1,), ``expert_ids`` (k,) and ``cluster``
-                (), if known.
+                dict of ``pred_score`` (C,) and ``expert_ids`` (k,), and of ``gt_label`` (1,) and
+                ``cluster`` (), if known.
+
+        Raises:
+            ConfigError: If the patches are not of ``in_channels`` numbers, and for a loss without
+                labels.
+            ValueError: For another mode.
         """
+        if mode not in ('tensor', 'loss', 'predict'):
+            raise ValueError(f"mode={mode!r} is unknown; use 'tensor', 'loss' or 'predict'")
+        if mode == 'loss' and gt_label is None:
+            raise ConfigError(
+                "PatchMixture: the batch has no gt_label, which mode='loss' needs; train on data "
+                'whose samples have it, as those of mmdet_moe.ClusterPatches'
+            )
+        in_channels = self.moe.router.in_channels
+        if inputs.dim() != 4 or inputs.shape[1] != in_channels:
+            raise ConfigError(
+                f'PatchMixture: in_channels={in_channels} wants inputs (N, {in_channels}, 1, P), '
+                f'got {tuple(inputs.shape)}; set model.in_channels to the patch_dim of the data'
+            )
         y = self.moe(inputs)
         if mode == 'tensor':
             return y
         if mode == 'loss':
             scores = y.softmax(1) if self.loss_on == 'probabilities' else y
             return {'loss_cls': F.cross_entropy(scores, gt_label)}
-        columns = {
-            'pred_score': y.softmax(1),
-            'gt_label': gt_label[:, None],
-            'expert_ids': self.moe.routing.expert_ids,
-        }
+        columns = {'pred_score': y.softmax(1), 'expert_ids': self.moe.routing.expert_ids}
+        if gt_label is not None:
+            columns['gt_label'] = gt_label[:, None]
         if cluster is not None:
             columns['cluster'] = cluster
         # Plain dicts: a whole data set may be one batch, and data samples take long to make.
-        rows = zip(*(column.unbind() for column in columns.values()), strict=True)
-        return [dict(zip(columns, row, strict=True)) for row in rows]
+        # Each cell is a copy: a row of the whole batch, when pickled, takes all the others along.
+        cells = [[cell.clone() for cell in column.unbind()] for column in columns.values()]
+        return [dict(zip(columns, row, strict=True)) for row in zip(*cells, strict=True)]

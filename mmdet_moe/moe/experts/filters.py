@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mmdet_moe.checks import check_integer, check_number
 from mmdet_moe.errors import ConfigError
 from mmdet_moe.moe.experts.base import StackedExperts
 from mmdet_moe.moe.routes import Routes
@@ -26,10 +27,11 @@ class FilterExperts(StackedExperts):
         num_filters: J, for each class.
         num_experts: E.
         activation: ``'cubic'`` (``z³``) or ``'linear'`` (none).
-        init_scale: Factor on the initial weights and biases, which are those of ``nn.Linear``.
+        init_scale: Factor on the initial weights and biases, which are those of ``nn.Linear``;
+            above 0.
 
     Raises:
-        ConfigError: If the activation is unknown.
+        ConfigError: If the activation is unknown, and for numbers out of range.
     """
 
     def __init__(
@@ -42,6 +44,12 @@ class FilterExperts(StackedExperts):
         init_scale: float = 1.0,
     ) -> None:
         super().__init__()
+        owner = type(self).__name__
+        check_integer(owner, 'in_channels', in_channels, least=1)
+        check_integer(owner, 'num_classes', num_classes, least=1)
+        check_integer(owner, 'num_filters', num_filters, least=1)
+        check_integer(owner, 'num_experts', num_experts, least=1)
+        check_number(owner, 'init_scale', init_scale, above=0)
         if activation not in ACTIVATIONS:
             raise ConfigError(f'activation={activation!r} is unknown; use one of {ACTIVATIONS}')
         self.num_classes = num_classes
