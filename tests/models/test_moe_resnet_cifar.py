@@ -86,9 +86,25 @@ def test_equal_flops(depth, channels, stage):
         assert off >= abs(cost(layer, x) - expected)
 
 
-def test_equal_flops_that_cannot_be():
-    with pytest.raises(ConfigError, match=r'top_k=4 experts of stage 4 cost at least 1\.13 times'):
-        build({'top_k': 4}, depth=18)
+def test_least_width_of_equal_flops():
+    """3 of 20 channels: an eighth, rounded up, and the last that is at most 10 % too dear."""
+    narrow = {'depth': 18, 'stem_channels': 10, 'base_channels': 10}
+    layer = build({'moe_stages': 2, 'top_k': 3}, **narrow).layer2
+    x = torch.randn(1, 10, 8, 8)
+    assert layer.experts[0][0].conv1.out_channels == 3
+    assert 1.05 < cost(layer, x) / cost(build(**narrow).layer2, x) < 1.1
+
+
+@pytest.mark.parametrize(('depth', 'stage', 'top_k', 'message'), [
+    # One channel would do: 1.035 and 1.031 times the cost of the stage.
+    (18, 1, 4, r'of stage 1 cost 1\.29 times .* even with 8 instead of 64 channels'),
+    (50, 1, 4, r'of stage 1 cost 1\.28 times .* even with 8 instead of 64 channels'),
+    (34, 1, 5, r'of stage 1 cost 1\.10 times .* even with 8 instead of 64 channels'),  # 1.104
+    (18, 4, 4, r'of stage 4 cost 1\.38 times .* even with 64 instead of 512 channels'),
+])  # fmt: skip
+def test_equal_flops_that_cannot_be(depth, stage, top_k, message):
+    with pytest.raises(ConfigError, match=f"'equal_flops': top_k={top_k} experts {message}"):
+        build({'moe_stages': stage, 'num_experts': 5, 'top_k': top_k}, depth=depth)
 
 
 @pytest.mark.parametrize('stages', [0, 1, 2, 4, (0, 3)], ids=str)

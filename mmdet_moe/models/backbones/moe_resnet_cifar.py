@@ -1,6 +1,7 @@
 """ResNet for images of 32×32 pixels with a mixture of narrow stages (arXiv 2204.10598)."""
 
 import bisect
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -18,6 +19,9 @@ from mmdet_moe.registry import MODELS
 
 EQUAL_FLOPS = 'equal_flops'
 DENSE = 'dense'
+#: The least width for ``'equal_flops'``, as a share of the stage's own: experts that cost the same
+#: because next to nothing passes through them are not what is asked for.
+LEAST_SHARE = 1 / 8
 #: By how much k experts of the least width may be dearer than the dense stage.
 TOLERANCE = 0.1
 #: Side of the map on which costs are compared; even after one stride of 2.
@@ -43,8 +47,9 @@ class MoEResNet_CIFAR(ResNet_CIFAR):
         expert_channels: Width of an expert's narrow blocks, counted as ``base_channels`` is: a
             bottleneck has ``expansion`` times as many output channels. A number, or one for each
             stage of the network (the paper: 25, 50, 90, 180). ``'equal_flops'``: as many as make
-            ``top_k`` experts cost what the dense stage costs. ``'dense'``: experts are copies of
-            the whole stage, into which a dense checkpoint loads.
+            ``top_k`` experts cost what the dense stage costs, at least :data:`LEAST_SHARE` of the
+            stage's own. ``'dense'``: experts are copies of the whole stage, into which a dense
+            checkpoint loads.
         residual: Add a shortcut around each MoE: the identity, or a strided 1×1 convolution with
             batch norm where the shape changes.
         granularity: ``'image'`` or ``'patch'``, see :class:`~mmdet_moe.moe.MoELayer`.
@@ -214,7 +219,8 @@ def _equal_flops_width(stage: int, options: dict[str, Any], top_k: int) -> int:
     """The width at which ``top_k`` experts come closest to the FLOPs of the dense stage.
 
     Raises:
-        ConfigError: If even the least width costs too much, see :data:`TOLERANCE`.
+        ConfigError: If even the least width costs too much, see :data:`LEAST_SHARE` and
+            :data:`TOLERANCE`.
     """
     # Shapes are all that counts: no memory is taken, nothing is computed.
     with torch.device('meta'):
@@ -224,15 +230,18 @@ def _equal_flops_width(stage: int, options: dict[str, Any], top_k: int) -> int:
         def relative_cost(width: int) -> float:
             return top_k * count_flops(_narrow_stage(width, **options), x) / dense
 
+        full = options['out_channels'] // options['expansion']
         # Group norm divides the channels of each layer.
         step = options['norm_cfg'].get('num_groups', 1)
-        widths = range(step, options['out_channels'] // options['expansion'] + 1, step)
-        if (least := relative_cost(step)) > 1 + TOLERANCE:
+        least = step * math.ceil(full * LEAST_SHARE / step)
+        if (cost := relative_cost(least)) > 1 + TOLERANCE:
             raise ConfigError(
-                f'expert_channels={EQUAL_FLOPS!r}: top_k={top_k} experts of stage {stage} cost at '
-                f'least {least:.2f} times what the dense stage costs, because their last block has '
-                'its full width; give expert_channels as a number, or lower top_k'
+                f'expert_channels={EQUAL_FLOPS!r}: top_k={top_k} experts of stage {stage} cost '
+                f'{cost:.2f} times what the dense stage costs even with {least} instead of {full} '
+                'channels, because their last block has its full width; give expert_channels as a '
+                'number, or lower top_k'
             )
+        widths = range(least, full + 1, step)
         above = bisect.bisect_left(widths, 1.0, key=relative_cost)
         candidates = widths[max(above - 1, 0) : above + 1]
         return min(candidates, key=lambda width: abs(relative_cost(width) - 1))
