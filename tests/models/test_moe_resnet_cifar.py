@@ -9,6 +9,7 @@ from mmpretrain.registry import MODELS
 from torch import nn
 
 from mmdet_moe.errors import ConfigError
+from mmdet_moe.models.flops import count_flops
 from mmdet_moe.moe import ConvExperts, find_moe_layers
 
 PAPER = (25, 50, 90, 180)
@@ -141,6 +142,19 @@ def test_patches(depth, stage, randomise):
     assert layer.routing.num_items == 3 * 4
 
 
+@pytest.mark.parametrize(('stage', 'grid_size', 'price'), [
+    (1, 2, 2.25), (1, 4, 4), (3, 2, 4), (3, 4, 16), (4, 2, 4),
+])  # fmt: skip
+def test_price_of_patches(stage, grid_size, price):
+    """A halo of 4 pixels at stage 1; at stages 3 and 4 every patch is the whole map."""
+    moe = {'moe_stages': stage, 'expert_channels': 5}
+    patches = {**moe, 'granularity': 'patch', 'grid_size': grid_size}
+    channels, side = {1: (8, 32), 3: (16, 16), 4: (32, 8)}[stage]
+    x = torch.randn(1, channels, side, side)
+    by_image, by_patch = (getattr(build(m, **SMALL), f'layer{stage}') for m in (moe, patches))
+    assert count_flops(by_patch, x) == pytest.approx(price * count_flops(by_image, x), rel=0.01)
+
+
 @pytest.mark.parametrize('width', ['equal_flops', 5, (3, 3, 3, 3)], ids=str)
 def test_dense_checkpoint_of_another_width(width, tmp_path):
     """A part of it would fit, the last convolution: that is no start at the dense accuracy."""
@@ -257,6 +271,8 @@ def test_images_in_training():
     ({'num_experts': 2.5}, r'num_experts=2.5 and top_k=2 must be integers'),
     ({'norm_cfg': {'type': 'GN', 'num_groups': 4}, 'expert_channels': 6},
      r'expert_channels=6 of stage 4 is no multiple of norm_cfg.num_groups=4'),
+    ({'granularity': 'patch', 'grid_size': 2},
+     r"'equal_flops' of stage 4 cannot be told with granularity='patch', .* as a number"),
     ({'expert_channels': (25, 50)}, r'expert_channels=\(25, 50\) must be .* 4 stages'),
     ({'expert_channels': 'wide'}, r"'wide' must be .* or 'equal_flops', or 'dense'"),
 ])  # fmt: skip

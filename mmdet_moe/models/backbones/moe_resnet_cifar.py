@@ -48,11 +48,14 @@ class MoEResNet_CIFAR(ResNet_CIFAR):
             bottleneck has ``expansion`` times as many output channels. A number, or one for each
             stage of the network (the paper: 25, 50, 90, 180). ``'equal_flops'``: as many as make
             ``top_k`` experts cost what the dense stage costs, at least :data:`LEAST_SHARE` of the
-            stage's own. ``'dense'``: experts are copies of the whole stage, into which a dense
-            checkpoint loads.
+            stage's own; not for patches, see ``granularity``. ``'dense'``: experts are copies of
+            the whole stage, into which a dense checkpoint loads.
         residual: Add a shortcut around each MoE: the identity, or a strided 1×1 convolution with
             batch norm where the shape changes.
-        granularity: ``'image'`` or ``'patch'``, see :class:`~mmdet_moe.moe.MoELayer`.
+        granularity: ``'image'`` or ``'patch'``, see :class:`~mmdet_moe.moe.MoELayer`. Patches have
+            their price: an expert computes each with a halo as wide as it sees. For images of 32×32
+            pixels that makes each patch of stages 3 and 4 the whole map, which costs g² times what
+            one decision per image does; stage 1 of a ResNet-18 costs 2.25 times as much for g = 2.
         grid_size: g for patches.
         expert_init: Whether each expert starts with its own weights (``'independent'``, as in
             training from scratch) or as a copy of the first one (``'shared'``).
@@ -139,6 +142,12 @@ class MoEResNet_CIFAR(ResNet_CIFAR):
         if width == DENSE:
             width = options['out_channels'] // options['expansion']
         elif width == EQUAL_FLOPS:
+            if self._moe_cfg['granularity'] == 'patch':
+                raise ConfigError(
+                    f'expert_channels={EQUAL_FLOPS!r} of stage {stage} cannot be told with '
+                    "granularity='patch', whose cost depends on the size of the images; give "
+                    f'expert_channels as a number, or {DENSE!r}'
+                )
             width = _equal_flops_width(stage, options, self._moe_cfg['top_k'])
         experts = [_narrow_stage(width, **options) for _ in range(self._moe_cfg['num_experts'])]
         return self._layer(
