@@ -273,6 +273,7 @@ def test_images_in_training():
      r'expert_channels=6 of stage 4 is no multiple of norm_cfg.num_groups=4'),
     ({'granularity': 'patch', 'grid_size': 2},
      r"'equal_flops' of stage 4 cannot be told with granularity='patch', .* as a number"),
+    ({'moe_stages': 0, 'conv_cfg': {'type': 'ConvWS'}}, r'conv_cfg: ConvWS2d is not supported'),
     ({'expert_channels': (25, 50)}, r'expert_channels=\(25, 50\) must be .* 4 stages'),
     ({'expert_channels': 'wide'}, r"'wide' must be .* or 'equal_flops', or 'dense'"),
 ])  # fmt: skip

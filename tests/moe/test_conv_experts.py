@@ -333,6 +333,27 @@ def test_auto_does_not_fill_the_memory():
     assert choice(512, 512, 64, 4, 4) == 'views'
 
 
+@pytest.mark.parametrize('kind', ['Conv', 'Conv2d'])
+def test_like_a_plain_convolution(kind):
+    """mmcv's wrapper computes what PyTorch's does."""
+    cnn = pytest.importorskip('mmcv.cnn')
+    conv = cnn.build_conv_layer({'type': kind}, 4, 6, 3, stride=2, padding=1)
+    experts = ConvExperts.like(conv, 1)
+    experts.weight.data[0], experts.bias.data[0] = conv.weight.data, conv.bias.data
+    x = torch.randn(2, 4, 7, 7)
+    one = Routes(torch.zeros(2, 1, dtype=torch.int64), torch.ones(2, 1), 1)
+    torch.testing.assert_close(experts(x, one), conv(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize('kind', ['Conv2dAdaptivePadding', 'ConvWS'])
+def test_like_a_convolution_with_more_to_it(kind):
+    """Padding by the size of the input, standardised weights: the kernels alone are not all."""
+    cnn = pytest.importorskip('mmcv.cnn')
+    conv = cnn.build_conv_layer({'type': kind}, 4, 6, 3)
+    with pytest.raises(ConfigError, match=rf'conv_cfg: {type(conv).__name__} is not supported'):
+        ConvExperts.like(conv, 2)
+
+
 def test_wrong_options():
     with pytest.raises(ConfigError, match="impl='fast' is unknown; use one of"):
         build('fast')
