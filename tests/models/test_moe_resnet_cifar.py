@@ -9,6 +9,7 @@ from mmpretrain.registry import MODELS
 from torch import nn
 
 from mmdet_moe.errors import ConfigError
+from mmdet_moe.models.backbones import MoEResNet
 from mmdet_moe.models.flops import count_flops
 from mmdet_moe.moe import ConvExperts, find_moe_layers
 
@@ -263,6 +264,8 @@ def test_images_in_training():
 @pytest.mark.parametrize(('options', 'message'), [
     ({'moe_stages': 5}, r'moe_stages=5 must name some of the stages 1 to 4, or 0'),
     ({'moe_stages': ()}, r'moe_stages=\(\) must name some'),
+    ({'moe_stages': (0, 0)}, r'moe_stages=\(0, 0\) must name some of .*, each once'),
+    ({'moe_stages': [4, 4]}, r'moe_stages=\[4, 4\] must name some of .*, each once'),
     ({'expert_channels': 0}, r'expert_channels=0 must be a positive integer'),
     ({'expert_channels': 25.0}, r'expert_channels=25.0 must be a positive integer'),
     ({'moe_stages': 4.0}, r'moe_stages=4.0 must name some'),
@@ -280,3 +283,8 @@ def test_images_in_training():
 def test_options_out_of_range(options, message):
     with pytest.raises(ConfigError, match=message):
         build(options, **SMALL)
+
+
+def test_a_stage_twice_in_the_backbone_of_detectors():
+    with pytest.raises(ConfigError, match=r'moe_stages=\(4, 4\) must name some of .*, each once'):
+        MoEResNet(18, base_channels=4, stem_channels=4, moe_stages=(4, 4))

@@ -89,12 +89,14 @@ class MoEResNet_CIFAR(ResNet_CIFAR):
         super().__init__(*args, **kwargs)
         num_stages = len(self.res_layers)
         self.moe_stages = tuple(moe_stages) if isinstance(moe_stages, Sequence) else (moe_stages,)
-        if not self.moe_stages or not all(
-            type(stage) is int and 0 <= stage <= num_stages for stage in self.moe_stages
+        if (
+            not self.moe_stages
+            or not all(type(stage) is int and 0 <= stage <= num_stages for stage in self.moe_stages)
+            or len(set(self.moe_stages)) < len(self.moe_stages)
         ):
             raise ConfigError(
                 f'moe_stages={moe_stages!r} must name some of the stages 1 to {num_stages}, or '
-                '0 for the first convolution'
+                '0 for the first convolution, each once'
             )
         self.expert_channels = _per_stage(expert_channels, num_stages)
         self.residual = residual
