@@ -88,6 +88,14 @@ def test_equal_flops(depth, channels, stage):
         assert off >= abs(cost(layer, x) - expected)
 
 
+@pytest.mark.parametrize('top_k', [1, 2, 4])
+def test_cost_of_the_first_convolution(top_k):
+    """It becomes k convolutions, on any device."""
+    model, x = build({'moe_stages': 0, 'top_k': top_k}, depth=18), torch.randn(1, 3, 32, 32)
+    router = 2 * 3 * 4
+    assert count_flops(model.conv1, x) == top_k * 2 * cost(build(depth=18).conv1, x) + router
+
+
 def test_least_width_of_equal_flops():
     """3 of 20 channels: an eighth, rounded up, and the last that is at most 10 % too dear."""
     narrow = {'depth': 18, 'stem_channels': 10, 'base_channels': 10}

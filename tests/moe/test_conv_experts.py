@@ -301,6 +301,24 @@ def test_output_size(geometry):
         assert experts.output_size(size) == tuple(conv(torch.zeros(1, 4, *size)).shape[2:])
 
 
+@pytest.mark.parametrize('impl', IMPLS)
+@pytest.mark.parametrize('k', [1, 2, E])
+@pytest.mark.parametrize(('kernel_size', 'granularity'), [(3, 'image'), (1, 'pixel')])
+def test_active_flops(impl, k, kernel_size, granularity):
+    """k convolutions count as k, also where mixed kernels or a grouped product compute less or
+    what PyTorch does not count: `auto` takes another way on another device."""
+    pytest.importorskip('mmpretrain')
+    from mmdet_moe.models.flops import count_flops
+
+    experts = ConvExperts(8, 8, kernel_size, E, padding='same', impl=impl)
+    layer = MoELayer(experts, E, k, in_channels=8, granularity=granularity)
+    pixels = 6 * 5
+    router = 2 * 8 * E * (pixels if granularity == 'pixel' else 1)
+    one = 2 * 8 * 8 * kernel_size**2 * pixels
+    assert count_flops(layer, torch.randn(1, 8, 6, 5)) == k * one + router
+    assert experts.impl == impl
+
+
 def choice(num_items, channels, size, k, num_experts, kernel_size=3, trains=False):
     """What auto decides for a layer of these sizes, whose kernels are not in memory."""
     with torch.device('meta'):

@@ -35,8 +35,8 @@ class MoEResNet_CIFAR(ResNet_CIFAR):
     An expert of a stage has the stage's blocks, all but the last one narrow: with n blocks, n − 1
     of ``expert_channels`` channels and one that projects to the channels of the stage. So k active
     experts can cost what the dense stage did. At position 0 the first convolution becomes E
-    convolutions of its own size. Batch normalisation inside an expert sees only the images (or
-    patches) that were routed to it.
+    convolutions of its own size, k of which cost k times what it did. Batch normalisation inside an
+    expert sees only the images (or patches) that were routed to it.
 
     Args:
         *args, **kwargs: As for ``ResNet_CIFAR``.
