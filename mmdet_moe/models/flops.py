@@ -1,27 +1,49 @@
 """Floating-point operations of a module, counted by PyTorch while it runs."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
+
+from mmdet_moe.moe import ConvExperts
 
 
 @torch.no_grad()
 def count_flops(module: nn.Module, x: Tensor) -> int:
     """FLOPs of one forward pass in eval mode, a multiplication and an addition counted as two.
 
-    Sparse experts count as far as they are evaluated: one image gives the *active* FLOPs of a model
-    that routes images. On the ``meta`` device nothing is computed; a router needs real values.
+    Sparse experts count as far as items are sent to them: one image gives the *active* FLOPs of a
+    model that routes images. They do not depend on the device: k experts that are convolutions
+    count as k, also where mixing their kernels first makes one of them. On the ``meta`` device
+    nothing is computed; a router needs real values.
 
     Args:
         module: Left as it was, but for what it remembers of its latest forward pass.
         x: Its input.
     """
     modes = {part: part.training for part in module.modules()}
+    impls = {part: part.impl for part in modes if isinstance(part, ConvExperts)}
     module.eval()
     try:
-        with FlopCounterMode(display=False) as counter:
+        for experts in impls:
+            experts.impl = 'subbatches'
+        with FlopCounterMode(display=False, custom_mapping=_FORMULAS) as counter:
             module(x)
     finally:
         for part, training in modes.items():
             part.training = training
+        for experts, impl in impls.items():
+            experts.impl = impl
     return counter.get_total_flops()
+
+
+def _grouped_product(rows: torch.Size, matrices: torch.Size, *_: Any, **__: Any) -> int:
+    """FLOPs of ``F.grouped_mm`` as our experts call it: (R, in) by (E, in, out)."""
+    return 2 * rows.numel() * matrices[-1]
+
+
+#: Of what PyTorch's counter takes for nothing; older versions of PyTorch do not have it.
+_FORMULAS = (
+    {torch.ops.aten._grouped_mm: _grouped_product} if hasattr(torch.ops.aten, '_grouped_mm') else {}
+)

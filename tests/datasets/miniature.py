@@ -18,7 +18,6 @@ from pathlib import Path
 import numpy as np
 from mmpretrain.datasets import CIFAR10, CIFAR100
 
-from mmdet_moe.analysis.superclasses import CIFAR100 as SUPERCLASSES
 from mmdet_moe.datasets import download, fashion_mnist, idx
 
 _NUM_CLASSES = {'cifar10': 10, 'cifar100': 100, 'fashion-mnist': 10}
@@ -26,28 +25,40 @@ _CIFAR = {
     cls.base_folder: (name, cls) for name, cls in (('cifar10', CIFAR10), ('cifar100', CIFAR100))
 }
 
+# CIFAR-100's super-classes in the order of their labels, as its file meta names them, and the label
+# of each class's, as the published archive has them.
+COARSE_NAMES = [
+    'aquatic_mammals', 'fish', 'flowers', 'food_containers', 'fruit_and_vegetables',
+    'household_electrical_devices', 'household_furniture', 'insects', 'large_carnivores',
+    'large_man-made_outdoor_things', 'large_natural_outdoor_scenes',
+    'large_omnivores_and_herbivores', 'medium_mammals', 'non-insect_invertebrates', 'people',
+    'reptiles', 'small_mammals', 'trees', 'vehicles_1', 'vehicles_2',
+]  # fmt: skip
+COARSE_LABELS = [
+    4, 1, 14, 8, 0, 6, 7, 7, 18, 3, 3, 14, 9, 18, 7, 11, 3, 9, 7, 11,
+    6, 11, 5, 10, 7, 6, 13, 15, 3, 15, 0, 11, 1, 10, 12, 14, 16, 9, 11, 5,
+    5, 19, 8, 8, 15, 13, 14, 17, 18, 10, 16, 4, 17, 4, 2, 0, 17, 4, 18, 17,
+    10, 3, 2, 12, 12, 16, 12, 1, 9, 19, 2, 10, 0, 1, 16, 12, 9, 13, 15, 13,
+    16, 19, 2, 4, 6, 19, 5, 5, 8, 19, 18, 1, 2, 15, 6, 0, 17, 8, 14, 13,
+]  # fmt: skip
+
 
 def write_cifar100(root, num_train=200, num_test=100, seed=0):
     """Write ``root/cifar-100-python`` with the files train, test and meta; return that folder."""
     folder = Path(root, CIFAR100.base_folder)
     folder.mkdir(parents=True, exist_ok=True)
-    coarse_names = sorted(SUPERCLASSES)
-    fine_names = sorted(name for names in SUPERCLASSES.values() for name in names)
-    coarse_of = [
-        next(i for i, group in enumerate(coarse_names) if name in SUPERCLASSES[group])
-        for name in fine_names
-    ]
+    fine_names = list(CIFAR100.METAINFO['classes'])
     for split, title, count in (('train', 'training', num_train), ('test', 'testing', num_test)):
         images, labels = _images(count, (3, 32, 32), len(fine_names), seed, split)
         content = {
             'filenames': [f'{fine_names[label]}_s_{i:06d}.png' for i, label in enumerate(labels)],
             'batch_label': f'{title} batch 1 of 1',
             'fine_labels': labels,
-            'coarse_labels': [coarse_of[label] for label in labels],
+            'coarse_labels': [COARSE_LABELS[label] for label in labels],
             'data': images.reshape(count, -1),
         }
         _dump(content, folder / split)
-    meta = {'fine_label_names': fine_names, 'coarse_label_names': coarse_names}
+    meta = {'fine_label_names': fine_names, 'coarse_label_names': COARSE_NAMES}
     _dump(meta, folder / 'meta')
     return folder
 

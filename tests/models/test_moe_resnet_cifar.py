@@ -9,6 +9,8 @@ from mmpretrain.registry import MODELS
 from torch import nn
 
 from mmdet_moe.errors import ConfigError
+from mmdet_moe.models.backbones import MoEResNet
+from mmdet_moe.models.flops import count_flops
 from mmdet_moe.moe import ConvExperts, find_moe_layers
 
 PAPER = (25, 50, 90, 180)
@@ -86,9 +88,33 @@ def test_equal_flops(depth, channels, stage):
         assert off >= abs(cost(layer, x) - expected)
 
 
-def test_equal_flops_that_cannot_be():
-    with pytest.raises(ConfigError, match=r'top_k=4 experts of stage 4 cost at least 1\.13 times'):
-        build({'top_k': 4}, depth=18)
+@pytest.mark.parametrize('top_k', [1, 2, 4])
+def test_cost_of_the_first_convolution(top_k):
+    """It becomes k convolutions, on any device."""
+    model, x = build({'moe_stages': 0, 'top_k': top_k}, depth=18), torch.randn(1, 3, 32, 32)
+    router = 2 * 3 * 4
+    assert count_flops(model.conv1, x) == top_k * 2 * cost(build(depth=18).conv1, x) + router
+
+
+def test_least_width_of_equal_flops():
+    """3 of 20 channels: an eighth, rounded up, and the last that is at most 10 % too dear."""
+    narrow = {'depth': 18, 'stem_channels': 10, 'base_channels': 10}
+    layer = build({'moe_stages': 2, 'top_k': 3}, **narrow).layer2
+    x = torch.randn(1, 10, 8, 8)
+    assert layer.experts[0][0].conv1.out_channels == 3
+    assert 1.05 < cost(layer, x) / cost(build(**narrow).layer2, x) < 1.1
+
+
+@pytest.mark.parametrize(('depth', 'stage', 'top_k', 'message'), [
+    # One channel would do: 1.035 and 1.031 times the cost of the stage.
+    (18, 1, 4, r'of stage 1 cost 1\.29 times .* even with 8 instead of 64 channels'),
+    (50, 1, 4, r'of stage 1 cost 1\.28 times .* even with 8 instead of 64 channels'),
+    (34, 1, 5, r'of stage 1 cost 1\.10 times .* even with 8 instead of 64 channels'),  # 1.104
+    (18, 4, 4, r'of stage 4 cost 1\.38 times .* even with 64 instead of 512 channels'),
+])  # fmt: skip
+def test_equal_flops_that_cannot_be(depth, stage, top_k, message):
+    with pytest.raises(ConfigError, match=f"'equal_flops': top_k={top_k} experts {message}"):
+        build({'moe_stages': stage, 'num_experts': 5, 'top_k': top_k}, depth=depth)
 
 
 @pytest.mark.parametrize('stages', [0, 1, 2, 4, (0, 3)], ids=str)
@@ -123,6 +149,19 @@ def test_patches(depth, stage, randomise):
     torch.testing.assert_close(model(x)[0], dense(x)[0], rtol=1e-4, atol=1e-4)
     (layer,) = find_moe_layers(model).values()
     assert layer.routing.num_items == 3 * 4
+
+
+@pytest.mark.parametrize(('stage', 'grid_size', 'price'), [
+    (1, 2, 2.25), (1, 4, 4), (3, 2, 4), (3, 4, 16), (4, 2, 4),
+])  # fmt: skip
+def test_price_of_patches(stage, grid_size, price):
+    """A halo of 4 pixels at stage 1; at stages 3 and 4 every patch is the whole map."""
+    moe = {'moe_stages': stage, 'expert_channels': 5}
+    patches = {**moe, 'granularity': 'patch', 'grid_size': grid_size}
+    channels, side = {1: (8, 32), 3: (16, 16), 4: (32, 8)}[stage]
+    x = torch.randn(1, channels, side, side)
+    by_image, by_patch = (getattr(build(m, **SMALL), f'layer{stage}') for m in (moe, patches))
+    assert count_flops(by_patch, x) == pytest.approx(price * count_flops(by_image, x), rel=0.01)
 
 
 @pytest.mark.parametrize('width', ['equal_flops', 5, (3, 3, 3, 3)], ids=str)
@@ -233,6 +272,8 @@ def test_images_in_training():
 @pytest.mark.parametrize(('options', 'message'), [
     ({'moe_stages': 5}, r'moe_stages=5 must name some of the stages 1 to 4, or 0'),
     ({'moe_stages': ()}, r'moe_stages=\(\) must name some'),
+    ({'moe_stages': (0, 0)}, r'moe_stages=\(0, 0\) must name some of .*, each once'),
+    ({'moe_stages': [4, 4]}, r'moe_stages=\[4, 4\] must name some of .*, each once'),
     ({'expert_channels': 0}, r'expert_channels=0 must be a positive integer'),
     ({'expert_channels': 25.0}, r'expert_channels=25.0 must be a positive integer'),
     ({'moe_stages': 4.0}, r'moe_stages=4.0 must name some'),
@@ -241,9 +282,17 @@ def test_images_in_training():
     ({'num_experts': 2.5}, r'num_experts=2.5 and top_k=2 must be integers'),
     ({'norm_cfg': {'type': 'GN', 'num_groups': 4}, 'expert_channels': 6},
      r'expert_channels=6 of stage 4 is no multiple of norm_cfg.num_groups=4'),
+    ({'granularity': 'patch', 'grid_size': 2},
+     r"'equal_flops' of stage 4 cannot be told with granularity='patch', .* as a number"),
+    ({'moe_stages': 0, 'conv_cfg': {'type': 'ConvWS'}}, r'conv_cfg: ConvWS2d is not supported'),
     ({'expert_channels': (25, 50)}, r'expert_channels=\(25, 50\) must be .* 4 stages'),
     ({'expert_channels': 'wide'}, r"'wide' must be .* or 'equal_flops', or 'dense'"),
 ])  # fmt: skip
 def test_options_out_of_range(options, message):
     with pytest.raises(ConfigError, match=message):
         build(options, **SMALL)
+
+
+def test_a_stage_twice_in_the_backbone_of_detectors():
+    with pytest.raises(ConfigError, match=r'moe_stages=\(4, 4\) must name some of .*, each once'):
+        MoEResNet(18, base_channels=4, stem_channels=4, moe_stages=(4, 4))

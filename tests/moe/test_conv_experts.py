@@ -301,6 +301,24 @@ def test_output_size(geometry):
         assert experts.output_size(size) == tuple(conv(torch.zeros(1, 4, *size)).shape[2:])
 
 
+@pytest.mark.parametrize('impl', IMPLS)
+@pytest.mark.parametrize('k', [1, 2, E])
+@pytest.mark.parametrize(('kernel_size', 'granularity'), [(3, 'image'), (1, 'pixel')])
+def test_active_flops(impl, k, kernel_size, granularity):
+    """k convolutions count as k, also where mixed kernels or a grouped product compute less or
+    what PyTorch does not count: `auto` takes another way on another device."""
+    pytest.importorskip('mmpretrain')
+    from mmdet_moe.models.flops import count_flops
+
+    experts = ConvExperts(8, 8, kernel_size, E, padding='same', impl=impl)
+    layer = MoELayer(experts, E, k, in_channels=8, granularity=granularity)
+    pixels = 6 * 5
+    router = 2 * 8 * E * (pixels if granularity == 'pixel' else 1)
+    one = 2 * 8 * 8 * kernel_size**2 * pixels
+    assert count_flops(layer, torch.randn(1, 8, 6, 5)) == k * one + router
+    assert experts.impl == impl
+
+
 def choice(num_items, channels, size, k, num_experts, kernel_size=3, trains=False):
     """What auto decides for a layer of these sizes, whose kernels are not in memory."""
     with torch.device('meta'):
@@ -331,6 +349,27 @@ def test_auto_does_not_fill_the_memory():
     """Mixed kernels of 512 items of 512 channels would take 4.8 GB."""
     assert choice(64, 512, 32, 2, 4) in ('grouped', 'views')
     assert choice(512, 512, 64, 4, 4) == 'views'
+
+
+@pytest.mark.parametrize('kind', ['Conv', 'Conv2d'])
+def test_like_a_plain_convolution(kind):
+    """mmcv's wrapper computes what PyTorch's does."""
+    cnn = pytest.importorskip('mmcv.cnn')
+    conv = cnn.build_conv_layer({'type': kind}, 4, 6, 3, stride=2, padding=1)
+    experts = ConvExperts.like(conv, 1)
+    experts.weight.data[0], experts.bias.data[0] = conv.weight.data, conv.bias.data
+    x = torch.randn(2, 4, 7, 7)
+    one = Routes(torch.zeros(2, 1, dtype=torch.int64), torch.ones(2, 1), 1)
+    torch.testing.assert_close(experts(x, one), conv(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize('kind', ['Conv2dAdaptivePadding', 'ConvWS'])
+def test_like_a_convolution_with_more_to_it(kind):
+    """Padding by the size of the input, standardised weights: the kernels alone are not all."""
+    cnn = pytest.importorskip('mmcv.cnn')
+    conv = cnn.build_conv_layer({'type': kind}, 4, 6, 3)
+    with pytest.raises(ConfigError, match=rf'conv_cfg: {type(conv).__name__} is not supported'):
+        ConvExperts.like(conv, 2)
 
 
 def test_wrong_options():

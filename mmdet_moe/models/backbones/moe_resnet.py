@@ -70,9 +70,14 @@ class MoEResNet(ResNet):
         self._next_stage = 1
         super().__init__(*args, **kwargs)
         num_stages = len(self.res_layers)
-        if not self.moe_stages or not set(self.moe_stages) <= set(range(1, num_stages + 1)):
+        if (
+            not self.moe_stages
+            or not set(self.moe_stages) <= set(range(1, num_stages + 1))
+            or len(set(self.moe_stages)) < len(self.moe_stages)
+        ):
             raise ConfigError(
-                f'moe_stages={self.moe_stages} must name some of the stages 1 to {num_stages}'
+                f'moe_stages={self.moe_stages} must name some of the stages 1 to {num_stages}, '
+                'each once'
             )
 
     def make_res_layer(self, **kwargs) -> nn.Module:

@@ -1,6 +1,7 @@
 """ResNet for images of 32×32 pixels with a mixture of narrow stages (arXiv 2204.10598)."""
 
 import bisect
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -18,6 +19,9 @@ from mmdet_moe.registry import MODELS
 
 EQUAL_FLOPS = 'equal_flops'
 DENSE = 'dense'
+#: The least width for ``'equal_flops'``, as a share of the stage's own: experts that cost the same
+#: because next to nothing passes through them are not what is asked for.
+LEAST_SHARE = 1 / 8
 #: By how much k experts of the least width may be dearer than the dense stage.
 TOLERANCE = 0.1
 #: Side of the map on which costs are compared; even after one stride of 2.
@@ -31,8 +35,8 @@ class MoEResNet_CIFAR(ResNet_CIFAR):
     An expert of a stage has the stage's blocks, all but the last one narrow: with n blocks, n − 1
     of ``expert_channels`` channels and one that projects to the channels of the stage. So k active
     experts can cost what the dense stage did. At position 0 the first convolution becomes E
-    convolutions of its own size. Batch normalisation inside an expert sees only the images (or
-    patches) that were routed to it.
+    convolutions of its own size, k of which cost k times what it did. Batch normalisation inside an
+    expert sees only the images (or patches) that were routed to it.
 
     Args:
         *args, **kwargs: As for ``ResNet_CIFAR``.
@@ -43,11 +47,15 @@ class MoEResNet_CIFAR(ResNet_CIFAR):
         expert_channels: Width of an expert's narrow blocks, counted as ``base_channels`` is: a
             bottleneck has ``expansion`` times as many output channels. A number, or one for each
             stage of the network (the paper: 25, 50, 90, 180). ``'equal_flops'``: as many as make
-            ``top_k`` experts cost what the dense stage costs. ``'dense'``: experts are copies of
+            ``top_k`` experts cost what the dense stage costs, at least :data:`LEAST_SHARE` of the
+            stage's own; not for patches, see ``granularity``. ``'dense'``: experts are copies of
             the whole stage, into which a dense checkpoint loads.
         residual: Add a shortcut around each MoE: the identity, or a strided 1×1 convolution with
             batch norm where the shape changes.
-        granularity: ``'image'`` or ``'patch'``, see :class:`~mmdet_moe.moe.MoELayer`.
+        granularity: ``'image'`` or ``'patch'``, see :class:`~mmdet_moe.moe.MoELayer`. Patches have
+            their price: an expert computes each with a halo as wide as it sees. For images of 32×32
+            pixels that makes each patch of stages 3 and 4 the whole map, which costs g² times what
+            one decision per image does; stage 1 of a ResNet-18 costs 2.25 times as much for g = 2.
         grid_size: g for patches.
         expert_init: Whether each expert starts with its own weights (``'independent'``, as in
             training from scratch) or as a copy of the first one (``'shared'``).
@@ -81,12 +89,14 @@ class MoEResNet_CIFAR(ResNet_CIFAR):
         super().__init__(*args, **kwargs)
         num_stages = len(self.res_layers)
         self.moe_stages = tuple(moe_stages) if isinstance(moe_stages, Sequence) else (moe_stages,)
-        if not self.moe_stages or not all(
-            type(stage) is int and 0 <= stage <= num_stages for stage in self.moe_stages
+        if (
+            not self.moe_stages
+            or not all(type(stage) is int and 0 <= stage <= num_stages for stage in self.moe_stages)
+            or len(set(self.moe_stages)) < len(self.moe_stages)
         ):
             raise ConfigError(
                 f'moe_stages={moe_stages!r} must name some of the stages 1 to {num_stages}, or '
-                '0 for the first convolution'
+                '0 for the first convolution, each once'
             )
         self.expert_channels = _per_stage(expert_channels, num_stages)
         self.residual = residual
@@ -134,6 +144,12 @@ class MoEResNet_CIFAR(ResNet_CIFAR):
         if width == DENSE:
             width = options['out_channels'] // options['expansion']
         elif width == EQUAL_FLOPS:
+            if self._moe_cfg['granularity'] == 'patch':
+                raise ConfigError(
+                    f'expert_channels={EQUAL_FLOPS!r} of stage {stage} cannot be told with '
+                    "granularity='patch', whose cost depends on the size of the images; give "
+                    f'expert_channels as a number, or {DENSE!r}'
+                )
             width = _equal_flops_width(stage, options, self._moe_cfg['top_k'])
         experts = [_narrow_stage(width, **options) for _ in range(self._moe_cfg['num_experts'])]
         return self._layer(
@@ -214,7 +230,8 @@ def _equal_flops_width(stage: int, options: dict[str, Any], top_k: int) -> int:
     """The width at which ``top_k`` experts come closest to the FLOPs of the dense stage.
 
     Raises:
-        ConfigError: If even the least width costs too much, see :data:`TOLERANCE`.
+        ConfigError: If even the least width costs too much, see :data:`LEAST_SHARE` and
+            :data:`TOLERANCE`.
     """
     # Shapes are all that counts: no memory is taken, nothing is computed.
     with torch.device('meta'):
@@ -224,15 +241,18 @@ def _equal_flops_width(stage: int, options: dict[str, Any], top_k: int) -> int:
         def relative_cost(width: int) -> float:
             return top_k * count_flops(_narrow_stage(width, **options), x) / dense
 
+        full = options['out_channels'] // options['expansion']
         # Group norm divides the channels of each layer.
         step = options['norm_cfg'].get('num_groups', 1)
-        widths = range(step, options['out_channels'] // options['expansion'] + 1, step)
-        if (least := relative_cost(step)) > 1 + TOLERANCE:
+        least = step * math.ceil(full * LEAST_SHARE / step)
+        if (cost := relative_cost(least)) > 1 + TOLERANCE:
             raise ConfigError(
-                f'expert_channels={EQUAL_FLOPS!r}: top_k={top_k} experts of stage {stage} cost at '
-                f'least {least:.2f} times what the dense stage costs, because their last block has '
-                'its full width; give expert_channels as a number, or lower top_k'
+                f'expert_channels={EQUAL_FLOPS!r}: top_k={top_k} experts of stage {stage} cost '
+                f'{cost:.2f} times what the dense stage costs even with {least} instead of {full} '
+                'channels, because their last block has its full width; give expert_channels as a '
+                'number, or lower top_k'
             )
+        widths = range(least, full + 1, step)
         above = bisect.bisect_left(widths, 1.0, key=relative_cost)
         candidates = widths[max(above - 1, 0) : above + 1]
         return min(candidates, key=lambda width: abs(relative_cost(width) - 1))

@@ -21,6 +21,9 @@ from mmdet_moe.moe.routes import Routes
 from mmdet_moe.registry import MODELS
 
 IMPLS = ('auto', 'subbatches', 'grouped', 'views')
+#: Convolutions whose kernels are all there is to them. mmcv's wrapper (``conv_cfg`` of type 'Conv')
+#: computes what PyTorch's does; by name, because the core gets by without mmcv.
+_PLAIN = ('torch.nn.modules.conv.Conv2d', 'mmcv.cnn.bricks.wrappers.Conv2d')
 
 
 @MODELS.register_module()
@@ -88,8 +91,15 @@ class ConvExperts(StackedExperts):
         """Experts of the kind of a given convolution; further arguments as of the class.
 
         Raises:
-            ConfigError: If the convolution pads with anything but zeros.
+            ConfigError: If the convolution computes more than a plain one does, or pads with
+                anything but zeros.
         """
+        kind = type(conv)
+        if f'{kind.__module__}.{kind.__qualname__}' not in _PLAIN:
+            raise ConfigError(
+                f'conv_cfg: {kind.__name__} is not supported by ConvExperts, which would drop what '
+                "makes it differ from nn.Conv2d; use conv_cfg=dict(type='Conv2d')"
+            )
         if conv.padding_mode != 'zeros':
             raise ConfigError(
                 f'padding_mode={conv.padding_mode!r} is not supported by ConvExperts; use zeros'
