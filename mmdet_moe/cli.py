@@ -30,7 +30,7 @@ from mmdet_moe.compat.malloc import keep_large_blocks
 from mmdet_moe.engine.explain import explain, in_one_line
 from mmdet_moe.engine.finished_run import FinishedRunHook
 from mmdet_moe.engine.image_errors import ImageErrorHook
-from mmdet_moe.engine.preflight import check_checkpoint, check_config
+from mmdet_moe.engine.preflight import check_checkpoint, check_config, resumable_checkpoint
 from mmdet_moe.errors import ConfigError
 
 __all__ = [
@@ -276,26 +276,12 @@ def _set_resume(cfg: Config, resume: str) -> None:
         check_checkpoint(resume, '--resume')
         cfg.resume, cfg.load_from = True, resume
         return
-    latest = _latest_checkpoint(cfg.work_dir)
+    latest = resumable_checkpoint(cfg.work_dir)
     if latest is None:
         cfg.resume = False
         _note(f"--resume: there is nothing to resume in '{cfg.work_dir}', training starts anew")
         return
     cfg.resume, cfg.load_from = True, latest
-
-
-def _latest_checkpoint(work_dir: str) -> str | None:
-    """The checkpoint that MMEngine noted as its last one, also after the folder was moved."""
-    record = osp.join(work_dir, 'last_checkpoint')
-    if not osp.isfile(record):
-        return None
-    with open(record, encoding='utf-8') as file:
-        path = file.read().strip()
-    moved = osp.join(work_dir, osp.basename(path))
-    if not osp.exists(path) and osp.exists(moved):
-        path = moved
-    check_checkpoint(path, f"--resume: '{record}'")
-    return path
 
 
 def _set_visualization(cfg: Config, args: argparse.Namespace) -> None:

@@ -17,12 +17,15 @@ import torch
 from mmcv import transforms
 from mmcv.transforms import Compose, LoadImageFromFile
 from mmengine.config import Config
+from mmengine.fileio import LocalBackend
 
 import mmdet_moe
 from mmdet_moe import cli
+from mmdet_moe.analysis import runs
 from mmdet_moe.compat.distributed import check_launcher, init_cpu_group
 from mmdet_moe.engine.explain import explain
 from mmdet_moe.engine.image_errors import ImageErrorHook, ImageReader
+from mmdet_moe.engine.preflight import check_checkpoint
 from mmdet_moe.errors import ConfigError
 
 ROOT = Path(mmdet_moe.__file__).parents[1]
@@ -201,6 +204,66 @@ def test_resume(here, trained, capfd):
     assert 'resumed epoch: 0, iter: 2' in output
     assert 'Iter(train) [3/3]' in output
     assert 'Iter(train) [2/3]' not in output
+
+
+def interrupt(monkeypatch, name):
+    """From now on a training stops while it writes the checkpoint of that name, half of it."""
+    put = LocalBackend.put
+
+    def put_half(self, content, path):
+        if Path(path).name != name:
+            return put(self, content, path)
+        put(self, content[: len(content) // 2], path)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(LocalBackend, 'put', put_half)
+
+
+@pytest.mark.parametrize(
+    ('kept', 'files', 'start'),
+    [
+        (2, ['iter_2.pth', 'iter_3.pth'], 'resumed epoch: 0, iter: 2'),
+        # As in the configs of former versions.
+        (1, ['iter_3.pth'], "nothing to resume in 'interrupted1', training starts anew"),
+    ],
+)
+def test_resume_after_an_interrupted_save(here, monkeypatch, capfd, kept, files, start):
+    run = Path(f'interrupted{kept}')
+    options = [
+        *MOVED,
+        'train_cfg.max_iters=3',
+        f'default_hooks.checkpoint.max_keep_ckpts={kept}',
+    ]
+    training = ['detector.py', '--work-dir', str(run), '--no-validate']
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt(patch, 'iter_3.pth')
+        cli.run_train([*training, *options])
+    assert sorted(path.name for path in run.glob('*.pth')) == files
+    assert (run / 'last_checkpoint').read_text().endswith('iter_2.pth')
+    capfd.readouterr()
+    cli.run_train([*training, '--resume', *options])
+    assert start in ''.join(capfd.readouterr())
+    assert (run / 'last_checkpoint').read_text().endswith('iter_3.pth')
+    check_checkpoint(str(run / 'iter_3.pth'), 'checkpoint')
+
+
+@pytest.mark.parametrize('runtime', ['classification', 'demo', 'default'])
+def test_runtimes_keep_a_checkpoint_while_the_next_one_is_written(runtime):
+    cfg = Config.fromfile(ROOT / 'configs' / '_base_' / f'{runtime}_runtime.py')
+    assert cfg.default_hooks.checkpoint.max_keep_ckpts >= 2
+
+
+def test_experiments_survive_an_interrupted_save(here, monkeypatch):
+    run = here / 'interrupted_experiment'
+    options = ['data_root=moved', 'default_hooks.checkpoint.max_keep_ckpts=1']
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt(patch, 'iter_2.pth')
+        cli.run_train(['detector.py', '--work-dir', str(run), '--cfg-options', *options])
+    assert [path.name for path in run.glob('*.pth')] == ['iter_2.pth']
+    options[0] = f'data_root={here / "moved"}'  # trainings of experiments run from the checkout
+    with (run / 'output.log').open('w') as log:
+        runs.train(here / 'detector.py', run, options, output=log)
+    check_checkpoint(str(runs.latest_checkpoint(run)), 'checkpoint')
 
 
 def test_test_with_everything(folder, trained):
@@ -464,14 +527,15 @@ def test_nothing_to_resume(tmp_path, capsys):
     assert 'nothing to resume' in capsys.readouterr().out
 
 
-def test_resume_after_the_folder_was_moved(tmp_path):
+def test_resume_after_the_folder_was_moved(tmp_path, capsys):
     (tmp_path / 'last_checkpoint').write_text('/before/the/move/iter_2.pth')
     cfg = Config(dict(work_dir=str(tmp_path)))
-    with pytest.raises(ConfigError, match='last_checkpoint'):
-        cli._set_resume(cfg, 'auto')
+    cli._set_resume(cfg, 'auto')
+    assert not cfg.resume
+    assert 'nothing to resume' in capsys.readouterr().out
     torch.save({}, tmp_path / 'iter_2.pth')
     cli._set_resume(cfg, 'auto')
-    assert cfg.load_from == str(tmp_path / 'iter_2.pth')
+    assert (cfg.resume, cfg.load_from) == (True, str(tmp_path / 'iter_2.pth'))
 
 
 def test_cpu_group_is_for_launchers_only():

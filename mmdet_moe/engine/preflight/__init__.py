@@ -5,6 +5,11 @@ MMDetection ignores class names that an annotation file does not have. Every com
 :class:`~mmdet_moe.errors.ConfigError` sentence with the config's field and the fix.
 """
 
-from mmdet_moe.engine.preflight.config import check_checkpoint, check_config
+from mmdet_moe.engine.preflight.checkpoints import (
+    check_checkpoint,
+    recorded_checkpoint,
+    resumable_checkpoint,
+)
+from mmdet_moe.engine.preflight.config import check_config
 
-__all__ = ['check_checkpoint', 'check_config']
+__all__ = ['check_checkpoint', 'check_config', 'recorded_checkpoint', 'resumable_checkpoint']

@@ -1,7 +1,6 @@
 """The checks of a whole config, which walk its hooks, checkpoints and data loaders."""
 
 import os.path as osp
-import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +8,7 @@ from typing import Any
 from mmengine.config import Config
 
 from mmdet_moe.engine.preflight.arrays import check_arrays, reads_arrays
+from mmdet_moe.engine.preflight.checkpoints import check_checkpoint
 from mmdet_moe.engine.preflight.coco import CocoFile, check_coco, reads_coco
 from mmdet_moe.engine.preflight.datasets import GET_DATA, Dataset, datasets_of, is_remote
 from mmdet_moe.engine.preflight.heads import check_num_classes
@@ -52,35 +52,6 @@ def check_config(cfg: Config, mode: str = 'train', checkpoint: str | None = None
         if cfg.get(loader_field) is None:
             continue
         _check_loader(cfg, loader_field, evaluator_field, seen)
-
-
-def check_checkpoint(path: str, field: str) -> None:
-    """Complain about a local checkpoint that is missing or no checkpoint.
-
-    Addresses (``https://``, ``torchvision://``, ...) are left to MMEngine.
-
-    Args:
-        path: file or address.
-        field: what to call it in the message.
-
-    Raises:
-        ConfigError: the file does not exist or was not written by PyTorch.
-    """
-    if is_remote(path):
-        return
-    if not osp.isfile(path):
-        fix = 'give the path of an existing checkpoint'
-        if field == 'load_from':
-            fix = 'train that model first, or choose with --cfg-options load_from=FILE (or None)'
-        raise ConfigError(f"{field}: there is no file '{path}'; {fix}")
-    # PyTorch writes zip archives since 1.6, and wrote bare pickles (first byte 0x80) before.
-    with open(path, 'rb') as file:
-        is_pickle = file.read(1) == b'\x80'
-    if not (is_pickle or zipfile.is_zipfile(path)):
-        raise ConfigError(
-            f"{field}: '{path}' is not a PyTorch checkpoint, or an incomplete one; copy or "
-            'download it again'
-        )
 
 
 def _check_hooks(cfg: Config) -> None:
