@@ -225,15 +225,23 @@ def _prepare(args: argparse.Namespace) -> Config:
 
 
 def set_loader_defaults(cfg: Config) -> None:
-    """Fill in what MMPretrain's configs rely on its tools for; those of others stay as they are."""
-    if cfg.default_scope != 'mmpretrain':
-        return
+    """Fill in what MMPretrain's configs rely on its tools for, and keep no worker where none is.
+
+    The latter is for all configs: PyTorch refuses ``persistent_workers`` without workers, so that
+    ``num_workers=0`` on the command line would not be enough.
+    """
+    is_mmpretrain = cfg.default_scope == 'mmpretrain'
     for field in ('train_dataloader', 'val_dataloader', 'test_dataloader'):
         loader = cfg.get(field)
-        if loader is not None:
+        if loader is None:
+            continue
+        has_workers = loader.get('num_workers', 0) > 0
+        if is_mmpretrain:
             loader.setdefault('pin_memory', get_device() != 'cpu')
-            loader.setdefault('persistent_workers', loader.get('num_workers', 0) > 0)
+            loader.setdefault('persistent_workers', has_workers)
             loader.setdefault('collate_fn', dict(type='default_collate'))
+        if loader.get('persistent_workers') and not has_workers:
+            loader.persistent_workers = False
 
 
 def _set_amp(cfg: Config, requested: bool) -> None:

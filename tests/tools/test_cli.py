@@ -235,9 +235,10 @@ def test_resume_after_an_interrupted_save(here, monkeypatch, capfd, kept, files,
         f'default_hooks.checkpoint.max_keep_ckpts={kept}',
     ]
     training = ['detector.py', '--work-dir', str(run), '--no-validate']
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         interrupt(patch, 'iter_3.pth')
-        cli.run_train([*training, *options])
+        with pytest.raises(KeyboardInterrupt):
+            cli.run_train([*training, *options])
     assert sorted(path.name for path in run.glob('*.pth')) == files
     assert (run / 'last_checkpoint').read_text().endswith('iter_2.pth')
     capfd.readouterr()
@@ -256,9 +257,10 @@ def test_runtimes_keep_a_checkpoint_while_the_next_one_is_written(runtime):
 def test_experiments_survive_an_interrupted_save(here, monkeypatch):
     run = here / 'interrupted_experiment'
     options = ['data_root=moved', 'default_hooks.checkpoint.max_keep_ckpts=1']
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         interrupt(patch, 'iter_2.pth')
-        cli.run_train(['detector.py', '--work-dir', str(run), '--cfg-options', *options])
+        with pytest.raises(KeyboardInterrupt):
+            cli.run_train(['detector.py', '--work-dir', str(run), '--cfg-options', *options])
     assert [path.name for path in run.glob('*.pth')] == ['iter_2.pth']
     options[0] = f'data_root={here / "moved"}'  # trainings of experiments run from the checkout
     with (run / 'output.log').open('w') as log:
@@ -518,6 +520,24 @@ def test_options_beside_data_root_are_kept(here):
     assert cfg.train_cfg.max_iters == 7
     assert cfg.val_evaluator.ann_file == 'moved/all.json'
     assert cfg.train_dataloader.dataset.data_root == 'moved/'
+
+
+@pytest.mark.parametrize('scope', ['mmdet', 'mmpretrain'])
+def test_no_worker_is_kept_where_there_is_none(scope):
+    loaders = {
+        'train_dataloader': dict(num_workers=0, persistent_workers=True),
+        'val_dataloader': dict(num_workers=2, persistent_workers=True),
+        'test_dataloader': dict(persistent_workers=True),
+    }
+    cfg = Config(dict(default_scope=scope, **loaders))
+    cli.set_loader_defaults(cfg)
+    assert [cfg[loader].persistent_workers for loader in loaders] == [False, True, False]
+    cfg = Config(
+        dict(default_scope=scope, train_dataloader=dict(num_workers=2), val_dataloader=None)
+    )
+    cli.set_loader_defaults(cfg)
+    # MMPretrain's configs rely on its tools for the field.
+    assert cfg.train_dataloader.get('persistent_workers', False) == (scope == 'mmpretrain')
 
 
 def test_nothing_to_resume(tmp_path, capsys):
