@@ -7,11 +7,11 @@ from typing import Any
 
 from mmengine.config import Config
 
-from mmdet_moe.engine.preflight.arrays import check_arrays, reads_arrays
+from mmdet_moe.engine.preflight.arrays import check_arrays, is_grey, reads_arrays
 from mmdet_moe.engine.preflight.checkpoints import check_checkpoint
 from mmdet_moe.engine.preflight.coco import CocoFile, check_coco, reads_coco
 from mmdet_moe.engine.preflight.datasets import GET_DATA, Dataset, datasets_of, is_remote
-from mmdet_moe.engine.preflight.heads import check_num_classes
+from mmdet_moe.engine.preflight.heads import check_num_classes, check_widths
 from mmdet_moe.errors import ConfigError
 
 _LOADERS = {
@@ -47,6 +47,7 @@ def check_config(cfg: Config, mode: str = 'train', checkpoint: str | None = None
         check_checkpoint(cfg.load_from, 'load_from')
     if mode == 'train':
         _check_pretrained(cfg.get('model'), 'model')
+    check_widths(cfg)
     seen = _Seen(coco_files={}, good_files=set())
     for loader_field, evaluator_field in _LOADERS[mode]:
         if cfg.get(loader_field) is None:
@@ -107,6 +108,9 @@ def _check_loader(cfg: Config, loader_field: str, evaluator_field: str | None, s
                 check_coco(dataset, needs_annotations, seen.coco_files)
         if is_coco or is_arrays:
             check_num_classes(cfg.get('model'), dataset)
+        # A wrapper may make other images of them.
+        if dataset.field == f'{loader_field}.dataset' and is_grey(dataset):
+            check_widths(cfg, dataset)
     for field, evaluator in evaluators:
         ann_file = evaluator.get('ann_file')
         if isinstance(ann_file, str) and not is_remote(ann_file) and not osp.isfile(ann_file):
