@@ -18,6 +18,7 @@ from mmcv import transforms
 from mmcv.transforms import Compose, LoadImageFromFile
 from mmengine.config import Config
 from mmengine.fileio import LocalBackend
+from mmengine.registry import Registry
 
 import mmdet_moe
 from mmdet_moe import cli
@@ -427,6 +428,50 @@ def test_misspelt_fields(here, capsys):
     message = sentence(f'{hook}.type=mmdet_moe.ExpertUtilizationHook', f'{hook}.no_such_field=1')
     assert message.startswith("wrong fields for type 'mmdet_moe.ExpertUtilizationHook': ")
     assert "'no_such_field'" in message
+
+
+def test_fields_that_a_base_class_takes(here, capsys):
+    """Of a class that hands them on, as ResNet_CIFAR does."""
+    backbone = ('model.backbone.type=ResNet_CIFAR', 'model.backbone.num_experts=4')
+    message = failure(capsys, cli.run_train, 'classifier.py', *MOVED, *backbone)
+    assert message.startswith("wrong fields for type 'ResNet_CIFAR': ")
+    assert "'num_experts'; it takes depth, " in message
+
+
+class Foreign:
+    def __init__(self, depth):
+        self.depth = depth
+
+
+class HandsOn(Foreign):
+    def __init__(self, **fields):
+        super().__init__(**fields)
+
+
+class CallsAnotherClass:
+    def __init__(self, **fields):
+        Foreign(**fields)
+
+
+class CallsAMethod(Foreign):
+    def __init__(self, **fields):
+        self.build(fields)
+
+    def build(self, fields):
+        super().__init__(**fields)
+
+
+@pytest.mark.parametrize('type_', [HandsOn, CallsAnotherClass, CallsAMethod])
+def test_deep_errors_of_foreign_classes_keep_their_traceback(type_):
+    """Unless the field only went up to a base class."""
+    with pytest.raises(TypeError) as error:
+        Registry('thing').build(dict(type=type_, dept=18))
+    sentence = explain(error.value)
+    if type_ is not HandsOn:
+        assert sentence is None
+        return
+    assert sentence.startswith("wrong fields for type 'HandsOn': Foreign.__init__() got an ")
+    assert sentence.endswith("did you mean 'depth'?")
 
 
 @pytest.mark.parametrize('workers', [0, 1])
