@@ -114,7 +114,9 @@ def _parse_test(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument('--out', metavar='FILE.pkl', help='file for the predictions')
     parser.add_argument('--show', action='store_true', help='show the results in a window')
     parser.add_argument(
-        '--show-dir', help='folder for images with the results drawn in, below the work dir'
+        '--show-dir',
+        help='folder for images with the results drawn in, below WORK_DIR/TIME_OF_THE_RUN unless '
+        'absolute',
     )
     parser.add_argument(
         '--wait-time', type=float, default=2, help='seconds between two images of --show'
@@ -302,14 +304,23 @@ def _set_visualization(cfg: Config, args: argparse.Namespace) -> None:
     hook['draw' if is_detector else 'enable'] = True
     if not is_detector:
         hook.interval = 1  # MMPretrain's applies to tests, too; MMDetection's to validations only
-    if args.show_dir:
-        hook['test_out_dir' if is_detector else 'out_dir'] = args.show_dir
+    if args.show_dir and is_detector:
+        hook.test_out_dir = args.show_dir
     if cfg.get('visualizer') is None:
         cfg.visualizer = dict(
             type='DetLocalVisualizer' if is_detector else 'UniversalVisualizer',
             vis_backends=[dict(type='LocalVisBackend')],
             name='visualizer',
         )
+
+
+def _set_show_dir(runner: Runner, show_dir: str) -> None:
+    """Draw a classifier's results where MMDetection's hook draws those of a detector."""
+    from mmpretrain.engine.hooks import VisualizationHook
+
+    for hook in runner.hooks:
+        if isinstance(hook, VisualizationHook):
+            hook.out_dir = osp.join(runner.work_dir, runner.timestamp, show_dir)
 
 
 def _innermost_dataset(dataset: ConfigDict) -> ConfigDict:
@@ -470,6 +481,8 @@ def _prepare_test(args: argparse.Namespace) -> Runner:
     if args.tta:
         _set_tta(cfg)
     runner = _build_runner(cfg)
+    if args.show_dir and cfg.default_scope == 'mmpretrain':
+        _set_show_dir(runner, args.show_dir)
     if args.out is not None:
         runner.test_evaluator.metrics.append(_dump_metric(cfg.default_scope, args.out))
     return runner

@@ -300,7 +300,12 @@ def test_classifier(here, capsys):
     cli.run_test(['classifier.py', checkpoint, '--show-dir', 'drawn', *MOVED])
     assert 'accuracy/top1' in ''.join(capsys.readouterr())
     assert len(pickle.loads(Path('classes.pkl').read_bytes())) == 4
-    assert len(list(Path('drawn').rglob('*.png'))) == 4
+    # As a detector's, and not in the current folder.
+    assert len(list(Path('work_dirs/classifier').glob('*/drawn/*.png'))) == 4
+    assert not Path('drawn').exists()
+    absolute = here / 'elsewhere'
+    cli.run_test(['classifier.py', checkpoint, '--show-dir', str(absolute), *MOVED])
+    assert len(list(absolute.glob('*.png'))) == 4
     both = ('--tta', '--show-dir', 'drawn', *MOVED)
     sentence = failure(capsys, cli.run_test, 'classifier.py', checkpoint, *both)
     assert sentence.startswith('--tta does not go with --show')
