@@ -12,7 +12,7 @@ import os
 import os.path as osp
 import sys
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from mmengine.config import Config, ConfigDict, DictAction
@@ -171,6 +171,19 @@ def apply_data_root(cfg: Config, new_root: str) -> None:
     _moved(cfg._cfg_dict, old_root.rstrip('/'), new_root.rstrip('/') or '/')
 
 
+def _routers(node: Any, field: str) -> Iterator[str]:
+    """The fields of a model that hold the config of a router."""
+    if isinstance(node, Mapping):
+        for key, value in node.items():
+            if key == 'router' and isinstance(value, Mapping):
+                yield f'{field}.{key}'
+            else:
+                yield from _routers(value, f'{field}.{key}')
+    elif isinstance(node, (list, tuple)):
+        for index, item in enumerate(node):
+            yield from _routers(item, f'{field}.{index}')
+
+
 def load_config(path: str, options: Mapping[str, Any] | None = None) -> Config:
     """Read a config file and apply the overrides of the command line.
 
@@ -192,10 +205,14 @@ def load_config(path: str, options: Mapping[str, Any] | None = None) -> Config:
     if 'data_root' in options:
         apply_data_root(cfg, options.pop('data_root'))
     if routed := [key for key in options if key.split('.')[0] == 'router']:
-        raise ConfigError(
-            f'--cfg-options {routed[0]}: the config has copied `router` into its models already; '
-            f'set it there, for example model.bbox_head.{routed[0]}=...'
+        places = list(_routers(cfg.get('model'), 'model'))
+        there = (
+            f'the config has copied `router` into its model already; set it there, {places[0]}'
+            f'{routed[0].removeprefix("router")}=...'
+            if places
+            else 'the model of this config has no router; use the config of a mixture of experts'
         )
+        raise ConfigError(f'--cfg-options {routed[0]}: {there}')
     try:
         cfg.merge_from_dict(options)
     except (KeyError, TypeError, IndexError) as error:

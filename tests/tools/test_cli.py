@@ -590,6 +590,22 @@ def test_no_worker_is_kept_where_there_is_none(scope):
     assert cfg.train_dataloader.get('persistent_workers', False) == (scope == 'mmpretrain')
 
 
+@pytest.mark.parametrize(
+    ('name', 'advice'),
+    [
+        ('resnet18_moe_soft_cifar100', 'set it there, model.backbone.router.noise=...'),
+        ('retinanet_moe_soft_coco', 'set it there, model.bbox_head.router.noise=...'),
+        ('faster_rcnn_moe_soft_coco', 'set it there, model.roi_head.bbox_head.router.noise=...'),
+        ('moe_rotate_resnet18_cifar10', 'set it there, model.router.noise=...'),
+        ('resnet18_moe_dense_cifar100', 'use the config of a mixture of experts'),
+    ],
+)
+def test_where_the_router_is(name, advice):
+    with pytest.raises(ConfigError, match=r'^--cfg-options router\.noise: ') as error:
+        cli.load_config(str(ROOT / 'configs' / f'{name}.py'), {'router.noise': False})
+    assert str(error.value).endswith(advice)
+
+
 def test_nothing_to_resume(tmp_path, capsys):
     cfg = Config(dict(work_dir=str(tmp_path), load_from='start.pth'))
     cli._set_resume(cfg, 'auto')

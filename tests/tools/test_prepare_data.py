@@ -60,7 +60,21 @@ def test_an_error_is_one_sentence_and_status_2(tmp_path):
     assert 'Traceback' not in done.stderr
 
 
-@pytest.mark.parametrize('command', ['coco', 'cifar10', 'cifar100', 'fashion-mnist'])
+COMMANDS = ('coco', 'cifar10', 'cifar100', 'fashion-mnist', 'digit-scenes')
+
+
+@pytest.mark.parametrize('command', COMMANDS)
+def test_a_file_in_place_of_the_folder(main, tmp_path, capsys, command):
+    file = tmp_path / 'file'
+    file.touch()
+    for out in (file, file / 'below'):
+        assert main([command, '--out', str(out)]) == 2
+        assert capsys.readouterr().err == (
+            f'error: --out {out}: {file} is a file; choose a folder or move it away\n'
+        )
+
+
+@pytest.mark.parametrize('command', COMMANDS[:4])
 def test_offline(main, tmp_path, capsys, monkeypatch, command):
     monkeypatch.setenv('no_proxy', '127.0.0.1')
     for module in (download, fashion_mnist):
