@@ -12,7 +12,7 @@ import os
 import os.path as osp
 import sys
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from mmengine.config import Config, ConfigDict, DictAction
@@ -30,7 +30,12 @@ from mmdet_moe.compat.malloc import keep_large_blocks
 from mmdet_moe.engine.explain import explain, in_one_line
 from mmdet_moe.engine.finished_run import FinishedRunHook
 from mmdet_moe.engine.image_errors import ImageErrorHook
-from mmdet_moe.engine.preflight import check_checkpoint, check_config, datasets_of
+from mmdet_moe.engine.preflight import (
+    check_checkpoint,
+    check_config,
+    datasets_of,
+    resumable_checkpoint,
+)
 from mmdet_moe.errors import ConfigError
 
 __all__ = [
@@ -114,7 +119,9 @@ def _parse_test(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument('--out', metavar='FILE.pkl', help='file for the predictions')
     parser.add_argument('--show', action='store_true', help='show the results in a window')
     parser.add_argument(
-        '--show-dir', help='folder for images with the results drawn in, below the work dir'
+        '--show-dir',
+        help='folder for images with the results drawn in, below WORK_DIR/TIME_OF_THE_RUN unless '
+        'absolute',
     )
     parser.add_argument(
         '--wait-time', type=float, default=2, help='seconds between two images of --show'
@@ -169,6 +176,19 @@ def apply_data_root(cfg: Config, new_root: str) -> None:
     _moved(cfg._cfg_dict, old_root.rstrip('/'), new_root.rstrip('/') or '/')
 
 
+def _routers(node: Any, field: str) -> Iterator[str]:
+    """The fields of a model that hold the config of a router."""
+    if isinstance(node, Mapping):
+        for key, value in node.items():
+            if key == 'router' and isinstance(value, Mapping):
+                yield f'{field}.{key}'
+            else:
+                yield from _routers(value, f'{field}.{key}')
+    elif isinstance(node, (list, tuple)):
+        for index, item in enumerate(node):
+            yield from _routers(item, f'{field}.{index}')
+
+
 def load_config(path: str, options: Mapping[str, Any] | None = None) -> Config:
     """Read a config file and apply the overrides of the command line.
 
@@ -190,10 +210,14 @@ def load_config(path: str, options: Mapping[str, Any] | None = None) -> Config:
     if 'data_root' in options:
         apply_data_root(cfg, options.pop('data_root'))
     if routed := [key for key in options if key.split('.')[0] == 'router']:
-        raise ConfigError(
-            f'--cfg-options {routed[0]}: the config has copied `router` into its models already; '
-            f'set it there, for example model.bbox_head.{routed[0]}=...'
+        places = list(_routers(cfg.get('model'), 'model'))
+        there = (
+            f'the config has copied `router` into its model already; set it there, {places[0]}'
+            f'{routed[0].removeprefix("router")}=...'
+            if places
+            else 'the model of this config has no router; use the config of a mixture of experts'
         )
+        raise ConfigError(f'--cfg-options {routed[0]}: {there}')
     try:
         cfg.merge_from_dict(options)
     except (KeyError, TypeError, IndexError) as error:
@@ -225,15 +249,23 @@ def _prepare(args: argparse.Namespace) -> Config:
 
 
 def set_loader_defaults(cfg: Config) -> None:
-    """Fill in what MMPretrain's configs rely on its tools for; those of others stay as they are."""
-    if cfg.default_scope != 'mmpretrain':
-        return
+    """Fill in what MMPretrain's configs rely on its tools for, and keep no worker where none is.
+
+    The latter is for all configs: PyTorch refuses ``persistent_workers`` without workers, so that
+    ``num_workers=0`` on the command line would not be enough.
+    """
+    is_mmpretrain = cfg.default_scope == 'mmpretrain'
     for field in ('train_dataloader', 'val_dataloader', 'test_dataloader'):
         loader = cfg.get(field)
-        if loader is not None:
+        if loader is None:
+            continue
+        has_workers = loader.get('num_workers', 0) > 0
+        if is_mmpretrain:
             loader.setdefault('pin_memory', get_device() != 'cpu')
-            loader.setdefault('persistent_workers', loader.get('num_workers', 0) > 0)
+            loader.setdefault('persistent_workers', has_workers)
             loader.setdefault('collate_fn', dict(type='default_collate'))
+        if loader.get('persistent_workers') and not has_workers:
+            loader.persistent_workers = False
 
 
 def _set_amp(cfg: Config, requested: bool) -> None:
@@ -276,26 +308,12 @@ def _set_resume(cfg: Config, resume: str) -> None:
         check_checkpoint(resume, '--resume')
         cfg.resume, cfg.load_from = True, resume
         return
-    latest = _latest_checkpoint(cfg.work_dir)
+    latest = resumable_checkpoint(cfg.work_dir)
     if latest is None:
         cfg.resume = False
         _note(f"--resume: there is nothing to resume in '{cfg.work_dir}', training starts anew")
         return
     cfg.resume, cfg.load_from = True, latest
-
-
-def _latest_checkpoint(work_dir: str) -> str | None:
-    """The checkpoint that MMEngine noted as its last one, also after the folder was moved."""
-    record = osp.join(work_dir, 'last_checkpoint')
-    if not osp.isfile(record):
-        return None
-    with open(record, encoding='utf-8') as file:
-        path = file.read().strip()
-    moved = osp.join(work_dir, osp.basename(path))
-    if not osp.exists(path) and osp.exists(moved):
-        path = moved
-    check_checkpoint(path, f"--resume: '{record}'")
-    return path
 
 
 def _set_visualization(cfg: Config, args: argparse.Namespace) -> None:
@@ -308,14 +326,23 @@ def _set_visualization(cfg: Config, args: argparse.Namespace) -> None:
     hook['draw' if is_detector else 'enable'] = True
     if not is_detector:
         hook.interval = 1  # MMPretrain's applies to tests, too; MMDetection's to validations only
-    if args.show_dir:
-        hook['test_out_dir' if is_detector else 'out_dir'] = args.show_dir
+    if args.show_dir and is_detector:
+        hook.test_out_dir = args.show_dir
     if cfg.get('visualizer') is None:
         cfg.visualizer = dict(
             type='DetLocalVisualizer' if is_detector else 'UniversalVisualizer',
             vis_backends=[dict(type='LocalVisBackend')],
             name='visualizer',
         )
+
+
+def _set_show_dir(runner: Runner, show_dir: str) -> None:
+    """Draw a classifier's results where MMDetection's hook draws those of a detector."""
+    from mmpretrain.engine.hooks import VisualizationHook
+
+    for hook in runner.hooks:
+        if isinstance(hook, VisualizationHook):
+            hook.out_dir = osp.join(runner.work_dir, runner.timestamp, show_dir)
 
 
 def _innermost_dataset(dataset: ConfigDict) -> ConfigDict:
@@ -482,6 +509,8 @@ def _prepare_test(args: argparse.Namespace) -> Runner:
     if args.tta:
         _set_tta(cfg)
     runner = _build_runner(cfg)
+    if args.show_dir and cfg.default_scope == 'mmpretrain':
+        _set_show_dir(runner, args.show_dir)
     if args.out is not None:
         runner.test_evaluator.metrics.append(_dump_metric(cfg.default_scope, args.out))
     return runner

@@ -111,9 +111,7 @@ def test_config_trains(name, folders, monkeypatch, capsys):
     network, data = name.removesuffix('_single').split('_', 1)
     path = str(CONFIGS / f'moe_rotate_{name}.py')
     options = [f'data_root={folders / data}', 'train_dataloader.batch_size=20', *SMALL[network]]
-    for loader in ('train', 'val'):
-        options += [f'{loader}_dataloader.num_workers=0']
-        options += [f'{loader}_dataloader.persistent_workers=False']
+    options += [f'{loader}_dataloader.num_workers=0' for loader in ('train', 'val')]
     cli.run_train([path, '--work-dir', 'run', '--cfg-options', *options, 'train_cfg.max_epochs=1'])
     report = json.loads(Path('run/expert_utilization_val.json').read_text())
     assert report['layers']['moe']['num_items'] == 20

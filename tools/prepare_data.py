@@ -191,10 +191,19 @@ def _report(args: argparse.Namespace, unpacked: Sequence[str]) -> None:
     print(f'{args.out}: unpacked {", ".join(unpacked)}{kept}')
 
 
+def _check_out(out: str | None) -> None:
+    """Complain about an ``--out`` that can be no folder, before anything is downloaded."""
+    path = Path(out or '.').absolute()
+    existing = next(part for part in (path, *path.parents) if part.exists())
+    if not existing.is_dir():
+        raise ConfigError(f'--out {out}: {existing} is a file; choose a folder or move it away')
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command. Returns the exit status: 2 after an error that the user can mend."""
     args = parse_args(argv)
     try:
+        _check_out(args.out)
         args.run(args)
     except (ConfigError, OSError) as error:
         print(f'error: {error}', file=sys.stderr)

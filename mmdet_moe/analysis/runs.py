@@ -17,6 +17,7 @@ from mmengine.registry import MODELS, DefaultScope
 from mmdet_moe.analysis.files import EXPERTS_FILE
 from mmdet_moe.analysis.history import logged_scalars
 from mmdet_moe.engine.hooks.expert_utilization_hook import REPORT_FILE
+from mmdet_moe.engine.preflight import recorded_checkpoint, resumable_checkpoint
 from mmdet_moe.errors import ConfigError
 from mmdet_moe.moe import count_parameters
 
@@ -79,7 +80,7 @@ def train(
         ConfigError: If the training fails.
     """
     arguments = [str(config), '--work-dir', str(work_dir)]
-    if latest_checkpoint(work_dir) is not None:
+    if resumable_checkpoint(work_dir) is not None:
         arguments.append('--resume')
     if options:
         arguments += ['--cfg-options', *options]
@@ -132,9 +133,13 @@ def _run_tool(tool: str, arguments: list[str], threads: int | None, output: Text
 
 
 def latest_checkpoint(work_dir: Path) -> Path | None:
-    """The newest checkpoint of a run; None before the first one."""
-    pointer = work_dir / 'last_checkpoint'
-    return work_dir / Path(pointer.read_text()).name if pointer.exists() else None
+    """The last checkpoint of a run, by MMEngine's note; None before the first one.
+
+    Where that file is missing no earlier one stands in for it, as for a training that is resumed:
+    the figures of a finished run belong to its last checkpoint alone.
+    """
+    recorded = recorded_checkpoint(work_dir)
+    return None if recorded is None else Path(recorded)
 
 
 def collect(work_dir: Path) -> RunResult | None:

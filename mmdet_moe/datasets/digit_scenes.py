@@ -201,7 +201,7 @@ def _already_there(out: Path, parameters: dict, overwrite: bool) -> dict | None:
     if manifest is None:
         # Not even with overwrite: it may be somebody's only copy of something.
         raise ConfigError(
-            f'{out} exists and is no digit-scenes data set: choose another --out or move it away'
+            f'{out} exists and is no digit-scenes data set: choose another folder or move it away'
         )
     differences = _differences(manifest, parameters)
     incomplete = _find_missing(out, manifest)
@@ -215,7 +215,8 @@ def _already_there(out: Path, parameters: dict, overwrite: bool) -> dict | None:
         else f'is incomplete ({incomplete})'
     )
     raise ConfigError(
-        f'the data set in {out} {problem}: give --overwrite to replace it, or choose another --out'
+        f'the data set in {out} {problem}: choose another folder or move it away; '
+        '`tools/prepare_data.py digit-scenes` replaces it with --overwrite'
     )
 
 

@@ -40,14 +40,14 @@ class Archive:
         num_bytes: its exact size.
         unpacked_bytes: about what its content takes on disk.
         provides: paths below the output folder that tell that it is unpacked. The number of files
-            for a folder, None for a file.
+            for a folder; for a file its MD5, or None to be content with any file.
     """
 
     path: str
     md5: str
     num_bytes: int
     unpacked_bytes: int
-    provides: Mapping[str, int | None]
+    provides: Mapping[str, int | str | None]
 
     @property
     def name(self) -> str:
@@ -86,13 +86,15 @@ COCO_ANNOTATIONS = Archive(
 CIFAR_URL_BASE = 'https://www.cs.toronto.edu/~kriz'
 
 
-def _cifar(name: str, md5: str, num_bytes: int, folder: str, files: Sequence[str]) -> Archive:
+def _cifar(
+    name: str, md5: str, num_bytes: int, folder: str, md5_of_files: Mapping[str, str]
+) -> Archive:
     return Archive(
         path=f'{name}-python.tar.gz',
         md5=md5,
         num_bytes=num_bytes,
         unpacked_bytes=187_000_000,
-        provides={f'{folder}/{file}': None for file in files},
+        provides={f'{folder}/{file}': md5 for file, md5 in md5_of_files.items()},
     )
 
 
@@ -102,14 +104,26 @@ CIFAR = {
         'c58f30108f718f92721af3b95e74349a',
         170_498_071,
         'cifar-10-batches-py',
-        (*(f'data_batch_{i}' for i in range(1, 6)), 'test_batch', 'batches.meta'),
+        {
+            'data_batch_1': 'c99cafc152244af753f735de768cd75f',
+            'data_batch_2': 'd4bba439e000b95fd0a9bffe97cbabec',
+            'data_batch_3': '54ebc095f3ab1f0389bbae665268c751',
+            'data_batch_4': '634d18415352ddfa80567beed471001a',
+            'data_batch_5': '482c414d41f54cd18b22e5b47cb7c3cb',
+            'test_batch': '40351d587109b95175f43aff81a1287e',
+            'batches.meta': '5ff9c542aee3614f3951f8cda6e48888',
+        },
     ),
     'cifar100': _cifar(
         'cifar-100',
         'eb9058c3a382ffc7106e4002c42a8d85',
         169_001_437,
         'cifar-100-python',
-        ('train', 'test', 'meta'),
+        {
+            'train': '16019d7e3df5f24257cddd939b257f8d',
+            'test': 'f0ef6b0ae62326f3e7ffdfab6717acfc',
+            'meta': '7973b15100ade9c7d40fb424638fde48',
+        },
     ),
 }
 
@@ -197,23 +211,35 @@ def is_unpacked(archive: Archive, out: Path) -> bool:
     """Whether all that an archive provides is in ``out``.
 
     Raises:
-        ConfigError: a folder is there with too few files in it, as after an interrupted unzip.
+        ConfigError: a folder is there with too few files in it, as after an interrupted unzip, or a
+            file with another content.
     """
     complete = True
-    for path, num_files in archive.provides.items():
+    for path, expected in archive.provides.items():
         target = out / path
-        if num_files is None:
-            complete &= target.is_file()
-        elif target.is_dir():
-            found = sum(1 for _ in os.scandir(target))
-            if found < num_files:
+        if isinstance(expected, int):
+            if target.is_dir():
+                _check_number_of_files(target, expected)
+            else:
+                complete = False
+        elif target.is_file():
+            found = md5_of(target) if expected is not None else None
+            if found != expected:
                 raise ConfigError(
-                    f'{target} holds {found} of {num_files} files: move it away and run the '
-                    'command again'
+                    f'{target} has the MD5 {found} instead of {expected}, so it is incomplete, '
+                    'damaged or something else: delete it and run the command again'
                 )
         else:
             complete = False
     return complete
+
+
+def _check_number_of_files(folder: Path, expected: int) -> None:
+    found = sum(1 for _ in os.scandir(folder))
+    if found < expected:
+        raise ConfigError(
+            f'{folder} holds {found} of {expected} files: move it away and run the command again'
+        )
 
 
 def check_disk_space(archives: Sequence[Archive], out: Path) -> None:

@@ -118,12 +118,28 @@ def _describe_wrong_argument(error: BaseException) -> str | None:
     module = getattr(built, '__module__', '') or ''
     is_own = module.split('.')[0] == 'mmdet_moe'
     # Deeper inside a foreign class it may be a bug there, for which the traceback is the answer.
-    if built is None or not (is_own or builders[-1] == len(frames) - 1):
+    if built is None or not (is_own or _is_handed_on(built, frames[builders[-1] + 1 :], text)):
         return None
     prefix = 'mmdet_moe.' if is_own else ''
     return (
         f"wrong fields for type '{prefix}{built.__name__}': {text}{_accepted_fields(built, text)}"
     )
+
+
+def _is_handed_on(built: Callable, frames: list[FrameType], text: str) -> bool:
+    """Whether a call failed on its way from the builder up the constructors of the base classes.
+
+    Args:
+        built: What was built.
+        frames: Those below the builder.
+        text: The error's.
+    """
+    bases = inspect.getmro(built) if inspect.isclass(built) else ()
+    codes = [getattr(base.__init__, '__code__', None) for base in bases]
+    # A constructor may also have called something else in a wrong way.
+    called = re.search(r'(\w+)\.__init__\(\)', text)
+    named = called is not None and called[1] in [base.__name__ for base in bases]
+    return not frames or (named and all(frame.f_code in codes for frame in frames))
 
 
 def _accepted_fields(built: Callable, text: str) -> str:

@@ -125,9 +125,12 @@ def expect_cifar(monkeypatch, folder, archive=None):
         files = [[file, _md5(folder / file)] for file, _ in getattr(cls, list_name)]
         monkeypatch.setattr(cls, list_name, files)
     monkeypatch.setattr(cls, 'meta', cls.meta | {'md5': _md5(folder / cls.meta['filename'])})
+    published = download.CIFAR[name]
+    provides = {path: _md5(folder.parent / path) for path in published.provides}
+    published = replace(published, provides=provides)
     if archive is not None:
-        published = download.CIFAR[name]
-        monkeypatch.setitem(download.CIFAR, name, _describe(published, archive))
+        published = _describe(published, archive)
+    monkeypatch.setitem(download.CIFAR, name, published)
 
 
 def expect_fashion_mnist(monkeypatch, root):

@@ -1,6 +1,7 @@
 """Every complaint of the preflight, on small files."""
 
 import json
+import os
 import re
 
 import cv2
@@ -9,7 +10,12 @@ import pytest
 import torch
 from mmengine.config import Config
 
-from mmdet_moe.engine.preflight import check_checkpoint, check_config
+from mmdet_moe.engine.preflight import (
+    check_checkpoint,
+    check_config,
+    recorded_checkpoint,
+    resumable_checkpoint,
+)
 from mmdet_moe.errors import ConfigError
 
 CLASSES = ('cat', 'dog')
@@ -292,6 +298,42 @@ def test_what_is_a_checkpoint(tmp_path):
     path.write_bytes(b'')
     with pytest.raises(ConfigError, match=r'load_from: .* incomplete'):
         check_checkpoint(str(path), 'load_from')
+
+
+def test_checkpoint_to_resume_from(tmp_path):
+    def write(name, time, part=1.0):
+        torch.save({'a': torch.zeros(2000)}, path := tmp_path / name)
+        path.write_bytes(path.read_bytes()[: int(part * path.stat().st_size)])
+        os.utime(path, (time, time))
+        return str(path)
+
+    record = tmp_path / 'last_checkpoint'
+    assert resumable_checkpoint(tmp_path) is recorded_checkpoint(tmp_path) is None
+    write('best_epoch_9.pth', 9)
+    record.write_text('')  # interrupted between opening and writing
+    assert resumable_checkpoint(tmp_path) is recorded_checkpoint(tmp_path) is None
+    older, newer = write('epoch_8.pth', 1), write('epoch_3.pth', 2)
+    broken = write('epoch_4.pth', 3, part=0.9)
+    assert resumable_checkpoint(tmp_path) == newer
+    for name, found in (('epoch_4.pth', newer), ('epoch_5.pth', newer), ('epoch_8.pth', older)):
+        record.write_text(f'/elsewhere/{name}')
+        assert recorded_checkpoint(tmp_path) == str(tmp_path / name)
+        assert resumable_checkpoint(tmp_path) == found
+    with pytest.raises(ConfigError, match='incomplete'):
+        check_checkpoint(broken, 'load_from')
+
+
+def test_checkpoints_in_another_folder(tmp_path):
+    other, work_dir = tmp_path / 'other', tmp_path / 'run'
+    for folder in (other, work_dir):
+        folder.mkdir()
+    torch.save({}, other / 'iter_2.pth')
+    (work_dir / 'last_checkpoint').write_text(f'{other}/iter_2.pth')
+    assert resumable_checkpoint(work_dir) == f'{other}/iter_2.pth'
+    torch.save({}, work_dir / 'iter_2.pth')  # a copy of the run
+    assert resumable_checkpoint(work_dir) == f'{work_dir}/iter_2.pth'
+    (work_dir / 'last_checkpoint').write_text('s3://bucket/iter_2.pth')
+    assert resumable_checkpoint(work_dir) == 's3://bucket/iter_2.pth'
 
 
 def test_hooks(root):

@@ -17,12 +17,16 @@ import torch
 from mmcv import transforms
 from mmcv.transforms import Compose, LoadImageFromFile
 from mmengine.config import Config
+from mmengine.fileio import LocalBackend
+from mmengine.registry import Registry
 
 import mmdet_moe
 from mmdet_moe import cli
+from mmdet_moe.analysis import runs
 from mmdet_moe.compat.distributed import check_launcher, init_cpu_group
 from mmdet_moe.engine.explain import explain
 from mmdet_moe.engine.image_errors import ImageErrorHook, ImageReader
+from mmdet_moe.engine.preflight import check_checkpoint
 from mmdet_moe.errors import ConfigError
 
 ROOT = Path(mmdet_moe.__file__).parents[1]
@@ -203,6 +207,68 @@ def test_resume(here, trained, capfd):
     assert 'Iter(train) [2/3]' not in output
 
 
+def interrupt(monkeypatch, name):
+    """From now on a training stops while it writes the checkpoint of that name, half of it."""
+    put = LocalBackend.put
+
+    def put_half(self, content, path):
+        if Path(path).name != name:
+            return put(self, content, path)
+        put(self, content[: len(content) // 2], path)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(LocalBackend, 'put', put_half)
+
+
+@pytest.mark.parametrize(
+    ('kept', 'files', 'start'),
+    [
+        (2, ['iter_2.pth', 'iter_3.pth'], 'resumed epoch: 0, iter: 2'),
+        # As in the configs of former versions.
+        (1, ['iter_3.pth'], "nothing to resume in 'interrupted1', training starts anew"),
+    ],
+)
+def test_resume_after_an_interrupted_save(here, monkeypatch, capfd, kept, files, start):
+    run = Path(f'interrupted{kept}')
+    options = [
+        *MOVED,
+        'train_cfg.max_iters=3',
+        f'default_hooks.checkpoint.max_keep_ckpts={kept}',
+    ]
+    training = ['detector.py', '--work-dir', str(run), '--no-validate']
+    with monkeypatch.context() as patch:
+        interrupt(patch, 'iter_3.pth')
+        with pytest.raises(KeyboardInterrupt):
+            cli.run_train([*training, *options])
+    assert sorted(path.name for path in run.glob('*.pth')) == files
+    assert (run / 'last_checkpoint').read_text().endswith('iter_2.pth')
+    capfd.readouterr()
+    cli.run_train([*training, '--resume', *options])
+    assert start in ''.join(capfd.readouterr())
+    assert (run / 'last_checkpoint').read_text().endswith('iter_3.pth')
+    check_checkpoint(str(run / 'iter_3.pth'), 'checkpoint')
+
+
+@pytest.mark.parametrize('runtime', ['classification', 'demo', 'default'])
+def test_runtimes_keep_a_checkpoint_while_the_next_one_is_written(runtime):
+    cfg = Config.fromfile(ROOT / 'configs' / '_base_' / f'{runtime}_runtime.py')
+    assert cfg.default_hooks.checkpoint.max_keep_ckpts >= 2
+
+
+def test_experiments_survive_an_interrupted_save(here, monkeypatch):
+    run = here / 'interrupted_experiment'
+    options = ['data_root=moved', 'default_hooks.checkpoint.max_keep_ckpts=1']
+    with monkeypatch.context() as patch:
+        interrupt(patch, 'iter_2.pth')
+        with pytest.raises(KeyboardInterrupt):
+            cli.run_train(['detector.py', '--work-dir', str(run), '--cfg-options', *options])
+    assert [path.name for path in run.glob('*.pth')] == ['iter_2.pth']
+    options[0] = f'data_root={here / "moved"}'  # trainings of experiments run from the checkout
+    with (run / 'output.log').open('w') as log:
+        runs.train(here / 'detector.py', run, options, output=log)
+    check_checkpoint(str(runs.latest_checkpoint(run)), 'checkpoint')
+
+
 def test_test_with_everything(folder, trained):
     done = tool(
         folder,
@@ -234,7 +300,12 @@ def test_classifier(here, capsys):
     cli.run_test(['classifier.py', checkpoint, '--show-dir', 'drawn', *MOVED])
     assert 'accuracy/top1' in ''.join(capsys.readouterr())
     assert len(pickle.loads(Path('classes.pkl').read_bytes())) == 4
-    assert len(list(Path('drawn').rglob('*.png'))) == 4
+    # As a detector's, and not in the current folder.
+    assert len(list(Path('work_dirs/classifier').glob('*/drawn/*.png'))) == 4
+    assert not Path('drawn').exists()
+    absolute = here / 'elsewhere'
+    cli.run_test(['classifier.py', checkpoint, '--show-dir', str(absolute), *MOVED])
+    assert len(list(absolute.glob('*.png'))) == 4
     both = ('--tta', '--show-dir', 'drawn', *MOVED)
     sentence = failure(capsys, cli.run_test, 'classifier.py', checkpoint, *both)
     assert sentence.startswith('--tta does not go with --show')
@@ -364,6 +435,50 @@ def test_misspelt_fields(here, capsys):
     assert "'no_such_field'" in message
 
 
+def test_fields_that_a_base_class_takes(here, capsys):
+    """Of a class that hands them on, as ResNet_CIFAR does."""
+    backbone = ('model.backbone.type=ResNet_CIFAR', 'model.backbone.num_experts=4')
+    message = failure(capsys, cli.run_train, 'classifier.py', *MOVED, *backbone)
+    assert message.startswith("wrong fields for type 'ResNet_CIFAR': ")
+    assert "'num_experts'; it takes depth, " in message
+
+
+class Foreign:
+    def __init__(self, depth):
+        self.depth = depth
+
+
+class HandsOn(Foreign):
+    def __init__(self, **fields):
+        super().__init__(**fields)
+
+
+class CallsAnotherClass:
+    def __init__(self, **fields):
+        Foreign(**fields)
+
+
+class CallsAMethod(Foreign):
+    def __init__(self, **fields):
+        self.build(fields)
+
+    def build(self, fields):
+        super().__init__(**fields)
+
+
+@pytest.mark.parametrize('type_', [HandsOn, CallsAnotherClass, CallsAMethod])
+def test_deep_errors_of_foreign_classes_keep_their_traceback(type_):
+    """Unless the field only went up to a base class."""
+    with pytest.raises(TypeError) as error:
+        Registry('thing').build(dict(type=type_, dept=18))
+    sentence = explain(error.value)
+    if type_ is not HandsOn:
+        assert sentence is None
+        return
+    assert sentence.startswith("wrong fields for type 'HandsOn': Foreign.__init__() got an ")
+    assert sentence.endswith("did you mean 'depth'?")
+
+
 @pytest.mark.parametrize('workers', [0, 1])
 def test_an_unreadable_image_is_named(here, capsys, tmp_path, workers):
     root = tmp_path / 'data'
@@ -457,6 +572,40 @@ def test_options_beside_data_root_are_kept(here):
     assert cfg.train_dataloader.dataset.data_root == 'moved/'
 
 
+@pytest.mark.parametrize('scope', ['mmdet', 'mmpretrain'])
+def test_no_worker_is_kept_where_there_is_none(scope):
+    loaders = {
+        'train_dataloader': dict(num_workers=0, persistent_workers=True),
+        'val_dataloader': dict(num_workers=2, persistent_workers=True),
+        'test_dataloader': dict(persistent_workers=True),
+    }
+    cfg = Config(dict(default_scope=scope, **loaders))
+    cli.set_loader_defaults(cfg)
+    assert [cfg[loader].persistent_workers for loader in loaders] == [False, True, False]
+    cfg = Config(
+        dict(default_scope=scope, train_dataloader=dict(num_workers=2), val_dataloader=None)
+    )
+    cli.set_loader_defaults(cfg)
+    # MMPretrain's configs rely on its tools for the field.
+    assert cfg.train_dataloader.get('persistent_workers', False) == (scope == 'mmpretrain')
+
+
+@pytest.mark.parametrize(
+    ('name', 'advice'),
+    [
+        ('resnet18_moe_soft_cifar100', 'set it there, model.backbone.router.noise=...'),
+        ('retinanet_moe_soft_coco', 'set it there, model.bbox_head.router.noise=...'),
+        ('faster_rcnn_moe_soft_coco', 'set it there, model.roi_head.bbox_head.router.noise=...'),
+        ('moe_rotate_resnet18_cifar10', 'set it there, model.router.noise=...'),
+        ('resnet18_moe_dense_cifar100', 'use the config of a mixture of experts'),
+    ],
+)
+def test_where_the_router_is(name, advice):
+    with pytest.raises(ConfigError, match=r'^--cfg-options router\.noise: ') as error:
+        cli.load_config(str(ROOT / 'configs' / f'{name}.py'), {'router.noise': False})
+    assert str(error.value).endswith(advice)
+
+
 def test_nothing_to_resume(tmp_path, capsys):
     cfg = Config(dict(work_dir=str(tmp_path), load_from='start.pth'))
     cli._set_resume(cfg, 'auto')
@@ -464,14 +613,15 @@ def test_nothing_to_resume(tmp_path, capsys):
     assert 'nothing to resume' in capsys.readouterr().out
 
 
-def test_resume_after_the_folder_was_moved(tmp_path):
+def test_resume_after_the_folder_was_moved(tmp_path, capsys):
     (tmp_path / 'last_checkpoint').write_text('/before/the/move/iter_2.pth')
     cfg = Config(dict(work_dir=str(tmp_path)))
-    with pytest.raises(ConfigError, match='last_checkpoint'):
-        cli._set_resume(cfg, 'auto')
+    cli._set_resume(cfg, 'auto')
+    assert not cfg.resume
+    assert 'nothing to resume' in capsys.readouterr().out
     torch.save({}, tmp_path / 'iter_2.pth')
     cli._set_resume(cfg, 'auto')
-    assert cfg.load_from == str(tmp_path / 'iter_2.pth')
+    assert (cfg.resume, cfg.load_from) == (True, str(tmp_path / 'iter_2.pth'))
 
 
 def test_cpu_group_is_for_launchers_only():

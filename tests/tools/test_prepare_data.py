@@ -14,6 +14,7 @@ from miniature import (
     write_cifar100,
     write_fashion_mnist,
 )
+from mmpretrain.datasets import CIFAR10, CIFAR100
 
 from mmdet_moe.datasets import download, fashion_mnist
 
@@ -59,7 +60,21 @@ def test_an_error_is_one_sentence_and_status_2(tmp_path):
     assert 'Traceback' not in done.stderr
 
 
-@pytest.mark.parametrize('command', ['coco', 'cifar10', 'cifar100', 'fashion-mnist'])
+COMMANDS = ('coco', 'cifar10', 'cifar100', 'fashion-mnist', 'digit-scenes')
+
+
+@pytest.mark.parametrize('command', COMMANDS)
+def test_a_file_in_place_of_the_folder(main, tmp_path, capsys, command):
+    file = tmp_path / 'file'
+    file.touch()
+    for out in (file, file / 'below'):
+        assert main([command, '--out', str(out)]) == 2
+        assert capsys.readouterr().err == (
+            f'error: --out {out}: {file} is a file; choose a folder or move it away\n'
+        )
+
+
+@pytest.mark.parametrize('command', COMMANDS[:4])
 def test_offline(main, tmp_path, capsys, monkeypatch, command):
     monkeypatch.setenv('no_proxy', '127.0.0.1')
     for module in (download, fashion_mnist):
@@ -71,13 +86,43 @@ def test_offline(main, tmp_path, capsys, monkeypatch, command):
     assert f'put it at {tmp_path / command}' in message
 
 
-def test_data_that_is_there_needs_no_network(main, tmp_path, capsys):
-    folder = tmp_path / 'cifar-100-python'
-    folder.mkdir()
-    for name in ('train', 'test', 'meta'):
-        (folder / name).touch()
-    assert main(['cifar100', '--out', str(tmp_path), '--url-base', 'http://127.0.0.1:9']) == 0
+@pytest.mark.parametrize('write', [write_cifar10, write_cifar100])
+def test_data_that_are_there(main, tmp_path, capsys, monkeypatch, write):
+    """They need no network, and are verified."""
+    folder = write(tmp_path)
+    expect_cifar(monkeypatch, folder)
+    name = {write_cifar10: 'cifar10', write_cifar100: 'cifar100'}[write]
+    command = [name, '--out', str(tmp_path), '--url-base', 'http://127.0.0.1:9']
+    assert main(command) == 0
     assert capsys.readouterr().out == f'{tmp_path}: already there\n'
+    damaged = sorted(folder.iterdir())[-1]
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    assert main(command) == 2
+    message = capsys.readouterr().err
+    assert f'error: {damaged} has the MD5 ' in message
+    assert message.endswith('delete it and run the command again\n')
+
+
+def test_a_damaged_file_is_replaced(main, tmp_path, capsys, monkeypatch):
+    """As the message says, from the archive that was kept."""
+    folder = write_cifar100(tmp_path)
+    pack(folder)
+    expect_cifar(monkeypatch, folder, tmp_path / 'cifar-100-python.tar.gz')
+    (folder / 'test').unlink()
+    command = ['cifar100', '--out', str(tmp_path), '--url-base', 'http://127.0.0.1:9']
+    assert main(command) == 0
+    assert 'unpacked' in capsys.readouterr().out
+    assert main(command) == 0
+    assert 'already there' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(('name', 'cls'), [('cifar10', CIFAR10), ('cifar100', CIFAR100)])
+def test_checksums_are_those_of_mmpretrain(name, cls):
+    files = [*cls.train_list, *cls.test_list, (cls.meta['filename'], cls.meta['md5'])]
+    assert download.CIFAR[name].provides == {
+        f'{cls.base_folder}/{file}': md5 for file, md5 in files
+    }
+    assert download.CIFAR[name].md5 == cls.tgz_md5
 
 
 @pytest.mark.parametrize('write', [write_cifar10, write_cifar100])

@@ -45,9 +45,7 @@ BUDGETS = {
                 'param_scheduler.milestones=[5,7]',
                 # Side by side on few cores, worker processes only take time from the training.
                 'train_dataloader.num_workers=0',
-                'train_dataloader.persistent_workers=False',
                 'val_dataloader.num_workers=0',
-                'val_dataloader.persistent_workers=False',
             ),
             ('model.backbone.expert_channels=equal_flops',),
         ),

@@ -40,9 +40,7 @@ BUDGETS = {
                 'param_scheduler.milestones=[3,4]',
                 # Side by side on few cores, worker processes only take time from the training.
                 'train_dataloader.num_workers=0',
-                'train_dataloader.persistent_workers=False',
                 'val_dataloader.num_workers=0',
-                'val_dataloader.persistent_workers=False',
             ),
         ),
         Budget(

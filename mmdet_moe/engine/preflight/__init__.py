@@ -5,7 +5,18 @@ MMDetection ignores class names that an annotation file does not have. Every com
 :class:`~mmdet_moe.errors.ConfigError` sentence with the config's field and the fix.
 """
 
-from mmdet_moe.engine.preflight.config import check_checkpoint, check_config
+from mmdet_moe.engine.preflight.checkpoints import (
+    check_checkpoint,
+    recorded_checkpoint,
+    resumable_checkpoint,
+)
+from mmdet_moe.engine.preflight.config import check_config
 from mmdet_moe.engine.preflight.datasets import datasets_of
 
-__all__ = ['check_checkpoint', 'check_config', 'datasets_of']
+__all__ = [
+    'check_checkpoint',
+    'check_config',
+    'datasets_of',
+    'recorded_checkpoint',
+    'resumable_checkpoint',
+]

@@ -16,6 +16,8 @@ from mmdet_moe.errors import ConfigError
 
 # A label of an idx file is a byte, so without class names every label is in order.
 _NUM_BYTES = 256
+# Others may make colours of grey.
+_KEEP_CHANNELS = ('RandomCrop', 'RandomFlip', 'CenterCrop', 'Resize', 'Pad', 'PackInputs')
 
 
 def reads_arrays(cls: type | None) -> bool:
@@ -29,6 +31,13 @@ def _reads_cifar(cls: type | None) -> bool:
 
 def _reads_idx(cls: type | None) -> bool:
     return inherits(cls, 'mmpretrain.datasets.mnist', 'MNIST', 'load_data_list')
+
+
+def is_grey(dataset: Dataset) -> bool:
+    """Whether the images of a data set certainly have one channel."""
+    return _reads_idx(dataset.cls) and all(
+        step.get('type') in _KEEP_CHANNELS for step in dataset.cfg.get('pipeline') or ()
+    )
 
 
 def check_arrays(dataset: Dataset, good_files: set[tuple]) -> None:

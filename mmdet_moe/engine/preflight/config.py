@@ -1,17 +1,17 @@
 """The checks of a whole config, which walk its hooks, checkpoints and data loaders."""
 
 import os.path as osp
-import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from mmengine.config import Config
 
-from mmdet_moe.engine.preflight.arrays import check_arrays, reads_arrays
+from mmdet_moe.engine.preflight.arrays import check_arrays, is_grey, reads_arrays
+from mmdet_moe.engine.preflight.checkpoints import check_checkpoint
 from mmdet_moe.engine.preflight.coco import CocoFile, check_coco, reads_coco
 from mmdet_moe.engine.preflight.datasets import GET_DATA, Dataset, datasets_of, is_remote
-from mmdet_moe.engine.preflight.heads import check_num_classes
+from mmdet_moe.engine.preflight.heads import check_num_classes, check_widths
 from mmdet_moe.errors import ConfigError
 
 _LOADERS = {
@@ -47,40 +47,12 @@ def check_config(cfg: Config, mode: str = 'train', checkpoint: str | None = None
         check_checkpoint(cfg.load_from, 'load_from')
     if mode == 'train':
         _check_pretrained(cfg.get('model'), 'model')
+    check_widths(cfg)
     seen = _Seen(coco_files={}, good_files=set())
     for loader_field, evaluator_field in _LOADERS[mode]:
         if cfg.get(loader_field) is None:
             continue
         _check_loader(cfg, loader_field, evaluator_field, seen)
-
-
-def check_checkpoint(path: str, field: str) -> None:
-    """Complain about a local checkpoint that is missing or no checkpoint.
-
-    Addresses (``https://``, ``torchvision://``, ...) are left to MMEngine.
-
-    Args:
-        path: file or address.
-        field: what to call it in the message.
-
-    Raises:
-        ConfigError: the file does not exist or was not written by PyTorch.
-    """
-    if is_remote(path):
-        return
-    if not osp.isfile(path):
-        fix = 'give the path of an existing checkpoint'
-        if field == 'load_from':
-            fix = 'train that model first, or choose with --cfg-options load_from=FILE (or None)'
-        raise ConfigError(f"{field}: there is no file '{path}'; {fix}")
-    # PyTorch writes zip archives since 1.6, and wrote bare pickles (first byte 0x80) before.
-    with open(path, 'rb') as file:
-        is_pickle = file.read(1) == b'\x80'
-    if not (is_pickle or zipfile.is_zipfile(path)):
-        raise ConfigError(
-            f"{field}: '{path}' is not a PyTorch checkpoint, or an incomplete one; copy or "
-            'download it again'
-        )
 
 
 def _check_hooks(cfg: Config) -> None:
@@ -136,6 +108,9 @@ def _check_loader(cfg: Config, loader_field: str, evaluator_field: str | None, s
                 check_coco(dataset, needs_annotations, seen.coco_files)
         if is_coco or is_arrays:
             check_num_classes(cfg.get('model'), dataset)
+        # A wrapper may make other images of them.
+        if dataset.field == f'{loader_field}.dataset' and is_grey(dataset):
+            check_widths(cfg, dataset)
     for field, evaluator in evaluators:
         ann_file = evaluator.get('ann_file')
         if isinstance(ann_file, str) and not is_remote(ann_file) and not osp.isfile(ann_file):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mmengine.config import Config
-from mmengine.registry import DATASETS, DefaultScope
+from mmengine.registry import DATASETS, DefaultScope, Registry
 
 from mmdet_moe.errors import ConfigError
 
@@ -75,7 +75,7 @@ def datasets_of(
     """
     if not isinstance(node, Mapping):
         return  # an object that somebody built already
-    cls = _dataset_class(cfg, node.get('type'))
+    cls = class_of(cfg, node.get('type'))
     if 'dataset' in node:
         if new_classes is None:
             new_classes = (getattr(cls, 'METAINFO', None) or {}).get('classes')
@@ -87,15 +87,15 @@ def datasets_of(
         yield Dataset(field, node, cls, new_classes)
 
 
-def _dataset_class(cfg: Config, type_: Any) -> type | None:
+def class_of(cfg: Config, type_: Any, registry: Registry = DATASETS) -> type | None:
     """The class behind a config's ``type``; None for an unknown name, which the builder reports."""
     if not isinstance(type_, str):
         return type_ if inspect.isclass(type_) else None
     scope = cfg.get('default_scope') or 'mmengine'
     with DefaultScope.overwrite_default_scope(scope):
         try:
-            with DATASETS.switch_scope_and_registry(None) as registry:
-                found = registry.get(type_)
+            with registry.switch_scope_and_registry(None) as of_scope:
+                found = of_scope.get(type_)
         except RuntimeError:  # MMEngine's answer to an unknown name with a dot
             return None
     return found if inspect.isclass(found) else None

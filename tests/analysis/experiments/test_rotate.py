@@ -52,9 +52,7 @@ TINY = Budget(
         'model.router.conv_channels=4',
         'train_dataloader.batch_size=20',
         'train_dataloader.num_workers=0',
-        'train_dataloader.persistent_workers=False',
         'val_dataloader.num_workers=0',
-        'val_dataloader.persistent_workers=False',
         'train_cfg.max_epochs=1',
     ),
 )
