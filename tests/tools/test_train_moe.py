@@ -197,6 +197,8 @@ def test_mmdetections_own_tool_runs_the_configs(run, digit_scenes_folder, tmp_pa
     tool = Path(mmdet.__file__).parent / '.mim' / 'tools' / 'train.py'
     monkeypatch.setenv('DIGIT_SCENES_ROOT', str(digit_scenes_folder))
     options = [*SMALL, 'train_cfg.max_iters=1', 'train_cfg.val_interval=1']
+    # Of which our tool takes care.
+    options += [f'{part}_dataloader.persistent_workers=False' for part in ('train', 'val')]
     config = str(DEMO / 'retinanet_moe_hard_digits.py')
     argv = ['train.py', config, '--work-dir', 'own', '--cfg-options', *options]
     monkeypatch.setattr(sys, 'argv', argv)
