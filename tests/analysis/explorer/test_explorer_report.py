@@ -143,6 +143,11 @@ def choose_expert(page, expert, run=0):
     page.locator('.run').nth(run).locator(f'.expert[data-expert="{expert}"]').click()
 
 
+def wait_for_focus(page, row):
+    """A dialog tells of its end in an event of its own, after it has been hidden."""
+    page.wait_for_function(f'() => document.activeElement.dataset.row === "{row}"')
+
+
 def chosen_expert(page, run=0):
     chosen = page.locator('.run').nth(run).locator('.expert[aria-checked=true]')
     return int(chosen.get_attribute('data-expert'))
@@ -315,7 +320,7 @@ def test_a_click_opens_the_image_with_all_its_boxes(open_report, soft, single_re
                 assert float(weight) == pytest.approx(weights[int(expert)], abs=0.5 / 254 + 0.006)
         page.keyboard.press('Escape')
         dialog.wait_for(state='hidden')
-        assert page.evaluate('document.activeElement.dataset.row') == str(shown_rows(page)[index])
+        wait_for_focus(page, shown_rows(page)[index])
 
 
 def test_names_with_markup_are_text(open_report, single_report):
@@ -419,7 +424,7 @@ def test_everything_can_be_reached_by_keys(open_report, soft, single_report):
     assert page.locator('.box.pointed').count() == 1
     page.keyboard.press('Escape')
     page.get_by_role('dialog').wait_for(state='hidden')
-    assert page.evaluate(focused) == str(shown[1])
+    wait_for_focus(page, shown[1])
 
 
 def test_controls_have_roles_and_names(open_report, single_report):
