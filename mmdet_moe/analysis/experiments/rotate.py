@@ -7,6 +7,7 @@ experts divide them among themselves.
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 from mmdet_moe.analysis.experiments.budget import Budget, BudgetedExperiment
 from mmdet_moe.analysis.experiments.experiment import Method, dead_experts
@@ -15,7 +16,18 @@ from mmdet_moe.analysis.runs import RunResult, mean_std
 
 SINGLE = Method('single', 'moe_rotate_resnet18_fashion_mnist_single')
 MIXTURE = Method('MoE, 4 experts, top-1', 'moe_rotate_resnet18_fashion_mnist')
-METHODS = (SINGLE, MIXTURE)
+NARROW_WIDTH = 4
+_NARROW = (
+    f'model.expert.backbone.stem_channels={NARROW_WIDTH}',
+    f'model.expert.backbone.base_channels={NARROW_WIDTH}',
+    f'model.expert.head.in_channels={8 * NARROW_WIDTH}',
+)
+#: The same with networks that find the task harder; their width does not go by the budget.
+NARROW_METHODS = (
+    replace(SINGLE, name=f'{SINGLE.name}, narrow', options=_NARROW),
+    replace(MIXTURE, name=f'{MIXTURE.name}, narrow', options=_NARROW),
+)
+METHODS = (SINGLE, MIXTURE, *NARROW_METHODS)
 #: Dispatch entropy of a router that knows nothing of ten equally frequent classes, in nats.
 CHANCE = math.log(10)
 
@@ -54,7 +66,7 @@ BUDGETS = {
 
 
 class RotateExperiment(BudgetedExperiment):
-    """Single network and mixture with one budget."""
+    """Single network and mixture with one budget, and both with narrow networks."""
 
     def run(self, table_only: bool = False) -> None:
         self.check(METHODS)

@@ -72,7 +72,7 @@ def test_experiment(tmp_path, monkeypatch, capsys):
     lines = first.splitlines()
     assert (lines[0], lines[-1]) == ('before', 'after')
     assert 'Budget `tiny`: very small.' in lines
-    (mixture,) = [cells(line) for line in lines if line.startswith('| MoE')]
+    (mixture,) = [cells(line) for line in lines if line.startswith(f'| {rotate.MIXTURE.name} |')]
     (trained,) = experiment.results(rotate.MIXTURE)
     # Of 20 samples, two of each of ten classes.
     assert 0 <= trained.metrics['dispatch entropy'] <= math.log(10) + 1e-6
@@ -85,7 +85,7 @@ def test_experiment(tmp_path, monkeypatch, capsys):
     capsys.readouterr()
     monkeypatch.setattr(experiment_module, 'train', None)
     experiment.run()
-    assert '2 of 2 runs are finished.' in capsys.readouterr().out
+    assert '4 of 4 runs are finished.' in capsys.readouterr().out
     assert page.read_text() == first
 
 
@@ -104,11 +104,12 @@ def test_what_the_budgets_say(budget, width, images, iterations, tmp_path):
     experiment = RotateExperiment(BUDGETS[budget], tmp_path, tmp_path, [0], jobs=1)
     text = BUDGETS[budget].text
     for method in rotate.METHODS:
-        options = parse_options(experiment.options(method, 0))
+        options = parse_options([*experiment.options(method, 0), *method.options])
         cfg = load_config(str(experiment_module.CONFIGS / f'{method.config}.py'), options)
         backbone = cfg.model.expert.backbone
-        assert backbone.get('base_channels', 64) == backbone.get('stem_channels', 64) == width
-        assert cfg.model.expert.head.in_channels == 8 * width
+        wanted = 4 if 'narrow' in method.name else width
+        assert backbone.get('base_channels', 64) == backbone.get('stem_channels', 64) == wanted
+        assert cfg.model.expert.head.in_channels == 8 * wanted
         loader = cfg.train_dataloader
         assert loader.dataset.dataset.get('indices', 60_000) == images
         epochs = cfg.train_cfg.max_epochs
