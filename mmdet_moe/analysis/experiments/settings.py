@@ -32,7 +32,7 @@ def check_settings(folder: Path, config: Path, options: Sequence[str]) -> None:
     for path in folder.glob('*.py'):
         wanted, found = load_config(str(config), parse_options(options)), load_config(str(path))
         set_loader_defaults(wanted)
-        if {'data_root'} <= wanted.keys() & found.keys():  # the data may have been moved
+        if 'data_root' in wanted and 'data_root' in found:  # the data may have been moved
             apply_data_root(found, wanted.data_root)
         if field := difference(found, wanted):
             raise ConfigError(
