@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from mmdet_moe.analysis.origins import replaced
 from mmdet_moe.moe import MoELayer
+from mmdet_moe.moe.dispatcher import Dispatcher
 from mmdet_moe.moe.items import Items
 from mmdet_moe.moe.metrics import shares
 from mmdet_moe.moe.routers import Router
-from mmdet_moe.moe.routes import Routes
 from mmdet_moe.moe.routing import Routing
 
 #: Name of the interventions on all layers together.
@@ -159,7 +159,7 @@ class _Memory:
             return self._outputs[index, expert]
         ids = torch.full((len(crops), 1), expert, device=crops.device)
         ones = torch.ones(ids.shape, device=crops.device)
-        y = self._layer.experts(crops, Routes(ids, ones, self._layer.num_experts))
+        y = self._layer.experts(crops, Dispatcher(ids, ones, self._layer.num_experts))
         size = y.numel() * y.element_size()
         if size <= self._budget[0]:
             self._budget[0] -= size

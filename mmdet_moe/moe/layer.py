@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from mmdet_moe.errors import ConfigError, NonFiniteRouterError
 from mmdet_moe.moe.capacity import overflow
+from mmdet_moe.moe.dispatcher import Dispatcher
 from mmdet_moe.moe.experts import (
     Experts,
     ModuleExperts,
@@ -22,7 +23,6 @@ from mmdet_moe.moe.experts import (
 from mmdet_moe.moe.items import Items, Pixels, Tokens
 from mmdet_moe.moe.patches import PatchGrid
 from mmdet_moe.moe.routers import Router
-from mmdet_moe.moe.routes import Routes
 from mmdet_moe.moe.routing import Routing
 from mmdet_moe.registry import MODELS
 
@@ -179,25 +179,25 @@ class MoELayer(BaseModule):
             self._check_norms()
         single = isinstance(x, Tensor)
         maps = [x] if single else list(x)
-        patches = [self._divide(m) for m in maps]
+        items = [self._divide(m) for m in maps]
         if self.granularity == 'pixel':
             # Copied here once: the pixels are then rows, for the router as for the experts.
             maps = [m.contiguous(memory_format=torch.channels_last) for m in maps]
         self._routing = None
-        routing = self.router(maps, patches)
+        routing = self.router(maps, items)
         self._check_finite(routing)
         if self.training and self.capacity_factor is not None:
             routing.dropped = overflow(routing, self.capacity_factor)
         self._routing = routing
         if self.decision_weight == 'area':
-            self.weigh_decisions(_areas(routing, maps, patches))
+            self.weigh_decisions(_areas(routing, maps, items))
         elif self.decision_weight == 'positives':
             routing.decision_weights = None
         else:
             self._update_constraint()
         outputs = [
             self._mix(m, p, *routing.level(i))
-            for i, (m, p) in enumerate(zip(maps, patches, strict=True))
+            for i, (m, p) in enumerate(zip(maps, items, strict=True))
         ]
         if torch.is_grad_enabled():
             outputs[0] = self._keep_in_graph(outputs[0], routing)
@@ -238,10 +238,10 @@ class MoELayer(BaseModule):
             constraint.update(self.routing)
             self._counted = self.routing
 
-    def _mix(self, x: Tensor, patches: Items, expert_ids: Tensor, weights: Tensor) -> Tensor:
+    def _mix(self, x: Tensor, items: Items, expert_ids: Tensor, weights: Tensor) -> Tensor:
         """Steps 3 to 5 for one map."""
-        routes = Routes(expert_ids, weights, self.num_experts)
-        y = patches.place(self.experts(patches.crop(x), routes))
+        dispatcher = Dispatcher(expert_ids, weights, self.num_experts)
+        y = items.place(self.experts(items.crop(x), dispatcher))
         return y if self.shortcut is None else y + self.shortcut(x)
 
     def _keep_in_graph(self, output: Tensor, routing: Routing) -> Tensor:
@@ -408,8 +408,8 @@ def _build_experts(
     return experts
 
 
-def _areas(routing: Routing, maps: list[Tensor], patches: list[Items]) -> Tensor:
-    per_level = [m.shape[-2] * m.shape[-1] / len(p) for m, p in zip(maps, patches, strict=True)]
+def _areas(routing: Routing, maps: list[Tensor], items: list[Items]) -> Tensor:
+    per_level = [m.shape[-2] * m.shape[-1] / len(p) for m, p in zip(maps, items, strict=True)]
     return routing.weights.new_tensor(per_level)[routing.level_ids]
 
 

@@ -121,21 +121,21 @@ class Router(nn.Module, ABC):
             nn.init.zeros_(self.noise_fc.weight)
 
     @abstractmethod
-    def compute_logits(self, x: Tensor, patches: Items) -> Tensor:
+    def compute_logits(self, x: Tensor, items: Items) -> Tensor:
         """Logits (items, E) of one feature map (N, C, H, W), without noise, at least float32.
 
-        With tokens, the input is (..., C) instead of a map; ``patches.pool`` knows the difference.
+        With tokens, the input is (..., C) instead of a map; ``items.pool`` knows the difference.
         """
 
     def forward(
-        self, x: Tensor | Sequence[Tensor], patches: Sequence[Items] | None = None
+        self, x: Tensor | Sequence[Tensor], items: Sequence[Items] | None = None
     ) -> Routing:
         """Route one feature map, or all pyramid levels of a batch together.
 
         Args:
             x: (N, C, H, W), or a sequence of such maps with the same N and C. Tokens: (N, ..., C),
                 or a sequence of such inputs with the same N and C.
-            patches: The items of each map; by default every image of every map is one item.
+            items: The items of each map; by default every image of every map is one item.
 
         Returns:
             One Routing for all items, with uniform ``decision_weights``.
@@ -150,15 +150,15 @@ class Router(nn.Module, ABC):
                 'all maps must hold the same images, but their first dimensions are '
                 f'{[m.shape[0] for m in maps]}'
             )
-        if patches is None:
-            patches = [PatchGrid(tuple(level.shape[-2:])) for level in maps]
+        if items is None:
+            items = [PatchGrid(tuple(level.shape[-2:])) for level in maps]
         with torch.autocast(maps[0].device.type, enabled=False):
             logits = torch.cat(
-                [self.compute_logits(m, p) for m, p in zip(maps, patches, strict=True)]
+                [self.compute_logits(m, p) for m, p in zip(maps, items, strict=True)]
             )
             noisy = logits
             if self.training and self.noise_fc is not None:
-                pooled = torch.cat([p.pool(m) for m, p in zip(maps, patches, strict=True)])
+                pooled = torch.cat([p.pool(m) for m, p in zip(maps, items, strict=True)])
                 scale = F.softplus(_linear(self.noise_fc, pooled) + 0.01)
                 noisy = logits + torch.randn_like(logits) * scale
             elif self.training and self.noise == 'uniform':
@@ -171,7 +171,7 @@ class Router(nn.Module, ABC):
             expert_ids=expert_ids,
             weights=weights,
             logits=logits,
-            items_per_level=tuple(num_images * len(p) for p in patches),
+            items_per_level=tuple(num_images * len(p) for p in items),
             num_images=num_images,
             decision_weights=weights.new_ones(len(weights)),
             gates=gates,
@@ -249,8 +249,8 @@ class _PooledRouter(Router):
             nn.init.zeros_(fc.bias)
         return fc
 
-    def _pooled_logits(self, features: Tensor, patches: Items) -> Tensor:
-        return _linear(self.fc, patches.pool(features, total=self.pool == 'sum'))
+    def _pooled_logits(self, features: Tensor, items: Items) -> Tensor:
+        return _linear(self.fc, items.pool(features, total=self.pool == 'sum'))
 
 
 @MODELS.register_module()
@@ -268,8 +268,8 @@ class GAPRouter(_PooledRouter):
         super().__init__(in_channels, num_experts, top_k, **kwargs)
         self.fc = self._build_fc(in_channels)
 
-    def compute_logits(self, x: Tensor, patches: Items) -> Tensor:
-        return self._pooled_logits(x, patches)
+    def compute_logits(self, x: Tensor, items: Items) -> Tensor:
+        return self._pooled_logits(x, items)
 
 
 @MODELS.register_module()
@@ -289,8 +289,8 @@ class ConvGAPRouter(_PooledRouter):
         self.conv = nn.Conv2d(in_channels, conv_channels, 3, padding=1)
         self.fc = self._build_fc(conv_channels)
 
-    def compute_logits(self, x: Tensor, patches: Items) -> Tensor:
+    def compute_logits(self, x: Tensor, items: Items) -> Tensor:
         x = x.to(torch.promote_types(x.dtype, torch.float32))
         weight, bias = self.conv.weight.to(x.dtype), self.conv.bias.to(x.dtype)
         features = F.relu(F.conv2d(x, weight, bias, padding=1))
-        return self._pooled_logits(features, patches)
+        return self._pooled_logits(features, items)

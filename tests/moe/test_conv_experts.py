@@ -10,8 +10,8 @@ from torch.autograd import gradcheck
 
 from mmdet_moe.errors import ConfigError
 from mmdet_moe.moe import ConvExperts, MoELayer, upcycle
+from mmdet_moe.moe.dispatcher import Dispatcher
 from mmdet_moe.moe.experts.conv_cost import cheapest
-from mmdet_moe.moe.routes import Routes
 
 IMPLS = ['subbatches', 'grouped', 'views', 'auto']
 E = 4
@@ -56,7 +56,7 @@ def test_against_every_expert_on_every_item(impl, geometry, k, drop):
     conv = nn.Conv2d(4, 6, **geometry).double()
     x = torch.randn(5, 4, 9, 8, dtype=torch.float64)
     ids, weights = routes(5, k, drop)
-    y = experts(x, Routes(ids, weights, E))
+    y = experts(x, Dispatcher(ids, weights, E))
     torch.testing.assert_close(y, dense(experts, x, ids, weights, conv))
 
 
@@ -72,7 +72,7 @@ def test_gradients_by_finite_differences(impl, geometry):
 
     def run(x, weights, *parameters):
         values = dict(zip(names, parameters, strict=True))
-        return torch.func.functional_call(experts, values, (x, Routes(ids, weights, E)))
+        return torch.func.functional_call(experts, values, (x, Dispatcher(ids, weights, E)))
 
     assert gradcheck(run, (x, weights, *parameters))
 
@@ -86,9 +86,9 @@ def test_pixels_as_items(impl, bias):
     x = torch.randn(40, 4, 1, 1, dtype=torch.float64)
     ids, weights = routes(40, 2, 0.2)
     expected = dense(experts, x, ids, weights, conv)
-    torch.testing.assert_close(experts(x, Routes(ids, weights, E)), expected)
+    torch.testing.assert_close(experts(x, Dispatcher(ids, weights, E)), expected)
     leaves = [x.requires_grad_(), weights.requires_grad_(), *experts.parameters()]
-    grads = torch.autograd.grad(experts(x, Routes(ids, weights, E)).square().sum(), leaves)
+    grads = torch.autograd.grad(experts(x, Dispatcher(ids, weights, E)).square().sum(), leaves)
     mixture = weights.new_zeros(40, E).scatter(1, ids, weights.where(weights != 0, 0.0))
     every = torch.einsum('eoi,ti->teo', experts.weight.flatten(2), x.flatten(1))
     if bias:
@@ -108,7 +108,7 @@ def test_only_the_gradients_that_are_needed(impl, frozen):
         leaves |= dict(experts.named_parameters())
         for name, leaf in leaves.items():
             leaf.requires_grad_(name not in frozen.split(' and '))
-        experts(leaves['x'], Routes(ids, leaves['weights'], E)).square().sum().backward()
+        experts(leaves['x'], Dispatcher(ids, leaves['weights'], E)).square().sum().backward()
         return {name: leaf.grad for name, leaf in leaves.items()}
 
     free, some = run('subbatches', ''), run(impl, frozen)
@@ -128,7 +128,7 @@ def test_no_items(impl):
     y.sum().backward()
     assert all(torch.equal(p.grad, torch.zeros_like(p)) for p in layer.experts.parameters())
     ids, weights = routes(3, 2)
-    y = build(impl)(torch.randn(3, 4, 7, 7).double(), Routes(ids, weights * 0, E))
+    y = build(impl)(torch.randn(3, 4, 7, 7).double(), Dispatcher(ids, weights * 0, E))
     assert torch.equal(y, torch.zeros(3, 6, 7, 7, dtype=torch.float64))
 
 
@@ -139,11 +139,11 @@ def test_mixed_precision(impl):
     x = torch.randn(4, 4, 6, 6, requires_grad=True)
     ids, weights = routes(4, 2)
     weights = weights.float().requires_grad_()
-    expected = experts(x, Routes(ids, weights, E))
+    expected = experts(x, Dispatcher(ids, weights, E))
     leaves = [x, weights, *experts.parameters()]
     expected_grads = torch.autograd.grad(expected.square().sum(), leaves)
     with torch.autocast('cpu', torch.bfloat16):
-        y = experts(x, Routes(ids, weights, E))
+        y = experts(x, Dispatcher(ids, weights, E))
     assert y.dtype == torch.bfloat16
     torch.testing.assert_close(y.float(), expected, rtol=0.03, atol=0.03)
     grads = torch.autograd.grad(y.float().square().sum(), leaves)
@@ -156,7 +156,7 @@ def test_impls_agree_in_float32_on_larger_maps():
     ids, weights = routes(6, 2)
     x, experts, results = torch.randn(6, 4, 31, 40), build('auto').float(), []
     for experts.impl in IMPLS:
-        results.append(experts(x, Routes(ids, weights.float(), E)))
+        results.append(experts(x, Dispatcher(ids, weights.float(), E)))
     for result in results[1:]:
         torch.testing.assert_close(result, results[0], rtol=1e-5, atol=1e-5)
 
@@ -167,7 +167,7 @@ def test_views_follow_a_dense_convolution_exactly():
     experts = ConvExperts.like(conv, 1, impl='views')
     experts.weight.data[0], experts.bias.data[0] = conv.weight.data, conv.bias.data
     x = torch.randn(3, 4, 8, 8)
-    one = Routes(torch.zeros(3, 1, dtype=torch.int64), torch.ones(3, 1), 1)
+    one = Dispatcher(torch.zeros(3, 1, dtype=torch.int64), torch.ones(3, 1), 1)
     expected = torch.cat([conv(x[t : t + 1]) for t in range(3)])
     torch.testing.assert_close(experts(x, one), expected, rtol=0, atol=1e-6)
 
@@ -236,7 +236,7 @@ def test_channels_last():
 def test_float64_stays_under_autocast(impl):
     ids, weights = routes(3, 2)
     with torch.autocast('cpu', torch.bfloat16):
-        y = build(impl)(torch.randn(3, 4, 6, 6).double(), Routes(ids, weights, E))
+        y = build(impl)(torch.randn(3, 4, 6, 6).double(), Dispatcher(ids, weights, E))
     assert y.dtype == torch.float64
 
 
@@ -245,8 +245,8 @@ def test_an_expert_that_is_chosen_twice(impl):
     experts, x = build(impl), torch.randn(2, 4, 6, 6).double()
     ids, weights = torch.tensor([[1, 1], [2, 0]]), torch.tensor([[0.25, 0.5], [1.0, 2.0]]).double()
     merged = torch.tensor([[0.75, 0.0], [1.0, 2.0]]).double()
-    expected = experts(x, Routes(torch.tensor([[1, 0], [2, 0]]), merged, E))
-    torch.testing.assert_close(experts(x, Routes(ids, weights, E)), expected)
+    expected = experts(x, Dispatcher(torch.tensor([[1, 0], [2, 0]]), merged, E))
+    torch.testing.assert_close(experts(x, Dispatcher(ids, weights, E)), expected)
 
 
 def test_dense_checkpoints_and_lists_of_experts_load():
@@ -324,10 +324,10 @@ def choice(num_items, channels, size, k, num_experts, kernel_size=3, trains=Fals
     with torch.device('meta'):
         experts = ConvExperts(channels, channels, kernel_size, num_experts, padding='same')
     ids = torch.rand(num_items, num_experts).topk(k).indices
-    routes = Routes(ids, torch.rand(num_items, k), num_experts)
+    dispatcher = Dispatcher(ids, torch.rand(num_items, k), num_experts)
     x = torch.empty(1).expand(num_items, channels, size, size).requires_grad_(trains)
     with torch.set_grad_enabled(trains):
-        return cheapest(experts, x, routes)
+        return cheapest(experts, x, dispatcher)
 
 
 def test_auto_follows_the_measurements():
@@ -359,7 +359,7 @@ def test_like_a_plain_convolution(kind):
     experts = ConvExperts.like(conv, 1)
     experts.weight.data[0], experts.bias.data[0] = conv.weight.data, conv.bias.data
     x = torch.randn(2, 4, 7, 7)
-    one = Routes(torch.zeros(2, 1, dtype=torch.int64), torch.ones(2, 1), 1)
+    one = Dispatcher(torch.zeros(2, 1, dtype=torch.int64), torch.ones(2, 1), 1)
     torch.testing.assert_close(experts(x, one), conv(x), rtol=1e-5, atol=1e-5)
 
 

@@ -10,7 +10,7 @@ from torch.autograd import gradcheck
 
 from mmdet_moe.errors import ConfigError
 from mmdet_moe.moe import LinearExperts, MLPExperts, MoELayer
-from mmdet_moe.moe.routes import Routes
+from mmdet_moe.moe.dispatcher import Dispatcher
 from mmdet_moe.registry import MODELS
 
 E = 4
@@ -88,7 +88,7 @@ def grouped_calls(monkeypatch):
 def check_against_dense(experts, x_T, tolerance):
     expert_ids, weights = decisions(len(x_T), x_T.dtype)
     x_T.requires_grad_(), weights.requires_grad_()
-    y_T = experts(x_T, Routes(expert_ids, weights, E))
+    y_T = experts(x_T, Dispatcher(expert_ids, weights, E))
     dense_weights = torch.zeros(len(x_T), E, dtype=x_T.dtype).scatter(1, expert_ids, weights)
     expected = (dense_weights[:, :, None] * dense_outputs(experts, x_T)).sum(1)
     assert y_T.dtype == x_T.dtype
@@ -166,8 +166,8 @@ def test_on_a_gpu(dtype, unused, grouped_calls):
     expert_ids, weights = decisions(200)
     if not unused:
         expert_ids[::2, 0] = 2
-    y_T = experts(x_T, Routes(expert_ids.cuda(), weights.cuda(), E))
-    expected = exact(exact_x_T, Routes(expert_ids, weights.double(), E))
+    y_T = experts(x_T, Dispatcher(expert_ids.cuda(), weights.cuda(), E))
+    expected = exact(exact_x_T, Dispatcher(expert_ids, weights.double(), E))
     cotangent = torch.randn_like(expected)
     actual = torch.autograd.grad(y_T, [x_T, *experts.parameters()], cotangent.to(y_T))
     reference = torch.autograd.grad(expected, [exact_x_T, *exact.parameters()], cotangent)
@@ -189,7 +189,7 @@ def test_gradients_by_finite_differences(kind):
 
     def call(x, w, *parameters):
         named = dict(zip(names, parameters, strict=True))
-        return torch.func.functional_call(experts, named, (x, Routes(expert_ids, w, E)))
+        return torch.func.functional_call(experts, named, (x, Dispatcher(expert_ids, w, E)))
 
     assert gradcheck(call, (x_T, weights, *experts.parameters()))
 
@@ -203,7 +203,7 @@ def test_no_rows(kind, sizes, num_items):
     x_T = torch.randn(num_items, sizes[0], 1, 1, requires_grad=True)
     weights = torch.zeros(num_items, 2, requires_grad=True)
     expert_ids = torch.tensor([[0, 1]]).expand(num_items, 2)
-    y_T = experts(x_T, Routes(expert_ids, weights, E))
+    y_T = experts(x_T, Dispatcher(expert_ids, weights, E))
     expected = torch.zeros(num_items, sizes[1] if kind is deep_mlp else sizes[2])
     assert torch.equal(y_T, expected)
     y_T.sum().backward()
@@ -218,7 +218,7 @@ def test_unused_experts_have_zero_gradients(kind):
     """Distributed data parallel waits for the gradient of every parameter."""
     experts = kind(ALIGNED)
     expert_ids, weights = decisions(23)
-    experts(torch.randn(23, ALIGNED[0]), Routes(expert_ids, weights, E)).sum().backward()
+    experts(torch.randn(23, ALIGNED[0]), Dispatcher(expert_ids, weights, E)).sum().backward()
     for parameter in experts.parameters():
         assert not parameter.grad[2].any()
         assert all(parameter.grad[e].any() for e in (0, 1, 3))
@@ -228,8 +228,8 @@ def test_frozen_parts():
     experts = mlp(ALIGNED)
     experts.get_parameter('0.weight').requires_grad_(False)
     experts.get_parameter('1.bias').requires_grad_(False)
-    routes = Routes(*decisions(23), E)
-    experts(torch.randn(23, ALIGNED[0]), routes).sum().backward()
+    dispatcher = Dispatcher(*decisions(23), E)
+    experts(torch.randn(23, ALIGNED[0]), dispatcher).sum().backward()
     with_gradient = [name for name, p in experts.named_parameters() if p.grad is not None]
     assert with_gradient == ['0.bias', '1.weight']
 
@@ -237,11 +237,11 @@ def test_frozen_parts():
 def test_items_travel_once(monkeypatch):
     calls = []
     for name in ('dispatch', 'combine'):
-        original = getattr(Routes, name)
+        original = getattr(Dispatcher, name)
         monkeypatch.setattr(
-            Routes, name, lambda self, x, n=name, f=original: calls.append(n) or f(self, x)
+            Dispatcher, name, lambda self, x, n=name, f=original: calls.append(n) or f(self, x)
         )
-    deep_mlp(ALIGNED)(torch.randn(23, 16), Routes(*decisions(23), E))
+    deep_mlp(ALIGNED)(torch.randn(23, 16), Dispatcher(*decisions(23), E))
     assert calls == ['dispatch', 'combine']
 
 
@@ -250,12 +250,12 @@ def test_items_travel_once(monkeypatch):
 def test_autocast(kind, sizes):
     experts = kind(sizes)
     x_T, (expert_ids, weights) = torch.randn(23, sizes[0]), decisions(23)
-    routes = Routes(expert_ids, weights, E)
-    plain = experts(x_T, routes)
+    dispatcher = Dispatcher(expert_ids, weights, E)
+    plain = experts(x_T, dispatcher)
     with torch.autocast('cpu', torch.bfloat16):
-        y_T = experts(x_T, routes)
+        y_T = experts(x_T, dispatcher)
         assert y_T.dtype == nn.Linear(sizes[0], 2)(x_T).dtype == torch.bfloat16
-        assert experts.double()(x_T.double(), routes).dtype == torch.float64
+        assert experts.double()(x_T.double(), dispatcher).dtype == torch.float64
         experts.float()
     # Sums of at most 24 products in bfloat16, each right to 2^-8.
     torch.testing.assert_close(y_T.float(), plain, rtol=0.05, atol=0.05)

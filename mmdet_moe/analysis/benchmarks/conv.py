@@ -19,10 +19,10 @@ from mmdet_moe.analysis.benchmarks.harness import (
     Computation,
     Inputs,
 )
+from mmdet_moe.moe.dispatcher import Dispatcher
 from mmdet_moe.moe.experts.conv import ConvExperts
 from mmdet_moe.moe.experts.conv_cost import cheapest
 from mmdet_moe.moe.experts.modules import ModuleExperts
-from mmdet_moe.moe.routes import Routes
 
 IMPLS = ('subbatches', 'grouped', 'views')
 
@@ -112,7 +112,7 @@ class ConvProblem:
         experts = self._conv_experts(impl)
         return Computation(
             name or f'ConvExperts {impl!r}',
-            lambda: experts(self.x, Routes(self.ids, self.weights, self.shape.e)),
+            lambda: experts(self.x, Dispatcher(self.ids, self.weights, self.shape.e)),
             {**self.inputs, 'kernels': experts.weight},
         )
 
@@ -128,15 +128,15 @@ class ConvProblem:
         experts = ModuleExperts(convs)
         return Computation(
             name,
-            lambda: experts(self.x, Routes(self.ids, self.weights, shape.e)),
+            lambda: experts(self.x, Dispatcher(self.ids, self.weights, shape.e)),
             {**self.inputs, 'kernels': [conv.weight for conv in convs]},
         )
 
     def choice(self, pass_: str) -> str:
         """What ``impl='auto'`` stands for."""
         with torch.set_grad_enabled(pass_ == TRAINING):
-            routes = Routes(self.ids, self.weights, self.shape.e)
-            return cheapest(self._conv_experts('auto'), self.x, routes)
+            dispatcher = Dispatcher(self.ids, self.weights, self.shape.e)
+            return cheapest(self._conv_experts('auto'), self.x, dispatcher)
 
     def _conv_experts(self, impl: str) -> ConvExperts:
         shape = self.shape

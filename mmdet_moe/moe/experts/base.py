@@ -7,7 +7,7 @@ from mmengine.model import BaseModule, initialize
 from torch import Tensor, nn
 
 from mmdet_moe.errors import ConfigError
-from mmdet_moe.moe.routes import Routes
+from mmdet_moe.moe.dispatcher import Dispatcher
 
 
 class Experts(nn.Module, ABC):
@@ -29,12 +29,12 @@ class Experts(nn.Module, ABC):
         """E."""
 
     @abstractmethod
-    def forward(self, x_T: Tensor, routes: Routes) -> Tensor:
+    def forward(self, x_T: Tensor, dispatcher: Dispatcher) -> Tensor:
         """``y_t = sum_j w_tj E_{id_tj}(x_t)``.
 
         Args:
             x_T: Items, (T, ...).
-            routes: Which experts each item goes to, and with what weights.
+            dispatcher: Which experts each item goes to, and with what weights.
 
         Returns:
             (T, ...).

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from mmdet_moe.errors import ConfigError
+from mmdet_moe.moe.dispatcher import Dispatcher
 from mmdet_moe.moe.experts.base import StackedExperts
 from mmdet_moe.moe.experts.conv_cost import cheapest
 from mmdet_moe.moe.experts.linear import autocast, grouped_linear
 from mmdet_moe.moe.patches import receptive_field
-from mmdet_moe.moe.routes import Routes
 from mmdet_moe.registry import MODELS
 
 IMPLS = ('auto', 'subbatches', 'grouped', 'views')
@@ -143,27 +143,27 @@ class ConvExperts(StackedExperts):
         with torch.device('meta'):
             return receptive_field(self.dense())
 
-    def forward(self, x_T: Tensor, routes: Routes) -> Tensor:
+    def forward(self, x_T: Tensor, dispatcher: Dispatcher) -> Tensor:
         impl = self.impl
         if impl == 'auto':
-            impl = cheapest(self, x_T, routes)
-        return getattr(self, f'_{impl}')(x_T, routes)
+            impl = cheapest(self, x_T, dispatcher)
+        return getattr(self, f'_{impl}')(x_T, dispatcher)
 
     def _convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> Tensor:
         return F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, groups)
 
-    def _subbatches(self, x_T: Tensor, routes: Routes) -> Tensor:
+    def _subbatches(self, x_T: Tensor, dispatcher: Dispatcher) -> Tensor:
         if self._is_linear_on(x_T):
-            rows_R = routes.dispatch(x_T).flatten(1)
-            y_R = grouped_linear(rows_R, self.weight.flatten(2), self.bias, routes)
-            return routes.combine(y_R)[:, :, None, None]
+            rows_R = dispatcher.dispatch(x_T).flatten(1)
+            y_R = grouped_linear(rows_R, self.weight.flatten(2), self.bias, dispatcher)
+            return dispatcher.combine(y_R)[:, :, None, None]
         weights = self.weight.unbind(0)
         biases = [None] * self.num_experts if self.bias is None else self.bias.unbind(0)
         experts = [
             partial(self._convolve, weight=weight, bias=bias, groups=self.groups)
             for weight, bias in zip(weights, biases, strict=True)
         ]
-        return routes.through(x_T, experts)
+        return dispatcher.through(x_T, experts)
 
     def _is_linear_on(self, x_T: Tensor) -> bool:
         """Whether the items are pixels and the convolutions matrix products."""
@@ -174,42 +174,46 @@ class ConvExperts(StackedExperts):
             and self.groups == 1
         )
 
-    def _grouped(self, x_T: Tensor, routes: Routes) -> Tensor:
+    def _grouped(self, x_T: Tensor, dispatcher: Dispatcher) -> Tensor:
         num_items = x_T.shape[0]
         if num_items == 0:
-            return self._subbatches(x_T, routes)
+            return self._subbatches(x_T, dispatcher)
         with torch.autocast(x_T.device.type, enabled=False):
-            kernels = self._mixed_kernels(routes)
-            biases = None if self.bias is None else (self._mixture(routes) @ self.bias).flatten()
+            kernels = self._mixed_kernels(dispatcher)
+            biases = (
+                None if self.bias is None else (self._mixture(dispatcher) @ self.bias).flatten()
+            )
         # All items side by side as the channels of one image.
         wide = x_T.reshape(1, -1, *x_T.shape[2:])
         y = self._convolve(wide, kernels, biases, self.groups * num_items)
         return y.view(num_items, -1, *y.shape[2:])
 
-    def _views(self, x_T: Tensor, routes: Routes) -> Tensor:
+    def _views(self, x_T: Tensor, dispatcher: Dispatcher) -> Tensor:
         if x_T.shape[0] == 0:
-            return self._subbatches(x_T, routes)
+            return self._subbatches(x_T, dispatcher)
         x_T, dtype = autocast(x_T), autocast(self.weight[:0]).dtype
         geometry = (self.stride, self.padding, self.dilation, self.groups)
         with torch.autocast(x_T.device.type, enabled=False):
-            biases = None if self.bias is None else (self._mixture(routes) @ self.bias).to(dtype)
-            weights = routes.weights.to(self.weight.dtype)
+            biases = (
+                None if self.bias is None else (self._mixture(dispatcher) @ self.bias).to(dtype)
+            )
+            weights = dispatcher.weights.to(self.weight.dtype)
             return _ConvolveViews.apply(
-                x_T, self.weight, weights, biases, routes.expert_ids.tolist(), dtype, geometry
+                x_T, self.weight, weights, biases, dispatcher.expert_ids.tolist(), dtype, geometry
             )
 
-    def _mixed_kernels(self, routes: Routes) -> Tensor:
+    def _mixed_kernels(self, dispatcher: Dispatcher) -> Tensor:
         """The kernels of all items, one after the other: (T · C', C / groups, h, w)."""
-        weights = routes.weights.to(self.weight.dtype)
-        mixed = _MixKernels.apply(self.weight.flatten(1), weights, routes.expert_ids)
+        weights = dispatcher.weights.to(self.weight.dtype)
+        mixed = _MixKernels.apply(self.weight.flatten(1), weights, dispatcher.expert_ids)
         return mixed.view(-1, *self.weight.shape[2:])
 
-    def _mixture(self, routes: Routes) -> Tensor:
+    def _mixture(self, dispatcher: Dispatcher) -> Tensor:
         """(T, E): each item's weights, 0 for the experts that it does not go to."""
-        weights = routes.weights.to(self.weight.dtype)
+        weights = dispatcher.weights.to(self.weight.dtype)
         weights = weights.masked_fill(weights == 0, 0)  # no choice, hence no gradient
         empty = weights.new_zeros(len(weights), self.num_experts)
-        return empty.scatter_add(1, routes.expert_ids, weights)
+        return empty.scatter_add(1, dispatcher.expert_ids, weights)
 
     def extra_repr(self) -> str:
         options = ', '.join(f'{k}={v}' for k, v in self._options.items())

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from mmdet_moe.moe.routes import Routes
+from mmdet_moe.moe.dispatcher import Dispatcher
 
 if TYPE_CHECKING:
     from mmdet_moe.moe.experts.conv import ConvExperts
@@ -51,7 +51,7 @@ _COSTS = {
 _MOST_MIXED_BYTES = 1 << 28
 
 
-def cheapest(experts: 'ConvExperts', x_T: Tensor, routes: Routes) -> str:
+def cheapest(experts: 'ConvExperts', x_T: Tensor, dispatcher: Dispatcher) -> str:
     """The way that is expected to be the fastest: ``'subbatches'``, ``'grouped'`` or ``'views'``.
 
     On anything but a CPU it is ``'subbatches'``, whose work is the active FLOPs: the other two have
@@ -60,25 +60,27 @@ def cheapest(experts: 'ConvExperts', x_T: Tensor, routes: Routes) -> str:
     Args:
         experts: The experts.
         x_T: Their input, (T, C, H, W).
-        routes: Where the items go.
+        dispatcher: Where the items go.
     """
     if x_T.device.type != 'cpu' or x_T.shape[0] == 0:
         return 'subbatches'
     trains = torch.is_grad_enabled() and (x_T.requires_grad or experts.weight.requires_grad)
     costs = {
         way: sum(_COSTS[way][name][trains] * amount for name, amount in amounts.items())
-        for way, amounts in _amounts(experts, x_T, routes).items()
+        for way, amounts in _amounts(experts, x_T, dispatcher).items()
     }
     if x_T.shape[0] * experts.weight[0].nbytes > _MOST_MIXED_BYTES:
         del costs['grouped']
     return min(costs, key=costs.__getitem__)
 
 
-def _amounts(experts: 'ConvExperts', x_T: Tensor, routes: Routes) -> dict[str, dict[str, float]]:
+def _amounts(
+    experts: 'ConvExperts', x_T: Tensor, dispatcher: Dispatcher
+) -> dict[str, dict[str, float]]:
     """How much of each cost there is."""
     num_items = x_T.shape[0]
-    num_rows, k, num_experts = routes.bounds[-1], routes.top_k, experts.num_experts
-    used = sum(stop > start for start, stop in pairwise(routes.bounds))
+    num_rows, k, num_experts = dispatcher.bounds[-1], dispatcher.top_k, experts.num_experts
+    used = sum(stop > start for start, stop in pairwise(dispatcher.bounds))
     kernel = experts.weight[0].numel() / 1e6
     pixels = math.prod(experts.output_size(x_T.shape[2:]))
     gflop = 2e-3 * kernel * pixels  # of one item and one expert

@@ -6,8 +6,8 @@ from torch import Tensor, nn
 
 from mmdet_moe.checks import check_integer, check_number
 from mmdet_moe.errors import ConfigError
+from mmdet_moe.moe.dispatcher import Dispatcher
 from mmdet_moe.moe.experts.base import StackedExperts
-from mmdet_moe.moe.routes import Routes
 from mmdet_moe.registry import MODELS
 
 ACTIVATIONS = ('cubic', 'linear')
@@ -69,7 +69,7 @@ class FilterExperts(StackedExperts):
             parameter *= self.init_scale
         return filters
 
-    def forward(self, x_T: Tensor, routes: Routes) -> Tensor:
+    def forward(self, x_T: Tensor, dispatcher: Dispatcher) -> Tensor:
         """(T, d, H, W) to (T, C')."""
         x_TPC = x_T.flatten(2).transpose(1, 2)
         bias = self.bias
@@ -77,10 +77,10 @@ class FilterExperts(StackedExperts):
             # The sum over the positions may then come first, which leaves one to be computed.
             bias = x_TPC.shape[1] * bias
             x_TPC = x_TPC.sum(1, keepdim=True)
-        rows = routes.split(routes.dispatch(x_TPC))
+        rows = dispatcher.split(dispatcher.dispatch(x_TPC))
         # With the experts without rows: so the weights of every expert have a gradient.
         experts = zip(rows, self.weight.unbind(), bias.unbind(), strict=True)
-        return routes.combine(torch.cat([self._compute(*expert) for expert in experts]))
+        return dispatcher.combine(torch.cat([self._compute(*expert) for expert in experts]))
 
     def _compute(self, x_RPC: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         z = F.linear(x_RPC, weight, bias)

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmdet_moe.errors import ConfigError
+from mmdet_moe.moe.dispatcher import Dispatcher
 from mmdet_moe.moe.experts.base import StackedExperts
-from mmdet_moe.moe.routes import Routes
 from mmdet_moe.registry import MODELS
 
 
@@ -23,10 +23,10 @@ class VectorExperts(StackedExperts):
     take_vectors = True
 
     @abstractmethod
-    def compute(self, x_R: Tensor, routes: Routes) -> Tensor:
-        """Every expert on its own rows: (R, C) to (R, C'), sorted by expert as in ``routes``."""
+    def compute(self, x_R: Tensor, dispatcher: Dispatcher) -> Tensor:
+        """Every expert on its own rows: (R, C) to (R, C'), sorted by expert as in the dispatcher."""
 
-    def forward(self, x_T: Tensor, routes: Routes) -> Tensor:
+    def forward(self, x_T: Tensor, dispatcher: Dispatcher) -> Tensor:
         vectors_T = x_T.flatten(1)
         in_features = next(self.parameters()).shape[-1]
         if vectors_T.shape[1] != in_features:
@@ -35,8 +35,8 @@ class VectorExperts(StackedExperts):
                 f'item of shape {tuple(x_T.shape[1:])} has {vectors_T.shape[1]}'
             )
         # Cast before the copying: half the bytes.
-        x_R = routes.dispatch(autocast(vectors_T))
-        return routes.combine(self.compute(x_R, routes))
+        x_R = dispatcher.dispatch(autocast(vectors_T))
+        return dispatcher.combine(self.compute(x_R, dispatcher))
 
     def receptive_field(self) -> tuple[int, int]:
         raise ConfigError(
@@ -77,8 +77,8 @@ class LinearExperts(VectorExperts):
         _, out_features, in_features = self.weight.shape
         return nn.Linear(in_features, out_features, self.bias is not None)
 
-    def compute(self, x_R: Tensor, routes: Routes) -> Tensor:
-        return grouped_linear(x_R, self.weight, self.bias, routes)
+    def compute(self, x_R: Tensor, dispatcher: Dispatcher) -> Tensor:
+        return grouped_linear(x_R, self.weight, self.bias, dispatcher)
 
     def extra_repr(self) -> str:
         num_experts, out_features, in_features = self.weight.shape
@@ -144,28 +144,30 @@ class MLPExperts(VectorExperts):
     def dense(self) -> nn.ModuleList:
         return nn.ModuleList(layer.dense() for layer in self.layers)
 
-    def compute(self, x_R: Tensor, routes: Routes) -> Tensor:
+    def compute(self, x_R: Tensor, dispatcher: Dispatcher) -> Tensor:
         for i, layer in enumerate(self.layers):
-            x_R = layer.compute(x_R, routes)
+            x_R = layer.compute(x_R, dispatcher)
             if self.activate_last or i < self.num_layers - 1:
                 x_R = self.activation(x_R)
         return x_R
 
 
-def grouped_linear(x_R: Tensor, weight: Tensor, bias: Tensor | None, routes: Routes) -> Tensor:
+def grouped_linear(
+    x_R: Tensor, weight: Tensor, bias: Tensor | None, dispatcher: Dispatcher
+) -> Tensor:
     """``W_e x_r + b_e`` for the rows r of each expert e, as one grouped matrix product.
 
     Args:
         x_R: Rows in the order of the experts, (R, in).
         weight: (E, out, in).
         bias: (E, out).
-        routes: Whose rows they are.
+        dispatcher: Whose rows they are.
 
     Returns:
         (R, out), under autocast of its dtype.
     """
-    y_R = _grouped_product(autocast(x_R), autocast(weight), routes)
-    return y_R if bias is None else _AddBias.apply(y_R, bias.to(y_R.dtype), routes.bounds)
+    y_R = _grouped_product(autocast(x_R), autocast(weight), dispatcher)
+    return y_R if bias is None else _AddBias.apply(y_R, bias.to(y_R.dtype), dispatcher.bounds)
 
 
 def autocast(x: Tensor) -> Tensor:
@@ -176,17 +178,17 @@ def autocast(x: Tensor) -> Tensor:
     return x.to(torch.get_autocast_dtype(device))
 
 
-def _grouped_product(x_R: Tensor, weight: Tensor, routes: Routes) -> Tensor:
+def _grouped_product(x_R: Tensor, weight: Tensor, dispatcher: Dispatcher) -> Tensor:
     """``W_e x_r`` for the rows r of each expert e: (R, in) and (E, out, in) to (R, out)."""
-    if _grouped_mm_serves(x_R, weight, routes):
-        ends = routes.offsets[1:].to(torch.int32)
+    if _grouped_mm_serves(x_R, weight, dispatcher):
+        ends = dispatcher.offsets[1:].to(torch.int32)
         return F.grouped_mm(x_R, weight.transpose(1, 2), offs=ends)
-    rows = routes.split(x_R)
+    rows = dispatcher.split(x_R)
     # With the empty ones: so the weights of every expert have a gradient.
     return torch.cat([x @ w.T for x, w in zip(rows, weight.unbind(), strict=True)])
 
 
-def _grouped_mm_serves(x_R: Tensor, weight: Tensor, routes: Routes) -> bool:
+def _grouped_mm_serves(x_R: Tensor, weight: Tensor, dispatcher: Dispatcher) -> bool:
     """Whether ``grouped_mm`` takes these operands and those of its backward pass, and is no slower.
 
     It came with PyTorch 2.10, knows no float64, and wants every row to start at a multiple of 16
@@ -208,7 +210,7 @@ def _grouped_mm_serves(x_R: Tensor, weight: Tensor, routes: Routes) -> bool:
             weight.dtype == torch.bfloat16
             and torch.cuda.get_device_capability(x_R.device) >= (9, 0)
             and len(weight) < 1024
-            and all(start < stop for start, stop in pairwise(routes.bounds))
+            and all(start < stop for start, stop in pairwise(dispatcher.bounds))
         )
     return x_R.device.type == 'cpu'
 

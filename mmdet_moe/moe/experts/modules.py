@@ -6,9 +6,9 @@ import re
 from mmengine.model import ModuleList
 from torch import Tensor, nn
 
+from mmdet_moe.moe.dispatcher import Dispatcher
 from mmdet_moe.moe.experts.base import Experts
 from mmdet_moe.moe.patches import receptive_field
-from mmdet_moe.moe.routes import Routes
 
 
 class ModuleExperts(ModuleList, Experts):
@@ -23,8 +23,8 @@ class ModuleExperts(ModuleList, Experts):
     def num_experts(self) -> int:
         return len(self)
 
-    def forward(self, x_T: Tensor, routes: Routes) -> Tensor:
-        return routes.through(x_T, self)
+    def forward(self, x_T: Tensor, dispatcher: Dispatcher) -> Tensor:
+        return dispatcher.through(x_T, self)
 
     def receptive_field(self) -> tuple[int, int]:
         return receptive_field(self[0])

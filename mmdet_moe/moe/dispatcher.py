@@ -10,7 +10,7 @@ from torch import Tensor
 from mmdet_moe import ops
 
 
-class Routes:
+class Dispatcher:
     """The routes of T items, sorted by expert.
 
     A weight of exactly 0 is no choice: such a route belongs to no expert, takes no row and gets no
