@@ -1,0 +1,1 @@
+"""Surgery on models: what can become experts, and how wide they are."""
