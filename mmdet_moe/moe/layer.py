@@ -121,7 +121,9 @@ class MoELayer(BaseModule):
         self.grid_size = grid_size
         self.decision_weight = decision_weight
         self._check_granularity()
-        self.halo, self.stride = self.experts.receptive_field() if grid_size > 1 else (0, 1)
+        self.halo, self.stride = (
+            self.experts.receptive_field(self.router.in_channels) if grid_size > 1 else (0, 1)
+        )
         self.upcycle_noise = upcycle_noise
         self.name = type(self).__name__
         self._routing: Routing | None = None
@@ -266,7 +268,7 @@ class MoELayer(BaseModule):
                 "set granularity='patch'"
             )
         if granularity == 'pixel' and not self.experts.take_vectors:
-            radius, stride = self.experts.receptive_field()
+            radius, stride = self.experts.receptive_field(self.router.in_channels)
             if radius > 0 or stride > 1:
                 raise ConfigError(
                     "granularity='pixel' needs experts that see one pixel at a time, but these "

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from mmdet_moe.moe.dispatcher import Dispatcher
 from mmdet_moe.moe.experts.base import Experts
-from mmdet_moe.moe.patches import receptive_field
+from mmdet_moe.moe.receptive_field import receptive_field
 
 
 class ModuleExperts(ModuleList, Experts):
@@ -26,8 +26,8 @@ class ModuleExperts(ModuleList, Experts):
     def forward(self, x_T: Tensor, dispatcher: Dispatcher) -> Tensor:
         return dispatcher.through(x_T, self)
 
-    def receptive_field(self) -> tuple[int, int]:
-        return receptive_field(self[0])
+    def receptive_field(self, in_channels: int) -> tuple[int, int]:
+        return receptive_field(self[0], in_channels)
 
     def share_weights(self) -> None:
         for expert in self[1:]:

@@ -324,7 +324,7 @@ def trace(module: nn.Module, x: Tensor) -> tuple[Tied, dict[str, Dims]]:
     for tensor in tree_leaves(output):
         if isinstance(tensor, Tensor):
             tied.fix(watch.dims(tensor))
-    for name, tensor in named.items():
+    for tensor in named.values():
         if id(tensor) not in watch.used:
             tied.fix(watch.dims(tensor))
     for nodes, operator in watch.unknown:
