@@ -30,7 +30,7 @@ def receptive_field(module: nn.Module, in_channels: int) -> tuple[int, int]:
             most half of :data:`_SIDES` (global pooling, group normalisation, attention, padding
             from the other side), for which patches cannot be exact.
     """
-    probe = _probe(module)
+    probe = probe_of(module)
     try:
         with torch.no_grad():
             axes = [_along(probe, in_channels, axis) for axis in (2, 3)]
@@ -45,10 +45,11 @@ def receptive_field(module: nn.Module, in_channels: int) -> tuple[int, int]:
     return max(r for r, _ in axes), max(s for _, s in axes)
 
 
-def _probe(module: nn.Module) -> nn.Module:
+def probe_of(module: nn.Module) -> nn.Module:
     """A copy in which no value is zero, and none grows large."""
     # In double precision there are no Winograd kernels, which spread a NaN to its neighbours.
-    probe = copy.deepcopy(module).cpu().double().eval()
+    probe = copy.deepcopy(module).cpu().double()
+    probe.eval()  # not in a chain: MMPretrain's returns None
     for layer in probe.modules():
         if callable(getattr(layer, 'reset_running_stats', None)):
             layer.reset_running_stats()

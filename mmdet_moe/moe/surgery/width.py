@@ -207,9 +207,11 @@ def _check_runs(twin: nn.Module, module: nn.Module, x: Tensor, factor: float) ->
     """
     shapes = []
     for one in (module, twin):
+        one = copy.deepcopy(one).to('meta')
+        one.eval()
         try:
             with torch.no_grad():
-                output = copy.deepcopy(one).to('meta').eval()(x.detach().to('meta'))
+                output = one(x.detach().to('meta'))
         except Exception as error:
             output = error
         shapes.append(torch.utils._pytree.tree_map(lambda t: getattr(t, 'shape', t), output))
