@@ -27,7 +27,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0].split(';')[0])
     parser.add_argument('config', help='config file of a detector or a classifier')
     parser.add_argument('--at', metavar='PATH', help='list what lies here, for example backbone.*')
-    parser.add_argument('--depth', type=int, default=3, help='names below --at (default: 3)')
+    parser.add_argument(
+        '--depth', type=int, default=4, help='names below --at, numbers not counted (default: 4)'
+    )
     parser.add_argument(
         '--shape',
         type=int,

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from mmdet_moe.errors import ConfigError
 
 _SIDES = (16, 32, 64, 128, 256)
-_OTHER_SIDE = 8  # of the axis that is not measured
+#: Of the axis that is not measured: a small one costs little, large kernels need a large one.
+_OTHER_SIDES = (8, 64)
 
 
 def receptive_field(module: nn.Module, in_channels: int) -> tuple[int, int]:
@@ -31,11 +32,14 @@ def receptive_field(module: nn.Module, in_channels: int) -> tuple[int, int]:
             from the other side), for which patches cannot be exact.
     """
     probe = probe_of(module)
-    try:
-        with torch.no_grad():
-            axes = [_along(probe, in_channels, axis) for axis in (2, 3)]
-    except Exception:  # of any kind: the module is the user's
-        axes = [None]
+    axes: list[tuple[int, int] | None] = [None]
+    for other_side in _OTHER_SIDES:
+        try:
+            with torch.no_grad():
+                axes = [_along(probe, in_channels, axis, other_side) for axis in (2, 3)]
+            break
+        except Exception:  # of any kind: the module is the user's
+            continue
     if None in axes:
         raise ConfigError(
             'granularity="patch" or "pixel" needs to know how far the experts see, and cannot tell '
@@ -59,10 +63,10 @@ def probe_of(module: nn.Module) -> nn.Module:
     return probe
 
 
-def _along(probe: nn.Module, channels: int, axis: int) -> tuple[int, int] | None:
+def _along(probe: nn.Module, channels: int, axis: int, other_side: int) -> tuple[int, int] | None:
     """Radius and stride along one axis; None if there are none."""
     for side in _SIDES:
-        shape = [channels, _OTHER_SIDE, _OTHER_SIDE]
+        shape = [channels, other_side, other_side]
         shape[axis - 1] = side
         middle = side // 2
         (alone,) = _seen(probe, shape, axis, torch.tensor([middle]))
@@ -89,6 +93,6 @@ def _seen(probe: nn.Module, shape: list[int], axis: int, places: Tensor) -> Tens
     """bool (places, length): which outputs along the axis see each of these places."""
     x = torch.ones(len(places), *shape, dtype=torch.float64)
     other = 5 - axis
-    line = x.select(other, _OTHER_SIDE // 2)  # (places, C, side), a view
+    line = x.select(other, x.shape[other] // 2)  # (places, C, side), a view
     line[torch.arange(len(places)), :, places] = torch.nan
     return probe(x).isnan().any(1).any(other - 1)

@@ -48,7 +48,7 @@ def survey(
     model: nn.Module,
     run: Callable[[], Any],
     places: Sequence[str] = ('',),
-    depth: int = 3,
+    depth: int = 4,
 ) -> list[LayerInfo]:
     """List the modules of a model that compute something, in the order of the model.
 
@@ -56,7 +56,7 @@ def survey(
         model: Any module; left as it was.
         run: Runs it once, on a batch of at least two images.
         places: Paths below which to look, the modules there included.
-        depth: How many names deep below each place.
+        depth: How many names deep below each place; numbers do not count.
 
     Returns:
         First the model itself. Modules of the same class and abilities in a numbered list are one
@@ -86,7 +86,8 @@ def survey(
     for path, info in infos.items():
         info.flops = flops.get(path, 0)
         info.obstacle = _obstacle(model, found[path], info)
-        if info.calls:
+        around = infos.get(path.rpartition('.')[0])
+        if info.calls and not (around and _is_wrapped(info, around)):
             reason = info.obstacle and re.sub('".*"', '', info.obstacle)
             key = (_glob(path), info.kind, info.calls, reason)
             group = groups.setdefault(key, info)
@@ -132,6 +133,14 @@ def table(infos: Sequence[LayerInfo]) -> str:
     )
 
 
+def _is_wrapped(info: LayerInfo, around: LayerInfo) -> bool:
+    """Whether a module is all there is to the one that holds it, which is listed already."""
+    same = ('calls', 'inputs', 'output', 'obstacle')
+    return info.parameters == around.parameters and all(
+        getattr(info, name) == getattr(around, name) for name in same
+    )
+
+
 def _shape(shape: tuple[int, ...] | None) -> str:
     return '-' if shape is None else '×'.join(map(str, shape))
 
@@ -148,8 +157,10 @@ def _below(model: nn.Module, places: Sequence[str], depth: int) -> Iterator[tupl
             for p in (f'.{place}'.rstrip('.') for place in places)
             if f'{dotted}.'.startswith(f'{p}.')
         ]
-        is_listed = any(inside.count('.') <= depth for inside in below)
-        if not path or (is_listed and any(True for _ in module.parameters())):
+        deep = [sum(not name.isdigit() for name in inside.split('.')) - 1 for inside in below]
+        # Not normalisation by itself, which can become experts, but has nothing to share out.
+        computes = any(p.dim() > 1 for p in module.parameters())
+        if not path or (computes and deep and min(deep) <= depth):
             yield path, module
 
 
@@ -193,10 +204,11 @@ def _granularities(module: nn.Module, info: LayerInfo) -> tuple[str, ...]:
     try:
         channels = find_in_channels(module)
     except ConfigError:
-        channels = shape[1] if len(shape) == 4 else shape[-1]
-    if len(shape) == 4 and shape[1] == channels and not isinstance(module, nn.Linear):
+        channels = 0
+    is_last = shape[-1] == channels and (len(shape) < 4 or shape[1] != channels)
+    if len(shape) == 4 and not is_last:
         try:
-            reach = receptive_field(module, channels)
+            reach = receptive_field(module, shape[1])
         except ConfigError:
             return ('image',)
         return ('image', 'patch', 'pixel') if reach == (0, 1) else ('image', 'patch')
