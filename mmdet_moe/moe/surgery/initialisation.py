@@ -1,8 +1,8 @@
 """MMEngine's ``init_weights`` of a model some of whose layers have become experts.
 
 An ``init_cfg`` names layers by their class (``'Conv2d'``) or by their name (``'retina_cls'``), and
-classes have code of their own besides. All of that was written for the dense model. So the dense model
-is what is initialised: for a moment an expert stands where the dense layer stood.
+classes have code of their own besides. All of that was written for the dense model. So the dense
+model is what is initialised: for a moment an expert stands where the dense layer stood.
 """
 
 import copy
