@@ -192,15 +192,18 @@ DETECTORS = {
     # A head per level.
     'yolox': Case(
         'mmdet::yolox/yolox_tiny_8xb8-300e_coco.py',
-        _model(
-            data_preprocessor__batch_augments=None,
-            backbone__widen_factor=0.125,
-            neck__in_channels=[32, 64, 128],
-            neck__out_channels=32,
-            bbox_head__num_classes=NUM_CLASSES,
-            bbox_head__in_channels=32,
-            bbox_head__feat_channels=32,
-        ),
+        {
+            'custom_hooks.0.num_last_epochs': 0,
+            **_model(
+                data_preprocessor__batch_augments=None,
+                backbone__widen_factor=0.125,
+                neck__in_channels=[32, 64, 128],
+                neck__out_channels=32,
+                bbox_head__num_classes=NUM_CLASSES,
+                bbox_head__in_channels=32,
+                bbox_head__feat_channels=32,
+            ),
+        },
         _head_experts(
             'bbox_head.multi_level_cls_convs.*',
             'bbox_head.multi_level_reg_convs.*',
@@ -437,6 +440,8 @@ def _detection_sample(rng: np.random.RandomState, with_masks: bool) -> DetDataSa
 @DATASETS.register_module()
 class ZooImages(torch.utils.data.Dataset):
     """Two random images of 64 pixels with two boxes each (detectors) or a label (classifiers)."""
+
+    metainfo = {'classes': ('circle', 'square', 'star')}
 
     def __init__(self, toolbox: str, with_masks: bool = False) -> None:
         rng = np.random.RandomState(0)
