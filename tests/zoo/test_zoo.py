@@ -116,15 +116,23 @@ def test_the_experts_gradients_add_up_to_the_dense_layers(case):
     learning = 0
     for name, layer in moe.find_moe_layers(model).items():
         for parameter, gradients in gradients_of_experts(layer).items():
-            path = f'{name}.{parameter}'
-            if path not in expected:  # siblings that became one expert
-                path = f'{name.rpartition(".")[0]}.{parameter}'
+            path = dense_path(expected, name, parameter)
             assert len(gradients) == FOUR['num_experts']
             torch.testing.assert_close(sum(gradients), expected[path], atol=noise, rtol=1e-3)
             if expected[path].abs().max() > noise:
                 learning += 1
                 assert all(gradient.any() for gradient in gradients), path
     assert learning > 0
+
+
+def dense_path(paths, layer, parameter):
+    """Where the dense model has the parameter of that name within an expert of the layer."""
+    module = layer.removesuffix('_moe')  # what siblings that became one expert go by
+    stem = layer.rpartition('.')[0] if module != layer else layer
+    (path,) = [
+        path for path in paths if path.startswith(f'{stem}.') and path.endswith(f'.{parameter}')
+    ]
+    return path
 
 
 def no_dropout(model):
@@ -194,7 +202,9 @@ def run_one_iteration(config: Config, case, work_dir):
     balanced = any('BalancingLoss' in hook['type'] for hook in config.custom_hooks)
     for name, layer in layers.items():
         if balanced:
-            paid = runner.message_hub.get_scalar(f'train/loss_moe_{name.replace(".", "_")}').current()
+            paid = runner.message_hub.get_scalar(
+                f'train/loss_moe_{name.replace(".", "_")}'
+            ).current()
             assert math.isfinite(paid)
         changed = {k for k, v in layer.router.state_dict().items() if not v.equal(before[name][k])}
         assert changed, name
@@ -208,7 +218,11 @@ def timm_resnet():
     timm = pytest.importorskip('timm')
     model = timm.create_model('resnet18', num_classes=3, channels=(8, 16, 32, 64), stem_width=8)
     paths = {'layer4': FOUR, 'layer3.*.conv1': FOUR}
-    return model, paths, lambda model: model(torch.ones(2, 3, SIZE, SIZE).cumsum(3) / SIZE)
+    return (
+        model.double(),
+        paths,
+        lambda model: model(torch.ones(2, 3, SIZE, SIZE).double().cumsum(3) / SIZE),
+    )
 
 
 def torchvision_faster_rcnn():
@@ -227,8 +241,8 @@ def torchvision_faster_rcnn():
         rpn_post_nms_top_n_test=10,
     )
     paths = {'roi_heads.box_head.fc6': TOKENS, 'backbone.body.layer4': FOUR, 'rpn.head.conv': FOUR}
-    images = [torch.rand(3, SIZE, SIZE, generator=torch.Generator().manual_seed(i)) for i in (0, 1)]
-    boxes = torch.tensor([[4.0, 5.0, 18.0, 20.0], [3.0, 8.0, 60.0, 55.0]])
+    images = list(torch.rand(2, 3, SIZE, SIZE, dtype=torch.float64))
+    boxes = torch.tensor([[4.0, 5.0, 18.0, 20.0], [3.0, 8.0, 60.0, 55.0]], dtype=torch.float64)
     targets = [{'boxes': boxes, 'labels': torch.tensor([1, 2])}] * 2
 
     def call(model):
@@ -236,7 +250,7 @@ def torchvision_faster_rcnn():
             return [list(detections.values()) for detections in model(images)]
         return torch.stack(list(model(images, targets).values()))
 
-    return model, paths, call
+    return model.double(), paths, call
 
 
 @pytest.mark.parametrize('make', [timm_resnet, torchvision_faster_rcnn])

@@ -193,7 +193,7 @@ DETECTORS = {
     'yolox': Case(
         'mmdet::yolox/yolox_tiny_8xb8-300e_coco.py',
         {
-            'custom_hooks.0.num_last_epochs': 0,
+            'custom_hooks.0.num_last_epochs': -1,  # its last epochs want its own data set
             **_model(
                 data_preprocessor__batch_augments=None,
                 backbone__widen_factor=0.125,
@@ -227,10 +227,12 @@ DETECTORS = {
         _head_experts('bbox_head.rtm_cls.*', 'neck.out_convs.*', backbone='backbone.stage4.1'),
         (1, 1, 1),
     ),
-    # VGG has no option for its width; fewer levels, because 64 pixels have no more.
+    # VGG has no option for its width; fewer levels, because 64 pixels have no more. Random weights
+    # want inputs of unit size: features in the hundreds would leave the router no choice.
     'ssd': Case(
         'mmdet::ssd/ssd300_coco.py',
         _model(
+            data_preprocessor__std=[58.4, 57.1, 57.4],
             backbone__init_cfg=None,
             neck__out_channels=(512, 1024, 32, 16),
             neck__level_strides=(2, 2),
