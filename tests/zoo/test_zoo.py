@@ -1,6 +1,8 @@
 """Experts in the models of the toolboxes' shipped configs, made tiny, against the dense models."""
 
 import copy
+import dataclasses
+import importlib.util
 import math
 from pathlib import Path
 
@@ -22,10 +24,8 @@ from tiny_models import (
 
 import mmdet_moe
 from mmdet_moe import moe
+from mmdet_moe.errors import ConfigError
 
-pytestmark = pytest.mark.skipif(
-    not hasattr(moe, 'add_experts'), reason='experts by path are not there yet'
-)
 CONFIGS = sorted((Path(mmdet_moe.__file__).parents[1] / 'configs' / 'zoo').glob('*.py'))
 all_cases = pytest.mark.parametrize('case', CASES.values(), ids=CASES)
 
@@ -170,6 +170,10 @@ def test_an_iteration_of_the_runner(case, tmp_path):
     run_one_iteration(config, case, tmp_path)
 
 
+@pytest.mark.skipif(
+    importlib.util.find_spec('mmdet_moe.compat.configs') is None,
+    reason="configs by the package's name are not there yet",
+)
 @pytest.mark.parametrize('path', CONFIGS, ids=lambda path: path.stem)
 def test_a_config_of_the_zoo_takes_eight_lines_and_trains(path, tmp_path):
     text = path.read_text()
@@ -209,6 +213,31 @@ def run_one_iteration(config: Config, case, work_dir):
         changed = {k for k, v in layer.router.state_dict().items() if not v.equal(before[name][k])}
         assert changed, name
     return runner
+
+
+@pytest.mark.parametrize(
+    ('name', 'at', 'reason'),
+    [
+        # Convolutions that the levels share (share_conv).
+        ('rtmdet', 'bbox_head.cls_convs.*', 'shares its weights with'),
+        # What comes out between the two is the centerness' input, too.
+        ('fcos', 'bbox_head.{cls_convs,conv_cls}', 'uses what comes out between'),
+        ('atss', 'bbox_head.{reg_convs,atss_reg}', 'uses what comes out between'),
+        # The outputs of all are concatenated.
+        ('tood', 'bbox_head.inter_convs', 'uses what comes out between'),
+        ('tood', 'bbox_head.cls_decomp', 'another tensor'),
+        # Functional activations in between.
+        ('faster_rcnn', 'roi_head.bbox_head.shared_fcs', 'uses what comes out between'),
+        ('faster_rcnn', 'neck', 'called with a tuple'),
+        ('ssd', 'backbone.features', 'iterates over'),
+    ],
+)
+def test_what_cannot_work_is_refused_with_the_reason(name, at, reason):
+    granularity = 'token' if at.endswith('fcs') else 'image'
+    entry = {'at': at, **FOUR, 'granularity': granularity}
+    case = dataclasses.replace(CASES[name], experts=(entry,))
+    with pytest.raises(ConfigError, match=reason):
+        outputs_of(build_pair(case)[1], case)
 
 
 # Plain PyTorch -----------------------------------------------------------------------------------
