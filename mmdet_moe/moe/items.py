@@ -121,7 +121,7 @@ class Pixels(Items):
         super().check(layer)
         if layer.experts.take_vectors:
             return
-        radius, stride = layer.experts.receptive_field()
+        radius, stride = layer.experts.receptive_field(layer.router.in_channels)
         if radius > 0 or stride > 1:
             raise ConfigError(
                 "granularity='pixel' needs experts that see one pixel at a time, but these "

@@ -118,7 +118,9 @@ class MoELayer(BaseModule):
         self.shortcut = shortcut
         self.share_initial_weights()
         GRANULARITIES[granularity].check(self)
-        self.halo, self.stride = self.experts.receptive_field() if grid_size > 1 else (0, 1)
+        self.halo, self.stride = (
+            self.experts.receptive_field(self.router.in_channels) if grid_size > 1 else (0, 1)
+        )
         #: What the layer stands for in a model that :func:`add_experts` changed: its class's name.
         self.replaces: str | None = None
         #: Siblings that together are one expert, see :mod:`mmdet_moe.moe.surgery`.

@@ -87,7 +87,7 @@ class FilterExperts(StackedExperts):
         y = (z.pow(3) if self.activation == 'cubic' else z).sum(1)
         return y.unflatten(1, (self.num_classes, -1)).sum(2)
 
-    def receptive_field(self) -> tuple[int, int]:
+    def receptive_field(self, in_channels: int) -> tuple[int, int]:
         raise ConfigError(
             "FilterExperts sum over the whole item, so that a patch's neighbours are out of their "
             'sight; use granularity="image"'
