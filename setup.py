@@ -31,6 +31,7 @@ class BuildKernels(build_ext):
     """Compile with ``mmdet_moe/ops/build.py``, which needs no Python headers."""
 
     def run(self) -> None:
+        self._write_pth()
         spec = importlib.util.spec_from_file_location('ops_build', ROOT / 'mmdet_moe/ops/build.py')
         build = sys.modules['ops_build'] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(build)
@@ -42,6 +43,20 @@ class BuildKernels(build_ext):
             return
         for entry in results:
             print(f'native kernels for {entry.device}: {entry.reason or "built"}', file=sys.stderr)
+
+    def _write_pth(self) -> None:
+        """Let the toolboxes' own tools find our configs, see ``mmdet_moe/compat``.
+
+        Here, because it is the command that runs for a wheel and an editable installation alike.
+        """
+        if self.editable_mode:
+            folder = self.get_finalized_command('install').install_lib
+        elif self.inplace:
+            return
+        else:
+            folder = self.build_lib
+        self.mkpath(folder)
+        Path(folder, 'mmdet_moe.pth').write_text('import mmdet_moe\n')
 
     def get_outputs(self) -> list[str]:
         return []
@@ -72,6 +87,7 @@ setup(
     license='Apache-2.0',
     packages=find_packages(include=['mmdet_moe', 'mmdet_moe.*']),
     package_data={
+        'mmdet_moe': ['configs/**/*.py'],
         'mmdet_moe.ops': ['csrc/*.h', 'csrc/*/*'],
         'mmdet_moe.analysis.explorer': ['*.css', '*.j2', '*.js'],
     },
