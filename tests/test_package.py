@@ -29,16 +29,14 @@ model = dict(
 """
 
 
-def run(cwd, *arguments, site=None, **variables):
+def run(cwd, code, *arguments, site=None, **variables):
     """Python without this environment's ``.pth`` files, and with those of ``site``."""
     paths = [] if site is None else [str(site)]
     variables['PYTHONPATH'] = os.pathsep.join([*paths, sysconfig.get_path('purelib')])
-    start = (
-        f'import runpy, site, sys; site.addsitedir({str(site)!r})' if site else 'import runpy, sys'
-    )
-    command = [sys.executable, '-S', '-c', f'{start}; sys.argv = sys.argv[1:]; ' + arguments[0]]
+    start = 'import runpy, site, sys; sys.argv = sys.argv[1:]; '
+    start += f'site.addsitedir({str(site)!r})\n' if site else '\n'
     return subprocess.run(
-        [*command, 'program', *map(str, arguments[1:])],
+        [sys.executable, '-S', '-c', start + code, 'program', *map(str, arguments)],
         cwd=cwd,
         env=os.environ | variables,
         capture_output=True,
@@ -98,7 +96,8 @@ def test_tools_of_the_toolboxes(places, place, tmp_path):
     (tmp_path / 'child.py').write_text(CHILD)
     code = (
         "assert 'mmengine' not in sys.modules; import mmdet; "
-        "runpy.run_path(f'{mmdet.__path__[0]}/.mim/tools/misc/print_config.py', run_name='__main__')"
+        "tool = f'{mmdet.__path__[0]}/.mim/tools/misc/print_config.py'; "
+        "runpy.run_path(tool, run_name='__main__')"
     )
     done = run(tmp_path, code, 'child.py', site=places[place])
     assert done.returncode == 0, done.stderr
@@ -113,10 +112,73 @@ def test_wheel_holds_all_configs(places):
 
 def test_unknown_config_is_told(tmp_path):
     (tmp_path / 'child.py').write_text("_base_ = 'mmdet_moe::_base_/balancing/hard_relativ.py'")
-    with pytest.raises(
-        ConfigError, match='nearest are mmdet_moe::_base_/balancing/hard_relative.py'
-    ):
+    with pytest.raises(ConfigError, match='nearest are mmdet_moe::_base_/balancing/hard_relative'):
         Config.fromfile(tmp_path / 'child.py')
+
+
+NO_TOOLBOX = """
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition('.')[0] in {blocked!r}:
+            raise ModuleNotFoundError(f'No module named {{name!r}}', name=name)
+
+sys.meta_path.insert(0, Blocker())
+"""
+PLAIN_PYTORCH = """
+import torch
+from mmdet_moe.moe import MoELayer, find_moe_layers
+
+router = dict(type='mmdet_moe.GAPRouter', constraint=dict(type='mmdet_moe.BiasBalancing'))
+model = torch.nn.Sequential(
+    torch.nn.Conv2d(3, 4, 1),
+    MoELayer(torch.nn.Conv2d(4, 4, 1), num_experts=3, top_k=2, in_channels=4, router=router),
+)
+model(torch.ones(2, 3, 8, 8)).sum().backward()
+print(find_moe_layers(model)['1'].routing.load().sum().item())
+"""
+USE_MODELS = """
+from mmengine.registry import MODELS
+import mmdet_moe.models as models
+from mmdet_moe.errors import ConfigError
+
+for name in sys.argv[1:]:
+    try:
+        getattr(models, name)
+        print(name, MODELS.get(f'mmdet_moe.{name}') is getattr(models, name))
+    except ConfigError:
+        try:
+            MODELS.build(dict(type=f'mmdet_moe.{name}', num_experts=4))
+        except ConfigError as error:
+            print(name, error)
+"""
+
+
+def test_plain_pytorch_needs_no_toolbox(tmp_path):
+    code = NO_TOOLBOX.format(blocked=('mmdet', 'mmpretrain', 'mmcv')) + PLAIN_PYTORCH
+    done = run(tmp_path, code, site=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == '4.0'
+
+
+@pytest.mark.parametrize(
+    ('blocked', 'missing'),
+    [
+        (('mmdet',), {'MoERetinaHead': 'mmdet', 'MoEResNet_CIFAR': None}),
+        (('mmpretrain',), {'MoERetinaHead': None, 'MoEResNet_CIFAR': 'mmpretrain'}),
+        (('mmcv', 'cv2'), {'MoEFPN': 'mmcv', 'ClassifierMixture': 'mmcv'}),
+    ],
+    ids=lambda value: '-'.join(value) if isinstance(value, tuple) else '',
+)
+def test_models_of_a_missing_toolbox(tmp_path, blocked, missing):
+    code = NO_TOOLBOX.format(blocked=blocked) + USE_MODELS
+    done = run(tmp_path, code, *missing, site=ROOT)
+    assert done.returncode == 0, done.stderr
+    lines = dict(line.split(' ', 1) for line in done.stdout.splitlines())
+    for name, toolbox in missing.items():
+        if toolbox is None:
+            assert lines[name] == 'True'
+        else:
+            assert f'mmdet_moe.{name} needs {toolbox}, which is not installed' in lines[name]
 
 
 # As MMDetection's own mmdet/configs/, which its wheels do not hold.

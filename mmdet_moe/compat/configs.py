@@ -18,9 +18,8 @@ if TYPE_CHECKING:  # MMEngine's config module is what this is loaded by.
 PREFIX = 'mmdet_moe::'
 _PACKAGE = Path(__file__).parents[1]
 # A link to the checkout's folder, which Git makes a text file of where there are no links.
-CONFIGS = next(
-    path for path in (_PACKAGE / 'configs', _PACKAGE.parent / 'configs') if path.is_dir()
-)
+_FOLDERS = (_PACKAGE / 'configs', _PACKAGE.parent / 'configs')
+CONFIGS = next(folder for folder in _FOLDERS if folder.is_dir())
 
 
 def config_path(name: str) -> str:

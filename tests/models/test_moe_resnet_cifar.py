@@ -9,7 +9,7 @@ from mmpretrain.registry import MODELS
 from torch import nn
 
 from mmdet_moe.errors import ConfigError
-from mmdet_moe.models.backbones import MoEResNet
+from mmdet_moe.models import MoEResNet
 from mmdet_moe.models.flops import count_flops
 from mmdet_moe.moe import ConvExperts, find_moe_layers
 

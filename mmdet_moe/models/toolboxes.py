@@ -1,0 +1,47 @@
+"""Classes that can only be had where their toolbox is installed."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NoReturn
+
+from mmdet_moe.errors import ConfigError
+from mmdet_moe.registry import MODELS
+
+_MISSING: dict[str, str] = {}
+
+
+@contextmanager
+def needs(toolbox: str, *names: str) -> Iterator[None]:
+    """``with needs('mmdet', 'MoEFPN'): import ...`` survives that MMDetection is missing.
+
+    The names are registered all the same, as functions that say what is missing.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        package = (error.name or '').partition('.')[0]
+        if package not in (toolbox, 'mmcv'):
+            raise
+        for name in names:
+            _MISSING[name] = (
+                f'mmdet_moe.{name} needs {package}, which is not installed: '
+                f"pip install 'mmdet_moe[{toolbox}]'"
+            )
+            if name not in MODELS.module_dict:
+
+                def build(*_: Any, _name: str = name, **__: Any) -> NoReturn:
+                    get_missing(_name)
+
+                MODELS.register_module(name=name, module=build)
+
+
+def get_missing(name: str) -> NoReturn:
+    """The attribute ``name`` of :mod:`mmdet_moe.models`, which it has not.
+
+    Raises:
+        ConfigError: Its toolbox is missing.
+        AttributeError: There is no such name in any case.
+    """
+    if name in _MISSING:
+        raise ConfigError(_MISSING[name])
+    raise AttributeError(f"module 'mmdet_moe.models' has no attribute {name!r}")
