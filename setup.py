@@ -26,6 +26,11 @@ ROOT = Path(__file__).parent
 version: dict[str, str] = {}
 exec((ROOT / 'mmdet_moe' / 'version.py').read_text(), version)
 
+MMCV = ['torchvision>=0.21', 'onedl-mmcv>=2.3.6']
+ANALYSIS = ['plotly>=6.0', 'Jinja2>=3.1', 'scipy>=1.9', 'tqdm>=4.0']
+MMDET = [*MMCV, *ANALYSIS, 'onedl-mmdetection>=3.5.1']
+MMPRETRAIN = [*MMCV, *ANALYSIS, 'onedl-mmpretrain>=1.3.6']
+
 
 class BuildKernels(build_ext):
     """Compile with ``mmdet_moe/ops/build.py``, which needs no Python headers."""
@@ -94,15 +99,11 @@ setup(
     ext_modules=[Extension('mmdet_moe.ops.lib', [])],
     cmdclass=commands,
     python_requires='>=3.10',
-    install_requires=[
-        'torch>=2.6',
-        'torchvision>=0.21',
-        'onedl-mmengine>=0.10.12',
-        'onedl-mmcv>=2.3.6',
-        'onedl-mmdetection>=3.5.1',
-        'onedl-mmpretrain>=1.3.6',
-        'plotly>=6.0',
-        'Jinja2>=3.1',
-    ],
-    extras_require={'demo': ['scikit-learn>=1.5', 'scikit-image>=0.22']},
+    install_requires=['torch>=2.6', 'onedl-mmengine>=0.10.12'],  # of mmdet_moe.moe and .ops
+    extras_require={
+        'mmdet': MMDET,
+        'mmpretrain': MMPRETRAIN,
+        'all': MMDET + MMPRETRAIN,
+        'demo': [*MMDET, 'scikit-learn>=1.5', 'scikit-image>=0.22'],
+    },
 )
