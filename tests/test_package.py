@@ -13,7 +13,7 @@ from mmengine.config import Config
 from mmengine.registry import MODELS
 
 import mmdet_moe
-from mmdet_moe import moe
+from mmdet_moe import cli, moe
 from mmdet_moe.errors import ConfigError
 
 ROOT = Path(mmdet_moe.__file__).parents[1]
@@ -185,7 +185,12 @@ def test_models_of_a_missing_toolbox(tmp_path, blocked, missing):
 PURE_BASE = """\
 from mmdet.models import FPN, DetDataPreprocessor, ResNet, RetinaHead, RetinaNet
 from mmdet.models.losses import FocalLoss, L1Loss
-from mmdet.models.task_modules import AnchorGenerator, DeltaXYWHBBoxCoder
+from mmdet.models.task_modules import (
+    AnchorGenerator,
+    DeltaXYWHBBoxCoder,
+    MaxIoUAssigner,
+    PseudoSampler,
+)
 
 model = dict(
     type=RetinaNet,
@@ -204,6 +209,12 @@ model = dict(
         loss_cls=dict(type=FocalLoss),
         loss_bbox=dict(type=L1Loss),
     ),
+    train_cfg=dict(
+        assigner=dict(type=MaxIoUAssigner, pos_iou_thr=0.5, neg_iou_thr=0.4, ignore_iof_thr=-1),
+        sampler=dict(type=PseudoSampler),
+        allowed_border=-1,
+        pos_weight=-1,
+    ),
 )
 """
 PURE_CHILD = """\
@@ -218,14 +229,44 @@ from mmdet_moe.models import MoERetinaHead
 model.neck.update(type='mmdet_moe.MoEFPN', num_experts=3, top_k=2, router=router)
 model.bbox_head.update(type=MoERetinaHead, num_experts=2, top_k=1, router=router)
 """
+PURE_TRAINING = """
+from mmcv.transforms import LoadImageFromFile
+from mmdet.datasets import CocoDataset
+from mmdet.datasets.transforms import LoadAnnotations, PackDetInputs
+from mmengine.dataset import DefaultSampler
+from mmengine.optim import OptimWrapper
+from mmengine.runner import IterBasedTrainLoop
+from torch.optim import SGD
+
+train_dataloader = dict(
+    batch_size=2,
+    num_workers=0,
+    sampler=dict(type=DefaultSampler, shuffle=False),
+    dataset=dict(
+        type=CocoDataset,
+        data_root={root!r},
+        ann_file='annotations/instances_train2017.json',
+        data_prefix=dict(img='train2017/'),
+        metainfo=dict(classes=('0', '1', '2')),
+        pipeline=[
+            dict(type=LoadImageFromFile),
+            dict(type=LoadAnnotations, with_bbox=True),
+            dict(type=PackDetInputs),
+        ],
+    ),
+)
+train_cfg = dict(type=IterBasedTrainLoop, max_iters=1)
+optim_wrapper = dict(type=OptimWrapper, optimizer=dict(type=SGD, lr=0.01))
+"""
 
 
-def test_pure_python_configs(tmp_path, monkeypatch):
+def test_pure_python_configs(tmp_path, monkeypatch, digit_scenes_folder):
     configs = tmp_path / 'toolbox' / 'configs'
     configs.mkdir(parents=True)
     (tmp_path / 'toolbox' / '__init__.py').touch()
     (configs / 'retinanet.py').write_text(PURE_BASE)
-    (tmp_path / 'child.py').write_text(PURE_CHILD)
+    training = PURE_TRAINING.format(root=str(digit_scenes_folder))
+    (tmp_path / 'child.py').write_text(PURE_CHILD + training)
     monkeypatch.syspath_prepend(tmp_path)
     cfg = Config.fromfile(tmp_path / 'child.py')
     fragment = Config.fromfile(CONFIGS / '_base_/balancing/hard_relative.py')
@@ -240,3 +281,5 @@ def test_pure_python_configs(tmp_path, monkeypatch):
         }
         for layer in layers.values():
             assert isinstance(layer.router.constraint, moe.RelativeImportanceConstraint)
+    cli.run_train([str(tmp_path / 'child.py'), f'--work-dir={tmp_path / "work"}'])
+    assert (tmp_path / 'work' / 'epoch_1.pth').exists()
