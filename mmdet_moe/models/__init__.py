@@ -6,14 +6,14 @@ Each toolbox may be missing: asking for what needs it, by import or in a config,
 
 from mmdet_moe.models.classifiers.patch_mixture import PatchMixture
 from mmdet_moe.models.frozen import frozen
+from mmdet_moe.models.presets import moe_fpn, moe_resnet
 from mmdet_moe.models.toolboxes import get_missing, needs
+from mmdet_moe.models.with_experts import with_experts
 
 __getattr__ = get_missing
 
-with needs('mmdet', 'MoEFPN', 'MoEResNet', 'MoERetinaHead', 'MoEShared2FCBBoxHead'):
-    from mmdet_moe.models.backbones.moe_resnet import MoEResNet
+with needs('mmdet', 'MoERetinaHead', 'MoEShared2FCBBoxHead'):
     from mmdet_moe.models.dense_heads.moe_retina_head import MoERetinaHead
-    from mmdet_moe.models.necks.moe_fpn import MoEFPN
     from mmdet_moe.models.roi_heads.moe_bbox_head import MoEShared2FCBBoxHead
 with needs('mmpretrain', 'ClassifierMixture', 'MobileNetV2_CIFAR', 'MoEResNet_CIFAR'):
     from mmdet_moe.models.backbones.mobilenet_v2_cifar import MobileNetV2_CIFAR
@@ -22,12 +22,13 @@ with needs('mmpretrain', 'ClassifierMixture', 'MobileNetV2_CIFAR', 'MoEResNet_CI
 
 __all__ = [
     'ClassifierMixture',
-    'MoEFPN',
-    'MoEResNet',
     'MoEResNet_CIFAR',
     'MoERetinaHead',
     'MoEShared2FCBBoxHead',
     'MobileNetV2_CIFAR',
     'PatchMixture',
     'frozen',
+    'moe_fpn',
+    'moe_resnet',
+    'with_experts',
 ]

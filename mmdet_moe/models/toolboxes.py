@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from typing import Any, NoReturn
 
 from mmdet_moe.errors import ConfigError
@@ -19,20 +20,36 @@ def needs(toolbox: str, *names: str) -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
-        package = (error.name or '').partition('.')[0]
-        if package not in (toolbox, 'mmcv'):
-            raise
         for name in names:
-            _MISSING[name] = (
-                f'mmdet_moe.{name} needs {package}, which is not installed: '
-                f"pip install 'mmdet_moe[{toolbox}]'"
-            )
+            _MISSING[name] = _explain(name, toolbox, error)
             if name not in MODELS.module_dict:
 
                 def build(*_: Any, _name: str = name, **__: Any) -> NoReturn:
                     get_missing(_name)
 
                 MODELS.register_module(name=name, module=build)
+
+
+def require(toolbox: str, name: str) -> None:
+    """Import a toolbox that ``mmdet_moe.<name>`` needs.
+
+    Raises:
+        ConfigError: It is not installed.
+    """
+    try:
+        import_module(toolbox)
+    except ModuleNotFoundError as error:
+        raise ConfigError(_explain(name, toolbox, error)) from error
+
+
+def _explain(name: str, toolbox: str, error: ModuleNotFoundError) -> str:
+    package = (error.name or '').partition('.')[0]
+    if package not in (toolbox, 'mmcv'):
+        raise error
+    return (
+        f'mmdet_moe.{name} needs {package}, which is not installed: '
+        f"pip install 'mmdet_moe[{toolbox}]'"
+    )
 
 
 def get_missing(name: str) -> NoReturn:
