@@ -24,7 +24,10 @@ _base_ = [
     'mmdet_moe::_base_/balancing/hard_relative.py',
 ]
 model = dict(
-    bbox_head=dict(type='mmdet_moe.MoERetinaHead', num_experts=4, top_k=2, router={{_base_.router}})
+    type='mmdet_moe.WithExperts',
+    of='RetinaNet',
+    router={{_base_.router}},
+    experts=[dict(at='backbone.layer4', num_experts=4, top_k=2)],
 )
 """
 
@@ -83,8 +86,8 @@ def test_configs_by_name(places, place, tmp_path):
 
     child = Config.fromfile(tmp_path / 'dumped_child.py')
     fragment = Config.fromfile(CONFIGS / '_base_/balancing/hard_relative.py')
-    assert (child.model.type, child.model.bbox_head.num_classes) == ('RetinaNet', 80)
-    assert child.model.bbox_head.router == child.router == fragment.router
+    assert (child.model.of, child.model.bbox_head.num_classes) == ('RetinaNet', 80)
+    assert child.model.router == child.router == fragment.router
     assert child.custom_hooks == fragment.custom_hooks
     front = Config.fromfile(tmp_path / 'dumped_front.py').to_dict()
     assert front == Config.fromfile(CONFIGS / 'retinanet_moe_soft_coco.py').to_dict()
@@ -225,7 +228,12 @@ with read_base():
 
 from mmdet_moe.models import MoERetinaHead
 
-model.neck.update(type='mmdet_moe.MoEFPN', num_experts=3, top_k=2, router=router)
+model.update(
+    type='mmdet_moe.WithExperts',
+    of=model.type,
+    router=router,
+    experts=[dict(at='neck.fpn_convs.*', num_experts=3, top_k=2)],
+)
 model.bbox_head.update(type=MoERetinaHead, num_experts=2, top_k=1, router=router)
 """
 PURE_TRAINING = """
