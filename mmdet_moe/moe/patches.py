@@ -131,6 +131,8 @@ class PatchGrid(Items):
 
     def __len__(self) -> int:
         """Patches per image."""
+        if self.grid == 1:
+            return 1
         rows, cols = self._axes
         return len(rows) * len(cols)
 
