@@ -70,7 +70,7 @@ def count_positives(model: nn.Module) -> None:
                 "head that assigns anchors level by level (an AnchorHead); use 'uniform' or 'area'"
             )
         counter = vars(head).get('get_targets')
-        if isinstance(counter, CountPositives):
-            counter.layers.append(layer)
-        else:
+        if not isinstance(counter, CountPositives):
             vars(head)['get_targets'] = CountPositives(head, [layer])
+        elif layer not in counter.layers:  # A preset has attached its own already.
+            counter.layers.append(layer)
