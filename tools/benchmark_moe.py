@@ -15,24 +15,23 @@ alternative computes something else; 2: a mistake in the command line.
 """
 
 import argparse
-import importlib.util
 import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-if importlib.util.find_spec('mmdet_moe') is None:
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+# The checkout, for what is not installed.
+sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from mmdet_moe.analysis.benchmarks.conv import ConvShape, run_auto, run_conv, run_scaling
-from mmdet_moe.analysis.benchmarks.environment import environment
-from mmdet_moe.analysis.benchmarks.harness import Benchmark, WrongResult
-from mmdet_moe.analysis.benchmarks.ops import run_ops
 from mmdet_moe.compat.malloc import keep_large_blocks
 from mmdet_moe.errors import ConfigError, exit_on_user_error
+from research.benchmarks.conv import ConvShape, run_auto, run_conv, run_scaling
+from research.benchmarks.environment import environment
+from research.benchmarks.harness import Benchmark, WrongResult
+from research.benchmarks.ops import run_ops
 
 DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
 
@@ -75,19 +74,19 @@ QUICK = Sizes(conv=(FULL.conv[1], FULL.conv[3]), analysis=24, explorer=200, auto
 
 def _run_retinanet(bench: Benchmark, sizes: Sizes) -> None:
     # Imports MMDetection, which takes seconds.
-    from mmdet_moe.analysis.benchmarks.retinanet import run_retinanet
+    from research.benchmarks.retinanet import run_retinanet
 
     run_retinanet(bench, sizes.image_size)
 
 
 def _run_statistics(bench: Benchmark, sizes: Sizes) -> None:
-    from mmdet_moe.analysis.benchmarks.statistics import run_statistics
+    from research.benchmarks.statistics import run_statistics
 
     run_statistics(bench, sizes.analysis)
 
 
 def _run_explorer(bench: Benchmark, sizes: Sizes) -> None:
-    from mmdet_moe.analysis.benchmarks.explorer import run_explorer
+    from research.benchmarks.explorer import run_explorer
 
     run_explorer(bench, sizes.explorer)
 

@@ -5,14 +5,14 @@ import math
 import pytest
 from miniature import write_fashion_mnist
 
-from mmdet_moe.analysis.experiments import experiment as experiment_module
-from mmdet_moe.analysis.experiments import rotate
-from mmdet_moe.analysis.experiments.budget import Budget
-from mmdet_moe.analysis.experiments.rotate import BUDGETS, RotateExperiment, markdown_table
-from mmdet_moe.analysis.runs import RunResult
 from mmdet_moe.cli import load_config, parse_options
 from mmdet_moe.errors import ConfigError
 from mmdet_moe.moe import UtilizationReport
+from research.experiments import experiment as experiment_module
+from research.experiments import rotate
+from research.experiments.budget import Budget
+from research.experiments.rotate import BUDGETS, RotateExperiment, markdown_table
+from research.runs import RunResult
 
 
 def cells(line):

@@ -7,7 +7,9 @@ import torch
 from torch import Tensor
 
 from mmdet_moe import ops
-from mmdet_moe.analysis.benchmarks.harness import (
+from mmdet_moe.compat.malloc import keep_large_blocks
+from mmdet_moe.ops import native, reference
+from research.benchmarks.harness import (
     FORWARD,
     PASSES,
     TRAINING,
@@ -16,8 +18,6 @@ from mmdet_moe.analysis.benchmarks.harness import (
     Computation,
     Inputs,
 )
-from mmdet_moe.compat.malloc import keep_large_blocks
-from mmdet_moe.ops import native, reference
 
 
 def run_ops(bench: Benchmark, num_items: int, channels: int) -> None:

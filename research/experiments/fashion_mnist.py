@@ -3,16 +3,16 @@
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
-from mmdet_moe.analysis.experiments.budget import Budget, BudgetedExperiment
-from mmdet_moe.analysis.experiments.experiment import Method, changed_by, dead_experts
-from mmdet_moe.analysis.experiments.markdown import (
+from research.experiments.budget import Budget, BudgetedExperiment
+from research.experiments.experiment import Method, changed_by, dead_experts
+from research.experiments.markdown import (
     NOTHING,
     mean_and_std,
     mean_per_layer,
     table,
 )
-from mmdet_moe.analysis.plots import plot_class_specialisation
-from mmdet_moe.analysis.runs import RunResult, mean_std
+from research.plots import plot_class_specialisation
+from research.runs import RunResult, mean_std
 
 METHODS = (
     Method('dense', 'resnet18_moe_dense_fashion_mnist'),

@@ -30,14 +30,14 @@ from mmdet_moe.analysis.cluster_figures import (
     plot_dispatch_entropy,
     plot_routing_plane,
 )
-from mmdet_moe.analysis.experiments.experiment import CONFIGS, folder_name, publish
-from mmdet_moe.analysis.experiments.markdown import NOTHING, mean_and_std, table
-from mmdet_moe.analysis.experiments.settings import check_settings
 from mmdet_moe.analysis.files import write_file
 from mmdet_moe.analysis.history import logged_scalars
-from mmdet_moe.analysis.runs import latest_checkpoint, mean_std
 from mmdet_moe.engine.hooks.cluster_alignment_hook import RECORD_FILE
 from mmdet_moe.errors import ConfigError
+from research.experiments.experiment import CONFIGS, folder_name, publish
+from research.experiments.markdown import NOTHING, mean_and_std, table
+from research.experiments.settings import check_settings
+from research.runs import latest_checkpoint, mean_std
 
 SETTINGS = (1, 2, 3, 4)
 #: Of each mixture in the published table.
@@ -188,7 +188,7 @@ def run(
         table_only: Train nothing.
 
     Returns:
-        Where they were written, see :func:`~mmdet_moe.analysis.experiments.experiment.publish`:
+        Where they were written, see :func:`~research.experiments.experiment.publish`:
         docs/results.md when all :data:`RUNS` of all settings are there.
 
     Raises:

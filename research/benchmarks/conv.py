@@ -10,7 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmdet_moe.analysis.benchmarks.harness import (
+from mmdet_moe.moe.dispatcher import Dispatcher
+from mmdet_moe.moe.experts.conv import ConvExperts
+from mmdet_moe.moe.experts.conv_cost import cheapest
+from mmdet_moe.moe.experts.modules import ModuleExperts
+from research.benchmarks.harness import (
     PASSES,
     TRAINING,
     Alternative,
@@ -19,10 +23,6 @@ from mmdet_moe.analysis.benchmarks.harness import (
     Computation,
     Inputs,
 )
-from mmdet_moe.moe.dispatcher import Dispatcher
-from mmdet_moe.moe.experts.conv import ConvExperts
-from mmdet_moe.moe.experts.conv_cost import cheapest
-from mmdet_moe.moe.experts.modules import ModuleExperts
 
 IMPLS = ('subbatches', 'grouped', 'views')
 

@@ -4,8 +4,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from mmdet_moe.analysis.files import write_file
-from mmdet_moe.analysis.runs import mean_std
 from mmdet_moe.errors import ConfigError
+from research.runs import mean_std
 
 NOTHING = '–'
 

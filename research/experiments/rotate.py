@@ -9,10 +9,10 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from mmdet_moe.analysis.experiments.budget import Budget, BudgetedExperiment
-from mmdet_moe.analysis.experiments.experiment import Method, dead_experts
-from mmdet_moe.analysis.experiments.markdown import NOTHING, mean_and_std, table
-from mmdet_moe.analysis.runs import RunResult, mean_std
+from research.experiments.budget import Budget, BudgetedExperiment
+from research.experiments.experiment import Method, dead_experts
+from research.experiments.markdown import NOTHING, mean_and_std, table
+from research.runs import RunResult, mean_std
 
 SINGLE = Method('single', 'moe_rotate_resnet18_fashion_mnist_single')
 MIXTURE = Method('MoE, 4 experts, top-1', 'moe_rotate_resnet18_fashion_mnist')

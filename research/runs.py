@@ -21,7 +21,7 @@ from mmdet_moe.engine.preflight import recorded_checkpoint, resumable_checkpoint
 from mmdet_moe.errors import ConfigError
 from mmdet_moe.moe import count_parameters
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+REPOSITORY = Path(__file__).resolve().parents[1]
 #: Names in the log of CocoMetric, and how tables call them.
 COCO_METRICS = {
     'coco/bbox_mAP': 'AP',

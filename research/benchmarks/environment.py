@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from mmdet_moe.analysis.runs import REPOSITORY
 from mmdet_moe.ops import native
 from mmdet_moe.version import __version__
+from research.runs import REPOSITORY
 
 PACKAGES = ('torch', 'torchvision', 'mmengine', 'mmcv', 'mmdet', 'mmpretrain', 'numpy')
 

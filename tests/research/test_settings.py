@@ -3,9 +3,9 @@
 import pytest
 from mmengine.config import Config
 
-from mmdet_moe.analysis.experiments import settings
-from mmdet_moe.analysis.experiments.settings import check_settings, difference
 from mmdet_moe.errors import ConfigError
+from research.experiments import settings
+from research.experiments.settings import check_settings, difference
 
 FOUND = {
     'work_dir': 'a', 'resume': True, 'load_from': 'x', 'launcher': 'none',

@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from mmdet_moe import cli
-from mmdet_moe.analysis.experiments import experiment, theory
-from mmdet_moe.analysis.experiments.theory import Result, Run
 from mmdet_moe.engine.hooks.cluster_alignment_hook import RECORD_FILE
 from mmdet_moe.errors import ConfigError
+from research.experiments import experiment, theory
+from research.experiments.theory import Result, Run
 
 SMALL = (
     'train_dataloader.batch_size=300',

@@ -11,25 +11,25 @@ from pathlib import Path
 from mmengine.config import Config
 from torch import Tensor
 
-from mmdet_moe.analysis.experiments.experiment import (
+from mmdet_moe.analysis.interventions import ALL
+from mmdet_moe.cli import apply_data_root
+from mmdet_moe.datasets import digit_scenes
+from research.experiments.experiment import (
     CONFIGS,
     Experiment,
     Method,
     changed_by,
     dead_experts,
 )
-from mmdet_moe.analysis.experiments.markdown import (
+from research.experiments.markdown import (
     NOTHING,
     mean_and_std,
     mean_per_layer,
     table,
 )
-from mmdet_moe.analysis.interventions import ALL
-from mmdet_moe.analysis.levels import information_on_level, positives_per_level
-from mmdet_moe.analysis.plots import plot_specialisation
-from mmdet_moe.analysis.runs import RunResult, latest_checkpoint, mean_std
-from mmdet_moe.cli import apply_data_root
-from mmdet_moe.datasets import digit_scenes
+from research.levels import information_on_level, positives_per_level
+from research.plots import plot_specialisation
+from research.runs import RunResult, latest_checkpoint, mean_std
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,12 @@ from mmengine.config import Config
 from mmengine.device import get_device
 from mmengine.registry import DefaultScope
 
-from mmdet_moe.analysis.experiments.experiment import CONFIGS, Experiment, Method
 from mmdet_moe.analysis.models import build_model
 from mmdet_moe.cli import load_config
 from mmdet_moe.engine.preflight import check_config
 from mmdet_moe.errors import ConfigError
 from mmdet_moe.models.flops import count_flops
+from research.experiments.experiment import CONFIGS, Experiment, Method
 
 
 @dataclass(frozen=True)

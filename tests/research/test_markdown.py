@@ -4,14 +4,14 @@ import math
 
 import pytest
 
-from mmdet_moe.analysis.experiments.markdown import (
+from mmdet_moe.errors import ConfigError
+from research.experiments.markdown import (
     mean_and_std,
     mean_per_layer,
     replace_between_markers,
     table,
 )
-from mmdet_moe.analysis.runs import mean_std
-from mmdet_moe.errors import ConfigError
+from research.runs import mean_std
 
 
 def test_table():

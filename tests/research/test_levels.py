@@ -10,8 +10,8 @@ from mmengine.config import Config
 from pycocotools.coco import COCO
 
 import mmdet_moe
-from mmdet_moe.analysis.levels import information_on_level, positives_per_level
 from mmdet_moe.cli import apply_data_root
+from research.levels import information_on_level, positives_per_level
 
 CONFIG = Path(mmdet_moe.__file__).parents[1] / 'configs' / 'demo' / 'retinanet_dense_digits.py'
 

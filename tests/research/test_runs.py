@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from mmdet_moe.analysis.runs import collect, latest_checkpoint
 from mmdet_moe.errors import ConfigError
+from research.runs import collect, latest_checkpoint
 
 CONFIG = """
 default_scope = 'mmengine'

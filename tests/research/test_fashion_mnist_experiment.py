@@ -8,20 +8,20 @@ from miniature import write_fashion_mnist
 from mmengine.config import Config
 from mmengine.registry import DefaultScope
 
-from mmdet_moe.analysis.experiments import experiment as experiment_module
-from mmdet_moe.analysis.experiments import fashion_mnist
-from mmdet_moe.analysis.experiments.budget import Budget
-from mmdet_moe.analysis.experiments.fashion_mnist import (
+from mmdet_moe.analysis.models import build_model
+from mmdet_moe.cli import load_config, parse_options
+from mmdet_moe.errors import ConfigError
+from mmdet_moe.moe import UtilizationReport
+from research.experiments import experiment as experiment_module
+from research.experiments import fashion_mnist
+from research.experiments.budget import Budget
+from research.experiments.fashion_mnist import (
     BUDGETS,
     FashionMNISTExperiment,
     accuracy_table,
     specialisation_table,
 )
-from mmdet_moe.analysis.models import build_model
-from mmdet_moe.analysis.runs import RunResult
-from mmdet_moe.cli import load_config, parse_options
-from mmdet_moe.errors import ConfigError
-from mmdet_moe.moe import UtilizationReport
+from research.runs import RunResult
 
 
 def cells(line):

@@ -17,7 +17,9 @@ from mmengine.structures import InstanceData
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from mmdet_moe.analysis.benchmarks.harness import (
+from mmdet_moe.moe import BalancingLoss, find_moe_layers
+from mmdet_moe.registry import MODELS
+from research.benchmarks.harness import (
     PASSES,
     Alternative,
     Benchmark,
@@ -25,9 +27,7 @@ from mmdet_moe.analysis.benchmarks.harness import (
     Inputs,
     Results,
 )
-from mmdet_moe.analysis.runs import REPOSITORY
-from mmdet_moe.moe import BalancingLoss, find_moe_layers
-from mmdet_moe.registry import MODELS
+from research.runs import REPOSITORY
 
 STRIDES = (8, 16, 32, 64, 128)
 MOE, DENSE = 'MoE', 'dense'

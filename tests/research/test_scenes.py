@@ -6,18 +6,18 @@ import shutil
 import pytest
 import torch
 
-from mmdet_moe.analysis.experiments import experiment
-from mmdet_moe.analysis.experiments import scenes as module
-from mmdet_moe.analysis.experiments.scenes import (
+from mmdet_moe.cli import parse_options
+from mmdet_moe.moe import UtilizationReport
+from research.experiments import experiment
+from research.experiments import scenes as module
+from research.experiments.scenes import (
     DIGIT_SCENES,
     FASHION_SCENES,
     ScenesExperiment,
     markdown_table,
     specialisation_table,
 )
-from mmdet_moe.analysis.runs import COCO_METRICS, RunResult
-from mmdet_moe.cli import parse_options
-from mmdet_moe.moe import UtilizationReport
+from research.runs import COCO_METRICS, RunResult
 
 
 def result(ap, load, mi):

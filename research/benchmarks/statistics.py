@@ -10,12 +10,12 @@ from mmengine.evaluator import Evaluator
 from mmengine.registry import MODELS, DefaultScope
 from mmengine.runner import Runner
 
-from mmdet_moe.analysis.benchmarks.harness import Alternative, Benchmark
 from mmdet_moe.analysis.data import AnalysisData
-from mmdet_moe.analysis.runs import REPOSITORY
 from mmdet_moe.analysis.study import Study
 from mmdet_moe.cli import apply_data_root
 from mmdet_moe.datasets import digit_scenes
+from research.benchmarks.harness import Alternative, Benchmark
+from research.runs import REPOSITORY
 
 TEST, STATISTICS, SUMMARY = 'plain test', 'statistics pass', 'statistics pass and summary'
 

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from mmdet_moe.analysis.experiments.markdown import replace_between_markers
-from mmdet_moe.analysis.experiments.settings import check_settings
 from mmdet_moe.analysis.files import EXPERTS_FILE, write_file
-from mmdet_moe.analysis.runs import REPOSITORY, RunResult, analyse, collect, train
 from mmdet_moe.errors import ConfigError
 from mmdet_moe.moe import UtilizationReport
 from mmdet_moe.moe.utilization import DEAD_SHARE
+from research.experiments.markdown import replace_between_markers
+from research.experiments.settings import check_settings
+from research.runs import REPOSITORY, RunResult, analyse, collect, train
 
 CONFIGS = REPOSITORY / 'configs'
 RESULTS = REPOSITORY / 'docs' / 'results.md'

@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 
 from mmdet_moe.analysis.association import COCO_SIZES, SIZES, Association, Bins, size_bin
-from mmdet_moe.analysis.benchmarks.harness import Benchmark
 from mmdet_moe.analysis.bins import coco_size_bin
 from mmdet_moe.analysis.explorer import build_payload, write_report
 from mmdet_moe.analysis.layer_statistics import LayerStatistics
 from mmdet_moe.analysis.outcomes import MISSED, Outcomes
 from mmdet_moe.errors import ConfigError
+from research.benchmarks.harness import Benchmark
 
 CLASSES, LEVELS, EXPERTS, ROWS_PER_IMAGE = 80, 5, 4, 7.2
 LAYERS = ('bbox_head.cls_moe', 'bbox_head.reg_moe')
