@@ -16,7 +16,8 @@ from pathlib import Path
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 from mmdet_moe.errors import exit_on_user_error
-from research.experiments import rotate, theory
+from projects.cluster_theory import experiment as theory
+from research.experiments import rotate
 from research.experiments.experiment import SEEDS, Experiment
 from research.experiments.fashion_mnist import BUDGETS, FashionMNISTExperiment
 from research.experiments.scenes import DIGIT_SCENES, FASHION_SCENES, ScenesExperiment

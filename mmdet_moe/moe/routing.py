@@ -32,7 +32,7 @@ class Routing:
         dropped: bool (T, K), the routes that exceed the capacity of their expert and give 0; None
             without a capacity. Importance and load count them: balancing has to see the overload.
         gates: (T, K), of either sign, what the experts' outputs are multiplied with where that is
-            not the weights (a router with ``softmax='raw'``); 0 where the weight is. Importance,
+            not the weights (:meth:`mmdet_moe.moe.Router.gates`); 0 where the weight is. Importance,
             load and everything else that asks who was chosen goes by the weights.
     """
 

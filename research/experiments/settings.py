@@ -8,6 +8,7 @@ from mmengine.config import Config
 
 from mmdet_moe.cli import apply_data_root, load_config, parse_options, set_loader_defaults
 from mmdet_moe.errors import ConfigError
+from mmdet_moe.moe.routers import FORMER_SOFTMAX
 
 #: Where a run lives, how it was started and saved, and on what device: nothing that its figures
 #: depend on.
@@ -65,7 +66,9 @@ def _difference(found: Any, wanted: Any, field: str) -> str | None:
             return next(
                 (text for i, pair in pairs if (text := _difference(*pair, f'{field}[{i}]'))), None
             )
-    elif found is not _MISSING and wanted is not _MISSING and found == wanted:
+    elif (found is not _MISSING and wanted is not _MISSING and found == wanted) or (
+        field.endswith('.softmax') and FORMER_SOFTMAX.get(found) == wanted
+    ):
         return None
     return f'{field}: {_shown(found)} there, {_shown(wanted)} now'
 

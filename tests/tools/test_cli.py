@@ -668,7 +668,7 @@ def test_the_tools_find_the_checkout():
 
 
 def test_nothing_to_draw_in(here, capsys):
-    config = str(TOOLS.parent / 'configs' / 'moe_theory_s1.py')
+    config = str(TOOLS.parent / 'projects' / 'cluster_theory' / 'configs' / 'mixture.py')
     Path('any.pth').touch()
     sentence = failure(capsys, cli.run_test, config, 'any.pth', '--show-dir', 'drawn')
     assert sentence == (

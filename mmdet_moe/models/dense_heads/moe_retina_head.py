@@ -110,11 +110,12 @@ class MoERetinaHead(RetinaHead):
 
     def _warn_of_scaled_predictions(self) -> None:
         router = getattr(self, f'{self.moe_branches[0]}_moe').router
-        if router.softmax == 'all' and router.num_experts > 1:
+        if router.softmax == 'over_all' and router.num_experts > 1:
             print_log(
-                "MoERetinaHead: with softmax='all' (the default for top_k=1) the weights of the "
-                'experts sum to less than 1 and scale the predictions, the prior of the focal loss '
-                "and a loaded dense model included; top_k > 1 with softmax='kept' keeps them.",
+                "MoERetinaHead: with softmax='over_all' (the default for top_k=1) the weights of "
+                'the experts sum to less than 1 and scale the predictions, the prior of the focal '
+                'loss and a loaded dense model included; top_k > 1 with '
+                "softmax='over_chosen' keeps them.",
                 logger='current',
                 level=logging.WARNING,
             )

@@ -24,7 +24,7 @@ class VectorExperts(StackedExperts):
 
     @abstractmethod
     def compute(self, x_R: Tensor, dispatcher: Dispatcher) -> Tensor:
-        """Every expert on its own rows: (R, C) to (R, C'), sorted by expert as in the dispatcher."""
+        """Every expert on its own rows: (R, C) to (R, C'), sorted by expert (dispatcher)."""
 
     def forward(self, x_T: Tensor, dispatcher: Dispatcher) -> Tensor:
         vectors_T = x_T.flatten(1)
