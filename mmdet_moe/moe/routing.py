@@ -1,7 +1,8 @@
 """The decision of one forward pass.
 
-Letters used in tensor names here and everywhere below: T routed items, E experts, K chosen experts
-per item, M = T·K rows, N images, L pyramid levels.
+Letters used in tensor names here and everywhere else: T routed items, E experts, K (``k``) chosen
+experts per item, M = T·K routes, R ≤ M of them that are evaluated (rows), N images, L pyramid
+levels, C channels.
 """
 
 from collections.abc import Sequence

@@ -6,20 +6,21 @@ that whatever else the machine does hits all of them alike; a ratio is the media
 two times that were taken right after one another.
 """
 
-import contextlib
 import gc
 import statistics
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
+import timeit
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
+from torch.utils.benchmark import timer
 
 FORWARD, TRAINING = 'forward', 'forward + backward'
 PASSES = (FORWARD, TRAINING)
@@ -32,8 +33,8 @@ WARM_UP_ROUNDS = 2
 #: Without --repeats: as many rounds as fit into the time, within the bounds.
 SECONDS_PER_COMPARISON = 15.0
 FEWEST_ROUNDS, MOST_ROUNDS = 7, 50
-#: A GPU is kept busy for as long, so that the launch of the first kernel does not count.
-SECONDS_PER_GPU_SAMPLE = 2e-3
+#: A GPU is kept busy for as long, so that waiting for its last kernel does not count.
+SECONDS_PER_GPU_SAMPLE = 1e-2
 
 Results = dict[str, Tensor | list[Tensor]]
 Inputs = dict[str, Tensor | list[Tensor]]
@@ -148,11 +149,7 @@ class Comparison:
 
     def quartiles(self, name: str) -> tuple[float, float]:
         """First and third quartile."""
-        samples = self.samples[name]
-        if len(samples) < 2:
-            return samples[0], samples[0]
-        first, _, third = statistics.quantiles(samples, n=4, method='inclusive')
-        return first, third
+        return tuple(np.percentile(self.samples[name], (25, 75)).tolist())
 
     def ratio(self, name: str, other: str) -> float:
         """How many times the time of ``other`` it takes: median over the rounds."""
@@ -318,18 +315,18 @@ class Benchmark:
         """
         for alternative in alternatives:
             self._check(title, alternative)
-        with _no_garbage_collection():
-            # What the first calls compile, choose and allocate is nobody's time.
-            for _ in range(WARM_UP_ROUNDS):
-                round_seconds = [self._seconds(a.run) for a in alternatives]
-            calls = [self._calls(seconds) for seconds in round_seconds]
-            rounds = self.repeats or min(
-                max(int(SECONDS_PER_COMPARISON / sum(round_seconds)), FEWEST_ROUNDS), MOST_ROUNDS
-            )
-            samples: dict[str, list[float]] = {a.name: [] for a in alternatives}
-            for _ in range(rounds):
-                for alternative, n in zip(alternatives, calls, strict=True):
-                    samples[alternative.name].append(self._seconds(alternative.run, n))
+        gc.collect()
+        # What the first calls compile, choose and allocate is nobody's time.
+        for _ in range(WARM_UP_ROUNDS):
+            round_seconds = [self._seconds(a.run) for a in alternatives]
+        calls = [self._calls(seconds) for seconds in round_seconds]
+        rounds = self.repeats or min(
+            max(int(SECONDS_PER_COMPARISON / sum(round_seconds)), FEWEST_ROUNDS), MOST_ROUNDS
+        )
+        samples: dict[str, list[float]] = {a.name: [] for a in alternatives}
+        for _ in range(rounds):
+            for alternative, n in zip(alternatives, calls, strict=True):
+                samples[alternative.name].append(self._seconds(alternative.run, n))
         comparison = Comparison(
             title,
             samples,
@@ -366,32 +363,13 @@ class Benchmark:
     def _calls(self, seconds: float) -> int:
         return 1 if self.device.type == 'cpu' else 1 + int(SECONDS_PER_GPU_SAMPLE / seconds)
 
-    def _seconds(self, run: Callable[[], object], calls: int = 1) -> float:
-        """Seconds of one call, results freed included, in a row of several."""
-        if self.device.type == 'cpu':
-            start = time.perf_counter()
-            for _ in range(calls):
-                run()
-            return (time.perf_counter() - start) / calls
-        start_event = torch.cuda.Event(enable_timing=True)
-        end_event = torch.cuda.Event(enable_timing=True)
-        torch.cuda.synchronize(self.device)
-        start_event.record()
-        for _ in range(calls):
-            run()
-        end_event.record()
-        torch.cuda.synchronize(self.device)
-        return start_event.elapsed_time(end_event) / 1e3 / calls
+    @staticmethod
+    def _seconds(run: Callable[[], object], calls: int = 1) -> float:
+        """Seconds of one call, results freed included, in a row of several.
 
-
-@contextlib.contextmanager
-def _no_garbage_collection() -> Iterator[None]:
-    gc.collect()
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
+        Without garbage collection, and with a GPU's work done.
+        """
+        return timeit.Timer(run, timer=timer).timeit(calls) / calls
 
 
 def _stacked(value: Tensor | list[Tensor]) -> Tensor:
