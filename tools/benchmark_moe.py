@@ -15,6 +15,7 @@ alternative computes something else; 2: a mistake in the command line.
 """
 
 import argparse
+import importlib
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -72,32 +73,23 @@ FULL = Sizes()
 QUICK = Sizes(conv=(FULL.conv[1], FULL.conv[3]), analysis=24, explorer=200, auto=6, repeats=3)
 
 
-def _run_retinanet(bench: Benchmark, sizes: Sizes) -> None:
-    # Imports MMDetection, which takes seconds.
-    from research.benchmarks.retinanet import run_retinanet
+def _late(name: str, size: str) -> Callable[[Benchmark, Sizes], None]:
+    """``run_<name>`` of its module, imported only to be run: MMDetection takes seconds."""
 
-    run_retinanet(bench, sizes.image_size)
+    def run_suite(bench: Benchmark, sizes: Sizes) -> None:
+        module = importlib.import_module(f'research.benchmarks.{name}')
+        getattr(module, f'run_{name}')(bench, getattr(sizes, size))
 
-
-def _run_statistics(bench: Benchmark, sizes: Sizes) -> None:
-    from research.benchmarks.statistics import run_statistics
-
-    run_statistics(bench, sizes.analysis)
-
-
-def _run_explorer(bench: Benchmark, sizes: Sizes) -> None:
-    from research.benchmarks.explorer import run_explorer
-
-    run_explorer(bench, sizes.explorer)
+    return run_suite
 
 
 SUITES: dict[str, Callable[[Benchmark, Sizes], None]] = {
     'ops': lambda b, sizes: run_ops(b, sizes.rows[b.device.type == 'cuda'], sizes.channels),
     'conv': lambda b, sizes: run_conv(b, sizes.conv),
     'scaling': lambda b, sizes: run_scaling(b, sizes.scaling),
-    'retinanet': _run_retinanet,
-    'analysis': _run_statistics,
-    'explorer': _run_explorer,
+    'retinanet': _late('retinanet', 'image_size'),
+    'analysis': _late('statistics', 'analysis'),
+    'explorer': _late('explorer', 'explorer'),
     'auto': lambda b, sizes: run_auto(b, sizes.auto),
 }
 DEFAULT_SUITES = ('ops', 'conv', 'scaling', 'retinanet', 'analysis')

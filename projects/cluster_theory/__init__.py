@@ -1,3 +1,4 @@
+# ruff: noqa: F401  # importing is registering
 """The cluster mixtures of arXiv 2208.02813; a config that lists this module in ``custom_imports``
 may name its classes, as ``mmdet_moe.X``."""
 
@@ -9,15 +10,3 @@ from projects.cluster_theory.normalized_gd import NormalizedGD
 from projects.cluster_theory.patch_mixture import PatchMixture
 from projects.cluster_theory.patch_router import PatchRouter
 from projects.cluster_theory.stop_at_loss_hook import StopAtLossHook
-
-__all__ = [
-    'ClusterAlignmentHook',
-    'ClusterPatches',
-    'ExpertGroupsConstructor',
-    'FilterExperts',
-    'NormalizedGD',
-    'PatchMixture',
-    'PatchRouter',
-    'StopAtLossHook',
-    'collate_batch',
-]

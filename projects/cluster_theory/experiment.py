@@ -22,11 +22,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from mmengine.config import Config
-from mmengine.registry import DATASETS, MODELS, DefaultScope
+from mmengine.registry import DATASETS
 
 from mmdet_moe import cli
 from mmdet_moe.analysis.files import write_file
 from mmdet_moe.analysis.history import logged_scalars
+from mmdet_moe.analysis.models import load_model
 from mmdet_moe.errors import ConfigError
 from projects.cluster_theory.cluster_alignment_hook import RECORD_FILE
 from projects.cluster_theory.figures import (
@@ -34,7 +35,7 @@ from projects.cluster_theory.figures import (
     plot_dispatch_entropy,
     plot_routing_plane,
 )
-from research.experiments.experiment import folder_name, publish
+from research.experiments.experiment import Method, publish
 from research.experiments.markdown import NOTHING, mean_and_std, table
 from research.experiments.settings import check_settings
 from research.runs import latest_checkpoint, mean_std
@@ -46,36 +47,11 @@ RESULT_FILE = 'result.json'
 CONFIGS = Path(__file__).parent / 'configs'
 
 
-@dataclass(frozen=True)
-class Model:
-    """One column of the paper's table, or a variant of one.
-
-    Attributes:
-        name: How tables call it.
-        config: Name of its config.
-        options: ``key=value`` pairs for ``--cfg-options``.
-    """
-
-    name: str
-    config: str = 'mixture'
-    options: tuple[str, ...] = ()
-
-    @property
-    def key(self) -> str:
-        """Name of the folder of its runs."""
-        return folder_name(self.name)
-
-    @property
-    def is_mixture(self) -> bool:
-        """Whether it has several experts, among which the samples are divided."""
-        return self.config == 'mixture'
-
-
 _LINEAR = 'model.activation=linear'
-SINGLE_LINEAR = Model('single, linear', 'single', (_LINEAR, 'optim_wrapper.optimizer.lr=3e-3'))
-SINGLE = Model('single, non-linear', 'single')
-MIXTURE_LINEAR = Model('mixture, linear', 'mixture', (_LINEAR,))
-MIXTURE = Model('mixture, non-linear')
+SINGLE_LINEAR = Method('single, linear', 'single', (_LINEAR, 'optim_wrapper.optimizer.lr=3e-3'))
+SINGLE = Method('single, non-linear', 'single')
+MIXTURE_LINEAR = Method('mixture, linear', 'mixture', (_LINEAR,))
+MIXTURE = Method('mixture, non-linear', 'mixture')
 TABLE = (SINGLE_LINEAR, SINGLE, MIXTURE_LINEAR, MIXTURE)
 
 _SOFTMAX = 'model.router.gate=softmax'
@@ -85,14 +61,14 @@ _ON_LOGITS = ('model.loss_on=logits', 'custom_hooks.1.threshold=0.0')
 _NO_NOISE = ('model.router.noise=False', 'model.router.init_std=1e-5')
 #: What is left open by the paper, or differs between it and its authors' program: on setting 1.
 VARIANTS = (
-    Model('as in the table'),
-    Model('gate: softmax', options=(_SOFTMAX,)),
-    Model('loss: on logits', options=_ON_LOGITS),
-    Model('gate: softmax, loss: on logits', options=(_SOFTMAX, *_ON_LOGITS)),
-    Model('no noise', options=_NO_NOISE),
-    Model('no noise, gate: softmax', options=(*_NO_NOISE, _SOFTMAX)),
+    Method('as in the table', 'mixture'),
+    Method('gate: softmax', 'mixture', (_SOFTMAX,)),
+    Method('loss: on logits', 'mixture', _ON_LOGITS),
+    Method('gate: softmax, loss: on logits', 'mixture', (_SOFTMAX, *_ON_LOGITS)),
+    Method('no noise', 'mixture', _NO_NOISE),
+    Method('no noise, gate: softmax', 'mixture', (*_NO_NOISE, _SOFTMAX)),
     *(
-        Model(f'load balancing: {weight:g}', options=(f'custom_hooks.3.loss.weight={weight}',))
+        Method(f'load balancing: {weight:g}', 'mixture', (f'custom_hooks.3.loss.weight={weight}',))
         for weight in (1e-4, 1e-3, 1e-2)
     ),
 )
@@ -101,7 +77,7 @@ VARIANTS_SETTING = 1
 
 #: Published test accuracy in %, its standard deviation, and the dispatch entropy of the training
 #: samples in nats, by setting and model.
-PUBLISHED: dict[tuple[int, Model], tuple[float, float | None, float | None]] = {
+PUBLISHED: dict[tuple[int, Method], tuple[float, float | None, float | None]] = {
     (1, SINGLE_LINEAR): (68.3, None, None),
     (1, SINGLE): (79.6, None, None),
     (1, MIXTURE_LINEAR): (93.00, 2.11, 1.300),
@@ -149,12 +125,17 @@ class Run:
     """One training."""
 
     setting: int
-    model: Model
+    model: Method
     seed: int
 
     def folder(self, work_dir: Path) -> Path:
         """Where it lives."""
         return work_dir / f's{self.setting}' / self.model.key / f'seed{self.seed}'
+
+    @property
+    def is_mixture(self) -> bool:
+        """Whether it has several experts, among which the samples are divided."""
+        return self.model.config == 'mixture'
 
     @property
     def config(self) -> Path:
@@ -217,9 +198,7 @@ def run(
         print(f'{len(every) - len(todo)} of {len(every)} trainings are finished.', flush=True)
         # The longest first, so that no process is left alone with one at the end; then one seed of
         # every cell after the other, so that what is interrupted is a table, too.
-        order = sorted(
-            todo, key=lambda run: (run.model.is_mixture, run.model in VARIANTS, run.seed)
-        )
+        order = sorted(todo, key=lambda run: (run.is_mixture, run.model in VARIANTS, run.seed))
         _train_all(order, work_dir, jobs)
         results = _finished(every, work_dir)
     if not results:
@@ -242,7 +221,7 @@ def run(
 def _runs(settings: Sequence[int], runs: int) -> Iterator[Run]:
     for setting in settings:
         for model in TABLE:
-            for seed in range(runs if model.is_mixture else 1):
+            for seed in range(runs if model.config == 'mixture' else 1):
                 yield Run(setting, model, seed)
     if VARIANTS_SETTING in settings:
         for model in VARIANTS[1:]:
@@ -327,7 +306,7 @@ def _measured(run: Run, folder: Path) -> Result:
     lines = logged_scalars(folder)
     (validation,) = [line for line in lines if 'accuracy/top1' in line]
     accuracy, iterations = validation['accuracy/top1'], validation['step']
-    if not run.model.is_mixture:
+    if not run.is_mixture:
         return Result(accuracy, iterations)
     with np.load(folder / RECORD_FILE) as record:
         return Result(
@@ -402,7 +381,7 @@ def variants_table(results: Mapping[Run, Result]) -> str:
     return table(columns, rows)
 
 
-def _of(results: Mapping[Run, Result], setting: int, model: Model) -> list[Result]:
+def _of(results: Mapping[Run, Result], setting: int, model: Method) -> list[Result]:
     return [r for run, r in results.items() if (run.setting, run.model) == (setting, model)]
 
 
@@ -457,11 +436,8 @@ def _routed(run: Run, work_dir: Path) -> tuple[np.ndarray, np.ndarray, np.ndarra
     folder = run.folder(work_dir)
     (config,) = folder.glob('*.py')
     cfg = Config.fromfile(config)
-    with DefaultScope.overwrite_default_scope(cfg.default_scope):
-        model = MODELS.build(cfg.model).eval()
-        data = DATASETS.build(cfg.test_dataloader.dataset)
-    checkpoint = torch.load(latest_checkpoint(folder), map_location='cpu', weights_only=False)
-    model.load_state_dict(checkpoint['state_dict'])
+    model, _ = load_model(cfg, str(latest_checkpoint(folder)), 'cpu')
+    data = DATASETS.build(cfg.test_dataloader.dataset)
     model(data.inputs, data.labels)
     strengths = data.inputs.sum((2, 3)) @ data.centres.T
     experts = model.moe.routing.expert_ids[:, 0]

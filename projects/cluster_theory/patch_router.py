@@ -1,5 +1,7 @@
 """The router of arXiv 2208.02813: linear on every patch, then summed."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -29,23 +31,12 @@ class PatchRouter(GAPRouter):
 
     needs_maps = True
 
-    def __init__(
-        self,
-        in_channels: int,
-        num_experts: int,
-        top_k: int,
-        gate: str = 'logit',
-        bias: bool = False,
-        init_std: float = 0.0,
-        noise: bool | str = 'uniform',
-        softmax: str = 'over_all',
-        **kwargs,
-    ) -> None:
-        options = dict(bias=bias, init_std=init_std, noise=noise, softmax=softmax, **kwargs)
-        super().__init__(in_channels, num_experts, top_k, **options)
+    def __init__(self, *args: Any, gate: str = 'logit', **kwargs: Any) -> None:
+        paper = {'bias': False, 'init_std': 0.0, 'noise': 'uniform', 'softmax': 'over_all'}
+        super().__init__(*args, **{**paper, **kwargs})
         if gate not in ('logit', 'softmax'):
             raise ConfigError(f"gate={gate!r} is unknown; use 'logit' or 'softmax'")
-        if gate == 'logit' and init_std == 0 and not noise:
+        if gate == 'logit' and not self.noise and not self.fc.weight.any():
             raise ConfigError(
                 "gate='logit' with init_std=0 and noise=False multiplies all experts with 0, so "
                 "that nothing is ever learned; set noise='uniform' or a positive init_std"

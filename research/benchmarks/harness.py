@@ -11,7 +11,7 @@ import statistics
 import sys
 import timeit
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
@@ -20,7 +20,6 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
-from torch.utils.benchmark import timer
 
 FORWARD, TRAINING = 'forward', 'forward + backward'
 PASSES = (FORWARD, TRAINING)
@@ -219,17 +218,6 @@ def _ms(seconds: float) -> str:
     return f'{1e3 * seconds:.3f}' if seconds < 1e-2 else f'{1e3 * seconds:.1f}'
 
 
-@dataclass
-class Target:
-    """What a suite wants to reach, and what it reached."""
-
-    text: str
-    met: bool
-    figure: float
-    limit: float
-    detail: str = ''
-
-
 class Benchmark:
     """Runs comparisons, prints them, and keeps them for the JSON file.
 
@@ -291,7 +279,8 @@ class Benchmark:
         shown = f'{figure:.3f}x' if unit == 'x' else f'{round(figure, 1):g}{unit}'
         outcome = ('met' if met else 'missed') + f' ({shown}{", " if detail else ""}{detail})'
         self.console.print(f'target: {text}: {outcome}', markup=False, soft_wrap=True)
-        self._current['targets'].append(asdict(Target(text, met, figure, limit, detail)))
+        result = {'text': text, 'met': met, 'figure': figure, 'limit': limit, 'detail': detail}
+        self._current['targets'].append(result)
 
     def compare(
         self,
@@ -369,6 +358,9 @@ class Benchmark:
 
         Without garbage collection, and with a GPU's work done.
         """
+        # Imported late: where there is nvcc but no GPU, that says so on stderr.
+        from torch.utils.benchmark import timer
+
         return timeit.Timer(run, timer=timer).timeit(calls) / calls
 
 

@@ -9,16 +9,14 @@ train_dataloader = dict(
     collate_fn=dict(type='mmdet_moe.collate_batch'),
     dataset=dict(type='mmdet_moe.ClusterPatches', setting='s1', split='train', num_samples=16000),
 )
-val_dataloader = dict(
+val_dataloader = test_dataloader = dict(
     batch_size=16000,
     num_workers=0,
     sampler=dict(type='DefaultSampler', shuffle=False),
     collate_fn=dict(type='mmdet_moe.collate_batch'),
     dataset=dict(type='mmdet_moe.ClusterPatches', setting='s1', split='test', num_samples=16000),
 )
-test_dataloader = val_dataloader
-val_evaluator = [dict(type='Accuracy'), dict(type='mmdet_moe.DispatchEntropy')]
-test_evaluator = val_evaluator
+val_evaluator = test_evaluator = [dict(type='Accuracy'), dict(type='mmdet_moe.DispatchEntropy')]
 val_cfg = dict(type='ValLoop')
 test_cfg = dict(type='TestLoop')
 default_hooks = dict(
