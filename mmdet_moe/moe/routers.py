@@ -232,12 +232,7 @@ def linear(fc: nn.Linear, x: Tensor) -> Tensor:
 
 
 class _PooledRouter(Router):
-    """Base class of routers whose logits are a linear layer of pooled features.
-
-    Args: as :class:`Router`, and
-        bias: Whether the linear layer has a bias.
-        init_std: Standard deviation of its initial weights; 0 starts with equal logits.
-    """
+    """Base class of routers whose logits are a linear layer of pooled features."""
 
     def __init__(
         self,
@@ -261,9 +256,6 @@ class _PooledRouter(Router):
             nn.init.zeros_(fc.bias)
         return fc
 
-    def _pooled_logits(self, features: Tensor, items: Items) -> Tensor:
-        return linear(self.fc, items.pool(features))
-
 
 @MODELS.register_module()
 class GAPRouter(_PooledRouter):
@@ -279,7 +271,7 @@ class GAPRouter(_PooledRouter):
         self.fc = self._build_fc(in_channels)
 
     def compute_logits(self, x: Tensor, items: Items) -> Tensor:
-        return self._pooled_logits(x, items)
+        return linear(self.fc, items.pool(x))
 
 
 @MODELS.register_module()
@@ -303,4 +295,4 @@ class ConvGAPRouter(_PooledRouter):
         x = x.to(torch.promote_types(x.dtype, torch.float32))
         weight, bias = self.conv.weight.to(x.dtype), self.conv.bias.to(x.dtype)
         features = F.relu(F.conv2d(x, weight, bias, padding=1))
-        return self._pooled_logits(features, items)
+        return linear(self.fc, items.pool(features))

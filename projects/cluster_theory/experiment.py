@@ -229,14 +229,9 @@ def _runs(settings: Sequence[int], runs: int) -> Iterator[Run]:
                 yield Run(VARIANTS_SETTING, model, seed)
 
 
-def read_result(run: Run, work_dir: Path) -> Result | None:
-    """What a training measured; None if it has not finished."""
-    path = run.folder(work_dir) / RESULT_FILE
-    return Result(**json.loads(path.read_text())) if path.exists() else None
-
-
 def _finished(runs: Sequence[Run], work_dir: Path) -> dict[Run, Result]:
-    return {run: result for run in runs if (result := read_result(run, work_dir))}
+    paths = {run: run.folder(work_dir) / RESULT_FILE for run in runs}
+    return {r: Result(**json.loads(p.read_text())) for r, p in paths.items() if p.exists()}
 
 
 def _train_all(todo: list[Run], work_dir: Path, jobs: int) -> None:

@@ -56,14 +56,9 @@ def _cpu_name() -> str:
 
 
 def _commit() -> str | None:
-    """Of this checkout; None where there is none, as in an installed package."""
-
-    def git(*arguments: str) -> str:
-        return subprocess.run(
-            ['git', '-C', str(REPOSITORY), *arguments], capture_output=True, text=True, check=True
-        ).stdout.strip()
-
-    with contextlib.suppress(OSError, subprocess.CalledProcessError):
-        changed = git('status', '--porcelain', '--untracked-files=no')
-        return git('rev-parse', 'HEAD') + (' with changes' if changed else '')
+    """Of this checkout; None where there is none."""
+    describe = ('describe', '--always', '--abbrev=40', '--exclude=*', '--dirty= with changes')
+    with contextlib.suppress(OSError):
+        command = ['git', '-C', str(REPOSITORY), *describe]
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
     return None

@@ -354,10 +354,7 @@ class Benchmark:
 
     @staticmethod
     def _seconds(run: Callable[[], object], calls: int = 1) -> float:
-        """Seconds of one call, results freed included, in a row of several.
-
-        Without garbage collection, and with a GPU's work done.
-        """
+        """Seconds of one call in a row, results freed, a GPU's work done, no garbage collected."""
         # Imported late: where there is nvcc but no GPU, that says so on stderr.
         from torch.utils.benchmark import timer
 

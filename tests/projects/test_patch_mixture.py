@@ -163,18 +163,8 @@ def test_config_trains_and_tests(run, tmp_path, monkeypatch):
     assert losses[-1] < losses[0]
     (metrics,) = [line for line in logged('run') if 'accuracy/top1' in line]
     assert 0 <= metrics['moe/dispatch_entropy'] <= 1.39
-    cli.run_test(
-        [
-            config,
-            'run/iter_12.pth',
-            '--work-dir',
-            'test',
-            '--cfg-options',
-            *SMALL,
-            *run.options,
-            'experiment_name=test',
-        ]
-    )
+    options = [*SMALL, *run.options, 'experiment_name=test']
+    cli.run_test([config, 'run/iter_12.pth', '--work-dir', 'test', '--cfg-options', *options])
     tested = json.loads(next(Path('test').glob('*/*.json')).read_text())
     assert tested['accuracy/top1'] == pytest.approx(metrics['accuracy/top1'])
     assert tested['moe/dispatch_entropy'] == pytest.approx(metrics['moe/dispatch_entropy'])

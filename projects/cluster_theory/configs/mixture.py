@@ -1,13 +1,9 @@
 # The mixture of arXiv 2208.02813: 8 experts, top-1, each a two-layer CNN with 8 filters per class.
 _base_ = './_base_/clusters.py'
 model = dict(
-    type='mmdet_moe.PatchMixture',
-    in_channels=50,
-    num_classes=2,
     num_experts=8,
     top_k=1,
     num_filters=8,
-    activation='cubic',
     init_scale=1e-3,
     router=dict(type='mmdet_moe.PatchRouter', gate='logit', noise='uniform'),
     loss_on='probabilities',

@@ -1,12 +1,8 @@
 # The single model of arXiv 2208.02813: one expert with 40 filters per class, initialised as usual.
 _base_ = './_base_/clusters.py'
 model = dict(
-    type='mmdet_moe.PatchMixture',
-    in_channels=50,
-    num_classes=2,
     num_experts=1,
     num_filters=40,
-    activation='cubic',
     init_scale=1.0,
     router=dict(type='mmdet_moe.GAPRouter', noise=False),
     loss_on='logits',

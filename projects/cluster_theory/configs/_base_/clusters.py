@@ -2,6 +2,7 @@
 # all, and a step takes milliseconds. In MMPretrain.
 custom_imports = dict(imports=['projects.cluster_theory'])
 default_scope = 'mmpretrain'
+model = dict(type='mmdet_moe.PatchMixture', in_channels=50, num_classes=2, activation='cubic')
 train_dataloader = dict(
     batch_size=16000,
     num_workers=0,
