@@ -4,7 +4,6 @@ Each toolbox may be missing: asking for what needs it, by import or in a config,
 :class:`~mmdet_moe.errors.ConfigError` that says so.
 """
 
-from mmdet_moe.models.classifiers.patch_mixture import PatchMixture
 from mmdet_moe.models.frozen import frozen
 from mmdet_moe.models.presets import moe_fpn, moe_resnet
 from mmdet_moe.models.toolboxes import get_missing, needs
@@ -26,7 +25,6 @@ __all__ = [
     'MoERetinaHead',
     'MoEShared2FCBBoxHead',
     'MobileNetV2_CIFAR',
-    'PatchMixture',
     'frozen',
     'moe_fpn',
     'moe_resnet',
