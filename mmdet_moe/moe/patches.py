@@ -50,13 +50,13 @@ class _Axis:
     def __len__(self) -> int:
         return len(self.starts)
 
-    def pooling_matrix(self, like: Tensor, total: bool) -> Tensor:
-        """(g, length): row i averages over, or sums up, the input pixels of patch i."""
+    def pooling_matrix(self, like: Tensor) -> Tensor:
+        """(g, length): row i averages over the input pixels of patch i."""
         matrix = like.new_zeros(len(self), self.length)
         for i in range(len(self)):
             start, stop = self.bounds[i] * self.stride, self.bounds[i + 1] * self.stride
             stop = min(stop, self.length)
-            matrix[i, start:stop] = 1 if total else 1 / (stop - start)
+            matrix[i, start:stop] = 1 / (stop - start)
         return matrix
 
     def locate(self, position: Tensor) -> Tensor:
@@ -114,15 +114,17 @@ class PatchGrid(Items):
 
     def __len__(self) -> int:
         """Patches per image."""
+        if self.grid == 1:
+            return 1
         rows, cols = self._axes
         return len(rows) * len(cols)
 
-    def pool(self, x: Tensor, total: bool = False) -> Tensor:
-        """Mean, or sum, of every patch (no halo): (N, C, H, W) to (N · patches, C)."""
+    def pool(self, x: Tensor) -> Tensor:
+        """Mean of every patch (no halo): (N, C, H, W) to (N · patches, C)."""
         dtype = torch.promote_types(x.dtype, torch.float32)
         if len(self) == 1:
-            return (torch.sum if total else torch.mean)(x, dim=(2, 3), dtype=dtype)
-        rows, cols = (axis.pooling_matrix(x.to(dtype), total) for axis in self._axes)
+            return x.mean(dim=(2, 3), dtype=dtype)
+        rows, cols = (axis.pooling_matrix(x.to(dtype)) for axis in self._axes)
         return torch.einsum('gh,nchw,kw->ngkc', rows, x.to(dtype), cols).flatten(0, 2)
 
     def crop(self, x: Tensor) -> Tensor:

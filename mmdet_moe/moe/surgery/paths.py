@@ -52,7 +52,9 @@ def find_places(model: nn.Module, at: str, every: str | None = None) -> list[Pla
     *above, last = _split(at)
     if last.startswith('{') and last.endswith('}'):
         if every is not None:
-            raise ConfigError(f'at={at!r}: every={every!r} cannot be combined with siblings in {{}}')
+            raise ConfigError(
+                f'at={at!r}: every={every!r} cannot be combined with siblings in {{}}'
+            )
         names = tuple(name.strip() for name in last[1:-1].split(','))
         parents = _matching(model, '.'.join(above)) if above else ['']
         places = [Place(parent, names) for parent in parents]
@@ -139,7 +141,7 @@ def _nothing(model: nn.Module, at: str, path: str) -> ConfigError:
     close = difflib.get_close_matches(missing, names, n=3, cutoff=0.4)
     whole = [n for n, _ in model.named_modules() if n.split('.')[-1] == missing][:3]
     where = f'"{known}"' if known else f'the model ({type(model).__name__})'
-    there = close or names[:12]
+    there = [name for name in names if name in close] or names[:12]
     more = f' and {len(names) - len(there)} more' if not close and len(names) > 12 else ''
     hint = f'{where} has {", ".join(there)}{more}' if there else f'{where} has no parts'
     if whole:

@@ -15,8 +15,9 @@ from torchvision.models.mobilenetv3 import InvertedResidual, InvertedResidualCon
 from torchvision.models.swin_transformer import SwinTransformerBlock
 
 from mmdet_moe.errors import ConfigError
+from mmdet_moe.moe.experts.upcycling import slice_dense
 from mmdet_moe.moe.flops import count_flops
-from mmdet_moe.moe.surgery.width import equal_width, narrow, slice_dense
+from mmdet_moe.moe.surgery.width import equal_width, narrow
 
 C = 16
 
