@@ -64,15 +64,17 @@ def test_resnet(main, capsys):
 
 def test_swin(main, capsys):
     main([str(MMPRETRAIN / 'swin_transformer' / 'swin-tiny_16xb64_in1k.py'), '--shape', '64', '64',
-          '--at', 'backbone.stages.1', '--cfg-options', 'model.backbone.img_size=64'])  # fmt: skip
+          '--at', 'backbone.stages.*', '--cfg-options', 'model.backbone.img_size=64',
+          'model.backbone.pad_small_map=True'])  # fmt: skip
     table = rows(capsys)
-    assert table['backbone.stages.1.blocks.*.ffn (2)'][-1] == 'image, token'
+    assert table['backbone.stages.*.blocks.*.ffn (12)'][-1] == 'image, token'
 
 
 @pytest.mark.parametrize(
     ('arguments', 'message'),
     [
         (['--at', 'backbone.layer9'], 'at='),
+        (['--shape', '0', '32'], '0×32 pixels'),
         (['--cfg-options', 'model.type=NoSuchClassifier'], 'cannot be built'),
     ],
 )
