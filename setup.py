@@ -73,7 +73,7 @@ setup(
     packages=find_packages(include=['mmdet_moe', 'mmdet_moe.*']),
     package_data={
         'mmdet_moe.ops': ['csrc/*.h', 'csrc/*/*'],
-        'mmdet_moe.analysis.explorer': ['*.css', '*.j2', '*.js'],
+        'mmdet_moe.analysis.report.explorer': ['*.css', '*.j2', '*.js'],
     },
     ext_modules=[Extension('mmdet_moe.ops.lib', [])],
     cmdclass=commands,

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mmdet_moe.analysis.plots import plot_overview
+from mmdet_moe.analysis.report.plots import plot_overview
 from mmdet_moe.drawing import draw_utilization, expert_ticks, wrapped
 
 

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mmdet_moe.analysis.files import EXPERTS_FILE, REPORT_FILE
-from mmdet_moe.analysis.plots import plot_overview
+from mmdet_moe.analysis.report.plots import plot_overview
 from mmdet_moe.analysis.runs import (
     COCO_METRICS,
     REPOSITORY,

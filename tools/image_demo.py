@@ -8,7 +8,7 @@ from pathlib import Path
 if importlib.util.find_spec('mmdet_moe') is None:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from mmdet_moe.analysis.image_demo import run_image_demo
+from mmdet_moe.analysis.image_demo.command import run_image_demo
 
 if __name__ == '__main__':
     run_image_demo()

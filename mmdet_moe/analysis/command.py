@@ -12,14 +12,19 @@ from mmengine.config import Config, DictAction
 from tqdm import tqdm
 
 from mmdet_moe.analysis.data import SPLITS, AnalysisData
-from mmdet_moe.analysis.explorer import build_payload, read_payload, write_payload, write_report
-from mmdet_moe.analysis.figures import write_figures
 from mmdet_moe.analysis.files import EXPERTS_FILE, PAYLOAD_FILE, REPORT_FILE, write_file
-from mmdet_moe.analysis.history import read_history
 from mmdet_moe.analysis.models import load_model
+from mmdet_moe.analysis.report.explorer import (
+    build_payload,
+    read_payload,
+    write_payload,
+    write_report,
+)
+from mmdet_moe.analysis.report.figures import write_figures
+from mmdet_moe.analysis.report.history import read_history
+from mmdet_moe.analysis.report.tables import write_tables
+from mmdet_moe.analysis.report.verdict import verdict
 from mmdet_moe.analysis.study import Study
-from mmdet_moe.analysis.tables import write_tables
-from mmdet_moe.analysis.verdict import verdict
 from mmdet_moe.cli import fail, load_config, set_loader_defaults
 from mmdet_moe.engine.preflight import check_config
 from mmdet_moe.errors import ConfigError

@@ -7,7 +7,7 @@ Arrays of one file of records (i images, d detections, o objects, L layers by th
   where the images come from hidden clusters.
 - ``det_image`` int32, ``det_box`` float32 (d, 4), ``det_score`` float32, ``det_label`` int32,
   ``det_level`` int32, ``det_match`` int64 (the row of its object, or what
-  :mod:`~mmdet_moe.analysis.matching` says).
+  :mod:`~mmdet_moe.analysis.statistics.matching` says).
 - ``obj_image``, ``obj_box``, ``obj_label``, ``obj_crowd``, and ``obj_level`` int32, the level of
   most of its anchors or RoIs, -1 without. A classifier's images are its objects.
 - ``L/det_unit`` int64 (d,), the number of the decision behind each detection, -1 if unknown, and
@@ -24,8 +24,8 @@ import numpy as np
 import torch
 
 from mmdet_moe.analysis.data import AnalysisData
-from mmdet_moe.analysis.matching import match
-from mmdet_moe.analysis.records import Arrays
+from mmdet_moe.analysis.records.store import Arrays
+from mmdet_moe.analysis.statistics.matching import match
 from mmdet_moe.analysis.tracing import Decisions, Places, Tracer
 
 #: Layers with a decision for every pixel have more than anybody can keep.

@@ -16,18 +16,7 @@ import torch
 from mmengine.runner import Runner
 from torch import nn
 
-from mmdet_moe.analysis.association import (
-    COCO_SIZES,
-    POSITIONS,
-    SIZES,
-    Association,
-    Bins,
-    coco_size_bin,
-    position_bin,
-    size_bin,
-)
 from mmdet_moe.analysis.data import AnalysisData
-from mmdet_moe.analysis.evaluation import ClassificationMetrics, DetectionMetrics
 from mmdet_moe.analysis.interventions import (
     ALL,
     Intervention,
@@ -35,11 +24,22 @@ from mmdet_moe.analysis.interventions import (
     experts_remembered,
     interventions_on,
 )
-from mmdet_moe.analysis.layer_statistics import MAX_LEVELS, LayerStatistics
 from mmdet_moe.analysis.origins import replaced
-from mmdet_moe.analysis.outcomes import CORRECT, MISSED, WRONG, Outcomes
 from mmdet_moe.analysis.recorder import Recorder
-from mmdet_moe.analysis.records import Arrays, Records
+from mmdet_moe.analysis.records.store import Arrays, Records
+from mmdet_moe.analysis.statistics.association import Association
+from mmdet_moe.analysis.statistics.bins import (
+    COCO_SIZES,
+    POSITIONS,
+    SIZES,
+    Bins,
+    coco_size_bin,
+    position_bin,
+    size_bin,
+)
+from mmdet_moe.analysis.statistics.evaluation import ClassificationMetrics, DetectionMetrics
+from mmdet_moe.analysis.statistics.layer_statistics import MAX_LEVELS, LayerStatistics
+from mmdet_moe.analysis.statistics.outcomes import CORRECT, MISSED, WRONG, Outcomes
 from mmdet_moe.analysis.tracing import Tracer
 
 SCHEMA, VERSION = 'mmdet_moe.experts', 1

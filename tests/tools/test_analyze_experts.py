@@ -20,7 +20,7 @@ from mmdet_moe.analysis import command, study
 from mmdet_moe.analysis.command import run_analysis
 from mmdet_moe.analysis.data import AnalysisData
 from mmdet_moe.analysis.recorder import Recorder
-from mmdet_moe.analysis.records import Records
+from mmdet_moe.analysis.records.store import Records
 from mmdet_moe.analysis.tracing import Tracer
 
 DEMO = Path(mmdet_moe.__file__).parents[1] / 'configs' / 'demo'
@@ -297,7 +297,7 @@ def test_schema(detector, finished):
 
 def test_figures(detector, tmp_path, monkeypatch):
     """The one run with figures; few images, no interventions."""
-    from mmdet_moe.analysis.figures import write_figures
+    from mmdet_moe.analysis.report.figures import write_figures
 
     monkeypatch.setattr(command, 'write_figures', write_figures)
     detector(tmp_path / 'out', '--no-interventions', '--max-images', '4')
@@ -502,7 +502,7 @@ def test_interventions_are_those_of_a_changed_model(detector, finished):
     cfg = detector.read()
     init_default_scope('mmdet')
     data = AnalysisData(cfg, 'val')
-    from mmdet_moe.analysis.evaluation import DetectionMetrics
+    from mmdet_moe.analysis.statistics.evaluation import DetectionMetrics
 
     metrics = DetectionMetrics(data, IMAGES)
     for key in [('bbox_head.cls_moe', 'without', 1), ('bbox_head.reg_moe', 'only', 2)]:

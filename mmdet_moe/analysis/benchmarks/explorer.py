@@ -7,12 +7,12 @@ from pathlib import Path
 
 import numpy as np
 
-from mmdet_moe.analysis.association import COCO_SIZES, SIZES, Association, Bins, size_bin
 from mmdet_moe.analysis.benchmarks.harness import Benchmark
-from mmdet_moe.analysis.bins import coco_size_bin
-from mmdet_moe.analysis.explorer import build_payload, write_report
-from mmdet_moe.analysis.layer_statistics import LayerStatistics
-from mmdet_moe.analysis.outcomes import MISSED, Outcomes
+from mmdet_moe.analysis.report.explorer import build_payload, write_report
+from mmdet_moe.analysis.statistics.association import Association
+from mmdet_moe.analysis.statistics.bins import COCO_SIZES, SIZES, Bins, coco_size_bin, size_bin
+from mmdet_moe.analysis.statistics.layer_statistics import LayerStatistics
+from mmdet_moe.analysis.statistics.outcomes import MISSED, Outcomes
 from mmdet_moe.errors import ConfigError
 
 CLASSES, LEVELS, EXPERTS, ROWS_PER_IMAGE = 80, 5, 4, 7.2

@@ -11,7 +11,7 @@ from mmdet_moe.analysis.experiments.markdown import (
     mean_per_layer,
     table,
 )
-from mmdet_moe.analysis.plots import plot_class_specialisation
+from mmdet_moe.analysis.report.plots import plot_class_specialisation
 from mmdet_moe.analysis.runs import RunResult, mean_std
 
 METHODS = (

@@ -26,7 +26,7 @@ from mmdet_moe.analysis.experiments.markdown import (
 )
 from mmdet_moe.analysis.interventions import ALL
 from mmdet_moe.analysis.levels import information_on_level, positives_per_level
-from mmdet_moe.analysis.plots import plot_specialisation
+from mmdet_moe.analysis.report.plots import plot_specialisation
 from mmdet_moe.analysis.runs import RunResult, latest_checkpoint, mean_std
 from mmdet_moe.cli import apply_data_root
 from mmdet_moe.datasets import digit_scenes

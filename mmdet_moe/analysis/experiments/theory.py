@@ -34,7 +34,7 @@ from mmdet_moe.analysis.experiments.experiment import CONFIGS, folder_name, publ
 from mmdet_moe.analysis.experiments.markdown import NOTHING, mean_and_std, table
 from mmdet_moe.analysis.experiments.settings import check_settings
 from mmdet_moe.analysis.files import write_file
-from mmdet_moe.analysis.history import logged_scalars
+from mmdet_moe.analysis.report.history import logged_scalars
 from mmdet_moe.analysis.runs import latest_checkpoint, mean_std
 from mmdet_moe.engine.hooks.cluster_alignment_hook import RECORD_FILE
 from mmdet_moe.errors import ConfigError

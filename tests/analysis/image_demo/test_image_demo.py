@@ -27,15 +27,15 @@ from tiny_models import (
 )
 
 import mmdet_moe
-from mmdet_moe.analysis import image_demo, image_drawing
-from mmdet_moe.analysis.image_demo import (
+from mmdet_moe.analysis.image_demo import command, drawing
+from mmdet_moe.analysis.image_demo.command import (
     ImageDemo,
     distinct_names,
     find_images,
     mixture,
     run_image_demo,
 )
-from mmdet_moe.analysis.image_drawing import (
+from mmdet_moe.analysis.image_demo.drawing import (
     DPI,
     Mark,
     RoutedMap,
@@ -45,7 +45,7 @@ from mmdet_moe.analysis.image_drawing import (
     page_style,
     place_labels,
 )
-from mmdet_moe.analysis.image_pipeline import ImagePipeline
+from mmdet_moe.analysis.image_demo.pipeline import ImagePipeline
 from mmdet_moe.drawing import expert_colour, expert_colours, text_on, to_rgb
 from mmdet_moe.errors import ConfigError
 from mmdet_moe.moe import Routing, find_moe_layers
@@ -159,14 +159,14 @@ def drawn(monkeypatch):
     calls = {'draw_marks': [], 'draw_routing': []}
 
     def watch(name):
-        function = getattr(image_demo, name)
+        function = getattr(command, name)
 
         def call(*args):
             figure = function(*args)
             calls[name].append((args, figure))
             return figure
 
-        monkeypatch.setattr(image_demo, name, call)
+        monkeypatch.setattr(command, name, call)
 
     for name in calls:
         watch(name)
@@ -736,8 +736,8 @@ def test_model_and_checkpoint_have_to_fit(save, image_file, capsys):
 
 
 def test_fixed_choice_of_names():
-    assert image_drawing.UNKNOWN == -1
+    assert drawing.UNKNOWN == -1
     with pytest.raises(ConfigError, match='choose a, b or c'):
-        image_demo._chosen(['a', 'b', 'c'], ['d'])
-    assert image_demo._chosen(['head.x', 'backbone.y'], None) == ['head.x']
-    assert image_demo._chosen(['neck.x', 'backbone.y'], None) == ['neck.x', 'backbone.y']
+        command._chosen(['a', 'b', 'c'], ['d'])
+    assert command._chosen(['head.x', 'backbone.y'], None) == ['head.x']
+    assert command._chosen(['neck.x', 'backbone.y'], None) == ['neck.x', 'backbone.y']

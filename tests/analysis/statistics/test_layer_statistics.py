@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from mmdet_moe.analysis.layer_statistics import LayerStatistics
+from mmdet_moe.analysis.statistics.layer_statistics import LayerStatistics
 
 
 def entropy(p):

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from mmdet_moe.analysis.explorer.packing import pack, quantise
-from mmdet_moe.analysis.explorer.pool import fill_pool
 from mmdet_moe.analysis.files import write_file
-from mmdet_moe.analysis.outcomes import Outcomes
+from mmdet_moe.analysis.report.explorer.packing import pack, quantise
+from mmdet_moe.analysis.report.explorer.pool import fill_pool
+from mmdet_moe.analysis.statistics.outcomes import Outcomes
 from mmdet_moe.errors import ConfigError
 
 SCHEMA, VERSION = 'mmdet_moe.explorer', 1
@@ -33,7 +33,7 @@ def build_payload(
 
     All outcomes are kept as columns. Where there are so many that they alone would use up the
     budget, the outcomes of images at even distances are kept. Crops and whole images are JPEG, of a
-    choice of images (see :mod:`~mmdet_moe.analysis.explorer.pool`).
+    choice of images (see :mod:`~mmdet_moe.analysis.report.explorer.pool`).
 
     Args:
         experts: The content of ``experts.json``.

@@ -6,7 +6,7 @@ import json
 import pytest
 from synthetic import make_experts
 
-from mmdet_moe.analysis.tables import write_tables
+from mmdet_moe.analysis.report.tables import write_tables
 
 
 def read(folder):

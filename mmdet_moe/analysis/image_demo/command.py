@@ -13,7 +13,7 @@ from mmengine.dataset import pseudo_collate
 from torch import nn
 
 from mmdet_moe.analysis.files import write_file
-from mmdet_moe.analysis.image_drawing import (
+from mmdet_moe.analysis.image_demo.drawing import (
     UNKNOWN,
     Mark,
     RoutedMap,
@@ -21,7 +21,7 @@ from mmdet_moe.analysis.image_drawing import (
     draw_routing,
     page_style,
 )
-from mmdet_moe.analysis.image_pipeline import (
+from mmdet_moe.analysis.image_demo.pipeline import (
     ImagePipeline,
     LoadedImage,
     Placement,

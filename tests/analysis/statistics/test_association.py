@@ -7,11 +7,11 @@ import math
 import numpy as np
 import pytest
 
-from mmdet_moe.analysis.association import (
+from mmdet_moe.analysis.statistics.association import Association
+from mmdet_moe.analysis.statistics.bins import (
     COCO_SIZES,
     POSITIONS,
     SIZES,
-    Association,
     Bins,
     coco_size_bin,
     position_bin,

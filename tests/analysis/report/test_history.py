@@ -2,7 +2,7 @@
 
 import json
 
-from mmdet_moe.analysis.history import logged_scalars, read_history
+from mmdet_moe.analysis.report.history import logged_scalars, read_history
 
 
 def write(work_dir, start, text):

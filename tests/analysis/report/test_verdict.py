@@ -6,8 +6,9 @@ import math
 import numpy as np
 import pytest
 
-from mmdet_moe.analysis.association import COCO_SIZES, SIZES, Association, Bins
-from mmdet_moe.analysis.verdict import verdict
+from mmdet_moe.analysis.report.verdict import verdict
+from mmdet_moe.analysis.statistics.association import Association
+from mmdet_moe.analysis.statistics.bins import COCO_SIZES, SIZES, Bins
 
 HEAD = 'bbox_head.cls_moe'
 

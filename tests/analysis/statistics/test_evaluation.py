@@ -9,7 +9,7 @@ from mmdet.evaluation import CocoMetric
 from test_matching import random_image
 
 from mmdet_moe.analysis.data import Objects
-from mmdet_moe.analysis.evaluation import ClassificationMetrics, DetectionMetrics
+from mmdet_moe.analysis.statistics.evaluation import ClassificationMetrics, DetectionMetrics
 
 NAMES = {
     'AP': 'bbox_mAP',

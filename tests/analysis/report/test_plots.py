@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from mmdet_moe.analysis.plots import plot_specialisation
+from mmdet_moe.analysis.report.plots import plot_specialisation
 
 
 def run(expert_given_bin, mi):

@@ -26,30 +26,8 @@ import numpy as np
 import torch
 from scipy import sparse
 
-from mmdet_moe.analysis.bins import (
-    COCO_SIZES,
-    POSITIONS,
-    SIZES,
-    Bins,
-    coco_size_bin,
-    position_bin,
-    size_bin,
-    size_bins,
-)
+from mmdet_moe.analysis.statistics.bins import Bins
 from mmdet_moe.moe.metrics import entropy, mutual_information, shares
-
-__all__ = [
-    'COCO_SIZES',
-    'POSITIONS',
-    'SIZES',
-    'Association',
-    'AssociationResult',
-    'Bins',
-    'coco_size_bin',
-    'position_bin',
-    'size_bin',
-    'size_bins',
-]
 
 # Equal up to the order of summation; far below any information that matters.
 _ROUNDING = 1e-9

@@ -23,8 +23,8 @@ from functools import partial
 import cv2
 import numpy as np
 
-from mmdet_moe.analysis.explorer.packing import NO_WEIGHT
-from mmdet_moe.analysis.outcomes import Outcomes
+from mmdet_moe.analysis.report.explorer.packing import NO_WEIGHT
+from mmdet_moe.analysis.statistics.outcomes import Outcomes
 
 #: Upper limits of small and medium objects, in px (COCO's).
 SIZE_LIMITS = (32, 96)

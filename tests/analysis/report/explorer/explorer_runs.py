@@ -6,7 +6,7 @@ from itertools import pairwise
 import cv2
 import numpy as np
 
-from mmdet_moe.analysis.outcomes import CORRECT, MISSED, WRONG, Outcomes
+from mmdet_moe.analysis.statistics.outcomes import CORRECT, MISSED, WRONG, Outcomes
 
 WIDTH, HEIGHT, LEVELS = 320, 240, 5
 

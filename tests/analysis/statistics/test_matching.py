@@ -8,7 +8,7 @@ import pytest
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from mmdet_moe.analysis.matching import IGNORED, UNMATCHED, match
+from mmdet_moe.analysis.statistics.matching import IGNORED, UNMATCHED, match
 
 
 def random_image(rng, integers, detections=12, objects=6, classes=2):

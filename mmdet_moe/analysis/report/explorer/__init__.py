@@ -4,7 +4,7 @@ A run's *payload* (``explorer.json``) holds its statistics, the columns of its o
 of images. One payload, or two to compare, make a report that opens in any browser, offline.
 """
 
-from mmdet_moe.analysis.explorer.payload import build_payload, read_payload, write_payload
-from mmdet_moe.analysis.explorer.report import write_report
+from mmdet_moe.analysis.report.explorer.payload import build_payload, read_payload, write_payload
+from mmdet_moe.analysis.report.explorer.report import write_report
 
 __all__ = ['build_payload', 'read_payload', 'write_payload', 'write_report']

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from mmdet_moe.analysis.records import Records
+from mmdet_moe.analysis.records.store import Records
 from mmdet_moe.errors import ConfigError
 
 PLAN = {'model': 'a', 'images': 10}

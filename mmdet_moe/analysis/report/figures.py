@@ -33,8 +33,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullFormatter, NullLocator
 
-from mmdet_moe.analysis.bins import COCO_LIMITS
 from mmdet_moe.analysis.files import write_file
+from mmdet_moe.analysis.statistics.bins import COCO_LIMITS
 from mmdet_moe.drawing import (
     MAX_STYLES,
     PAGE_WIDTH,

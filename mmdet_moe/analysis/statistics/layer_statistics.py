@@ -5,8 +5,8 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from mmdet_moe.analysis.association import Association, AssociationResult
-from mmdet_moe.analysis.bins import POSITIONS, Bins, position_bin
+from mmdet_moe.analysis.statistics.association import Association, AssociationResult
+from mmdet_moe.analysis.statistics.bins import POSITIONS, Bins, position_bin
 from mmdet_moe.moe.utilization import (
     COLLAPSE_SHARE,
     DEAD_SHARE,
@@ -26,7 +26,7 @@ class LayerStatistics:
     Args:
         num_experts: E.
         max_units: How many decisions the tests of the associations remember, see
-            :class:`~mmdet_moe.analysis.association.Association`.
+            :class:`~mmdet_moe.analysis.statistics.association.Association`.
         seed: Of their samples.
     """
 

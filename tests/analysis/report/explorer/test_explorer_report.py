@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from explorer_runs import classification_run, detection_run
 
-from mmdet_moe.analysis.explorer import build_payload, write_report
-from mmdet_moe.analysis.outcomes import CORRECT, MISSED, WRONG
+from mmdet_moe.analysis.report.explorer import build_payload, write_report
+from mmdet_moe.analysis.statistics.outcomes import CORRECT, MISSED, WRONG
 from mmdet_moe.errors import ConfigError
 
 TIMEOUT = 60_000

@@ -12,7 +12,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.patches import Rectangle, StepPatch
 from synthetic import SIZE_EDGES, association, make_experts
 
-from mmdet_moe.analysis.figures import MAX_CLASSES, draw_figures, write_figures
+from mmdet_moe.analysis.report.figures import MAX_CLASSES, draw_figures, write_figures
 from mmdet_moe.drawing import style
 
 LAYER = 'bbox_head.cls_moe'
