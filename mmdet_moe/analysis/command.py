@@ -24,6 +24,8 @@ from mmdet_moe.analysis.report.figures import write_figures
 from mmdet_moe.analysis.report.history import read_history
 from mmdet_moe.analysis.report.tables import write_tables
 from mmdet_moe.analysis.report.verdict import verdict
+from mmdet_moe.analysis.statistics.outcomes import outcomes_of
+from mmdet_moe.analysis.statistics.summary import summarise
 from mmdet_moe.analysis.study import Study
 from mmdet_moe.cli import fail, load_config, set_loader_defaults
 from mmdet_moe.engine.preflight import check_config
@@ -135,12 +137,13 @@ def analyse(args: argparse.Namespace) -> dict:
         with _bar(f'{len(study.interventions)} interventions', total) as progress:
             study.intervene(progress)
     print('Summing up ...', flush=True)
-    experts = study.summarise(
+    experts = summarise(
+        study,
         {
             'config': Path(args.config).stem,
             'checkpoint': Path(args.checkpoint).name,
             'split': args.split,
-        }
+        },
     )
     experts['history'] = read_history(Path(args.checkpoint).parent)
     experts['verdict'] = verdict(experts)
@@ -224,7 +227,8 @@ def write_results(study: Study, experts: dict, out: Path, other: dict | None = N
         (out / name).mkdir(exist_ok=True)
     write_tables(experts, out / 'tables')
     write_figures(experts, out / 'figures')
-    payload = build_payload(experts, study.outcomes(), study.data.image)
+    outcomes = outcomes_of(study.records, list(study.layers), study.score_thr)
+    payload = build_payload(experts, outcomes, study.data.image)
     write_payload(payload, out / PAYLOAD_FILE)
     write_report([payload] if other is None else [payload, other], out / REPORT_FILE)
 

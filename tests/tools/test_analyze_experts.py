@@ -20,7 +20,9 @@ from mmdet_moe.analysis import command, study
 from mmdet_moe.analysis.command import run_analysis
 from mmdet_moe.analysis.data import AnalysisData
 from mmdet_moe.analysis.recorder import Recorder
-from mmdet_moe.analysis.records.store import Records
+from mmdet_moe.analysis.records.files import RecordFiles
+from mmdet_moe.analysis.statistics import summary
+from mmdet_moe.analysis.statistics.outcomes import outcomes_of
 from mmdet_moe.analysis.tracing import Tracer
 
 DEMO = Path(mmdet_moe.__file__).parents[1] / 'configs' / 'demo'
@@ -137,7 +139,7 @@ def _make_quick(monkeypatch):
     monkeypatch.delenv(cli.TRACEBACK_VARIABLE, raising=False)
     monkeypatch.setattr(command, 'write_figures', lambda *_: None)
     monkeypatch.setattr(study, 'IMAGES_PER_FILE', PER_FILE)
-    monkeypatch.setattr(study.Study.summarise, '__defaults__', (19,))
+    monkeypatch.setattr(summary.summarise, '__defaults__', (19,))
 
 
 @pytest.fixture(scope='module')
@@ -458,10 +460,11 @@ def test_statistics_are_those_of_loops_over_the_images(detector, finished):
 def test_outcomes(detector, finished, monkeypatch):
     """Every object is found or missed, once; what is said of them are the predictions."""
     kept = []
-    monkeypatch.setattr(command, 'write_results', lambda study, *_: kept.append(study.outcomes()))
+    monkeypatch.setattr(command, 'write_results', lambda study, *_: kept.append(study))
     monkeypatch.setattr(command, '_print_results', lambda *_: None)
     command.run_analysis(detector.argv(finished))
-    (outcomes,) = kept
+    records, layers = kept[0].records, list(kept[0].layers)
+    outcomes = outcomes_of(records, layers, kept[0].score_thr)
     experts = json.loads(content(finished))
     is_object = outcomes.kind != 1
     assert is_object.sum() == experts['run']['num_objects']
@@ -552,8 +555,8 @@ def stop_at(monkeypatch, owner, name, call, error):
         (SingleStageDetector, 'predict', 2),  # in the second file of the statistics
         (SingleStageDetector, 'predict', 4),  # in the first file of the interventions
         (SingleStageDetector, 'predict', 30),
-        (Records, 'write', 2),
-        (Records, 'write', 4),
+        (RecordFiles, 'write', 2),
+        (RecordFiles, 'write', 4),
         (Recorder, 'take', 2),
     ],
 )
@@ -614,10 +617,10 @@ def test_few_images_are_in_memory(detector, tmp_path, monkeypatch):
     sizes, before = [], Recorder.take
 
     def take(self):
-        arrays = before(self)
-        sizes.append(len(arrays['image']))
+        records = before(self)
+        sizes.append(len(records.images.index))
         assert not self._parts
-        return arrays
+        return records
 
     monkeypatch.setattr(Recorder, 'take', take)
     detector(tmp_path / 'out', '--no-interventions')

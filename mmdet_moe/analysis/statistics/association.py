@@ -20,7 +20,7 @@ Letters: U decisions, B bins, E experts.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -66,6 +66,10 @@ class AssociationResult:
     def expert_given_bin(self) -> np.ndarray:
         """(B, E), rows sum to 1: who sees this? Zeros for an empty bin."""
         return shares(torch.from_numpy(self.counts), dim=1).numpy()
+
+    def first(self, bins: int) -> 'AssociationResult':
+        """With the table of the first bins alone, where the others are empty."""
+        return replace(self, counts=self.counts[:bins])
 
     def as_dict(self, bins: Bins | None = None) -> dict:
         """For JSON.

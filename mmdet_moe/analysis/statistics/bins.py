@@ -55,6 +55,11 @@ class Bins:
         return _find(values, self.edges[1:-1])
 
 
+def level_bins(count: int) -> Bins:
+    """The bins of the attribute ``level``, from level 0 on."""
+    return Bins([str(level) for level in range(count)])
+
+
 def size_bins(low: float = 8, high: float = 512) -> Bins:
     """Logarithmic bins of half an octave for ``sqrt(box area)`` in px.
 
@@ -88,6 +93,11 @@ COCO_SIZES = Bins(['small', 'medium', 'large'])
 POSITIONS = Bins(
     [f'{y} {x}' for y in ('top', 'middle', 'bottom') for x in ('left', 'centre', 'right')]
 )
+
+
+def box_sizes(boxes: np.ndarray) -> np.ndarray:
+    """``sqrt(area)`` in px of boxes (n, 4), xyxy: (n,) of their dtype."""
+    return np.sqrt((boxes[:, 2:] - boxes[:, :2]).clip(min=0).prod(axis=1))
 
 
 def size_bin(size_px: np.ndarray) -> np.ndarray:

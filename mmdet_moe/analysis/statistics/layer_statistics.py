@@ -1,12 +1,10 @@
 """How one layer uses its experts over a whole data set, in memory that does not grow with it."""
 
-from dataclasses import replace
-
 import numpy as np
 import torch
 
 from mmdet_moe.analysis.statistics.association import Association, AssociationResult
-from mmdet_moe.analysis.statistics.bins import POSITIONS, Bins, position_bin
+from mmdet_moe.analysis.statistics.bins import POSITIONS, Bins, level_bins, position_bin
 from mmdet_moe.moe.utilization import (
     COLLAPSE_SHARE,
     DEAD_SHARE,
@@ -119,9 +117,8 @@ class LayerStatistics:
         if self._several_per_image:
             found['image'] = self._image.result(permutations, seed), None
         if self._num_levels > 1:
-            result = self._level.result(permutations, seed)
-            bins = Bins([str(level) for level in range(self._num_levels)])
-            found['level'] = replace(result, counts=result.counts[: self._num_levels]), bins
+            result = self._level.result(permutations, seed).first(self._num_levels)
+            found['level'] = result, level_bins(self._num_levels)
         if self._position.num_units:
             found['position'] = self._position.result(permutations, seed), POSITIONS
         return found

@@ -9,20 +9,24 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Generic, TypeVar
 
 import numpy as np
 
 from mmdet_moe.analysis.files import write_file
+from mmdet_moe.analysis.records.contents import from_arrays, to_arrays
 from mmdet_moe.errors import ConfigError
 
+T = TypeVar('T')
 _PLAN = 'plan.json'
-Arrays = dict[str, np.ndarray]
 
 
-class Records:
+class RecordFiles(Generic[T]):
     """The records of one pass.
 
     Args:
+        kind: What a file holds, as :func:`~mmdet_moe.analysis.records.contents.from_arrays` wants
+            it.
         folder: Where they are; made if it does not exist.
         plan: What identifies the pass, JSON-able. Records of another plan are never mixed in.
         overwrite: Remove records of another plan instead of refusing.
@@ -31,7 +35,8 @@ class Records:
         ConfigError: If the folder holds records of another plan.
     """
 
-    def __init__(self, folder: Path, plan: dict, overwrite: bool = False) -> None:
+    def __init__(self, kind: type[T], folder: Path, plan: dict, overwrite: bool = False) -> None:
+        self.kind = kind
         self.folder = folder
         content = json.dumps(plan, indent=2, sort_keys=True).encode()
         path = folder / _PLAN
@@ -56,17 +61,17 @@ class Records:
             done = end
         return done
 
-    def write(self, first: int, end: int, arrays: Arrays) -> None:
+    def write(self, first: int, end: int, records: T) -> None:
         """Add the images ``first`` to ``end - 1``."""
         buffer = io.BytesIO()
-        np.savez(buffer, **arrays)
+        np.savez(buffer, **to_arrays(records))
         write_file(self.folder / f'{first:08d}-{end:08d}.npz', buffer.getvalue())
 
-    def __iter__(self) -> Iterator[Arrays]:
-        """The arrays of each file, in the order of the images."""
+    def __iter__(self) -> Iterator[T]:
+        """The records of each file, in the order of the images."""
         for _, _, path in self._files():
             with np.load(path) as file:
-                yield {name: file[name] for name in file.files}
+                yield from_arrays(self.kind, dict(file))
 
     def _files(self) -> list[tuple[int, int, Path]]:
         return sorted(
