@@ -10,12 +10,16 @@ spoils is cut off afterwards. With g = 1 the crop is the feature map itself.
 
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from mmdet_moe.errors import ConfigError
-from mmdet_moe.moe.items import Items, grid_centres
+from mmdet_moe.moe.items import Items, check_map, grid_centres
+
+if TYPE_CHECKING:
+    from mmdet_moe.moe.layer import MoELayer
 
 #: Layers that compute every pixel by itself, given fixed normalisation statistics.
 _POINTWISE = (
@@ -107,6 +111,18 @@ class PatchGrid(Items):
     grid: int = 1
     stride: int = 1
     halo: int = 0
+
+    @classmethod
+    def check(cls, layer: 'MoELayer') -> None:
+        if layer.grid_size < 2:
+            raise ConfigError(
+                f"granularity='patch' needs grid_size of at least 2, got {layer.grid_size}"
+            )
+
+    @classmethod
+    def divide(cls, layer: 'MoELayer', x: Tensor) -> 'PatchGrid':
+        check_map(layer, x)
+        return cls(tuple(x.shape[-2:]), layer.grid_size, layer.stride, layer.halo)
 
     @property
     def _axes(self) -> tuple[_Axis, _Axis]:

@@ -4,6 +4,7 @@ Letters used in tensor names here and everywhere below: T routed items, E expert
 per item, M = T·K rows, N images, L pyramid levels.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -45,6 +46,33 @@ class Routing:
     dropped: Tensor | None = None
     gates: Tensor | None = None
 
+    @classmethod
+    def cat(cls, calls: Sequence['Routing']) -> 'Routing':
+        """The decisions of several calls as one, the levels of each call after those before it.
+
+        Of calls with different numbers of images, whose decision is whose cannot be told from the
+        result: ``num_images`` is -1.
+        """
+        if len(calls) == 1:
+            return calls[0]
+
+        def joined(name: str) -> Tensor | None:
+            parts = [getattr(call, name) for call in calls]
+            return None if any(part is None for part in parts) else torch.cat(parts)
+
+        tensors = ('expert_ids', 'weights', 'logits', 'decision_weights', 'dropped', 'gates')
+        images = {call.num_images for call in calls}
+        return cls(
+            **{name: joined(name) for name in tensors},
+            items_per_level=sum((call.items_per_level for call in calls), ()),
+            num_images=images.pop() if len(images) == 1 else -1,
+        )
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether every route counts with its weight and none is dropped."""
+        return self.gates is None and self.dropped is None
+
     @property
     def num_items(self) -> int:
         """T."""
@@ -76,6 +104,8 @@ class Routing:
     @cached_property
     def image_ids(self) -> Tensor:
         """int64 (T,): the index of each item's image in the batch."""
+        if self.num_images < 0:
+            raise RuntimeError('The calls of this routing held different numbers of images')
         images = torch.arange(self.num_images, device=self.expert_ids.device)
         items_per_image = [items // max(self.num_images, 1) for items in self.items_per_level]
         return torch.cat([images.repeat_interleave(items) for items in items_per_image])

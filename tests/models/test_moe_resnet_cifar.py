@@ -10,7 +10,7 @@ from torch import nn
 
 from mmdet_moe.errors import ConfigError
 from mmdet_moe.models.backbones import MoEResNet
-from mmdet_moe.models.flops import count_flops
+from mmdet_moe.moe.flops import count_flops
 from mmdet_moe.moe import ConvExperts, find_moe_layers
 
 PAPER = (25, 50, 90, 180)

@@ -308,7 +308,7 @@ def test_active_flops(impl, k, kernel_size, granularity):
     """k convolutions count as k, also where mixed kernels or a grouped product compute less or
     what PyTorch does not count: `auto` takes another way on another device."""
     pytest.importorskip('mmpretrain')
-    from mmdet_moe.models.flops import count_flops
+    from mmdet_moe.moe.flops import count_flops
 
     experts = ConvExperts(8, 8, kernel_size, E, padding='same', impl=impl)
     layer = MoELayer(experts, E, k, in_channels=8, granularity=granularity)

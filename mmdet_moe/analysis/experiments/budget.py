@@ -12,7 +12,7 @@ from mmdet_moe.analysis.models import build_model
 from mmdet_moe.cli import load_config
 from mmdet_moe.engine.preflight import check_config
 from mmdet_moe.errors import ConfigError
-from mmdet_moe.models.flops import count_flops
+from mmdet_moe.moe.flops import count_flops
 
 
 @dataclass(frozen=True)

@@ -95,7 +95,7 @@ class ConvExperts(StackedExperts):
                 anything but zeros.
         """
         kind = type(conv)
-        if f'{kind.__module__}.{kind.__qualname__}' not in _PLAIN:
+        if not _is_plain(conv):
             raise ConfigError(
                 f'conv_cfg: {kind.__name__} is not supported by ConvExperts, which would drop what '
                 "makes it differ from nn.Conv2d; use conv_cfg=dict(type='Conv2d')"
@@ -218,6 +218,15 @@ class ConvExperts(StackedExperts):
     def extra_repr(self) -> str:
         options = ', '.join(f'{k}={v}' for k, v in self._options.items())
         return f'num_experts={self.num_experts}, {options}, impl={self.impl!r}'
+
+
+def _is_plain(module: object) -> bool:
+    return f'{type(module).__module__}.{type(module).__qualname__}' in _PLAIN
+
+
+def is_plain_conv(module: object) -> bool:
+    """Whether :meth:`ConvExperts.like` can take a module's place."""
+    return _is_plain(module) and module.padding_mode == 'zeros'
 
 
 class _MixKernels(torch.autograd.Function):

@@ -59,7 +59,7 @@ class FilterExperts(StackedExperts):
         self.weight = nn.Parameter(torch.empty(num_experts, outputs, in_channels))
         self.bias = nn.Parameter(torch.empty(num_experts, outputs))
         for e in range(num_experts):
-            self._set_expert(e, self.dense())
+            self.set_expert(e, self.dense())
 
     @torch.no_grad()
     def dense(self) -> nn.Linear:

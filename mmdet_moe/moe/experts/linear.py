@@ -24,7 +24,7 @@ class VectorExperts(StackedExperts):
 
     @abstractmethod
     def compute(self, x_R: Tensor, dispatcher: Dispatcher) -> Tensor:
-        """Every expert on its own rows: (R, C) to (R, C'), sorted by expert as in the dispatcher."""
+        """Every expert on its own rows: (R, C) to (R, C'), in the order of the experts."""
 
     def forward(self, x_T: Tensor, dispatcher: Dispatcher) -> Tensor:
         vectors_T = x_T.flatten(1)
@@ -71,7 +71,7 @@ class LinearExperts(VectorExperts):
         stacked = nn.Parameter(torch.empty(num_experts, out_features)) if bias else None
         self.register_parameter('bias', stacked)
         for e in range(num_experts):
-            self._set_expert(e, self.dense())
+            self.set_expert(e, self.dense())
 
     def dense(self) -> nn.Linear:
         _, out_features, in_features = self.weight.shape

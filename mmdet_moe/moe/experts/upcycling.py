@@ -15,6 +15,7 @@ def upcycle(
     moe_prefix: str,
     experts: Experts,
     noise: float,
+    num_shared: int = 0,
 ) -> None:
     """Turn the entries of a dense module into entries of its experts, in place.
 
@@ -31,6 +32,7 @@ def upcycle(
             normalisation), relative to the standard deviation of the weight itself. With 0 the
             experts are exact copies. It depends on the name of the weight alone, so that all ranks
             draw the same.
+        num_shared: How many dense experts stand beside them; each gets an exact copy.
 
     Raises:
         ConfigError: If the checkpoint holds another number of experts, or dense weights with
@@ -69,6 +71,25 @@ def upcycle(
         del state_dict[dense_prefix + name]
         copies = [_copy(value, noise, f'{prefix}{e}.{name}') for e in range(experts.num_experts)]
         experts.store(state_dict, prefix, name, copies)
+        for j in range(num_shared):
+            key = f'{moe_prefix}shared.{j}.{experts.dense_scope}{name}'
+            state_dict[key] = value.clone()
+
+
+@torch.no_grad()
+def perturb(experts: Experts, noise: float, name: str) -> None:
+    """Give experts that are copies of one another the noise of an upcycled checkpoint.
+
+    Args:
+        experts: Changed in place.
+        noise: As of :func:`upcycle`.
+        name: Of their layer, on which the noise depends.
+    """
+    state: dict[str, Tensor] = {}
+    for entry, value in experts.entries().items():
+        keys = [f'{name}.experts.{e}.{entry}' for e in range(experts.num_experts)]
+        experts.store(state, '', entry, [_copy(value, noise, key) for key in keys])
+    experts.load_state_dict(state)
 
 
 def _copy(value: Tensor, noise: float, name: str) -> Tensor:

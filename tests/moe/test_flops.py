@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from mmdet_moe.models.flops import count_flops
+from mmdet_moe.moe.flops import count_flops
 from mmdet_moe.moe import MoELayer
 
 

@@ -4,9 +4,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from mmdet_moe.moe import ConvExperts
+from mmdet_moe.moe.experts import ConvExperts
 
 
 @torch.no_grad()
@@ -25,12 +25,15 @@ def count_flops(module: nn.Module, x: Tensor) -> int:
     modes = {part: part.training for part in module.modules()}
     impls = {part: part.impl for part in modes if isinstance(part, ConvExperts)}
     module.eval()
+    fastpath = torch.backends.mha.get_fastpath_enabled()
     try:
+        torch.backends.mha.set_fastpath_enabled(False)  # one operator, which counts for nothing
         for experts in impls:
             experts.impl = 'subbatches'
         with FlopCounterMode(display=False, custom_mapping=_FORMULAS) as counter:
             module(x)
     finally:
+        torch.backends.mha.set_fastpath_enabled(fastpath)
         for part, training in modes.items():
             part.training = training
         for experts, impl in impls.items():
@@ -43,7 +46,16 @@ def _grouped_product(rows: torch.Size, matrices: torch.Size, *_: Any, **__: Any)
     return 2 * rows.numel() * matrices[-1]
 
 
-#: Of what PyTorch's counter takes for nothing; older versions of PyTorch do not have it.
-_FORMULAS = (
-    {torch.ops.aten._grouped_mm: _grouped_product} if hasattr(torch.ops.aten, '_grouped_mm') else {}
-)
+def _attention(query: torch.Size, key: torch.Size, value: torch.Size, *_: Any, **__: Any) -> int:
+    return sdpa_flop_count(query, key, value)
+
+
+#: Of what PyTorch's counter takes for nothing; older versions of PyTorch do not have them.
+_FORMULAS = {
+    getattr(torch.ops.aten, name): formula
+    for name, formula in {
+        '_grouped_mm': _grouped_product,
+        '_scaled_dot_product_flash_attention_for_cpu': _attention,
+    }.items()
+    if hasattr(torch.ops.aten, name)
+}
