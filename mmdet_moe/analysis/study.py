@@ -118,7 +118,7 @@ class Study:
                 data = self.model.data_preprocessor(batch, False)
                 with (
                     _shared_features(self.model, data['inputs']) as sharing,
-                    experts_remembered(self.layers),
+                    experts_remembered(self.model, self.layers),
                 ):
                     for number, intervention in enumerate(self.interventions):
                         with (
