@@ -18,133 +18,82 @@ Arrays = dict[str, np.ndarray]
 
 @dataclass
 class ImageRecords:
-    """The images.
+    """The images."""
 
-    Attributes:
-        index: int32 (i,), in the data set.
-        size: int32 (i, 2), height and width in px.
-    """
-
-    index: np.ndarray
-    size: np.ndarray
+    index: np.ndarray  #: int32 (i,), in the data set
+    size: np.ndarray  #: int32 (i, 2), height and width in px
 
 
 @dataclass
 class BoxRecords:
-    """What a detector found.
+    """What a detector found."""
 
-    Attributes:
-        image: int32 (d,), index in the data set.
-        box: float32 (d, 4), xyxy in px of the original image.
-        score: float32 (d,).
-        label: int32 (d,).
-    """
-
-    image: np.ndarray
-    box: np.ndarray
-    score: np.ndarray
-    label: np.ndarray
+    image: np.ndarray  #: int32 (d,), index in the data set
+    box: np.ndarray  #: float32 (d, 4), xyxy in px of the original image
+    score: np.ndarray  #: float32 (d,)
+    label: np.ndarray  #: int32 (d,)
 
 
 @dataclass
 class DetectionRecords(BoxRecords):
-    """What a detector found, and where it comes from.
+    """What a detector found, and where it comes from."""
 
-    Attributes:
-        level: int32 (d,), pyramid level; -1 where unknown.
-        match: int64 (d,), the row of its object, or what
-            :mod:`~mmdet_moe.analysis.statistics.matching` says.
-    """
-
-    level: np.ndarray
+    level: np.ndarray  #: int32 (d,), pyramid level; -1 where unknown
+    #: int64 (d,), row of its object, or what :mod:`~mmdet_moe.analysis.statistics.matching` says
     match: np.ndarray
 
 
 @dataclass
 class ObjectRecords:
-    """What there is to find.
+    """What there is to find."""
 
-    Attributes:
-        image: int32 (o,), index in the data set.
-        box: float32 (o, 4), xyxy in px of the original image.
-        label: int32 (o,).
-        crowd: bool (o,).
-        level: int32 (o,), the level of most of its anchors or RoIs; -1 without.
-    """
-
-    image: np.ndarray
-    box: np.ndarray
-    label: np.ndarray
-    crowd: np.ndarray
-    level: np.ndarray
+    image: np.ndarray  #: int32 (o,), index in the data set
+    box: np.ndarray  #: float32 (o, 4), xyxy in px of the original image
+    label: np.ndarray  #: int32 (o,)
+    crowd: np.ndarray  #: bool (o,)
+    level: np.ndarray  #: int32 (o,), the level of most of its anchors or RoIs; -1 without
 
 
 @dataclass
 class ClassRecords:
-    """What a classifier says of the images.
+    """What a classifier says of the images."""
 
-    Attributes:
-        label: int32 (i,), the true class.
-        prediction: int32 (i,).
-        score: float32 (i,).
-        cluster: int32 (i,), the hidden cluster; -1 where there are none.
-    """
-
-    label: np.ndarray
-    prediction: np.ndarray
-    score: np.ndarray
-    cluster: np.ndarray
+    label: np.ndarray  #: int32 (i,), the true class
+    prediction: np.ndarray  #: int32 (i,)
+    score: np.ndarray  #: float32 (i,)
+    cluster: np.ndarray  #: int32 (i,), the hidden cluster; -1 where there are none
 
 
 @dataclass
 class DecisionRecords:
-    """Decisions of a layer, at most so many of an image, drawn at random.
+    """Decisions of a layer, at most so many of an image, drawn at random."""
 
-    Attributes:
-        image: int32 (n,), index in the data set.
-        unit: int64 (n,).
-        level: int32 (n,), pyramid level, or index of the map.
-        centre: float32 (n, 2), x and y relative to the image; NaN without a place of its own.
-        weights: float32 (n, E), rows sum to 1.
-    """
-
-    image: np.ndarray
-    unit: np.ndarray
-    level: np.ndarray
+    image: np.ndarray  #: int32 (n,), index in the data set
+    unit: np.ndarray  #: int64 (n,)
+    level: np.ndarray  #: int32 (n,), pyramid level, or index of the map
+    #: float32 (n, 2), x and y relative to the image; NaN without a place of its own
     centre: np.ndarray
-    weights: np.ndarray
+    weights: np.ndarray  #: float32 (n, E), rows sum to 1
 
 
 @dataclass
 class LinkRecords:
-    """Which decisions of a layer stand behind each object. A classifier's images are its objects.
+    """Which decisions of a layer stand behind each object (a classifier's images are objects)."""
 
-    Attributes:
-        owner: int64 (n,), row of the object.
-        unit: int64 (n,).
-        level: int32 (n,), of the object's places there; -1 of a classifier.
-        share: float64 (n,), the part of the object that is the decision's; 1 for each object.
-        weights: float32 (n, E).
-    """
-
-    owner: np.ndarray
-    unit: np.ndarray
-    level: np.ndarray
+    owner: np.ndarray  #: int64 (n,), row of the object
+    unit: np.ndarray  #: int64 (n,)
+    level: np.ndarray  #: int32 (n,), of the object's places there; -1 of a classifier
+    #: float64 (n,), the part of the object that is the decision's; 1 for each object
     share: np.ndarray
-    weights: np.ndarray
+    weights: np.ndarray  #: float32 (n, E)
 
 
 @dataclass
 class OriginRecords:
-    """The decision of a layer behind each detection.
+    """The decision of a layer behind each detection."""
 
-    Attributes:
-        unit: int64 (d,), -1 where unknown.
-        weights: float32 (d, E), NaN there.
-    """
-
-    unit: np.ndarray
-    weights: np.ndarray
+    unit: np.ndarray  #: int64 (d,), -1 where unknown
+    weights: np.ndarray  #: float32 (d, E), NaN there
 
 
 @dataclass

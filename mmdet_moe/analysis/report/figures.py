@@ -316,19 +316,13 @@ def _class(layer: str, things: str, association: dict) -> Figure:
     return _heat_maps(title, things, association, order)
 
 
-def _superclass(layer: str, things: str, association: dict) -> Figure:
-    title = f'{layer}: which expert sees which super-class of the {things}'
-    return _heat_maps(title, things, association)
+def _in_order(title: str) -> Callable[[str, str, dict], Figure]:
+    """Draws the bins as they are, under a title in which ``{}`` are the things."""
 
+    def draw(layer: str, things: str, association: dict) -> Figure:
+        return _heat_maps(f'{layer}: which expert sees {title.format(things)}', things, association)
 
-def _cluster(layer: str, things: str, association: dict) -> Figure:
-    title = f'{layer}: which expert sees the {things} of which hidden cluster'
-    return _heat_maps(title, things, association)
-
-
-def _size_coco(layer: str, things: str, association: dict) -> Figure:
-    title = f'{layer}: which expert sees {things} of which size (COCO: 32 and 96 px)'
-    return _heat_maps(title, things, association)
+    return draw
 
 
 def _level(layer: str, things: str, association: dict) -> Figure:
@@ -677,10 +671,10 @@ def _shortened(text: str, most: int) -> str:
 
 _FIGURES: dict[str, dict[str, Callable[[str, str, dict], Figure]]] = {
     'size': {'size_given_expert': _size_given_expert, 'expert_given_size': _expert_given_size},
-    'size_coco': {'size_coco': _size_coco},
+    'size_coco': {'size_coco': _in_order('{} of which size (COCO: 32 and 96 px)')},
     'class': {'class': _class},
-    'superclass': {'superclass': _superclass},
-    'cluster': {'cluster': _cluster},
+    'superclass': {'superclass': _in_order('which super-class of the {}')},
+    'cluster': {'cluster': _in_order('the {} of which hidden cluster')},
     'level': {'level': _level},
     'position': {'position': _position},
 }

@@ -78,7 +78,7 @@ def verdict(experts: dict) -> list[str]:
                 *_use(layer),
                 *_speciality(layer, experts['run']),
                 *_together(layer),
-                *_effects(layer, of_layer, experts),
+                *_effects(of_layer, experts),
             )
         ]
     of_all = [entry for entry in interventions if entry['layer'] == 'all']
@@ -243,7 +243,7 @@ def _together(layer: dict) -> Iterator[str]:
                 )
 
 
-def _effects(layer: dict, interventions: list[dict], experts: dict) -> Iterator[str]:
+def _effects(interventions: list[dict], experts: dict) -> Iterator[str]:
     """What removing experts does to the main metric, and what other changes do."""
     metric, before = _main_metric(experts)
     if before is not None:

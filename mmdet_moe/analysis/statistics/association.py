@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from scipy import sparse
 
+from mmdet_moe.analysis.records.contents import concatenated
 from mmdet_moe.analysis.statistics.bins import Bins
 from mmdet_moe.moe.metrics import entropy, mutual_information, shares
 
@@ -81,14 +82,7 @@ class AssociationResult:
         Raises:
             ValueError: If the number of bins is not that of the table.
         """
-        numbers = {
-            'mi': self.mi,
-            'chance': self.chance,
-            'p_value': self.p_value,
-            'permutations': self.permutations,
-            'num_units': self.num_units,
-            'mi_max': self.mi_max,
-        }
+        numbers = {name: value for name, value in vars(self).items() if name != 'counts'}
         if bins is None:
             return {'edges': None, 'unit': None, **numbers}
         if self.counts is None or len(bins) != len(self.counts):
@@ -136,12 +130,6 @@ class _Units:
             *(x[entries] for x in (self.bins, self.counts)),
         )
 
-    @classmethod
-    def cat(cls, parts: list['_Units']) -> '_Units':
-        """One after the other."""
-        names = ('keys', 'weights', 'strata', 'lengths', 'bins', 'counts')
-        return cls(*(np.concatenate([getattr(part, name) for part in parts]) for name in names))
-
 
 class Association:
     """Accumulates what hangs on which decision.
@@ -175,13 +163,8 @@ class Association:
         self._rng = np.random.default_rng(seed)
         self._limit = 1.0  # units with a larger key cannot be in the sample any more
         self._kept: list[_Units] = []
-        self._num_kept = 0
+        self.num_kept = 0  # that are remembered now
         self._table = None if num_bins is None else np.zeros((num_bins, num_experts))
-
-    @property
-    def num_kept(self) -> int:
-        """Decisions that are remembered now."""
-        return self._num_kept
 
     def add(
         self,
@@ -283,14 +266,7 @@ class Association:
             counts=table,
         )
 
-    def _check(
-        self,
-        unit: np.ndarray,
-        bin: np.ndarray,
-        count: np.ndarray,
-        weights: np.ndarray,
-        stratum: np.ndarray,
-    ) -> None:
+    def _check(self, unit, bin, count, weights, stratum) -> None:
         n = len(unit)
         if any(x.shape != (n,) for x in (unit, bin, count, stratum)):
             raise ValueError(
@@ -306,14 +282,7 @@ class Association:
         if (weights < 0).any():
             raise ValueError('weights must not be negative')
 
-    def _units(
-        self,
-        unit: np.ndarray,
-        bin: np.ndarray,
-        count: np.ndarray,
-        weights: np.ndarray,
-        stratum: np.ndarray,
-    ) -> _Units:
+    def _units(self, unit, bin, count, weights, stratum) -> _Units:
         """Entries by decision, decisions in the order of their first entry, each bin once."""
         _, first, number = np.unique(unit, return_index=True, return_inverse=True)
         if not np.array_equal(weights, weights[first[number]]):
@@ -342,17 +311,17 @@ class Association:
             units = units.where(units.keys <= self._limit)
         if len(units):
             self._kept.append(units)
-            self._num_kept += len(units)
-        if self._num_kept > 1.25 * self.max_units:
+            self.num_kept += len(units)
+        if self.num_kept > 1.25 * self.max_units:
             self._shrink()
 
     def _shrink(self) -> None:
         """Keep the ``max_units`` smallest keys, in the order of arrival."""
-        units = _Units.cat(self._kept)
+        units = concatenated(self._kept)
         if len(units) > self.max_units:
             self._limit = float(np.partition(units.keys, self.max_units - 1)[self.max_units - 1])
             units = units.where(units.keys <= self._limit)
-        self._kept, self._num_kept = [units], len(units)
+        self._kept, self.num_kept = [units], len(units)
 
 
 def _permutations(

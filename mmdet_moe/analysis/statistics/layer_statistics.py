@@ -3,8 +3,8 @@
 import numpy as np
 import torch
 
-from mmdet_moe.analysis.statistics.association import Association, AssociationResult
-from mmdet_moe.analysis.statistics.bins import POSITIONS, Bins, level_bins, position_bin
+from mmdet_moe.analysis.statistics.association import Association
+from mmdet_moe.analysis.statistics.bins import POSITIONS, level_bins, position_bin
 from mmdet_moe.moe.utilization import (
     COLLAPSE_SHARE,
     DEAD_SHARE,
@@ -103,27 +103,20 @@ class LayerStatistics:
         """Share of the decisions in which both are chosen, (E, E); the diagonal: chosen at all."""
         return self._together / max(self.report().num_items, 1)
 
-    def associations(
-        self, permutations: int = 999, seed: int = 0
-    ) -> dict[str, tuple[AssociationResult, Bins | None]]:
-        """With what the decisions go together.
-
-        Returns:
-            By attribute: ``image``, whose bins have no names, if images have several decisions
-            (with one for each, whatever they are, none goes better with its image than another);
-            ``level``, if there is more than one; ``position``, if there are any.
-        """
-        found: dict[str, tuple[AssociationResult, Bins | None]] = {}
+    def _associations(self, permutations: int) -> dict[str, dict]:
+        """With what the decisions go together, by attribute."""
+        found = {}
+        # With one decision for each image none could go better with its image than another.
         if self._several_per_image:
-            found['image'] = self._image.result(permutations, seed), None
+            found['image'] = self._image.result(permutations).as_dict()
         if self._num_levels > 1:
-            result = self._level.result(permutations, seed).first(self._num_levels)
-            found['level'] = result, level_bins(self._num_levels)
+            result = self._level.result(permutations).first(self._num_levels)
+            found['level'] = result.as_dict(level_bins(self._num_levels))
         if self._position.num_units:
-            found['position'] = self._position.result(permutations, seed), POSITIONS
+            found['position'] = self._position.result(permutations).as_dict(POSITIONS)
         return found
 
-    def as_dict(self, permutations: int = 999, seed: int = 0) -> dict:
+    def as_dict(self, permutations: int = 999) -> dict:
         """The statistics of ``experts.json``, with the associations of source ``decisions``."""
         report = self.report()
         return {
@@ -138,12 +131,7 @@ class LayerStatistics:
             'dead_experts': report.dead_experts(DEAD_SHARE),
             'collapsed': report.has_collapsed(COLLAPSE_SHARE),
             'coactivation': self.coactivation().tolist(),
-            'associations': {
-                'decisions': {
-                    attribute: result.as_dict(bins)
-                    for attribute, (result, bins) in self.associations(permutations, seed).items()
-                }
-            },
+            'associations': {'decisions': self._associations(permutations)},
         }
 
     def _nothing(self) -> dict[str, torch.Tensor]:

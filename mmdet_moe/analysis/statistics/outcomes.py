@@ -17,7 +17,6 @@ from mmdet_moe.analysis.statistics.matching import IGNORED
 
 #: Values of :attr:`Outcomes.kind`.
 CORRECT, WRONG, MISSED = 0, 1, 2
-KIND_NAMES = ('correct', 'wrong', 'missed')
 
 
 @dataclass

@@ -3,12 +3,14 @@
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from mmdet_moe.analysis.files import write_file
+from mmdet_moe.analysis.records.contents import select
 from mmdet_moe.analysis.report.explorer.packing import pack, quantise
 from mmdet_moe.analysis.report.explorer.pool import fill_pool
 from mmdet_moe.analysis.statistics.outcomes import Outcomes
@@ -128,7 +130,7 @@ def _known_layers(outcomes: Outcomes, layers: dict[str, dict]) -> Outcomes:
                 f'expected {(len(outcomes), layer["num_experts"])}'
             )
         weights[name] = values
-    return Outcomes(**{**vars(outcomes), 'weights': weights})
+    return replace(outcomes, weights=weights)
 
 
 def _columns(outcomes: Outcomes) -> dict:
@@ -154,9 +156,7 @@ def _thinned(outcomes: Outcomes, columns: dict, limit: float) -> tuple[Outcomes,
         count = min(int(count * 0.97 * max(limit, 0) / len(_dumps(columns))), count - 1)
         kept = images[np.linspace(0, len(images) - 1, count).round().astype(int)]
         rows = np.isin(outcomes.image, kept)
-        fields = {k: v[rows] for k, v in vars(outcomes).items() if k != 'weights'}
-        weights = {name: values[rows] for name, values in outcomes.weights.items()}
-        thinned = Outcomes(**fields, weights=weights)
+        thinned = select(outcomes, rows)
         columns = _columns(thinned)
     return thinned, columns
 

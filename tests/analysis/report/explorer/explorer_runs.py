@@ -1,5 +1,7 @@
 """Made-up runs with the structure of real ones: experts that prefer levels, ties, misses."""
 
+import base64
+import zlib
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -9,6 +11,13 @@ import numpy as np
 from mmdet_moe.analysis.statistics.outcomes import CORRECT, MISSED, WRONG, Outcomes
 
 WIDTH, HEIGHT, LEVELS = 320, 240, 5
+
+
+def unpack(packed: dict) -> np.ndarray:
+    """The inverse of ``pack``, as ``explorer.js`` has it."""
+    data = zlib.decompress(base64.b64decode(packed['data']))
+    dtype = np.dtype(packed['dtype']).newbyteorder('<')
+    return np.frombuffer(data, dtype).reshape(packed['shape'])
 
 
 @dataclass

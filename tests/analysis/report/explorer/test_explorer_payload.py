@@ -6,10 +6,10 @@ import json
 import cv2
 import numpy as np
 import pytest
-from explorer_runs import classification_run, detection_run
+from explorer_runs import classification_run, detection_run, unpack
 
 from mmdet_moe.analysis.report.explorer import build_payload, read_payload, write_payload
-from mmdet_moe.analysis.report.explorer.packing import pack, quantise, unpack
+from mmdet_moe.analysis.report.explorer.packing import pack, quantise
 from mmdet_moe.errors import ConfigError
 
 
