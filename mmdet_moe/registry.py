@@ -6,6 +6,8 @@ imported on the first look-up, so a config needs no ``custom_imports``. Inside M
 (``mmdet.ResNet``).
 """
 
+from typing import Any
+
 from mmengine.registry import DATASETS as MMENGINE_DATASETS
 from mmengine.registry import FUNCTIONS as MMENGINE_FUNCTIONS
 from mmengine.registry import HOOKS as MMENGINE_HOOKS
@@ -23,6 +25,21 @@ MODELS = Registry(
     scope=SCOPE,
     locations=['mmdet_moe.moe', 'mmdet_moe.models'],
 )
+
+
+def build(config: dict) -> Any:
+    """Build what a config of :data:`MODELS` describes; of our own core without any toolbox.
+
+    A look-up in the registry imports all its locations, and with them the toolboxes.
+    """
+    options = dict(config)
+    kind = options.pop('type', None)
+    own = kind.removeprefix(f'{SCOPE}.') if isinstance(kind, str) else None
+    if own in MODELS.module_dict:
+        return MODELS.module_dict[own](**options)
+    return MODELS.build(config)
+
+
 HOOKS = Registry('hook', parent=MMENGINE_HOOKS, scope=SCOPE, locations=['mmdet_moe.engine'])
 METRICS = Registry(
     'metric', parent=MMENGINE_METRICS, scope=SCOPE, locations=['mmdet_moe.engine.metrics']

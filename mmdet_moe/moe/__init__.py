@@ -33,6 +33,7 @@ from mmdet_moe.moe.losses import (
 )
 from mmdet_moe.moe.routers import ConvGAPRouter, GAPRouter, Router
 from mmdet_moe.moe.routing import Routing
+from mmdet_moe.moe.surgery import Report, add_experts
 from mmdet_moe.moe.utilization import Utilization, UtilizationReport
 
 __all__ = [
@@ -54,6 +55,7 @@ __all__ = [
     'MoELayer',
     'ModuleExperts',
     'RelativeImportanceConstraint',
+    'Report',
     'Router',
     'RouterZLoss',
     'Routing',
@@ -62,6 +64,7 @@ __all__ = [
     'Utilization',
     'UtilizationReport',
     'VarianceLoss',
+    'add_experts',
     'count_parameters',
     'find_moe_layers',
     'upcycle',

@@ -8,7 +8,7 @@ from torch import nn
 from mmdet_moe.errors import ConfigError
 from mmdet_moe.moe.experts import Experts, ModuleExperts, independent_copies
 from mmdet_moe.moe.routers import Router
-from mmdet_moe.registry import MODELS
+from mmdet_moe.registry import MODELS, build
 
 
 def build_router(
@@ -33,7 +33,7 @@ def build_router(
                 f"router.{field}={router[field]} contradicts the layer's {field}={value}; "
                 'remove it from the router'
             )
-    built = MODELS.build(router)
+    built = build(router)
     if not isinstance(built, Router):
         raise ConfigError(f'router: {type(built).__name__} is not a Router of mmdet_moe')
     return built
@@ -51,9 +51,9 @@ def build_experts(
                     f"expert.num_experts={expert['num_experts']} contradicts the layer's "
                     f'num_experts={num_experts}; remove it from the experts'
                 )
-            expert = MODELS.build({**expert, 'num_experts': num_experts})
+            expert = build({**expert, 'num_experts': num_experts})
         else:
-            expert = [MODELS.build(expert) for _ in range(num_experts)]
+            expert = [build(expert) for _ in range(num_experts)]
     elif isinstance(expert, nn.Module) and not isinstance(expert, (nn.ModuleList, Experts)):
         expert = independent_copies(expert, num_experts)
     experts = expert if isinstance(expert, Experts) else ModuleExperts(expert)

@@ -12,7 +12,7 @@ from mmdet_moe.moe.constraints import Constraint
 from mmdet_moe.moe.items import Items
 from mmdet_moe.moe.patches import PatchGrid
 from mmdet_moe.moe.routing import Routing
-from mmdet_moe.registry import MODELS
+from mmdet_moe.registry import MODELS, build
 
 
 class _Linear(nn.Linear):
@@ -89,7 +89,7 @@ class Router(nn.Module, ABC):
                 "no gradient and cannot learn; use softmax='all'"
             )
         if isinstance(constraint, dict):
-            constraint = MODELS.build({**constraint, 'num_experts': num_experts})
+            constraint = build({**constraint, 'num_experts': num_experts})
         if constraint is not None and not isinstance(constraint, Constraint):
             raise ConfigError(
                 f'constraint={constraint!r} must be a config, such as '

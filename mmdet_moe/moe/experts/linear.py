@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from mmdet_moe.errors import ConfigError
 from mmdet_moe.moe.dispatcher import Dispatcher
 from mmdet_moe.moe.experts.base import StackedExperts
-from mmdet_moe.registry import MODELS
+from mmdet_moe.registry import MODELS, build
 
 
 class VectorExperts(StackedExperts):
@@ -128,7 +128,7 @@ class MLPExperts(VectorExperts):
         for i, (inputs, outputs) in enumerate(pairwise(features)):
             self.add_module(str(i), LinearExperts(inputs, outputs, num_experts, bias))
         config = {'type': activation} if isinstance(activation, str) else activation
-        self.activation = MODELS.build(config)
+        self.activation = build(config)
         if any(True for _ in self.activation.parameters()):
             raise ConfigError(
                 f'activation={activation!r} has parameters, which all experts would share; use one '

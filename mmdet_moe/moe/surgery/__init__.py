@@ -29,7 +29,7 @@ from mmdet_moe.moe.surgery.report import Report, Row
 from mmdet_moe.moe.surgery.siblings import Chain, placeholders
 from mmdet_moe.moe.surgery.width import equal_width, narrow
 
-__all__ = ['Entry', 'Report', 'add_experts']
+__all__ = ['Entry', 'Report', 'Site', 'add_experts', 'install']
 
 EQUAL = 'equal'
 #: Attributes of a model that was changed.
@@ -100,17 +100,30 @@ def add_experts(
     entries = [_entry(given, router) for given in _listed(experts)]
     if not entries:
         raise ConfigError("experts is empty; name a layer, such as dict(at='backbone.layer4')")
-    places = [(entry, place) for entry in entries for place in find_places(model, entry.at, entry.every)]
+    places = [
+        (entry, place) for entry in entries for place in find_places(model, entry.at, entry.every)
+    ]
     _check_places(model, [place for _, place in places])
     sites, rows = [], []
     for entry, place in places:
         site, row = _build(model, entry, place)
         sites.append(site)
         rows.append(row)
-    for site in sites:  # nothing can fail any more
-        _replace(site)
-    _watch(model, sites)
+    install(model, sites)  # nothing can fail any more
     return Report(rows)
+
+
+def install(model: nn.Module, sites: Sequence[Site]) -> None:
+    """Put layers that are built into their places, and let the model tell them when it runs.
+
+    Args:
+        model: Its forward pass is what the calls of a layer are collected over, and its
+            ``init_weights`` is that of the dense model.
+        sites: The places.
+    """
+    for site in sites:
+        _replace(site)
+    _watch(model, list(sites))
 
 
 def _listed(experts: Any) -> list[Any]:
@@ -129,7 +142,7 @@ def _entry(given: Mapping | Entry, router: dict | None) -> Entry:
         raise ConfigError(f"experts: {given!r} must be a dict with 'at', the path of a layer")
     if unknown := sorted(set(given) - set(known)):
         raise ConfigError(
-            f"experts: at={given['at']!r} has unknown options {', '.join(unknown)}; there are "
+            f'experts: at={given["at"]!r} has unknown options {", ".join(unknown)}; there are '
             f'{", ".join(known)}'
         )
     options = {'router': router, **given}
@@ -142,9 +155,7 @@ def _entry(given: Mapping | Entry, router: dict | None) -> Entry:
     if width not in (None, EQUAL) and not (
         isinstance(width, (int, float)) and not isinstance(width, bool) and width > 0
     ):
-        raise ConfigError(
-            f"experts: width={width!r} must be None, a factor above 0, or '{EQUAL}'"
-        )
+        raise ConfigError(f"experts: width={width!r} must be None, a factor above 0, or '{EQUAL}'")
     return entry
 
 
@@ -198,11 +209,6 @@ def _build(model: nn.Module, entry: Entry, place: Place) -> tuple[Site, Row]:
     parameters = list(module.parameters())
     if not parameters:
         raise ConfigError(f'"{place}" ({type(module).__name__}) has no weights to make experts of')
-    if not any(p.requires_grad for p in parameters):
-        raise ConfigError(
-            f'"{place}" is frozen (frozen_stages?), so that its experts could not learn; unfreeze '
-            'it, or choose another layer'
-        )
     if begins_in_place(module):
         raise ConfigError(
             f'"{place}" begins with a layer that changes its input in place; set inplace=False '
@@ -213,6 +219,8 @@ def _build(model: nn.Module, entry: Entry, place: Place) -> tuple[Site, Row]:
     except ConfigError as error:
         raise ConfigError(f'"{place}": {error}') from error
     layer.train(module.training)
+    if not any(p.requires_grad for p in parameters):
+        layer.requires_grad_(False)
     layer.to(parameters[0].device)
     name = place.names[0]
     stand_ins: dict[str, nn.Module] = {}
@@ -227,7 +235,8 @@ def _build(model: nn.Module, entry: Entry, place: Place) -> tuple[Site, Row]:
             f'name={entry.name!r} is for siblings in braces; "{place}" keeps its own name'
         )
     layer.name = f'{place.parent}.{name}' if place.parent else name
-    layer.replaces = type(module).__name__
+    if not layer.siblings:
+        layer.replaces = type(module).__name__
     layer.is_narrow = factor != 1
     stacked = not isinstance(layer.experts, ModuleExperts)
     twin = copy.deepcopy(module).to('meta') if stacked else None

@@ -7,15 +7,14 @@ is what is initialised: for a moment an expert stands where the dense layer stoo
 
 import copy
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from mmengine.model import BaseModule
+from mmengine.model import BaseModule, PretrainedInit, initialize
 from torch import nn
 
 from mmdet_moe.moe.experts import ModuleExperts
-from mmdet_moe.moe.experts.upcycling import perturb
 from mmdet_moe.moe.layer import MoELayer
 from mmdet_moe.moe.surgery.siblings import Chain
 
@@ -83,48 +82,30 @@ class DenseInit:
         if getattr(self.model, 'is_init', False):
             self._initialise(*args, **kwargs)  # says that it has been done before
             return
-        independent = [s for s in self.sites if s.layer.expert_init == 'independent']
-        draws = max((s.layer.num_experts for s in independent if not self._is_loaded(s)), default=1)
-        with _without_records(self.model):
+        independent = [s.layer for s in self.sites if s.layer.expert_init == 'independent']
+        draws = max((layer.num_experts for layer in independent), default=1)
+        with _without_records(self.model), _files_left_out(self.model) as loading:
             # The last time for the first experts, with which everything else goes.
             for e in reversed(range(draws)):
-                with _entered([site.dense(min(e, site.layer.num_experts - 1)) for site in self.sites]):
-                    with _pretrained_left_out(self.model, leave_out=e > 0):
-                        self._initialise(*args, **kwargs)
+                with ExitStack() as stack:
+                    for site in self.sites:
+                        stack.enter_context(site.dense(min(e, site.layer.num_experts - 1)))
+                    self._initialise(*args, **kwargs)
                     if e > 0:
                         _forget(self.model)
         for site in self.sites:
             site.layer.is_init = True
-            if site not in independent or self._is_loaded(site):
-                site.layer.share_weights()
-            if self._is_loaded(site) and site.layer.upcycle_noise > 0:
-                perturb(site.layer.experts, site.layer.upcycle_noise, site.layer.name)
+            site.layer.share_initial_weights()
+        for module, cfgs in loading.items():
+            _load(module, cfgs)
 
     def _initialise(self, *args: Any, **kwargs: Any) -> None:
         type(self.model).init_weights(self.model, *args, **kwargs)
-
-    def _is_loaded(self, site: Site) -> bool:
-        """Whether a file of weights covers the place: all experts are then copies."""
-        inside = set(site.layer.modules())
-        return any(
-            module in inside or any(part is site.layer for part in module.modules())
-            for module in self.model.modules()
-            if any(cfg.get('type') == 'Pretrained' for cfg in _init_cfgs(module))
-        )
 
 
 def _init_cfgs(module: nn.Module) -> list[dict]:
     cfgs = getattr(module, 'init_cfg', None) if isinstance(module, BaseModule) else None
     return [cfgs] if isinstance(cfgs, dict) else list(cfgs or ())
-
-
-@contextmanager
-def _entered(contexts: list) -> Iterator[None]:
-    if not contexts:
-        yield
-        return
-    with contexts[0], _entered(contexts[1:]):
-        yield
 
 
 @contextmanager
@@ -142,19 +123,31 @@ def _without_records(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _pretrained_left_out(model: nn.Module, leave_out: bool) -> Iterator[None]:
-    """No file is read for a draw that is thrown away."""
-    changed = {}
-    for module in model.modules() if leave_out else ():
+def _files_left_out(model: nn.Module) -> Iterator[dict[nn.Module, list[dict]]]:
+    """Leave out what is read from files, and tell what it is: parts before what holds them.
+
+    A file may hold a dense model or one with experts, so it is loaded into the model with experts.
+    """
+    loading, before = {}, {}
+    for module in reversed(list(model.modules())):
         cfgs = _init_cfgs(module)
-        kept = [cfg for cfg in cfgs if cfg.get('type') != 'Pretrained']
-        if len(kept) < len(cfgs):
-            changed[module], module.init_cfg = module.init_cfg, kept
+        files = [cfg for cfg in cfgs if cfg.get('type') in ('Pretrained', PretrainedInit)]
+        if files:
+            loading[module], before[module] = files, module.init_cfg
+            module.init_cfg = [cfg for cfg in cfgs if cfg not in files] or None
     try:
-        yield
+        yield loading
     finally:
-        for module, cfgs in changed.items():
+        for module, cfgs in before.items():
             module.init_cfg = cfgs
+
+
+def _load(module: BaseModule, files: list[dict]) -> None:
+    if type(module).init_weights is BaseModule.init_weights:
+        initialize(module, files)
+    else:  # some classes read files of their own kind
+        module.is_init = False
+        type(module).init_weights(module)
 
 
 def _forget(model: nn.Module) -> None:

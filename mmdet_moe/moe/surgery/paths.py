@@ -52,7 +52,9 @@ def find_places(model: nn.Module, at: str, every: str | None = None) -> list[Pla
     *above, last = _split(at)
     if last.startswith('{') and last.endswith('}'):
         if every is not None:
-            raise ConfigError(f'at={at!r}: every={every!r} cannot be combined with siblings in {{}}')
+            raise ConfigError(
+                f'at={at!r}: every={every!r} cannot be combined with siblings in {{}}'
+            )
         names = tuple(name.strip() for name in last[1:-1].split(','))
         parents = _matching(model, '.'.join(above)) if above else ['']
         places = [Place(parent, names) for parent in parents]

@@ -66,7 +66,18 @@ class Report:
     rows: list[Row]
 
     def __str__(self) -> str:
-        heads = ('path', 'layer', 'E', 'k', 'shared', 'decides per', 'width', 'dense', 'active', 'all')
+        heads = (
+            'path',
+            'layer',
+            'E',
+            'k',
+            'shared',
+            'decides per',
+            'width',
+            'dense',
+            'active',
+            'all',
+        )
         cells = [heads]
         for row in self.rows:
             numbers = (f'{n / 1e6:.2f} M' for n in (row.dense, row.active, row.total))

@@ -91,44 +91,6 @@ def equal_width(
     return min(nearest, key=lambda step: abs(relative_cost(step) - 1)) / steps
 
 
-def slice_dense(dense_entry: Tensor, shape: torch.Size, expert: int, num_experts: int) -> Tensor:
-    """What a narrow expert starts with when a dense checkpoint is loaded.
-
-    Expert e takes n of a layer's N channels, from e · N // E on and around the end; the same ones
-    in all layers that are tied. What sums over channels (the second dimension of a weight) is
-    scaled by N / n, so that the sums keep their size; where n · E is a multiple of N, the experts'
-    mean over the last hidden layer is then exactly the dense sum.
-
-    Args:
-        dense_entry: A parameter or buffer of the dense module.
-        shape: Of the same one in the expert.
-        expert: e.
-        num_experts: E.
-
-    Returns:
-        A tensor of that shape; with equal shapes the entry itself.
-
-    Raises:
-        ConfigError: If the expert is not a narrower one of the same kind.
-    """
-    if len(shape) != dense_entry.dim() or any(
-        n > size for n, size in zip(shape, dense_entry.shape, strict=True)
-    ):
-        raise ConfigError(
-            f"an expert's entry of shape {tuple(shape)} cannot be cut out of a dense one of shape "
-            f'{tuple(dense_entry.shape)}; load the checkpoint of the model that the experts replace'
-        )
-    entry = dense_entry
-    for axis, (n, size) in enumerate(zip(shape, dense_entry.shape, strict=True)):
-        if n != size:
-            first = expert * size // num_experts
-            chosen = (torch.arange(n, device=entry.device) + first) % size
-            entry = entry.index_select(axis, chosen)
-            if axis == 1:
-                entry = entry * (size / n)
-    return entry
-
-
 def _check_factor(factor: float) -> None:
     check_number('experts', 'width', factor, above=0)
     if factor > 1:
