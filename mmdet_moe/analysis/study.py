@@ -6,8 +6,9 @@
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import nullcontext
 from dataclasses import asdict
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -114,22 +115,22 @@ class Study:
         for first, end, batches in self._chunks(self.changed, progress):
             parts = []
             for indices, batch in batches:
-                found = []
-                data = self.model.data_preprocessor(batch, False)
-                with (
-                    _shared_features(self.model, data['inputs']) as sharing,
-                    experts_remembered(self.model, self.layers),
-                ):
-                    for number, intervention in enumerate(self.interventions):
-                        with (
-                            applied(intervention, self.layers, (number, indices[0])),
-                            sharing(self._is_in_head(intervention)),
-                        ):
-                            results = self.model(**data, mode='predict')
-                        found.append(self._predictions(indices, results))
-                parts.append(found)
+                parts.append(self._changed(indices, batch))
                 progress(len(indices))
             self.changed.write(first, end, concatenated(parts))
+
+    def _changed(self, indices: list[int], batch: dict) -> list[BoxRecords | np.ndarray]:
+        """The predictions for one batch, with each intervention."""
+        data, found = self.model.data_preprocessor(batch, False), []
+        features = cache(partial(self.model.extract_feat, data['inputs']))
+        with experts_remembered(self.model, self.layers):
+            for number, intervention in enumerate(self.interventions):
+                shared = nullcontext()
+                if self._is_in_head(intervention):
+                    shared = replaced(self.model, 'extract_feat', lambda _: features())
+                with applied(intervention, self.layers, (number, indices[0])), shared:
+                    found.append(self._predictions(indices, self.model(**data, mode='predict')))
+        return found
 
     def _is_in_head(self, intervention: Intervention) -> bool:
         """Whether no changed layer stands before the features."""
@@ -166,20 +167,3 @@ class Study:
                 end,
                 ((list(range(start, min(start + size, end))), next(batches)) for start in starts),
             )
-
-
-@contextmanager
-def _shared_features(model: nn.Module, inputs: torch.Tensor) -> Iterator[Callable]:
-    """Gives a context in which the model takes the features of ``inputs`` from a cache."""
-    cache: list = []
-
-    @contextmanager
-    def sharing(shared: bool) -> Iterator[None]:
-        with ExitStack() as stack:
-            if shared:
-                if not cache:
-                    cache.append(model.extract_feat(inputs))
-                stack.enter_context(replaced(model, 'extract_feat', lambda _: cache[0]))
-            yield
-
-    yield sharing
