@@ -223,8 +223,6 @@ def write_results(study: Study, experts: dict, out: Path, other: dict | None = N
     """
     content = json.dumps(experts, indent=1, allow_nan=False)
     write_file(out / EXPERTS_FILE, content.encode())
-    for name in ('tables', 'figures'):
-        (out / name).mkdir(exist_ok=True)
     write_tables(experts, out / 'tables')
     write_figures(experts, out / 'figures')
     outcomes = outcomes_of(study.records, list(study.layers), study.score_thr)

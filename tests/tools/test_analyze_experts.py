@@ -20,6 +20,7 @@ from mmdet_moe.analysis import command, study
 from mmdet_moe.analysis.command import run_analysis
 from mmdet_moe.analysis.data import AnalysisData
 from mmdet_moe.analysis.recorder import Recorder
+from mmdet_moe.analysis.records.contents import BoxRecords
 from mmdet_moe.analysis.records.files import RecordFiles
 from mmdet_moe.analysis.statistics import summary
 from mmdet_moe.analysis.statistics.outcomes import outcomes_of
@@ -523,7 +524,7 @@ def test_interventions_are_those_of_a_changed_model(detector, finished):
             for i, result in enumerate(model.test_step(batch)):
                 p = result.pred_instances
                 columns.append((np.full(len(p), first + i), p.bboxes, p.scores, p.labels))
-        expected = metrics(*(np.concatenate(c) for c in zip(*columns, strict=True)))
+        expected = metrics(BoxRecords(*(np.concatenate(c) for c in zip(*columns, strict=True))))
         for name in ('AP', 'AP50', 'AP small', 'AP medium'):
             assert found[key][name] == pytest.approx(expected[name], rel=1e-4)
         for name, value in expected['per_class'].items():

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from mmdet_moe.analysis.benchmarks.harness import Benchmark
+from mmdet_moe.analysis.records.contents import DecisionRecords
 from mmdet_moe.analysis.report.explorer import build_payload, write_report
 from mmdet_moe.analysis.statistics.association import Association
 from mmdet_moe.analysis.statistics.bins import COCO_SIZES, SIZES, Bins, coco_size_bin, size_bin
@@ -127,7 +128,9 @@ def _outcomes(rng: np.random.Generator, num_images: int) -> Outcomes:
 def _layer(outcomes: Outcomes, name: str) -> dict:
     weights = outcomes.weights[name]
     layer = LayerStatistics(EXPERTS)
-    layer.add(weights, outcomes.level, outcomes.image)
+    rows = np.arange(len(outcomes))
+    nowhere = np.full((len(outcomes), 2), np.nan)
+    layer.add(DecisionRecords(outcomes.image, rows, outcomes.level, nowhere, weights))
     attributes = {
         'size': (SIZES, size_bin(outcomes.size)),
         'size_coco': (COCO_SIZES, coco_size_bin(outcomes.size)),

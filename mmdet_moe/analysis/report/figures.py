@@ -26,6 +26,7 @@ import math
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -215,16 +216,9 @@ def stack_shares(axes: Axes, shares: np.ndarray, edges: np.ndarray) -> None:
     below = np.zeros(len(shares))
     for e, look in enumerate(expert_styles(shares.shape[1])):
         axes.stairs(
-            below + shares[:, e],
-            edges,
-            baseline=below,
-            fill=True,
-            facecolor=look.colour,
-            edgecolor=look.contrast,
-            hatch=look.hatch,
-            linewidth=0.4,
-            label=f'expert {e}',
-        )
+            below + shares[:, e], edges, baseline=below, fill=True, facecolor=look.colour,
+            edgecolor=look.contrast, hatch=look.hatch, linewidth=0.4, label=f'expert {e}',
+        )  # fmt: skip
         below = below + shares[:, e]
 
 
@@ -249,15 +243,9 @@ def _counts_panel(axes: Axes, association: dict, edges: np.ndarray, things: str)
         # Not where the word would not fit.
         if high > low and math.log(high / low) > 0.08 * span:
             axes.text(
-                math.sqrt(low * high),
-                0.97,
-                name,
-                transform=axes.get_xaxis_transform(),
-                ha='center',
-                va='top',
-                fontsize=7,
-                style='italic',
-            )
+                math.sqrt(low * high), 0.97, name, transform=axes.get_xaxis_transform(),
+                ha='center', va='top', fontsize=7, style='italic',
+            )  # fmt: skip
 
 
 def px_axis(axes: Axes, edges: np.ndarray, width: float, on_dark: bool = False) -> None:
@@ -372,27 +360,15 @@ def _heat_maps(
             (-0.5 - 4 / (72 * row_height), 'n'),
             *((row, _number(counts[b].sum())) for row, b in enumerate(chosen)),
         ]:
-            axes.annotate(
-                text,
-                (1, place),
-                xycoords=axes.get_yaxis_transform(),
-                xytext=(3, 0),
-                textcoords='offset points',
-                va='center',
-                fontsize=fontsize,
-                style='italic' if text == 'n' else 'normal',
-            )
+            slant = 'italic' if text == 'n' else 'normal'
+            _beside(axes, place, text, 3, fontsize=fontsize, style=slant)
     if numbers is None:
         height = row_height * rows
         low = height < 2.5
         bar = figure.colorbar(
-            mesh,
-            ax=figure.axes,
-            location='bottom' if low else 'right',
-            pad=0.02,
-            aspect=30,
+            mesh, ax=figure.axes, location='bottom' if low else 'right', pad=0.02, aspect=30,
             shrink=0.6 if low else min(1, 4 / height),
-        )
+        )  # fmt: skip
         bar.set_label(f'share of the {things} of a row')
     return figure
 
@@ -441,15 +417,11 @@ def _coactivation(layer: str, content: dict) -> Figure:
     experts = len(values)
     numbers = '.2f' if experts <= 10 else None
     side = min(5.0, 1.6 + 0.33 * experts)
-    figure = new_figure(side + 1.2, side + 0.6)
-    figure.suptitle(
-        wrapped(
-            f'{layer}: experts that are chosen together\n'
-            f'share of the decisions; on the diagonal, chosen at all '
-            f'(top {content["top_k"]} of {experts})',
-            side + 1.2,
-        )
+    title = (
+        f'{layer}: experts that are chosen together\nshare of the decisions; on the diagonal, '
+        f'chosen at all (top {content["top_k"]} of {experts})'
     )
+    figure = _titled(title, side + 1.2, side + 0.6)
     axes = figure.add_subplot()
     ticks = expert_ticks(experts)
     mesh = plot_heat_map(axes, values, ticks, ticks, values.max(), numbers, 6.5)
@@ -467,29 +439,20 @@ def _coactivation(layer: str, content: dict) -> Figure:
 def _usage(layer: str, content: dict) -> Figure:
     experts = content['num_experts']
     width = min(PAGE_WIDTH, 3.0 + 0.35 * experts)
-    figure = new_figure(width, 2.6)
     dead = content['dead_experts']
-    figure.suptitle(
-        wrapped(
-            f'{layer}: use of the experts\nsquared coefficient of variation of the load '
-            f'{content["load_cv2"]:.3f}, entropy {content["usage_entropy"]:.2f} of at most '
-            f'{math.log(experts):.2f} nats',
-            width,
-        )
+    title = (
+        f'{layer}: use of the experts\nsquared coefficient of variation of the load '
+        f'{content["load_cv2"]:.3f}, entropy {content["usage_entropy"]:.2f} of at most '
+        f'{math.log(experts):.2f} nats'
     )
+    figure = _titled(title, width, 2.6)
     axes = figure.add_subplot()
     places = np.arange(experts)
     axes.bar(places - 0.2, content['load'], 0.38, color='0.35', label='load')
     axes.bar(
-        places + 0.2,
-        content['importance'],
-        0.38,
-        color='0.92',
-        edgecolor='black',
-        linewidth=0.5,
-        hatch='////',
-        label='importance',
-    )
+        places + 0.2, content['importance'], 0.38, color='0.92', edgecolor='black', linewidth=0.5,
+        hatch='////', label='importance',
+    )  # fmt: skip
     axes.axhline(1 / experts, color='black', linewidth=0.8, linestyle='--', label='fair share')
     for e in dead:
         # The cross stands where the bars would.
@@ -519,8 +482,8 @@ def _information(layer: str, content: dict, run: dict) -> Figure | None:
     ]
     if not rows:
         return None
-    figure = new_figure(PAGE_WIDTH, 1.4 + 0.24 * len(rows))
-    figure.suptitle(wrapped(f'{layer}: what the choice of the expert depends on', PAGE_WIDTH))
+    title = f'{layer}: what the choice of the expert depends on'
+    figure = _titled(title, PAGE_WIDTH, 1.4 + 0.24 * len(rows))
     axes = figure.add_subplot()
     places = np.arange(len(rows))
 
@@ -534,15 +497,7 @@ def _information(layer: str, content: dict, run: dict) -> Figure | None:
         label='by chance (mean of the permutations)',
     )  # fmt: skip
     for place, (_, association) in zip(places, rows, strict=True):
-        axes.annotate(
-            f'{association["mi"]:.3f} nats, {_p_value(association)}',
-            (1, place),
-            xycoords=axes.get_yaxis_transform(),
-            xytext=(4, 0),
-            textcoords='offset points',
-            va='center',
-            fontsize=7,
-        )
+        _beside(axes, place, f'{association["mi"]:.3f} nats, {_p_value(association)}', 4)
     axes.set_yticks(places, [_shortened(name, 40) for name, _ in rows])
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.set_xlim(left=0)
@@ -552,8 +507,7 @@ def _information(layer: str, content: dict, run: dict) -> Figure | None:
 
 
 def _history(layer: str, history: dict) -> Figure:
-    figure = new_figure(PAGE_WIDTH, 2.9)
-    figure.suptitle(wrapped(f'{layer}: use of the experts over the training', PAGE_WIDTH))
+    figure = _titled(f'{layer}: use of the experts over the training', PAGE_WIDTH, 2.9)
     panels = figure.subplots(1, 2)
     for axes, name in zip(panels, ('load', 'importance'), strict=True):
         plot_over_training(axes, history['step'], history[name], name)
@@ -574,8 +528,8 @@ def _interventions(layer: str, entries: list[dict], unchanged: dict) -> Figure |
         return None
     where = 'all layers' if layer == 'all' else layer
     width = PAGE_WIDTH if len(metrics) > 1 else 4.6
-    figure = new_figure(width, 1.3 + 0.2 * len(entries))
-    figure.suptitle(wrapped(f'{where}: what changes when the experts are changed', width))
+    title = f'{where}: what changes when the experts are changed'
+    figure = _titled(title, width, 1.3 + 0.2 * len(entries))
     panels = figure.subplots(1, len(metrics), sharex=True, sharey=True, squeeze=False)[0]
     places = np.arange(len(entries))
     names = {
@@ -592,16 +546,7 @@ def _interventions(layer: str, entries: list[dict], unchanged: dict) -> Figure |
         axes.axvline(0, color='black', linewidth=0.7)
         axes.barh(places, changes, 0.62, color='0.45')
         for place, change in zip(places, changes, strict=True):
-            axes.annotate(
-                _signed(change),
-                (1, place),
-                xycoords=axes.get_yaxis_transform(),
-                xytext=(28, 0),
-                textcoords='offset points',
-                va='center',
-                ha='right',
-                fontsize=7,
-            )
+            _beside(axes, place, _signed(change), 28, ha='right')
         axes.set_title(f'{metric}\n(unchanged {100 * unchanged[metric]:.1f} %)')
         axes.xaxis.set_major_locator(MaxNLocator(3))
         axes.spines['left'].set_visible(False)
@@ -616,6 +561,20 @@ def _interventions(layer: str, entries: list[dict], unchanged: dict) -> Figure |
 
 
 # Words -------------------------------------------------------------------------------------------
+
+
+def _beside(axes: Axes, y: float, text: str, points: float, **look: Any) -> None:
+    """Text to the right of the axes, so many points away."""
+    axes.annotate(
+        text, (1, y), xycoords=axes.get_yaxis_transform(), xytext=(points, 0),
+        textcoords='offset points', va='center', **{'fontsize': 7, **look},
+    )  # fmt: skip
+
+
+def _titled(title: str, width: float, height: float) -> Figure:
+    figure = new_figure(width, height)
+    figure.suptitle(wrapped(title, width))
+    return figure
 
 
 def _title(figure: Figure, title: str, association: dict) -> None:
@@ -660,13 +619,9 @@ def _number(value: float) -> str:
 
 
 def _shortened(text: str, most: int) -> str:
-    if '\n' in text:
+    if '\n' in text or len(text) <= most:
         return text
-    return (
-        text
-        if len(text) <= most
-        else textwrap.shorten(text[: most - 1], most, placeholder='') + '…'
-    )
+    return textwrap.shorten(text[: most - 1], most, placeholder='') + '…'
 
 
 _FIGURES: dict[str, dict[str, Callable[[str, str, dict], Figure]]] = {

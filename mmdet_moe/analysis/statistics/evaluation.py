@@ -13,6 +13,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from mmdet_moe.analysis.data import AnalysisData
+from mmdet_moe.analysis.records.contents import BoxRecords
 
 _AREAS = {'AP small': 1, 'AP medium': 2, 'AP large': 3}  # indices of COCOeval's area ranges
 _MAX_DETECTIONS = 100
@@ -53,20 +54,13 @@ class DetectionMetrics:
         with contextlib.redirect_stdout(io.StringIO()):
             self._truth.createIndex()
 
-    def __call__(
-        self, image: np.ndarray, boxes: np.ndarray, scores: np.ndarray, labels: np.ndarray
-    ) -> dict:
-        """Evaluate n detections.
-
-        Args:
-            image: int (n,), index of the image.
-            boxes: float (n, 4), xyxy in px of the original images.
-            scores: float (n,).
-            labels: int (n,).
+    def __call__(self, found: BoxRecords) -> dict:
+        """Evaluate detections.
 
         Returns:
             ``AP``, ``AP50``, ``AP small``, ``AP medium``, ``AP large``, ``per_class``, in 0..1.
         """
+        image, boxes, scores, labels = found.image, found.box, found.score, found.label
         if len(image) == 0:
             # COCO's API cannot read an empty list; one detection outside of every image finds
             # nothing either.
@@ -102,24 +96,22 @@ class ClassificationMetrics:
 
     Args:
         classes: Their names.
+        true_labels: int (n,), of the images.
     """
 
-    def __init__(self, classes: Sequence[str]) -> None:
+    def __init__(self, classes: Sequence[str], true_labels: np.ndarray) -> None:
         self.classes = list(classes)
+        self.true_labels = true_labels
 
-    def __call__(self, labels: np.ndarray, true_labels: np.ndarray) -> dict:
-        """Evaluate n images.
-
-        Args:
-            labels: int (n,), predicted.
-            true_labels: int (n,).
+    def __call__(self, labels: np.ndarray) -> dict:
+        """Evaluate the predicted classes, int (n,).
 
         Returns:
             ``accuracy`` and ``per_class``, the accuracy on each class's own images, in 0..1.
         """
-        correct = labels == true_labels
+        correct = labels == self.true_labels
         per_class = {}
         for i, name in enumerate(self.classes):
-            mine = true_labels == i
+            mine = self.true_labels == i
             per_class[name] = float(correct[mine].mean()) if mine.any() else None
         return {'accuracy': float(correct.mean()), 'per_class': per_class}

@@ -3,6 +3,7 @@
 import numpy as np
 import torch
 
+from mmdet_moe.analysis.records.contents import DecisionRecords
 from mmdet_moe.analysis.statistics.association import Association
 from mmdet_moe.analysis.statistics.bins import POSITIONS, level_bins, position_bin
 from mmdet_moe.moe.utilization import (
@@ -38,42 +39,23 @@ class LayerStatistics:
         self._num_levels = 0
         self._several_per_image = False
 
-    def add(
-        self,
-        weights: np.ndarray,
-        level: np.ndarray,
-        image: np.ndarray,
-        position: np.ndarray | None = None,
-        unit: np.ndarray | None = None,
-    ) -> None:
-        """Add n decisions.
-
-        Args:
-            weights: float32 (n, E), not negative, 0 for experts that were not chosen.
-            level: int64 (n,), pyramid level in 0..31; -1 where unknown.
-            image: int64 (n,), index in the data set.
-            position: float32 (n, 2), x and y relative to the image, 0..1; None, or NaN, where a
-                decision has no place of its own.
-            unit: int64 (n,), the number of each decision, all different; None numbers them.
+    def add(self, decisions: DecisionRecords) -> None:
+        """Add decisions.
 
         Raises:
             ValueError: If shapes do not fit, a weight is negative, a level is beyond 31, or two
                 rows have the same number.
         """
-        weights = np.asarray(weights, dtype=np.float32)
-        level, image = np.asarray(level), np.asarray(image)
-        n = len(weights)
-        unit = np.arange(n) if unit is None else np.asarray(unit)
-        if len(np.unique(unit)) != n:
+        unit, weights = decisions.unit, decisions.weights
+        level, image = decisions.level, decisions.image
+        if len(np.unique(unit)) != len(unit):
             raise ValueError('each row is one decision, but two rows have the same number')
-        ones = np.ones(n)
+        ones = np.ones(len(unit))
         # First, because they check their arguments.
         self._level.add(unit, level, ones, weights)
         # The levels of an image differ anyway; what the image adds is seen within a level.
         self._image.add(unit, image, ones, weights, level)
-        if position is not None:
-            position = np.asarray(position)
-            self._position.add(unit, position_bin(position[:, 0], position[:, 1]), ones, weights)
+        self._position.add(unit, position_bin(*decisions.centre.T), ones, weights)
         total = weights.sum(1)
         known = np.isfinite(total) & (total > 0)
         if not known.any():

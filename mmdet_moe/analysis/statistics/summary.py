@@ -6,7 +6,6 @@ import numpy as np
 
 from mmdet_moe.analysis.data import AnalysisData
 from mmdet_moe.analysis.records.contents import (
-    BoxRecords,
     ClassifierRecords,
     DetectorRecords,
     ImageRecords,
@@ -82,30 +81,23 @@ def summarise(study: Study, run: dict, permutations: int = 999) -> dict:
 def metrics_of(study: Study) -> dict:
     """The metrics of the unchanged model and of all interventions, as in ``experts.json``."""
     if study.is_detector:
-        of_boxes = DetectionMetrics(study.data, len(study.data))
+        metrics = DetectionMetrics(study.data, len(study.data))
         unchanged = concatenated([records.detections for records in study.records])
-
-        def evaluate(found: BoxRecords) -> dict:
-            return of_boxes(found.image, found.box, found.score, found.label)
     else:
-        of_labels = ClassificationMetrics(study.data.classes)
         classes = concatenated([records.classes for records in study.records])
+        metrics = ClassificationMetrics(study.data.classes, classes.label)
         unchanged = classes.prediction
-
-        def evaluate(found: np.ndarray) -> dict:
-            return of_labels(found, classes.label)
-
     # Only if all images have been through them: metrics of a part cannot be compared.
     is_complete = study.changed.num_images == len(study.data)
     interventions = [
         {
             **asdict(intervention),
-            'metrics': evaluate(concatenated([changed[number] for changed in study.changed])),
+            'metrics': metrics(concatenated([changed[number] for changed in study.changed])),
         }
         for number, intervention in enumerate(study.interventions)
         if is_complete
     ]
-    return {'metrics': evaluate(unchanged), 'interventions': interventions}
+    return {'metrics': metrics(unchanged), 'interventions': interventions}
 
 
 class _LayerSummary:
@@ -130,10 +122,8 @@ class _LayerSummary:
 
     def add(self, records: DetectorRecords | ClassifierRecords, layer: LayerRecords) -> None:
         """One file of records."""
-        decisions, links = layer.decisions, layer.links
-        self.decisions.add(
-            decisions.weights, decisions.level, decisions.image, decisions.centre, decisions.unit
-        )
+        links = layer.links
+        self.decisions.add(layer.decisions)
         behind = (links.unit, links.share, links.weights)
         if isinstance(records, ClassifierRecords):
             bins = self._of_classes(records.classes.label[links.owner])

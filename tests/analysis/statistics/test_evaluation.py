@@ -1,6 +1,7 @@
 """AP against MMDetection's ``CocoMetric``, accuracy by hand."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from mmdet.evaluation import CocoMetric
 from test_matching import random_image
 
 from mmdet_moe.analysis.data import Objects
+from mmdet_moe.analysis.records.contents import BoxRecords
 from mmdet_moe.analysis.statistics.evaluation import ClassificationMetrics, DetectionMetrics
 
 NAMES = {
@@ -85,14 +87,14 @@ def by_mmdetection(data, detections, tmp_path):
 
 def columns(detections):
     image = np.repeat(np.arange(len(detections)), [len(d[0]) for d in detections])
-    return (image, *(np.concatenate(part) for part in zip(*detections, strict=True)))
+    return BoxRecords(image, *(np.concatenate(part) for part in zip(*detections, strict=True)))
 
 
 @pytest.mark.parametrize('seed', range(3))
 def test_ap_is_that_of_mmdetection(seed, tmp_path):
     data, detections = make(seed, scale=(4.0, 4.0, 2.0)[seed])
     expected = by_mmdetection(data, detections, tmp_path)
-    found = DetectionMetrics(data, len(detections))(*columns(detections))
+    found = DetectionMetrics(data, len(detections))(columns(detections))
     assert set(found) == {*NAMES, 'per_class'}
     for name, key in NAMES.items():
         value = expected[f'coco/{key}']
@@ -110,14 +112,14 @@ def test_ap_is_that_of_mmdetection(seed, tmp_path):
 def test_only_the_first_images_count(tmp_path):
     data, detections = make(4)
     expected = by_mmdetection(data, detections[:5], tmp_path)
-    found = DetectionMetrics(data, 5)(*columns(detections[:5]))
+    found = DetectionMetrics(data, 5)(columns(detections[:5]))
     assert round(found['AP'], 3) == pytest.approx(expected['coco/bbox_mAP'], abs=1e-9)
 
 
 def test_no_detections():
     data, _ = make(5)
     metrics = DetectionMetrics(data, 12)
-    found = metrics(np.zeros(0, int), np.zeros((0, 4)), np.zeros(0), np.zeros(0, int))
+    found = metrics(BoxRecords(np.zeros(0, int), np.zeros((0, 4)), np.zeros(0), np.zeros(0, int)))
     assert {found[name] for name in NAMES} == {0.0}
     assert found['per_class'] == {'cat': 0.0, 'dog': 0.0, 'unicorn': None}
 
@@ -129,17 +131,17 @@ def test_no_objects():
     _, detections = make(6)
     nothing_found = [tuple(part[:0] for part in detections[0])]
     for given in (columns(detections), columns(nothing_found)):
-        found = DetectionMetrics(Data([nothing] * 12), 12)(*given)
+        found = DetectionMetrics(Data([nothing] * 12), 12)(given)
         assert found == {**dict.fromkeys(NAMES), 'per_class': dict.fromkeys(Data.classes)}
 
 
 def test_evaluations_do_not_change_each_other():
     data, detections = make(7)
     metrics = DetectionMetrics(data, 12)
-    image, boxes, scores, labels = columns(detections)
-    first = metrics(image, boxes, scores, labels)
-    assert metrics(image, boxes, 1 - scores, labels) != first
-    assert metrics(image, boxes, scores, labels) == first
+    found = columns(detections)
+    first = metrics(found)
+    assert metrics(replace(found, score=1 - found.score)) != first
+    assert metrics(found) == first
 
 
 def test_perfect_detections():
@@ -147,11 +149,11 @@ def test_perfect_detections():
     boxes = [data.objects(i).boxes[~data.objects(i).crowd] for i in range(12)]
     labels = [data.objects(i).labels[~data.objects(i).crowd] for i in range(12)]
     detections = [(b, np.ones(len(b), np.float32), la) for b, la in zip(boxes, labels, strict=True)]
-    found = DetectionMetrics(data, 12)(*columns(detections))
+    found = DetectionMetrics(data, 12)(columns(detections))
     assert found['AP'] == found['AP50'] == found['per_class']['cat'] == pytest.approx(1)
 
 
 def test_accuracy():
-    metrics = ClassificationMetrics(['a', 'b', 'c'])
-    found = metrics(np.array([0, 1, 1, 0]), np.array([0, 1, 0, 0]))
+    metrics = ClassificationMetrics(['a', 'b', 'c'], np.array([0, 1, 0, 0]))
+    found = metrics(np.array([0, 1, 1, 0]))
     assert found == {'accuracy': 0.75, 'per_class': {'a': 2 / 3, 'b': 1.0, 'c': None}}

@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 
+from mmdet_moe.analysis.records.contents import DecisionRecords
 from mmdet_moe.analysis.statistics.layer_statistics import LayerStatistics
 
 
@@ -14,16 +15,22 @@ def entropy(p):
 
 
 def statistics_of(weights, level=None, image=None, position=None, **kwargs):
+    added = decisions(weights, level, image, position)
+    statistics = LayerStatistics(added.weights.shape[1], **kwargs)
+    statistics.add(added)
+    return statistics
+
+
+def decisions(weights, level=None, image=None, position=None, unit=None):
     weights = np.array(weights, dtype=np.float32)
     n = len(weights)
-    statistics = LayerStatistics(weights.shape[1], **kwargs)
-    statistics.add(
-        weights,
-        np.zeros(n, dtype=int) if level is None else np.array(level),
-        np.arange(n) if image is None else np.array(image),
-        position,
+    return DecisionRecords(
+        image=np.arange(n) if image is None else np.array(image),
+        unit=np.arange(n) if unit is None else unit,
+        level=np.zeros(n, dtype=int) if level is None else np.array(level),
+        centre=np.full((n, 2), np.nan) if position is None else position,
+        weights=weights,
     )
-    return statistics
 
 
 def test_numbers_worked_out():
@@ -54,7 +61,7 @@ def test_loops_agree_and_calls_add_up():
     together = statistics_of(weights, level, image, position)
     in_parts = LayerStatistics(experts)
     for part in np.array_split(np.arange(n), 7):
-        in_parts.add(weights[part], level[part], image[part], position[part], part)
+        in_parts.add(decisions(weights[part], level[part], image[part], position[part], part))
     found, parts = together.as_dict(19), in_parts.as_dict(19)
 
     rows = weights.astype(float).tolist()
@@ -162,7 +169,9 @@ def test_json_and_bounded_memory():
     statistics = LayerStatistics(3, max_units=40)
     for start in range(0, 500, 50):
         weights = rng.dirichlet(np.ones(3), 50).astype(np.float32)
-        statistics.add(weights, rng.integers(0, 4, 50), np.arange(start, start + 50) // 2)
+        statistics.add(
+            decisions(weights, rng.integers(0, 4, 50), np.arange(start, start + 50) // 2)
+        )
     found = statistics.as_dict(9)
     assert found['num_decisions'] == 500
     assert found['associations']['decisions']['image']['num_units'] == 40
@@ -176,7 +185,7 @@ def test_refused():
     statistics = LayerStatistics(2)
     two = np.eye(2, dtype=np.float32)
     with pytest.raises(ValueError, match='same number'):
-        statistics.add(two, np.zeros(2, int), np.zeros(2, int), unit=np.zeros(2, int))
+        statistics.add(decisions(two, image=[0, 0], unit=np.zeros(2, int)))
     with pytest.raises(ValueError, match='bin 40'):
-        statistics.add(two, np.array([0, 40]), np.zeros(2, int))
+        statistics.add(decisions(two, [0, 40], [0, 0]))
     assert statistics.report().num_items == 0

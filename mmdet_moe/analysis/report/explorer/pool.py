@@ -155,11 +155,8 @@ class _Filler:
         image, score = self.outcomes.image[rows], self.score[rows]
         minus = -rank.astype(int)
         order = np.lexsort((rows, -score, image, minus))
-        new = np.ones(len(rows), bool)
-        new[1:] = (np.diff(minus[order]) != 0) | (np.diff(image[order]) != 0)
-        first = np.maximum.accumulate(np.where(new, np.arange(len(rows)), 0))
         repeat = np.empty(len(rows), int)
-        repeat[order] = np.arange(len(rows)) - first
+        repeat[order] = _repeats(minus[order], image[order])
         return np.lexsort((rows, -score, repeat, minus))[:limit]
 
     def _cell(
@@ -296,11 +293,7 @@ class _Filler:
         """At most :data:`CROPS_PER_IMAGE` rows of an image, of many classes, sizes and kinds."""
         key = self.outcomes.label[rows].astype(np.int64) * 9 + self.group[rows]
         order = np.lexsort((rows, -self.score[rows], -self.highest[rows].astype(int), key))
-        new = np.ones(len(rows), bool)
-        new[1:] = np.diff(key[order]) != 0
-        first = np.maximum.accumulate(np.where(new, np.arange(len(rows)), 0))
-        repeat = np.arange(len(rows)) - first
-        ranked = rows[order][np.argsort(repeat, kind='stable')].tolist()
+        ranked = rows[order][np.argsort(_repeats(key[order]), kind='stable')].tolist()
         ranked.remove(wanted)
         return [wanted, *ranked[: CROPS_PER_IMAGE - 1]]
 
@@ -324,6 +317,13 @@ class _Filler:
         return StoredImage(
             width, height, _jpeg(pixels, self.image_side, IMAGE_QUALITY), crops, regions
         )
+
+
+def _repeats(*keys: np.ndarray) -> np.ndarray:
+    """How many neighbours before each row have the same keys."""
+    places = np.arange(len(keys[0]))
+    changes = np.any([np.diff(key, prepend=key[:1]) != 0 for key in keys], axis=0)
+    return places - np.maximum.accumulate(np.where(changes, places, 0))
 
 
 def _surroundings(box: np.ndarray, width: int, height: int) -> tuple[int, int, int, int]:
