@@ -1,9 +1,9 @@
 """Child registries of MMEngine's, under the scope ``mmdet_moe``.
 
 MMEngine imports this module by itself when it meets ``type='mmdet_moe.X'``; the ``locations`` are
-imported on the first look-up, so a config needs no ``custom_imports``. Inside MoE modules
-:data:`MODELS` also finds everything of MMEngine; names of a toolbox keep their prefix
-(``mmdet.ResNet``).
+imported on the first look-up, so a config needs no ``custom_imports``, except for a project's
+classes. Inside MoE modules :data:`MODELS` also finds everything of MMEngine; names of a toolbox
+keep their prefix (``mmdet.ResNet``).
 """
 
 from typing import Any
@@ -44,18 +44,12 @@ HOOKS = Registry('hook', parent=MMENGINE_HOOKS, scope=SCOPE, locations=['mmdet_m
 METRICS = Registry(
     'metric', parent=MMENGINE_METRICS, scope=SCOPE, locations=['mmdet_moe.engine.metrics']
 )
-OPTIMIZERS = Registry(
-    'optimizer', parent=MMENGINE_OPTIMIZERS, scope=SCOPE, locations=['mmdet_moe.engine.optimizers']
-)
-OPTIM_WRAPPER_CONSTRUCTORS = Registry(
-    'optimizer wrapper constructor',
-    parent=MMENGINE_CONSTRUCTORS,
-    scope=SCOPE,
-    locations=['mmdet_moe.engine.optimizers'],
-)
 DATASETS = Registry(
     'dataset', parent=MMENGINE_DATASETS, scope=SCOPE, locations=['mmdet_moe.datasets']
 )
-FUNCTIONS = Registry(
-    'function', parent=MMENGINE_FUNCTIONS, scope=SCOPE, locations=['mmdet_moe.datasets']
+# The package itself registers nothing in these; projects do.
+FUNCTIONS = Registry('function', parent=MMENGINE_FUNCTIONS, scope=SCOPE)
+OPTIMIZERS = Registry('optimizer', parent=MMENGINE_OPTIMIZERS, scope=SCOPE)
+OPTIM_WRAPPER_CONSTRUCTORS = Registry(
+    'optimizer wrapper constructor', parent=MMENGINE_CONSTRUCTORS, scope=SCOPE
 )

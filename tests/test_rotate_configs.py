@@ -47,7 +47,7 @@ def test_config_is_what_its_name_says(path):
         assert type(expert.backbone).__name__ == name
         assert expert.head.fc.weight.shape == (2, features)
     router = model.moe.router
-    assert (router.noise, router.softmax) == ('uniform', 'all')
+    assert (router.noise, router.softmax) == ('uniform', 'over_all')
     (loss,) = [hook['loss'] for hook in cfg.custom_hooks if 'loss' in hook]
     assert loss == dict(type='mmdet_moe.SwitchLoss', weight=0.2)
     # Three strides in all.

@@ -66,11 +66,11 @@ def count_positives(model: nn.Module) -> None:
         head = heads[max(inside, key=len)] if inside else None
         if head is None or not hasattr(head, 'prior_generator') or layer.granularity != 'image':
             raise ConfigError(
-                f'"{name}": decision_weight=\'positives\' needs a layer that decides per image in a '
-                "head that assigns anchors level by level (an AnchorHead); use 'uniform' or 'area'"
+                f'"{name}": decision_weight=\'positives\' needs a layer that decides per image, in '
+                "a head that assigns anchors level by level (an AnchorHead); use 'uniform' or 'area'"
             )
         counter = vars(head).get('get_targets')
-        if isinstance(counter, CountPositives):
-            counter.layers.append(layer)
-        else:
+        if not isinstance(counter, CountPositives):
             vars(head)['get_targets'] = CountPositives(head, [layer])
+        elif layer not in counter.layers:  # A preset has attached its own already.
+            counter.layers.append(layer)

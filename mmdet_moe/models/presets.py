@@ -12,6 +12,7 @@ from mmengine.registry import MODELS as MMENGINE_MODELS
 from torch import nn
 
 from mmdet_moe.errors import ConfigError
+from mmdet_moe.models.toolboxes import require
 from mmdet_moe.moe import add_experts
 from mmdet_moe.moe.surgery import Entry
 from mmdet_moe.registry import MODELS
@@ -42,6 +43,7 @@ def moe_fpn(*, moe_levels: int | Sequence[int] | None = None, **kwargs: Any) -> 
     Raises:
         ConfigError: For options out of range.
     """
+    require('mmdet', 'MoEFPN')
     options, dense = split_options(kwargs)
     neck = MMENGINE_MODELS.build({**dense, 'type': 'mmdet.FPN'})
     num_convs = len(neck.fpn_convs)
@@ -72,6 +74,7 @@ def moe_resnet(*, moe_stages: int | Sequence[int] = (4,), **kwargs: Any) -> nn.M
     Raises:
         ConfigError: For options out of range.
     """
+    require('mmdet', 'MoEResNet')
     options, dense = split_options(kwargs)
     backbone = MMENGINE_MODELS.build({**dense, 'type': 'mmdet.ResNet'})
     stages = (moe_stages,) if isinstance(moe_stages, int) else tuple(moe_stages)

@@ -9,7 +9,6 @@ from mmdet_moe.moe.constraints import (
 from mmdet_moe.moe.experts import (
     ConvExperts,
     Experts,
-    FilterExperts,
     LinearExperts,
     MLPExperts,
     ModuleExperts,
@@ -45,7 +44,6 @@ __all__ = [
     'ConvGAPRouter',
     'EntropyLoss',
     'Experts',
-    'FilterExperts',
     'GAPRouter',
     'ImportanceLoss',
     'KLLoss',

@@ -25,20 +25,43 @@ def count_flops(module: nn.Module, x: Tensor) -> int:
     modes = {part: part.training for part in module.modules()}
     impls = {part: part.impl for part in modes if isinstance(part, ConvExperts)}
     module.eval()
-    fastpath = torch.backends.mha.get_fastpath_enabled()
     try:
-        torch.backends.mha.set_fastpath_enabled(False)  # one operator, which counts for nothing
         for experts in impls:
             experts.impl = 'subbatches'
-        with FlopCounterMode(display=False, custom_mapping=_FORMULAS) as counter:
+        with FlopCounter() as counter:
             module(x)
     finally:
-        torch.backends.mha.set_fastpath_enabled(fastpath)
         for part, training in modes.items():
             part.training = training
         for experts, impl in impls.items():
             experts.impl = impl
     return counter.get_total_flops()
+
+
+class FlopCounter(FlopCounterMode):
+    """PyTorch's counter, which also counts what PyTorch's takes for nothing."""
+
+    def __init__(self) -> None:
+        super().__init__(display=False, custom_mapping=_FORMULAS)
+
+    def __enter__(self) -> 'FlopCounter':
+        # Its one operator would count for nothing.
+        self._fastpath = torch.backends.mha.get_fastpath_enabled()
+        torch.backends.mha.set_fastpath_enabled(False)
+        return super().__enter__()
+
+    def __exit__(self, *args: Any) -> Any:
+        torch.backends.mha.set_fastpath_enabled(self._fastpath)
+        return super().__exit__(*args)
+
+    def by_module(self, model: nn.Module) -> dict[str, int]:
+        """FLOPs of every module of a model that was run, by its path; '' is all of it."""
+        name = type(model).__name__
+        return {
+            path.removeprefix(name).removeprefix('.'): sum(counts.values())
+            for path, counts in self.get_flop_counts().items()
+            if path == name or path.startswith(name + '.')
+        }
 
 
 def _grouped_product(rows: torch.Size, matrices: torch.Size, *_: Any, **__: Any) -> int:

@@ -41,10 +41,10 @@ class Images(Items):
     def __len__(self) -> int:
         return 1
 
-    def pool(self, x: Tensor, total: bool = False) -> Tensor:
-        """Mean, or sum, over the tokens: (N, C) or (N, L, C) to (N, C)."""
+    def pool(self, x: Tensor) -> Tensor:
+        """Mean over the tokens: (N, C) or (N, L, C) to (N, C)."""
         x = at_least_float32(x)
-        return x if x.dim() == 2 else (x.sum(1) if total else x.mean(1))
+        return x if x.dim() == 2 else x.mean(1)
 
     def crop(self, x: Tensor) -> Tensor:
         """Every image is an item as it is."""

@@ -56,13 +56,8 @@ class Items(ABC):
         """Items per image."""
 
     @abstractmethod
-    def pool(self, x: Tensor, total: bool = False) -> Tensor:
-        """One vector per item, for the router: (N · items, C), at least in float32.
-
-        Args:
-            x: The input that is divided.
-            total: The sum over the pixels of an item instead of their mean.
-        """
+    def pool(self, x: Tensor) -> Tensor:
+        """The mean of each item of an input, for the router: (N · items, C), at least float32."""
 
     @abstractmethod
     def crop(self, x: Tensor) -> Tensor:
@@ -121,7 +116,7 @@ class Pixels(Items):
         super().check(layer)
         if layer.experts.take_vectors:
             return
-        radius, stride = layer.experts.receptive_field()
+        radius, stride = layer.experts.receptive_field(layer.router.in_channels)
         if radius > 0 or stride > 1:
             raise ConfigError(
                 "granularity='pixel' needs experts that see one pixel at a time, but these "
@@ -150,8 +145,8 @@ class Pixels(Items):
     def __len__(self) -> int:
         return self.shape[1] * self.shape[2]
 
-    def pool(self, x: Tensor, total: bool = False) -> Tensor:
-        """(N, C, H, W) to (N · H · W, C), at least float32; a pixel is its own mean and sum."""
+    def pool(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) to (N · H · W, C), at least float32; a pixel is its own mean."""
         return at_least_float32(x.permute(0, 2, 3, 1).flatten(0, 2))
 
     def crop(self, x: Tensor) -> Tensor:
@@ -238,8 +233,8 @@ class Tokens(Items):
     def __len__(self) -> int:
         return prod(self.shape[1:])
 
-    def pool(self, x: Tensor, total: bool = False) -> Tensor:
-        """(..., C) to (tokens, C), at least float32; a token is its own mean and sum."""
+    def pool(self, x: Tensor) -> Tensor:
+        """(..., C) to (tokens, C), at least float32; a token is its own mean."""
         return at_least_float32(x.flatten(0, -2))
 
     def crop(self, x: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -117,17 +118,16 @@ class MoELayer(BaseModule):
         self.shortcut = shortcut
         self.share_initial_weights()
         GRANULARITIES[granularity].check(self)
-        self.halo, self.stride = self.experts.receptive_field() if grid_size > 1 else (0, 1)
+        self.halo, self.stride = (
+            self.experts.receptive_field(self.router.in_channels) if grid_size > 1 else (0, 1)
+        )
         #: What the layer stands for in a model that :func:`add_experts` changed: its class's name.
         self.replaces: str | None = None
         #: Siblings that together are one expert, see :mod:`mmdet_moe.moe.surgery`.
         self.siblings: tuple[str, ...] = ()
         #: Whether its experts are narrower than the dense module, and take parts of its weights.
         self.is_narrow = False
-        self._calls: list[tuple[Routing, Items]] = []
-        self._merged: Routing | None = None
-        self._open = False
-        self._counted = False
+        self._latest = _Calls()
         self._norms_checked = False
         self.register_load_state_dict_pre_hook(_upcycle_same_place)
 
@@ -168,16 +168,17 @@ class MoELayer(BaseModule):
         Raises:
             RuntimeError: Before the first forward pass.
         """
-        if not self._calls:
+        latest = self._latest
+        if not latest.routings:
             raise RuntimeError(f'MoE layer "{self.name}" has not been run yet')
-        if self._merged is None:
-            self._merged = Routing.cat([routing for routing, _ in self._calls])
-        return self._merged
+        if latest.merged is None:
+            latest.merged = Routing.cat(latest.routings)
+        return latest.merged
 
     @property
     def items(self) -> tuple[Items, ...]:
         """How each level of the latest :attr:`routing` was divided."""
-        return tuple(items for _, levels in self._calls for items in levels)
+        return tuple(self._latest.items)
 
     def upcycle(self, state_dict: dict[str, Tensor], dense_prefix: str, moe_prefix: str) -> None:
         """Turn the dense module's entries of a checkpoint into the layer's own, in place.
@@ -196,11 +197,11 @@ class MoELayer(BaseModule):
 
     def begin(self) -> None:
         """A forward pass of the model begins, in which the layer may be called several times."""
-        self._calls, self._merged, self._open, self._counted = [], None, True, False
+        self._latest = _Calls(is_open=True)
 
     def end(self) -> None:
         """It ends: what all calls decided together is told to the constraint."""
-        self._open = False
+        self._latest.is_open = False
         self._update_constraint()
 
     def forward(
@@ -258,11 +259,13 @@ class MoELayer(BaseModule):
         return outputs[0] if single else outputs
 
     def _remember(self, routing: Routing, items: list[Items]) -> None:
-        if not self._open:  # a call by itself is a forward pass by itself
-            self._calls, self._counted = [], False
-        self._calls.append((routing, items))
-        self._merged = None
-        if not self._open:
+        latest = self._latest
+        if not latest.is_open:  # a call by itself is a forward pass by itself
+            latest.clear()
+        latest.routings.append(routing)
+        latest.items += items
+        latest.merged = None
+        if not latest.is_open:
             self._update_constraint()
 
     def weigh_decisions(self, decision_weights: Tensor) -> None:
@@ -273,13 +276,13 @@ class MoELayer(BaseModule):
                 decision out.
         """
         routing = self.routing
-        if self._counted and self.router.constraint is not None:
+        if self._latest.is_counted and self.router.constraint is not None:
             raise RuntimeError(
                 f'The decisions of MoE layer "{self.name}" have been counted by its constraint '
                 "already; construct it with decision_weight='positives' to weigh them later"
             )
         routing.decision_weights = decision_weights.to(routing.weights)
-        if not self._open:
+        if not self._latest.is_open:
             self._update_constraint()
 
     def _update_constraint(self) -> None:
@@ -287,12 +290,12 @@ class MoELayer(BaseModule):
         if (
             self.training
             and constraint is not None
-            and self._calls
-            and not self._counted
+            and self._latest.routings
+            and not self._latest.is_counted
             and self.routing.decision_weights is not None
         ):
             constraint.update(self.routing)
-            self._counted = True
+            self._latest.is_counted = True
 
     def run_experts(self, x_T: Tensor, dispatcher: Dispatcher, *args: Any, **kwargs: Any) -> Any:
         """Steps 3 to 5: evaluate the experts on their items, and sum up.
@@ -423,10 +426,30 @@ class MoELayer(BaseModule):
 
     def __getstate__(self) -> dict[str, Any]:
         # deepcopy (EMA) and pickle see neither the latest Routing nor the graph behind it.
-        return {**self.__dict__, '_calls': [], '_merged': None, '_open': False, '_counted': False}
+        return {**self.__dict__, '_latest': _Calls()}
 
     def extra_repr(self) -> str:
         return f'granularity={self.granularity!r}, grid_size={self.grid_size}'
+
+
+@dataclass
+class _Calls:
+    """The calls of one forward pass of the model.
+
+    Attributes:
+        is_open: Whether it goes on.
+        is_counted: Whether the constraint knows of them.
+        merged: Their common Routing, once it has been asked for.
+    """
+
+    is_open: bool = False
+    is_counted: bool = False
+    routings: list[Routing] = field(default_factory=list)
+    items: list[Items] = field(default_factory=list)
+    merged: Routing | None = None
+
+    def clear(self) -> None:
+        self.__init__()
 
 
 class _ZeroGradient(torch.autograd.Function):

@@ -1,7 +1,8 @@
 """The decision of one forward pass.
 
-Letters used in tensor names here and everywhere below: T routed items, E experts, K chosen experts
-per item, M = T·K rows, N images, L pyramid levels.
+Letters used in tensor names here and everywhere else: T routed items, E experts, K (``k``) chosen
+experts per item, M = T·K routes, R ≤ M of them that are evaluated (rows), N images, L pyramid
+levels, C channels.
 """
 
 from collections.abc import Sequence
@@ -33,7 +34,7 @@ class Routing:
         dropped: bool (T, K), the routes that exceed the capacity of their expert and give 0; None
             without a capacity. Importance and load count them: balancing has to see the overload.
         gates: (T, K), of either sign, what the experts' outputs are multiplied with where that is
-            not the weights (a router with ``softmax='raw'``); 0 where the weight is. Importance,
+            not the weights (:meth:`mmdet_moe.moe.Router.gates`); 0 where the weight is. Importance,
             load and everything else that asks who was chosen goes by the weights.
     """
 

@@ -10,8 +10,8 @@ from torch import nn
 
 from mmdet_moe.errors import ConfigError
 from mmdet_moe.models import moe_resnet
-from mmdet_moe.moe.flops import count_flops
 from mmdet_moe.moe import ConvExperts, find_moe_layers
+from mmdet_moe.moe.flops import count_flops
 
 PAPER = (25, 50, 90, 180)
 SMALL = {'depth': 18, 'stem_channels': 8, 'base_channels': 8}

@@ -3,8 +3,8 @@
 import torch
 from torch import nn
 
-from mmdet_moe.moe.flops import count_flops
 from mmdet_moe.moe import MoELayer
+from mmdet_moe.moe.flops import count_flops
 
 
 def test_formulas_by_hand():

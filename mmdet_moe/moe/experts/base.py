@@ -44,8 +44,11 @@ class Experts(nn.Module, ABC):
         """
 
     @abstractmethod
-    def receptive_field(self) -> tuple[int, int]:
+    def receptive_field(self, in_channels: int) -> tuple[int, int]:
         """Radius of one expert's receptive field in input pixels, and its total stride.
+
+        Args:
+            in_channels: C of the maps that the experts take.
 
         Raises:
             ConfigError: If they cannot be told.

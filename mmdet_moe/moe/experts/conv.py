@@ -17,7 +17,6 @@ from mmdet_moe.moe.dispatcher import Dispatcher
 from mmdet_moe.moe.experts.base import StackedExperts
 from mmdet_moe.moe.experts.conv_cost import cheapest
 from mmdet_moe.moe.experts.linear import autocast, grouped_linear
-from mmdet_moe.moe.patches import receptive_field
 from mmdet_moe.registry import MODELS
 
 IMPLS = ('auto', 'subbatches', 'grouped', 'views')
@@ -139,9 +138,10 @@ class ConvExperts(StackedExperts):
             )
         )
 
-    def receptive_field(self) -> tuple[int, int]:
-        with torch.device('meta'):
-            return receptive_field(self.dense())
+    def receptive_field(self, in_channels: int) -> tuple[int, int]:
+        reach = [(k - 1) * d for k, d in zip(self.weight.shape[3:], self.dilation, strict=True)]
+        radius = max(max(p, r - p) for p, r in zip(self.padding, reach, strict=True))
+        return radius, max(self.stride)
 
     def forward(self, x_T: Tensor, dispatcher: Dispatcher) -> Tensor:
         impl = self.impl

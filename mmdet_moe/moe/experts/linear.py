@@ -38,7 +38,7 @@ class VectorExperts(StackedExperts):
         x_R = dispatcher.dispatch(autocast(vectors_T))
         return dispatcher.combine(self.compute(x_R, dispatcher))
 
-    def receptive_field(self) -> tuple[int, int]:
+    def receptive_field(self, in_channels: int) -> tuple[int, int]:
         raise ConfigError(
             f'{type(self).__name__} take an item as one vector, so that its neighbours are out of '
             'their sight; use granularity="image", "pixel" or "token"'

@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from mmdet_moe.moe.dispatcher import Dispatcher
 from mmdet_moe.moe.experts.base import Experts
-from mmdet_moe.moe.patches import receptive_field
+from mmdet_moe.moe.receptive_field import receptive_field
 
 
 class ModuleExperts(ModuleList, Experts):
@@ -42,8 +42,8 @@ class ModuleExperts(ModuleList, Experts):
             calls.append(lambda x, f=expert, a=more, k=named: f(x, *a, **k))
         return dispatcher.through(x_T, calls)
 
-    def receptive_field(self) -> tuple[int, int]:
-        return receptive_field(self[0])
+    def receptive_field(self, in_channels: int) -> tuple[int, int]:
+        return receptive_field(self[0], in_channels)
 
     def share_weights(self) -> None:
         for expert in self[1:]:

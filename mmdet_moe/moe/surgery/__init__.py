@@ -1,8 +1,8 @@
 """Experts anywhere: the module at a path of any model becomes an MoE layer.
 
-What is built *is* the model that was given, with some modules replaced: all other names in its state
-dict, its hooks and its class stay. Dense checkpoints load, each expert gets a copy, and untrained the
-model computes what the dense one does.
+What is built *is* the model that was given, with some modules replaced: all other names in its
+state dict, its hooks and its class stay. Dense checkpoints load, each expert gets a copy, and
+untrained the model computes what the dense one does.
 """
 
 import copy

@@ -1,8 +1,8 @@
 """MMEngine's ``init_weights`` of a model some of whose layers have become experts.
 
 An ``init_cfg`` names layers by their class (``'Conv2d'``) or by their name (``'retina_cls'``), and
-classes have code of their own besides. All of that was written for the dense model. So the dense model
-is what is initialised: for a moment an expert stands where the dense layer stood.
+classes have code of their own besides. All of that was written for the dense model. So the dense
+model is what is initialised: for a moment an expert stands where the dense layer stood.
 """
 
 import copy
@@ -80,7 +80,7 @@ class DenseInit:
     def __call__(self, *args: Any, **kwargs: Any) -> None:
         """Initialise the model; experts get one draw together, or one each."""
         if getattr(self.model, 'is_init', False):
-            self._initialise(*args, **kwargs)  # says that it has been done before
+            BaseModule.init_weights(self.model)  # says that it has been done before
             return
         independent = [s.layer for s in self.sites if s.layer.expert_init == 'independent']
         draws = max((layer.num_experts for layer in independent), default=1)
@@ -96,8 +96,10 @@ class DenseInit:
         for site in self.sites:
             site.layer.is_init = True
             site.layer.share_initial_weights()
+            if any(site.layer in set(m.modules()) for m in self.model.modules() if _converts(m)):
+                site.layer.share_weights()
         for module, cfgs in loading.items():
-            _load(module, cfgs)
+            initialize(module, cfgs)
 
     def _initialise(self, *args: Any, **kwargs: Any) -> None:
         type(self.model).init_weights(self.model, *args, **kwargs)
@@ -132,7 +134,7 @@ def _files_left_out(model: nn.Module) -> Iterator[dict[nn.Module, list[dict]]]:
     for module in reversed(list(model.modules())):
         cfgs = _init_cfgs(module)
         files = [cfg for cfg in cfgs if cfg.get('type') in ('Pretrained', PretrainedInit)]
-        if files:
+        if files and not _converts(module):
             loading[module], before[module] = files, module.init_cfg
             module.init_cfg = [cfg for cfg in cfgs if cfg not in files] or None
     try:
@@ -142,12 +144,9 @@ def _files_left_out(model: nn.Module) -> Iterator[dict[nn.Module, list[dict]]]:
             module.init_cfg = cfgs
 
 
-def _load(module: BaseModule, files: list[dict]) -> None:
-    if type(module).init_weights is BaseModule.init_weights:
-        initialize(module, files)
-    else:  # some classes read files of their own kind
-        module.is_init = False
-        type(module).init_weights(module)
+def _converts(module: nn.Module) -> bool:
+    """Whether a class reads files of its own kind, which hold dense models alone (Swin, PVT)."""
+    return bool(_init_cfgs(module)) and bool(getattr(module, 'convert_weights', False))
 
 
 def _forget(model: nn.Module) -> None:

@@ -141,7 +141,7 @@ def _nothing(model: nn.Module, at: str, path: str) -> ConfigError:
     close = difflib.get_close_matches(missing, names, n=3, cutoff=0.4)
     whole = [n for n, _ in model.named_modules() if n.split('.')[-1] == missing][:3]
     where = f'"{known}"' if known else f'the model ({type(model).__name__})'
-    there = close or names[:12]
+    there = [name for name in names if name in close] or names[:12]
     more = f' and {len(names) - len(there)} more' if not close and len(names) > 12 else ''
     hint = f'{where} has {", ".join(there)}{more}' if there else f'{where} has no parts'
     if whole:

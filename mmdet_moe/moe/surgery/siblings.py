@@ -1,12 +1,13 @@
 """Sibling layers as one expert: what a model finds where they were.
 
-A head runs ``for conv in self.cls_convs: x = conv(x)`` and then ``self.retina_cls(x)``, in code of its
-own. One expert is all of them, and the MoE layer runs when the first of them is called. What the
-model is given instead of its output is a :class:`Parcel`, which it can do nothing with but hand it to
-the next of them; the last one hands out the output. So whatever the model computes in between, an
-activation or a second use of the features, is noticed and never skipped in silence.
+A head runs ``for conv in self.cls_convs: x = conv(x)`` and then ``self.retina_cls(x)``, in code of
+its own. One expert is all of them, and the MoE layer runs when the first of them is called. What
+the model is given instead of its output is a :class:`Parcel`, which it can do nothing with but hand
+it to the next of them; the last one hands out the output. So whatever the model computes between
+them, an activation or a second use of the features, is noticed and never skipped in silence.
 """
 
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 from torch import Tensor, nn
@@ -71,6 +72,14 @@ class Parcel:
         if name.startswith('__'):
             raise AttributeError(name)
         self._refuse(f'its {name}')
+
+
+def _refuse_operator(name: str) -> Callable:
+    return lambda parcel, *_: parcel._refuse(name.strip('_'))
+
+
+for _name in ('add', 'radd', 'sub', 'rsub', 'mul', 'rmul', 'truediv', 'neg', 'getitem', 'iter'):
+    setattr(Parcel, f'__{_name}__', _refuse_operator(_name))
 
 
 class Placeholder(nn.Module):

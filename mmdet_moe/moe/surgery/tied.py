@@ -303,7 +303,8 @@ def trace(module: nn.Module, x: Tensor) -> tuple[Tied, dict[str, Dims]]:
         ConfigError: If an operator stands between the layers whose effect on the channels is
             unknown, or the module cannot be run without values.
     """
-    module = copy.deepcopy(module).to('meta').eval()
+    module = copy.deepcopy(module).to('meta')
+    module.eval()  # not in a chain: MMPretrain's returns None
     named = dict(module.named_parameters(remove_duplicate=False))
     named.update(module.named_buffers(remove_duplicate=False))
     kind, x = type(module).__name__, x.detach().to('meta')
@@ -324,7 +325,7 @@ def trace(module: nn.Module, x: Tensor) -> tuple[Tied, dict[str, Dims]]:
     for tensor in tree_leaves(output):
         if isinstance(tensor, Tensor):
             tied.fix(watch.dims(tensor))
-    for name, tensor in named.items():
+    for tensor in named.values():
         if id(tensor) not in watch.used:
             tied.fix(watch.dims(tensor))
     for nodes, operator in watch.unknown:

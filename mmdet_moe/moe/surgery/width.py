@@ -81,9 +81,9 @@ def equal_width(
         also = f' and {shared} shared' if shared else ''
         raise ConfigError(
             f"width='equal': top_k={top_k}{also} experts like {type(module).__name__} cost "
-            f'{cost:.2f} times what it costs even at {least / steps:.3g} of its inner width, because '
-            'its first and last layer keep the width of what they are connected to; give width as '
-            'a number, or lower top_k'
+            f'{cost:.2f} times what it costs even at {least / steps:.3g} of its inner width, '
+            'because its first and last layer keep the width of what they are connected to; give '
+            'width as a number, or lower top_k'
         )
     candidates = range(least, steps + 1)
     above = bisect.bisect_left(candidates, 1.0, key=relative_cost)
@@ -169,9 +169,11 @@ def _check_runs(twin: nn.Module, module: nn.Module, x: Tensor, factor: float) ->
     """
     shapes = []
     for one in (module, twin):
+        one = copy.deepcopy(one).to('meta')
+        one.eval()
         try:
             with torch.no_grad():
-                output = copy.deepcopy(one).to('meta').eval()(x.detach().to('meta'))
+                output = one(x.detach().to('meta'))
         except Exception as error:
             output = error
         shapes.append(torch.utils._pytree.tree_map(lambda t: getattr(t, 'shape', t), output))
