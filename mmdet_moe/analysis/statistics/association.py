@@ -36,26 +36,17 @@ _ROUNDING = 1e-9
 
 @dataclass(frozen=True, eq=False)
 class AssociationResult:
-    """How strongly experts and bins hang together. Informations are in nats.
+    """How strongly experts and bins hang together. Informations are in nats."""
 
-    Attributes:
-        mi: Mutual information between bin and expert, over the units of the test.
-        chance: Mean of it over the permutations: what would be seen without any association.
-        p_value: ``(1 + n) / (1 + permutations)``, where n permutations have at least ``mi``.
-        permutations: How many were tried.
-        num_units: Decisions that were permuted.
-        mi_max: The smaller one of the entropies of the bins and of the experts, which bounds
-            ``mi``.
-        counts: float64 (B, E), the joint table over everything, also what the test did not use;
-            its total is the number of things. None where bins were discovered.
-    """
-
-    mi: float
-    chance: float
-    p_value: float
-    permutations: int
-    num_units: int
+    mi: float  #: Mutual information between bin and expert, over the units of the test
+    chance: float  #: Mean of it over the permutations: what would be seen without any association
+    p_value: float  #: ``(1 + n) / (1 + permutations)``, where n permutations have at least ``mi``
+    permutations: int  #: How many were tried
+    num_units: int  #: Decisions that were permuted
+    #: The smaller one of the entropies of the bins and of the experts, which bounds ``mi``
     mi_max: float
+    #: float64 (B, E), the joint table over everything, also what the test did not use; its total is
+    #: the number of things. None where bins were discovered
     counts: np.ndarray | None
 
     @property
@@ -101,23 +92,14 @@ class AssociationResult:
 
 @dataclass
 class _Units:
-    """Decisions with their weights and what hangs on them, entries sorted by decision.
+    """Decisions with their weights and what hangs on them, entries sorted by decision."""
 
-    Attributes:
-        keys: float64 (U,), random; the smallest ones are the sample.
-        weights: float32 (U, E), as given.
-        strata: int64 (U,), permutations stay within a stratum.
-        lengths: int64 (U,), entries of each decision.
-        bins: int64 (n,).
-        counts: float64 (n,).
-    """
-
-    keys: np.ndarray
-    weights: np.ndarray
-    strata: np.ndarray
-    lengths: np.ndarray
-    bins: np.ndarray
-    counts: np.ndarray
+    keys: np.ndarray  #: float64 (U,), random; the smallest ones are the sample
+    weights: np.ndarray  #: float32 (U, E), as given
+    strata: np.ndarray  #: int64 (U,), permutations stay within a stratum
+    lengths: np.ndarray  #: int64 (U,), entries of each decision
+    bins: np.ndarray  #: int64 (n,)
+    counts: np.ndarray  #: float64 (n,)
 
     def __len__(self) -> int:
         return len(self.keys)
