@@ -140,8 +140,8 @@ class _Memory:
     def __init__(self) -> None:
         self._learns = True
         self._left = MEMORY_BYTES
-        # By layer: inputs, each with what the experts made of it.
-        self._known: dict[MoELayer, list[tuple[list, dict[int, Any]]]] = defaultdict(list)
+        # By layer: inputs, each with its versions, and what the experts made of it.
+        self._known: dict[MoELayer, list[tuple[list, list, dict[int, Any]]]] = defaultdict(list)
 
     def stop_learning(self, *_: Any) -> None:
         self._learns = False
@@ -162,10 +162,8 @@ class _Memory:
             output = outputs.get(expert)
             if output is None:
                 ids = torch.full((len(x_T), 1), expert, device=x_T.device)
-                alone = Dispatcher(
-                    ids, torch.ones_like(ids, dtype=weights.dtype), layer.num_experts
-                )
-                output = usual(x_T, alone, *args, **kwargs)
+                ones = weights.new_ones(ids.shape)
+                output = usual(x_T, Dispatcher(ids, ones, layer.num_experts), *args, **kwargs)
                 if self._has_room(output):
                     outputs[expert] = output
             y, rebuild = unpack(output)
@@ -175,13 +173,16 @@ class _Memory:
 
     def _outputs(self, layer: MoELayer, inputs: list) -> dict[int, Any] | None:
         """What is known by expert of these inputs; None if they are not remembered."""
-        for known, outputs in self._known[layer]:
-            if len(known) == len(inputs) and all(map(_same, known, inputs)):
+        for known, versions, outputs in self._known[layer]:
+            # The model may have changed in place what it gave to the layer.
+            is_intact = versions == _versions(known) and len(known) == len(inputs)
+            if is_intact and all(map(_same, known, inputs)):
                 return outputs
         if not self._learns or not self._has_room(inputs):
             return None
-        self._known[layer].append((inputs, {}))
-        return self._known[layer][-1][1]
+        outputs = {}
+        self._known[layer].append((inputs, _versions(inputs), outputs))
+        return outputs
 
     def _has_room(self, kept: Any) -> bool:
         """Whether it may be kept, which then is counted."""
@@ -191,6 +192,10 @@ class _Memory:
             return False
         self._left -= size
         return True
+
+
+def _versions(inputs: list) -> list[int]:
+    return [leaf._version for leaf in inputs if isinstance(leaf, Tensor)]
 
 
 def _same(a: Any, b: Any) -> bool:

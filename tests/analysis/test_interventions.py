@@ -356,6 +356,21 @@ def test_experts_compute_an_input_once(granularity, budget, randomise, monkeypat
     assert 'run_experts' not in vars(model.head)
 
 
+@torch.no_grad()
+def test_inputs_may_change_in_place(randomise):
+    layer = build('image', 'kept', randomise)
+    x = torch.randn(3, C, 6, 8).double()
+
+    def run(x):
+        with applied(Intervention('a', 'equal'), {'a': layer}):
+            return layer(x), layer(x.relu_()), layer(x)
+
+    expected = run(x.clone())
+    with experts_remembered(nn.Identity(), {'a': layer}):
+        for y, reference in zip(run(x), expected, strict=True):
+            torch.testing.assert_close(y, reference)
+
+
 class WithIdentity(nn.Linear):
     """As in FFNs of transformers: a second tensor with its own row for each item."""
 
