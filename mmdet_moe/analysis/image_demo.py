@@ -28,7 +28,7 @@ from mmdet_moe.analysis.image_pipeline import (
     dataset_of_tests,
 )
 from mmdet_moe.analysis.models import load_model
-from mmdet_moe.analysis.tracing import Decisions, Tracer
+from mmdet_moe.analysis.attribution import Decisions, Tracer
 from mmdet_moe.cli import fail, load_config
 from mmdet_moe.drawing import to_bytes
 from mmdet_moe.engine.preflight import check_checkpoint

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from mmdet_moe.analysis.origins import replaced
+from mmdet_moe.analysis.attribution import replaced
 from mmdet_moe.moe import MoELayer
 from mmdet_moe.moe.dispatcher import Dispatcher
 from mmdet_moe.moe.items import Items

@@ -12,7 +12,7 @@ from torch import nn
 from mmdet_moe.analysis.data import Objects
 from mmdet_moe.analysis.recorder import Recorder
 from mmdet_moe.analysis.study import _detector_outcomes
-from mmdet_moe.analysis.tracing import Tracer
+from mmdet_moe.analysis.attribution import Tracer
 from mmdet_moe.errors import ConfigError
 from mmdet_moe.moe import LinearExperts, MoELayer
 

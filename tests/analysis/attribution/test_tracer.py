@@ -23,8 +23,8 @@ from tiny_models import (
 )
 from torch import nn
 
-from mmdet_moe.analysis.origins import PLACE_FIELD
-from mmdet_moe.analysis.tracing import Tracer
+from mmdet_moe.analysis.attribution import PLACE_FIELD
+from mmdet_moe.analysis.attribution import Tracer
 from mmdet_moe.errors import ConfigError
 from mmdet_moe.moe import LinearExperts, MoELayer, find_moe_layers
 
@@ -197,7 +197,7 @@ def test_detections_come_from_their_prior(name, option, make):
             places = tracer.detection_places(i, result.pred_instances)
             detections = result.pred_instances
             assert places.image.tolist() == [i] * len(detections)
-            assert places.roi.tolist() == [-1] * len(detections)
+            assert places.source.tolist() == [-1] * len(detections)
             for d, (_, level, row, column) in enumerate(candidates_of(detections, priors[i])):
                 height, width = sizes[places.level[d]]
                 claimed = places.level[d], places.y[d] * height - 0.5, places.x[d] * width - 0.5
@@ -543,7 +543,7 @@ def test_detections_come_from_their_roi(name, make):
             detections = result.pred_instances
             places = tracer.detection_places(i, detections)
             for d in range(len(detections)):
-                t, label = places.roi[d].item(), detections.labels[d]
+                t, label = places.source[d].item(), detections.labels[d]
                 boxes, scores = decoded[t]
                 assert rois[t, 0] == i
                 torch.testing.assert_close(boxes[label], detections.bboxes[d], atol=1e-3, rtol=0)
@@ -572,9 +572,9 @@ def test_detections_come_from_their_roi(name, make):
                 continue
             layer = 'roi_head.bbox_head.shared_fcs'
             found, items, decisions = traced_weights(tracer, layer, places, 3)
-            assert torch.equal(items, places.roi)
+            assert torch.equal(items, places.source)
             expected = weights_by_hand(tracer.layers[layer].router, pooled.mean((2, 3)))
-            torch.testing.assert_close(found, expected[places.roi], rtol=0, atol=1e-5)
+            torch.testing.assert_close(found, expected[places.source], rtol=0, atol=1e-5)
             assert torch.equal(decisions.image, rois[:, 0].long())
             for image in range(3):
                 mine = decisions.image == image
@@ -643,7 +643,7 @@ def test_objects_of_an_roi_head_are_those_of_its_assigner(make, monkeypatch):
                 if overlaps and max(overlaps) >= 0.5:
                     expected.append((offset + t, overlaps.index(max(overlaps))))
             places, owner = tracer.object_places(i, result.metainfo, boxes)
-            found = list(zip(places.roi.tolist(), owner.tolist(), strict=True))
+            found = list(zip(places.source.tolist(), owner.tolist(), strict=True))
             assert found == expected
             offset += len(proposals[i])
             if i == 0:
