@@ -298,6 +298,86 @@ def roi_align_backward(
     grad_input.copy_(grad)
 
 
+def _deform_conv(input: Tensor, offset: Tensor, weight: Tensor, geometry: dict) -> Tensor:
+    """torchvision's counterpart, which reads the kernel's size and the groups from the shapes."""
+    stride, padding, dilation = (
+        (geometry[f'{name}H'], geometry[f'{name}W']) for name in ('d', 'pad', 'dilation')
+    )
+    dtype = _working_dtype(input, weight)
+    return torchvision.ops.deform_conv2d(
+        *(tensor.to(dtype) for tensor in (input, offset, weight)),
+        stride=stride,
+        padding=padding,
+        dilation=dilation,
+    )
+
+
+def _deform_conv_gradients(
+    grad_output: Tensor, input: Tensor, offset: Tensor, weight: Tensor, geometry: dict
+) -> tuple[Tensor, ...]:
+    """The gradients by input, offset and weight."""
+    leaves = [tensor.detach().requires_grad_() for tensor in (input, offset, weight)]
+    with torch.enable_grad():
+        output = _deform_conv(*leaves, geometry)
+    return torch.autograd.grad(output, leaves, grad_output.to(output.dtype))
+
+
+def deform_conv_forward(
+    input: Tensor,
+    weight: Tensor,
+    offset: Tensor,
+    output: Tensor,
+    columns: Tensor,
+    ones: Tensor,
+    **geometry: int,
+) -> None:
+    """Write the deformable convolution (arXiv 1703.06211) into ``output``.
+
+    Args:
+        input: ``(n, c, h, w)``.
+        weight: ``(o, c / groups, kh, kw)``.
+        offset: ``(n, deform_groups * kh * kw * 2, oh, ow)`` pixels, y before x.
+        output: ``(n, o, oh, ow)`` buffer.
+        columns: working memory of the compiled op.
+        ones: the same.
+        geometry: ``dH``, ``dW`` (the stride), ``padH``, ``padW``, ``dilationH`` and ``dilationW``;
+            the others follow from the shapes.
+    """
+    output.copy_(_deform_conv(input, offset, weight, geometry))
+
+
+def deform_conv_backward_input(
+    input: Tensor,
+    offset: Tensor,
+    grad_output: Tensor,
+    grad_input: Tensor,
+    grad_offset: Tensor,
+    weight: Tensor,
+    columns: Tensor,
+    **geometry: int,
+) -> None:
+    """Write the gradients of :func:`deform_conv_forward` by input and offset into the buffers."""
+    by_input, by_offset, _ = _deform_conv_gradients(grad_output, input, offset, weight, geometry)
+    grad_input.copy_(by_input)
+    grad_offset.copy_(by_offset)
+
+
+def deform_conv_backward_parameters(
+    input: Tensor,
+    offset: Tensor,
+    grad_output: Tensor,
+    grad_weight: Tensor,
+    columns: Tensor,
+    ones: Tensor,
+    **geometry: int,
+) -> None:
+    """Add the gradient of :func:`deform_conv_forward` by the weight to ``grad_weight``."""
+    # The convolution is linear in its weight, so that its derivative at zero holds everywhere.
+    weight = torch.zeros_like(grad_weight)
+    *_, by_weight = _deform_conv_gradients(grad_output, input, offset, weight, geometry)
+    grad_weight.add_(by_weight, alpha=geometry['scale'])
+
+
 def get_compiler_version() -> str:
     """What environment reports print as mmcv's compiler."""
     return 'none (torchvision stands in)'

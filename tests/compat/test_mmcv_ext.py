@@ -291,6 +291,64 @@ def test_mmcv_wrappers_of_nms(generator):
     assert sorted(kept.tolist()) == sorted(per_class)
 
 
+def sampled(image, y, x):
+    """Bilinear value of a list of rows at a point, zero outside, in plain Python."""
+    total = 0.0
+    for row in (math.floor(y), math.floor(y) + 1):
+        for column in (math.floor(x), math.floor(x) + 1):
+            if 0 <= row < len(image) and 0 <= column < len(image[0]):
+                total += (1 - abs(y - row)) * (1 - abs(x - column)) * image[row][column]
+    return total
+
+
+@needs_stand_in
+@pytest.mark.parametrize(
+    ('groups', 'deform_groups', 'stride', 'padding', 'dilation'),
+    [(1, 1, 1, 0, 1), (2, 2, (2, 1), (1, 2), (2, 1))],
+)
+def test_deform_conv_samples_where_the_offsets_say(
+    generator, groups, deform_groups, stride, padding, dilation
+):
+    from mmcv.ops import DeformConv2d
+
+    convolution = DeformConv2d(
+        4, 2, (3, 2), stride, padding, dilation, groups, deform_groups, bias=False
+    )
+    x = torch.randn(1, 4, 7, 6, generator=generator)
+    (dy, dx), (py, px), (sy, sx) = convolution.dilation, convolution.padding, convolution.stride
+    plain = F.conv2d(x, convolution.weight, None, (sy, sx), (py, px), (dy, dx), groups)
+    offset = torch.randn(1, deform_groups * 12, *plain.shape[2:], generator=generator) * 2
+    weight, points = convolution.weight.tolist(), offset.view(deform_groups, 3, 2, 2, -1)
+    expected = torch.zeros_like(plain).flatten(2)
+    for out in range(2):
+        for channel in range(4 // groups):
+            source = out * groups // 2 * (4 // groups) + channel
+            for i, j in [(i, j) for i in range(3) for j in range(2)]:
+                shift = points[source * deform_groups // 4, i, j].tolist()
+                for place in range(expected.shape[2]):
+                    row, column = divmod(place, plain.shape[3])
+                    y = row * sy - py + i * dy + shift[0][place]
+                    value = sampled(
+                        x[0, source].tolist(), y, column * sx - px + j * dx + shift[1][place]
+                    )
+                    expected[0, out, place] += weight[out][channel][i][j] * value
+
+    torch.testing.assert_close(convolution(x, offset).flatten(2), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(convolution(x, offset * 0), plain, atol=1e-5, rtol=1e-5)
+
+
+@needs_stand_in
+def test_deform_conv_passes_finite_differences(generator):
+    from mmcv.ops import deform_conv2d
+
+    kinds = {'generator': generator, 'dtype': torch.float64}
+    x, weight = torch.randn(2, 2, 5, 5, **kinds), torch.randn(3, 2, 2, 2, **kinds)
+    # Away from whole pixels, where bilinear sampling has no derivative.
+    offset = torch.rand(2, 8, 4, 4, **kinds) * 0.8 + 0.1
+    tensors = [tensor.requires_grad_() for tensor in (x, offset, weight)]
+    assert torch.autograd.gradcheck(deform_conv2d, tensors)
+
+
 @needs_stand_in
 def test_an_unknown_op_names_itself():
     from mmcv.ops import nms_match
