@@ -23,10 +23,10 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from mmdet_moe.analysis.attribution import Decisions, Places, Tracer
 from mmdet_moe.analysis.data import AnalysisData
 from mmdet_moe.analysis.matching import match
 from mmdet_moe.analysis.records import Arrays
-from mmdet_moe.analysis.attribution import Decisions, Places, Tracer
 
 #: Layers with a decision for every pixel have more than anybody can keep.
 MAX_DECISIONS = 4096

@@ -26,6 +26,7 @@ from mmdet_moe.analysis.association import (
     position_bin,
     size_bin,
 )
+from mmdet_moe.analysis.attribution import Tracer, replaced
 from mmdet_moe.analysis.data import AnalysisData
 from mmdet_moe.analysis.evaluation import ClassificationMetrics, DetectionMetrics
 from mmdet_moe.analysis.interventions import (
@@ -36,11 +37,9 @@ from mmdet_moe.analysis.interventions import (
     interventions_on,
 )
 from mmdet_moe.analysis.layer_statistics import MAX_LEVELS, LayerStatistics
-from mmdet_moe.analysis.attribution import replaced
 from mmdet_moe.analysis.outcomes import CORRECT, MISSED, WRONG, Outcomes
 from mmdet_moe.analysis.recorder import Recorder
 from mmdet_moe.analysis.records import Arrays, Records
-from mmdet_moe.analysis.attribution import Tracer
 
 SCHEMA, VERSION = 'mmdet_moe.experts', 1
 #: Raise it whenever the records of the same analysis would have other contents.

@@ -9,10 +9,10 @@ import torch
 from tiny_models import BOXES, MOE_NECK, SIZES, build_single, make_batch
 from torch import nn
 
+from mmdet_moe.analysis.attribution import Tracer
 from mmdet_moe.analysis.data import Objects
 from mmdet_moe.analysis.recorder import Recorder
 from mmdet_moe.analysis.study import _detector_outcomes
-from mmdet_moe.analysis.attribution import Tracer
 from mmdet_moe.errors import ConfigError
 from mmdet_moe.moe import LinearExperts, MoELayer
 

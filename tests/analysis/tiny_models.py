@@ -29,6 +29,17 @@ ASSIGNER = {
     'min_pos_iou': 0,
     'ignore_iof_thr': -1,
 }
+TOPK = {'type': 'mmdet.ATSSAssigner', 'topk': 9}
+SIMOTA = {'type': 'mmdet.SimOTAAssigner'}
+ASSIGNERS = {
+    'atss': TOPK,
+    'gfl': TOPK,
+    'tood': {'type': 'mmdet.TaskAlignedAssigner', 'topk': 13},
+    'yolox': SIMOTA,
+    'rtmdet': SIMOTA,
+    'rtmdet, objectness': SIMOTA,
+    'yolov3': {'type': 'mmdet.GridAssigner', 'pos_iou_thr': 0.5, 'neg_iou_thr': 0.5},
+}
 ANCHORS = {
     'type': 'mmdet.AnchorGenerator',
     'octave_base_scale': 4,
@@ -48,6 +59,7 @@ RETINA = {
     'loss_bbox': {'type': 'mmdet.L1Loss'},
 }
 ONE_ANCHOR = {**ANCHORS, 'scales_per_octave': 1, 'ratios': [1.0]}
+POINTS = {'type': 'mmdet.MlvlPointGenerator', 'strides': list(STRIDES), 'offset': 0}
 HEADS = {
     'retina': RETINA,
     'moe retina': {**RETINA, **FOUR, 'type': 'mmdet_moe.MoERetinaHead'},
@@ -72,7 +84,6 @@ HEADS = {
         'bbox_coder': {'type': 'mmdet.DeltaXYWHBBoxCoder'},
         'loss_centerness': {'type': 'mmdet.CrossEntropyLoss', 'use_sigmoid': True},
     },
-    # Takes the stride of each level from the order of the levels that it is given.
     'gfl': {
         'type': 'mmdet.GFLHead',
         'num_classes': CLASSES,
@@ -82,6 +93,73 @@ HEADS = {
         'norm_cfg': {'type': 'BN'},
         'anchor_generator': ONE_ANCHOR,
         'reg_max': 4,
+    },
+    'tood': {
+        'type': 'mmdet.TOODHead',
+        'num_classes': CLASSES,
+        'in_channels': 6,
+        'feat_channels': 8,
+        'stacked_convs': 2,
+        'norm_cfg': {'type': 'BN'},
+        'anchor_generator': ONE_ANCHOR,
+        'bbox_coder': {'type': 'mmdet.DeltaXYWHBBoxCoder'},
+    },
+    'yolox': {
+        'type': 'mmdet.YOLOXHead',
+        'num_classes': CLASSES,
+        'in_channels': 6,
+        'feat_channels': 6,
+        'strides': STRIDES,
+    },
+    'rtmdet': {
+        'type': 'mmdet.RTMDetSepBNHead',
+        'num_classes': CLASSES,
+        'in_channels': 6,
+        'feat_channels': 6,
+        'with_objectness': False,
+        'exp_on_reg': False,
+        'anchor_generator': POINTS,
+        'bbox_coder': {'type': 'mmdet.DistancePointBBoxCoder'},
+        'loss_bbox': {'type': 'mmdet.GIoULoss'},
+        'norm_cfg': {'type': 'BN'},
+    },
+    'rtmdet, objectness': {
+        'type': 'mmdet.RTMDetHead',
+        'num_classes': CLASSES,
+        'in_channels': 6,
+        'feat_channels': 6,
+        'anchor_generator': POINTS,
+        'bbox_coder': {'type': 'mmdet.DistancePointBBoxCoder'},
+        'loss_bbox': {'type': 'mmdet.GIoULoss'},
+        'norm_cfg': {'type': 'BN'},
+    },
+    'ssd': {
+        'type': 'mmdet.SSDHead',
+        'num_classes': CLASSES,
+        'in_channels': (6, 6, 6),
+        'anchor_generator': {
+            'type': 'mmdet.SSDAnchorGenerator',
+            'scale_major': False,
+            'input_size': 300,
+            'basesize_ratio_range': (0.15, 0.9),
+            'strides': list(STRIDES),
+            'ratios': [[2], [2, 3], [2]],  # as many as 4, 6 and 4 anchors in a cell
+        },
+        'bbox_coder': {'type': 'mmdet.DeltaXYWHBBoxCoder'},
+    },
+    # Not traced: what it predicts is decoded by code of its own.
+    'yolov3': {
+        'type': 'mmdet.YOLOV3Head',
+        'num_classes': CLASSES,
+        'in_channels': (6, 6, 6),
+        'out_channels': (6, 6, 6),
+        'anchor_generator': {
+            'type': 'mmdet.YOLOAnchorGenerator',
+            'base_sizes': [[(16, 10)], [(30, 61)], [(60, 45)]],
+            'strides': list(STRIDES),
+        },
+        'bbox_coder': {'type': 'mmdet.YOLOBBoxCoder'},
+        'featmap_strides': list(STRIDES),
     },
 }
 MOE_NECK = {
@@ -105,7 +183,7 @@ MOE_BACKBONE = {
 def build_single(head, backbone=None, neck=None, train_cfg=True, **test_cfg):
     """A one-stage detector with the named head on three levels."""
     init_default_scope('mmdet')
-    assigner = {'type': 'mmdet.ATSSAssigner', 'topk': 9} if head in ('atss', 'gfl') else ASSIGNER
+    assigner = ASSIGNERS.get(head, ASSIGNER)
     config = {
         'type': 'mmdet.SingleStageDetector',
         'data_preprocessor': {'type': 'mmdet.DetDataPreprocessor', 'pad_size_divisor': 32},
@@ -134,8 +212,16 @@ def build_single(head, backbone=None, neck=None, train_cfg=True, **test_cfg):
             allowed_border=-1,
             pos_weight=-1,
             debug=False,
+            # TOOD's and SSD's.
+            initial_epoch=0,
+            initial_assigner=TOPK,
+            alpha=1,
+            beta=6,
         )
-    return MODELS.build(config).eval()
+    model = MODELS.build(config).eval()
+    if head == 'ssd':  # MMDetection's own cannot predict without (open-mmlab/mmdetection#11063)
+        model.bbox_head.loss_cls = None
+    return model
 
 
 def build_faster(moe=None, neck=None, **head):

@@ -1,9 +1,9 @@
 """Which decision of each MoE layer stands behind an output of a model. Nothing is guessed.
 
 A detection is made by one prior of a pyramid level, one RoI or one query. While a :class:`Tracer`
-is active, the head's own code keeps that origin with every candidate: what it selects from remembers
-which rows were taken, and NMS carries the origin as it carries the boxes. Which decision of a layer
-covers an origin then follows from the layer's place:
+is active, the head's own code keeps that origin with every candidate: what it selects from
+remembers which rows were taken, and NMS carries the origin as it carries the boxes. Which decision
+of a layer covers an origin then follows from the layer's place:
 
 - in the dense head: the decision of that level, image and place (of the patch or pixel there);
 - in an RoI head: the decision of that RoI, in every stage of a cascade; in its mask head: that of

@@ -83,9 +83,7 @@ class PriorOrigins(Origins):
         height, width = self._sizes[level]
         cell = priors // self.head.prior_generator.num_base_priors[level]
         x, y = (cell % width + 0.5).double() / width, (cell // width + 0.5).double() / height
-        return Places.pack(
-            torch.full_like(cell, level), x, y, torch.full_like(cell, UNKNOWN)
-        )
+        return Places.pack(torch.full_like(cell, level), x, y, torch.full_like(cell, UNKNOWN))
 
     def _priors_inside(self, meta: dict, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         """The anchors that training assigns, (n, 4), their levels, and their numbers there."""

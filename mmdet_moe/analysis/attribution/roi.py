@@ -115,11 +115,15 @@ class RoIOrigins(Origins):
         assigner = getattr(self.roi_head, 'bbox_assigner', None)
         if not assigner:
             assigner = MaxIoUAssigner(0.5, 0.5, match_low_quality=False)
-        assigned = _last(assigner).assign(
-            InstanceData(priors=self._boxes[mine]),
-            InstanceData(
-                bboxes=to_network(boxes, meta), labels=torch.zeros(len(boxes), dtype=torch.long)
-            ),
-        ).gt_inds
+        assigned = (
+            _last(assigner)
+            .assign(
+                InstanceData(priors=self._boxes[mine]),
+                InstanceData(
+                    bboxes=to_network(boxes, meta), labels=torch.zeros(len(boxes), dtype=torch.long)
+                ),
+            )
+            .gt_inds
+        )
         chosen = (assigned > 0).nonzero().flatten()
         return self.sources[mine[chosen]], assigned[chosen] - 1
