@@ -2,6 +2,7 @@
 
 import copy
 
+import mmdet
 import numpy as np
 import torch
 from mmdet.registry import MODELS
@@ -11,6 +12,7 @@ from mmengine.registry import init_default_scope
 from mmengine.structures import InstanceData
 
 from mmdet_moe.cli import __file__ as _cli
+from mmdet_moe.moe import MoELayer
 
 CLASSES = 3
 STRIDES = (8, 16, 32)
@@ -117,7 +119,7 @@ HEADS = {
         'in_channels': 6,
         'feat_channels': 6,
         'with_objectness': False,
-        'exp_on_reg': False,
+        'exp_on_reg': True,
         'anchor_generator': POINTS,
         'bbox_coder': {'type': 'mmdet.DistancePointBBoxCoder'},
         'loss_bbox': {'type': 'mmdet.GIoULoss'},
@@ -242,6 +244,104 @@ def build_faster(moe=None, neck=None, **head):
     config.test_cfg.rcnn.update(score_thr=0.0, max_per_img=30)
     init_default_scope('mmdet')
     return MODELS.build(config).eval()
+
+
+def build_shipped(name, config, moe=()):
+    """A detector of MMDetection's own configs, made tiny, with experts at dotted paths.
+
+    Args:
+        name: The config, as ``detr/detr_r50_8xb2-150e_coco``.
+        config: What is changed in its model, merged into it.
+        moe: ``{path: options of MoELayer}``; what stands there becomes the expert.
+    """
+    init_default_scope('mmdet')
+    shipped = Config.fromfile(f'{mmdet.__path__[0]}/.mim/configs/{name}.py')
+    changed = {'backbone.init_cfg': None, **config}
+    shipped.merge_from_dict({f'model.{key}': value for key, value in changed.items()})
+    model = MODELS.build(shipped.model)
+    for path, options in dict(moe).items():
+        place(model, path, **options)
+    return model.eval()
+
+
+def place(model, path, **options):
+    """Make three experts, of which two are chosen, of the module at a path."""
+    owner, _, last = path.rpartition('.')
+    expert = model.get_submodule(path)
+    setattr(model.get_submodule(owner), last, MoELayer(expert, 3, 2, **options))
+
+
+RESNET = {
+    'backbone.depth': 18,
+    'backbone.base_channels': 2,
+    'backbone.stem_channels': 4,
+    'backbone.frozen_stages': -1,
+}
+DEFORMABLE = 'deformable_detr/deformable-detr'
+DETRS = {
+    'detr': 'detr/detr_r50_8xb2-150e_coco',
+    'deformable': f'{DEFORMABLE}_r50_16xb2-50e_coco',
+    'two stages': f'{DEFORMABLE}-refine-twostage_r50_16xb2-50e_coco',
+    'dino': 'dino/dino-4scale_r50_8xb2-12e_coco',
+}
+
+
+#: Deformable DETR with two stages works with 256 channels alone.
+CHANNELS = {'detr': 16, 'deformable': 16, 'two stages': 256, 'dino': 16}
+
+
+def build_detr(kind, paths=()):
+    """A transformer with 9 queries, two layers of encoder and of decoder, and experts at paths."""
+    channels = CHANNELS[kind]
+    config = {
+        **RESNET,
+        'neck.in_channels': [16] if kind == 'detr' else [4, 8, 16],
+        'neck.out_channels': channels,
+        'positional_encoding.num_feats': channels // 2,
+        'bbox_head.num_classes': CLASSES,
+        'bbox_head.embed_dims': channels,
+        'num_queries': 9,
+        'test_cfg.max_per_img': 6,
+        **{f'{coder}.num_layers': 2 for coder in ('encoder', 'decoder')},
+    }
+    if kind != 'detr':
+        config['neck.norm_cfg.num_groups'] = 4
+    for coder, attentions in (('encoder', ['self']), ('decoder', ['self', 'cross'])):
+        ffn = f'{coder}.layer_cfg.ffn_cfg'
+        config |= {f'{ffn}.embed_dims': channels, f'{ffn}.feedforward_channels': 8}
+        for attention in attentions:
+            attention = f'{coder}.layer_cfg.{attention}_attn_cfg'
+            config |= {f'{attention}.embed_dims': channels, f'{attention}.num_heads': 2}
+    tokens = {'in_channels': channels, 'granularity': 'token'}
+    return build_shipped(DETRS[kind], config, dict.fromkeys(paths, tokens))
+
+
+def build_rcnn(name, moe=()):
+    """A Mask or Cascade R-CNN of MMDetection's own configs."""
+    config = {
+        **RESNET,
+        'neck.in_channels': [2, 4, 8, 16],
+        'neck.out_channels': 8,
+        'rpn_head.in_channels': 8,
+        'rpn_head.feat_channels': 8,
+        'roi_head.bbox_roi_extractor.out_channels': 8,
+        'test_cfg.rpn.max_per_img': 40,
+        'test_cfg.rcnn.score_thr': 0.0,
+        'test_cfg.rcnn.max_per_img': 15,
+    }
+    heads = [f'bbox_head.{i}' for i in range(3)] if 'cascade' in name else ['bbox_head']
+    for head in heads:
+        head = f'roi_head.{head}'
+        config |= {f'{head}.in_channels': 8, f'{head}.fc_out_channels': 12}
+        config[f'{head}.num_classes'] = CLASSES
+    if 'mask' in name:
+        config |= {
+            'roi_head.mask_roi_extractor.out_channels': 8,
+            'roi_head.mask_head.in_channels': 8,
+            'roi_head.mask_head.conv_out_channels': 8,
+            'roi_head.mask_head.num_classes': CLASSES,
+        }
+    return build_shipped(name, config, moe)
 
 
 #: Boxes in px of the original images, (image: boxes); unlike labels tell objects apart.

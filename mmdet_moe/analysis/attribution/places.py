@@ -117,9 +117,11 @@ class Origins:
 
     Attributes:
         num_levels: Pyramid levels that detections come from; None where no level is known.
+        has_queries: Whether detections are made by queries.
         sources: All RoIs or queries of the latest batch, in the order of their features.
     """
 
+    has_queries = False
     num_levels: int | None = None
     sources: Places | None = None
 
@@ -129,7 +131,7 @@ class Origins:
         yield
 
     def outputs(self, features: list[Tensor], samples: list) -> list[Tensor]:
-        """For each level a scalar that depends on all the head makes there, for autograd."""
+        """For autograd: what the head makes on each level, a scalar; of queries, all the boxes."""
         return []
 
     def owner(self, name: str, part: int, items: Items, count: int, detections: int) -> str | None:

@@ -32,6 +32,8 @@ class QueryOrigins(Origins):
     its place is the middle of its box.
     """
 
+    has_queries = True
+
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self._has_proposals = implements(model, 'pre_decoder', DeformableDETR, DINO) and (

@@ -158,7 +158,13 @@ class Tracer:
             outputs.clear()
             features = [level.detach().requires_grad_() for level in features]
             levels = self._origins.outputs(features, data['data_samples'][:1])
-            found.update({name: behind(levels, name) for name in outputs})
+            if self._origins.has_queries:
+                (boxes,) = levels
+                found.update(
+                    {name: torch.tensor([_last_behind(boxes, outputs[name])]) for name in outputs}
+                )
+            else:
+                found.update({name: behind(levels, name) for name in outputs})
             return found
 
     def _is_in_attention(self, name: str) -> bool:
@@ -380,8 +386,17 @@ def _tensors(output: Any) -> list[Tensor]:
 
 
 def _map_behind(level: Tensor, index: int, maps: list[Tensor]) -> int:
-    gradients = torch.autograd.grad(level.sum(), maps, allow_unused=True, retain_graph=True)
-    used = [i for i, gradient in enumerate(gradients) if gradient is not None]
+    used = [i for i, gradient in enumerate(_gradients(level, maps)) if gradient is not None]
     if not used:
         return UNKNOWN
     return index if index in used else used[-1]
+
+
+def _last_behind(boxes: Tensor, calls: list[Tensor]) -> int:
+    # What all layers of a decoder predict is stacked: the others' gradients are 0, not missing.
+    used = [i for i, g in enumerate(_gradients(boxes, calls)) if g is not None and g.any()]
+    return used[-1] if used else UNKNOWN
+
+
+def _gradients(output: Tensor, inputs: list[Tensor]) -> tuple[Tensor | None, ...]:
+    return torch.autograd.grad(output.sum(), inputs, allow_unused=True, retain_graph=True)

@@ -3,6 +3,7 @@
 import copy
 
 import pytest
+from mmcv.cnn import Scale
 from models import MODELS
 from torch import nn
 
@@ -20,6 +21,8 @@ def make(randomise):
                 # Boxes that differ, but not by factors.
                 if isinstance(layer, nn.Conv2d) and layer.out_channels % 4 == 0:
                     layer.weight.data *= 0.3
+                if isinstance(layer, Scale):
+                    layer.scale.data.abs_()  # distances are positive
         return model.eval()
 
     return build
