@@ -172,6 +172,7 @@ MOE_NECK = {
     'grid_size': 2,
     'expert_init': 'independent',
 }
+RESNET_18 = {'type': 'mmdet.ResNet', 'depth': 18, 'base_channels': 2, 'stem_channels': 4}
 MOE_BACKBONE = {
     'type': 'mmdet_moe.MoEResNet',
     'num_experts': 3,
@@ -190,11 +191,8 @@ def build_single(head, backbone=None, neck=None, train_cfg=True, **test_cfg):
         'type': 'mmdet.SingleStageDetector',
         'data_preprocessor': {'type': 'mmdet.DetDataPreprocessor', 'pad_size_divisor': 32},
         'backbone': {
-            'type': 'mmdet.ResNet',
-            'depth': 18,
-            'base_channels': 2,
-            'stem_channels': 4,
             'out_indices': (1, 2, 3),
+            **({} if 'depths' in (backbone or {}) else RESNET_18),
             **(backbone or {}),
         },
         'neck': {
@@ -271,12 +269,8 @@ def place(model, path, **options):
     setattr(model.get_submodule(owner), last, MoELayer(expert, 3, 2, **options))
 
 
-RESNET = {
-    'backbone.depth': 18,
-    'backbone.base_channels': 2,
-    'backbone.stem_channels': 4,
-    'backbone.frozen_stages': -1,
-}
+RESNET = {f'backbone.{key}': value for key, value in RESNET_18.items()}
+RESNET['backbone.frozen_stages'] = -1
 DEFORMABLE = 'deformable_detr/deformable-detr'
 DETRS = {
     'detr': 'detr/detr_r50_8xb2-150e_coco',

@@ -14,6 +14,7 @@ from by_hand import (
     traced_weights,
     weights_by_hand,
 )
+from models import FROM_ALL_LEVELS
 from tiny_models import (
     BOXES,
     CLASSES,
@@ -23,6 +24,7 @@ from tiny_models import (
     build_single,
     gt_instances,
     make_batch,
+    place,
     predict,
 )
 
@@ -136,6 +138,89 @@ def test_changed_decision_changes_its_detections_alone(make):
             for d, (prior, *_) in enumerate(found):
                 # Other sub-batches of an expert are rounded in another way.
                 changed = (after[i][4][prior] - before[i][4][prior]).abs().max() > 1e-4
+                assert changed == (items[i][d] == decision)
+
+
+# Layers of the head that are called once per level ------------------------------------------------
+
+SHARED = {
+    'fcos': ('cls_convs.0', 6),
+    'atss': ('reg_convs.0', 6),
+    'gfl': ('cls_convs.0', 6),
+    'tood': ('inter_convs.1', 8),
+}
+OWN = {  # of the second level alone
+    'yolox': ('multi_level_cls_convs.1.0', 6),
+    'rtmdet': ('reg_convs.1.1', 6),
+    'ssd': ('cls_convs.1.0', 6),
+}
+
+
+@pytest.mark.parametrize(
+    ('head', 'granularity'),
+    # How far Swish sees is not known, so that YOLOX has no patches.
+    [(h, g) for h in [*SHARED, *OWN] for g in ('image', 'patch') if (h, g) != ('yolox', 'patch')],
+)
+def test_layers_inside_the_head(head, granularity, filled):
+    """A shared layer has a decision for each level, in the order of its calls."""
+    model = build_single(head, **FROM_ALL_LEVELS)
+    path, channels = (SHARED | OWN)[head]
+    name = f'bbox_head.{path}'
+    options = {'granularity': granularity, 'grid_size': 2 if granularity == 'patch' else 1}
+    place(model, name, in_channels=channels, **options)
+    filled(model)
+    batch = make_batch()
+    maps = inputs_of(model, batch)[name]
+    assert len(maps) == (3 if head in SHARED else 1)
+    sizes, seen = [(8, 12), (4, 6), (2, 3)], set()
+    with Tracer(model) as tracer, torch.no_grad():
+        for i, result in enumerate(tracer.predict(copy.deepcopy(batch))):
+            places = tracer.detection_places(i, result.pred_instances)
+            found, items, decisions = traced_weights(tracer, name, places, 3)
+            for d, (level, row, column) in enumerate(cells_of(places, sizes)):
+                seen.add(level)
+                if head in OWN and level != 1:
+                    assert items[d] == -1
+                    continue
+                index = level if head in SHARED else 0
+                layer, x = tracer.layers[name], maps[index][i]
+                expected = patch_weights(layer, x, options['grid_size'], row, column)
+                torch.testing.assert_close(found[d], expected, rtol=0, atol=1e-5)
+                assert decisions.image[items[d]] == i
+                assert decisions.level[items[d]] == index
+            each = options['grid_size'] ** 2
+            assert len(decisions.weights) == 3 * each * len(maps)
+            assert sorted(decisions.code.tolist()) == sorted([*range(each * len(maps))] * 3)
+    assert seen == {0, 1, 2}
+
+
+def test_changed_call_changes_its_level_alone(filled):
+    """Rerouting what a shared layer decides for one level changes that level and no other."""
+    model = build_single('gfl', **FROM_ALL_LEVELS)
+    name = 'bbox_head.cls_convs.0'
+    place(model, name, in_channels=6)
+    filled(model)
+    batch = make_batch()
+    before, _ = every_prior(model, batch)
+    with Tracer(model) as tracer:
+        results = tracer.predict(copy.deepcopy(batch))
+        places = [tracer.detection_places(i, r.pred_instances) for i, r in enumerate(results)]
+        items = [tracer.items(name, p) for p in places]
+    for decision in range(9):
+        calls = []
+
+        def change(_, __, routing, decision=decision, calls=calls):
+            if decision // 3 == len(calls):
+                routing.expert_ids[decision % 3] = (routing.expert_ids[decision % 3] + 1) % 3
+            calls.append(routing)
+            return routing
+
+        handle = model.get_submodule(name).router.register_forward_hook(change)
+        after, _ = every_prior(model, batch)
+        handle.remove()
+        for i, result in enumerate(results):
+            for d, (prior, *_) in enumerate(candidates_of(result.pred_instances, before[i])):
+                changed = (after[i][4][prior] - before[i][4][prior]).abs().max() > 1e-5
                 assert changed == (items[i][d] == decision)
 
 

@@ -17,10 +17,14 @@ from mmengine.structures import InstanceData
 from tiny_models import (
     BOXES,
     CLASSES,
+    build_faster,
+    build_rcnn,
     gt_instances,
     make_batch,
+    place,
     predict,
 )
+from torch import nn
 
 from mmdet_moe.analysis.attribution import Tracer
 
@@ -202,3 +206,127 @@ def test_images_without_proposals(proposals, make, monkeypatch):
                 assert len(places) == len(objects) == len(owner) == 0
             if decisions is not None:
                 assert (decisions.image[items] == i).all()
+
+
+# Several stages, and masks ------------------------------------------------------------------------
+
+CASCADE = 'cascade_rcnn/cascade-mask-rcnn_r50_fpn_1x_coco'
+MASK = 'mask_rcnn/mask-rcnn_r50_fpn_1x_coco'
+VECTORS = {'granularity': 'token'}
+STAGES = [f'roi_head.bbox_head.{i}.shared_fcs' for i in range(3)]
+EXPERTS = {
+    CASCADE: {
+        f'{STAGES[0]}.0': {'in_channels': 8 * 49, **VECTORS},
+        f'{STAGES[2]}.1': {'in_channels': 12, **VECTORS},
+        'roi_head.mask_head.0.convs.1': {'in_channels': 8},
+    },
+    MASK: {
+        'roi_head.bbox_head.shared_fcs.1': {'in_channels': 12, **VECTORS},
+        'roi_head.mask_head.convs.0': {'in_channels': 8},
+    },
+}
+
+
+@torch.no_grad()
+def every_roi_of_all_stages(model, batch):
+    """The RoIs of each stage, the boxes (T, C, 4) in px of the images, and the scores (T, C)."""
+    data = model.data_preprocessor(copy.deepcopy(batch), False)
+    samples, head = data['data_samples'], model.roi_head
+    features = model.extract_feat(data['inputs'])
+    proposals = model.rpn_head.predict(features, samples, rescale=False)
+    image = torch.cat([torch.full((len(p),), float(i)) for i, p in enumerate(proposals)])
+    boxes, scores, stages = torch.cat([p.bboxes for p in proposals]), [], []
+    heads = head.bbox_head if hasattr(head, 'num_stages') else [head.bbox_head]
+    for i, stage in enumerate(heads):
+        extractor = head.bbox_roi_extractor[i] if len(heads) > 1 else head.bbox_roi_extractor
+        stages.append(torch.cat([image[:, None], boxes], 1))
+        score, delta = stage(extractor(features[:4], stages[-1]))
+        scores.append(score)
+        every = []
+        for roi, deltas in zip(stages[-1], delta, strict=True):
+            shape = samples[int(roi[0])].img_shape
+            deltas = deltas.reshape(-1, 4)
+            priors = roi[None, 1:].expand(len(deltas), 4)
+            decoded = stage.bbox_coder.decode(priors, deltas, max_shape=shape)
+            every.append(decoded.expand(CLASSES, 4))
+        # Boxes that all classes share are the next stage's RoIs.
+        boxes = torch.stack([decoded[0] for decoded in every])
+    scale = torch.tensor([list(samples[int(i)].scale_factor) * 2 for i in image])
+    scores = (sum(scores) / len(scores)).softmax(1)
+    return stages, torch.stack(every) / scale[:, None], scores[:, :-1]
+
+
+@pytest.mark.parametrize('name', EXPERTS)
+def test_stages_and_masks(name, randomise):
+    model = randomise(build_rcnn(name, EXPERTS[name])).eval()
+    batch = make_batch()
+    stages, boxes, scores = every_roi_of_all_stages(model, batch)
+    inputs, expected = inputs_of(model, batch), predict(model, batch)
+    with Tracer(model) as tracer, torch.no_grad():
+        assert (tracer.knows_origins, tracer.num_levels) == (True, 4)
+        results = tracer.predict(copy.deepcopy(batch))
+        check_same(results, expected)
+        first, alone, levels = 0, 0, set()
+        for i, result in enumerate(results):
+            found = result.pred_instances
+            assert torch.equal(found.masks, expected[i].pred_instances.masks)
+            places = tracer.detection_places(i, found)
+            for d, label in enumerate(found.labels):
+                roi = places.source[d]
+                difference = (boxes[:, label] - found.bboxes[d]).abs().amax(1)
+                difference += (scores[:, label] - found.scores[d]).abs()
+                difference[stages[0][:, 0] != i] = 1e9
+                assert difference[roi] < 1e-3
+                alone += bool(difference.sort().values[1] > 1e-3)
+                _, left, top, right, bottom = stages[-1][roi].tolist()
+                assert places.x[d].item() == pytest.approx((left + right) / 2 / 96, abs=1e-5)
+                assert places.y[d].item() == pytest.approx((top + bottom) / 2 / 64, abs=1e-5)
+                side = ((right - left) * (bottom - top)) ** 0.5
+                assert places.level[d] == min(max(math.floor(math.log2(side / 56 + 1e-6)), 0), 3)
+                levels.add(int(places.level[d]))
+            for layer in EXPERTS[name]:
+                (x,) = inputs[layer]
+                is_mask = 'mask_head' in layer
+                weights, items, decisions = traced_weights(tracer, layer, places, 3)
+                if is_mask:
+                    x = x.mean((2, 3))
+                    assert items.tolist() == list(range(first, first + len(found)))
+                else:
+                    assert torch.equal(items, places.source)
+                by_hand = weights_by_hand(tracer.layers[layer].router, x)
+                torch.testing.assert_close(weights, by_hand[items], rtol=0, atol=1e-5)
+                assert len(decisions.image) == len(x)
+                assert (decisions.image[items] == i).all()
+                numbers = decisions.code[decisions.image == i].tolist()
+                assert numbers == list(range(len(numbers)))
+            first += len(found)
+            objects, owner = tracer.object_places(
+                i, result.metainfo, torch.tensor(BOXES[i]).reshape(-1, 4)
+            )
+            assert len(objects) == len(owner)
+            assert (tracer.items(next(iter(EXPERTS[name])), objects) >= 0).all()
+            mask_layer = list(EXPERTS[name])[-1]
+            assert (tracer.items(mask_layer, objects) == -1).all()
+    assert alone > first / 2 > 10
+
+
+def test_patches_of_an_roi_are_no_decision_for_its_box(randomise):
+    """All of them make it; they are shown, but none of them is picked."""
+    name = 'roi_head.bbox_head.shared_convs.0'
+    model = build_faster()
+    head = model.roi_head.bbox_head
+    head.shared_convs.append(nn.Conv2d(8, 8, 3, padding=1))
+    place(model, name, in_channels=8, granularity='patch', grid_size=2)
+    head.num_shared_convs = 1
+    randomise(model).eval()
+    with Tracer(model) as tracer:
+        (result, *_) = tracer.predict(make_batch())
+        places = tracer.detection_places(0, result.pred_instances)
+        assert len(places) > 0
+        assert (tracer.items(name, places) == -1).all()
+        decisions = tracer.decisions(name, 3)
+        rois = tracer.decisions(name, 3).image.bincount() // 4
+        assert len(decisions.weights) == 4 * int(rois.sum())
+        for image in range(3):
+            code = decisions.code[decisions.image == image]
+            assert code.tolist() == list(range(4 * int(rois[image])))

@@ -24,6 +24,7 @@ from tiny_models import (
     STRIDES,
     build_single,
     make_batch,
+    place,
     predict,
 )
 
@@ -183,6 +184,94 @@ def test_pixels(randomise):
                 assert decisions.image[items[d]] == i
 
 
+# Tokens -------------------------------------------------------------------------------------------
+
+SWIN = {
+    'type': 'mmdet.SwinTransformer',
+    'embed_dims': 4,
+    'depths': (1, 1, 2, 1),
+    'num_heads': (1, 1, 1, 1),
+    'window_size': 2,
+    'mlp_ratio': 1,
+    'out_indices': (1, 2, 3),
+    'drop_path_rate': 0.0,
+}
+SWIN_NECK = {'in_channels': [8, 16, 32]}
+
+
+def swin(randomise, path, channels):
+    model = build_single('retina', backbone=SWIN, neck=SWIN_NECK)
+    name = f'backbone.stages.{path}'
+    place(model, name, in_channels=channels, granularity='token')
+    return randomise(model).eval(), name
+
+
+@pytest.mark.parametrize(
+    ('path', 'channels', 'stride'),
+    [('2.blocks.1.ffn.layers', 16, 16), ('3.blocks.0.ffn.layers', 32, 32)],
+)
+def test_tokens_of_a_backbone_are_cells(path, channels, stride, randomise):
+    """The tokens of a stage are the cells of the map it feeds, row by row."""
+    model, name = swin(randomise, path, channels)
+    batch = make_batch()
+    (tokens,) = inputs_of(model, batch)[name]
+    height, width = 64 // stride, 96 // stride
+    known = 0
+    with Tracer(model) as tracer, torch.no_grad():
+        # What the sizes of the first batch were is not taken for those of the next.
+        tracer.predict({key: values[:1] for key, values in make_batch().items()})
+        for i, result in enumerate(tracer.predict(copy.deepcopy(batch))):
+            places = tracer.detection_places(i, result.pred_instances)
+            found, items, decisions = traced_weights(tracer, name, places, 3)
+            for d in range(len(places)):
+                row, column = int(places.y[d] * height), int(places.x[d] * width)
+                token = tokens[i, row * width + column]
+                expected = weights_by_hand(tracer.layers[name].router, token[None])[0]
+                torch.testing.assert_close(found[d], expected, rtol=0, atol=1e-5)
+                centre = torch.tensor([(column + 0.5) / width, (row + 0.5) / height])
+                torch.testing.assert_close(decisions.centre[items[d]], centre)
+                known += 1
+    assert known > 10
+
+
+def test_tokens_without_a_map_of_their_size_are_unknown(randomise):
+    """The first stage's map is none of the backbone's: its tokens merge before the next one."""
+    model, name = swin(randomise, '0.blocks.0.ffn.layers', 4)
+    with Tracer(model) as tracer:
+        (result, *_) = tracer.predict(make_batch())
+        places = tracer.detection_places(0, result.pred_instances)
+        assert len(places) > 0
+        assert (tracer.items(name, places) == -1).all()
+        decisions = tracer.decisions(name, 3)
+        assert decisions.centre.isnan().all()
+        assert decisions.image.bincount().tolist() == [16 * 24] * 3
+
+
+def test_tokens_in_shifted_windows_are_unknown(randomise):
+    """One window as large as the map has as many tokens as cells, but they are rolled."""
+    model = build_single('retina', backbone={**SWIN, 'window_size': 6}, neck=SWIN_NECK)
+    name = 'backbone.stages.2.blocks.1.attn.w_msa.qkv'
+    place(model, name, in_channels=16, granularity='token')
+    randomise(model).eval()
+    sample = make_batch(1)
+    sample['inputs'] = [torch.zeros(3, 96, 96, dtype=torch.uint8)]
+    sample['data_samples'][0].set_metainfo({'img_shape': (96, 96)})
+    with Tracer(model) as tracer:
+        (result,) = tracer.predict(sample)
+        places = tracer.detection_places(0, result.pred_instances)
+        assert len(tracer.decisions(name, 1).image) == 36
+        assert len(places) > 0
+        assert (tracer.items(name, places) == -1).all()
+
+
+def test_windows_cannot_be_told_to_images(randomise):
+    model, name = swin(randomise, '2.blocks.1.attn.w_msa.qkv', 16)
+    with Tracer(model) as tracer:
+        tracer.predict(make_batch())
+        with pytest.raises(ConfigError, match='decides on 18 inputs where the batch has 3 images'):
+            tracer.decisions(name, 3)
+
+
 # The rest -----------------------------------------------------------------------------------------
 
 
@@ -194,6 +283,7 @@ def test_unknown_heads_have_no_origins(make):
         places = tracer.detection_places(0, results[0].pred_instances)
         assert len(places) == len(results[0].pred_instances) > 0
         assert set(places.level.tolist()) == {-1}
+        assert places.x.isnan().all()
         for name in tracer.layers:
             assert (tracer.items(name, places) == -1).all()
             assert tracer.decisions(name, 3).image.tolist() == [0] * 4 + [1] * 4 + [2] * 4
