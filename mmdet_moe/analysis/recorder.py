@@ -84,7 +84,10 @@ class Recorder:
             detected.append(places)
             wanted = (~truth.crowd).nonzero()[0]
             responsible, owner = self.tracer.object_places(
-                i, result.metainfo, torch.from_numpy(truth.boxes[wanted])
+                i,
+                result.metainfo,
+                torch.from_numpy(truth.boxes[wanted]),
+                torch.from_numpy(truth.labels[wanted]),
             )
             held.append(responsible)
             owner = wanted[owner.numpy()]

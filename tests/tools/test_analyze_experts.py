@@ -17,11 +17,11 @@ from torch import nn
 import mmdet_moe
 from mmdet_moe import cli
 from mmdet_moe.analysis import command, study
+from mmdet_moe.analysis.attribution import Tracer
 from mmdet_moe.analysis.command import run_analysis
 from mmdet_moe.analysis.data import AnalysisData
 from mmdet_moe.analysis.recorder import Recorder
 from mmdet_moe.analysis.records import Records
-from mmdet_moe.analysis.attribution import Tracer
 
 DEMO = Path(mmdet_moe.__file__).parents[1] / 'configs' / 'demo'
 EXPERTS, LEVELS, IMAGES, BATCH, PER_FILE = 3, 5, 8, 2, 3

@@ -16,11 +16,12 @@ of a layer covers an origin then follows from the layer's place:
 A classifier's image has one place, and its weights are the mean over the image's decisions.
 """
 
-from mmdet_moe.analysis.attribution.families import origins_of
+from mmdet_moe.analysis.attribution.families import KNOWN_HEADS, origins_of
 from mmdet_moe.analysis.attribution.places import PLACE_FIELD, UNKNOWN, Origins, Places, replaced
 from mmdet_moe.analysis.attribution.tracer import Decisions, Tracer
 
 __all__ = [
+    'KNOWN_HEADS',
     'PLACE_FIELD',
     'UNKNOWN',
     'Decisions',

@@ -102,7 +102,9 @@ class PriorOrigins(Origins):
             self._inside = (key, priors, torch.cat(of_level), torch.cat(inside).cpu())
         return self._inside[1:]
 
-    def of_objects(self, image: int, meta: dict, boxes: Tensor) -> tuple[Places, Tensor]:
+    def of_objects(
+        self, image: int, meta: dict, boxes: Tensor, labels: Tensor | None = None
+    ) -> tuple[Places, Tensor]:
         if not self._assigns:
             return super().of_objects(image, meta, boxes)
         device = next(self.head.parameters()).device

@@ -4,6 +4,12 @@ from torch import nn
 
 from mmdet_moe.analysis.attribution.places import Origins
 
+#: Detectors whose heads tell, in words.
+KNOWN_HEADS = (
+    'RetinaNet, FCOS, ATSS, GFL, TOOD, YOLOX, RTMDet, SSD, Faster, Mask and Cascade R-CNN, DETR, '
+    'Deformable DETR and DINO'
+)
+
 
 def origins_of(model: nn.Module) -> Origins:
     """How the detections of a model tell their origin; plain :class:`Origins` if they do not."""

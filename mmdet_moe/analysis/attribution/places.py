@@ -150,7 +150,9 @@ class Origins:
         """Height and width of the levels whose cells are the tokens of an image, one by one."""
         return None
 
-    def of_objects(self, image: int, meta: dict, boxes: Tensor) -> tuple[Places, Tensor]:
+    def of_objects(
+        self, image: int, meta: dict, boxes: Tensor, labels: Tensor | None = None
+    ) -> tuple[Places, Tensor]:
         """See :meth:`Tracer.object_places`."""
         # Where the middle of the object is; layers that need a level take no part.
         places = Places.unknown(image, len(boxes))

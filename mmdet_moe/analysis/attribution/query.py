@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from mmdet.models.dense_heads import DeformableDETRHead, DETRHead
 from mmdet.models.detectors import DETR, DINO, DeformableDETR
+from mmdet.structures.bbox import bbox_cxcywh_to_xyxy
 from mmengine.structures import InstanceData
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -20,6 +21,7 @@ from mmdet_moe.analysis.attribution.places import (
     implements,
     middle,
     replaced,
+    to_network,
 )
 from mmdet_moe.moe.items import Items, Tokens
 
@@ -42,6 +44,7 @@ class QueryOrigins(Origins):
         self.num_levels = model.num_feature_levels if self._has_proposals else None
         self._sizes: list[tuple[int, int]] = []
         self._proposals: Tensor | None = None  # int64 (images, queries), numbers of tokens
+        self._predicted: dict[int, tuple[Tensor, Tensor]] = {}  # logits and boxes of each image
 
     @classmethod
     def fits(cls, model: nn.Module) -> bool:
@@ -84,6 +87,7 @@ class QueryOrigins(Origins):
             rows = Remembering(bbox_pred)
             results = single(cls_score, rows, img_meta, *args, **named)
             packed = self._places(len(images), bbox_pred.cpu(), img_meta)
+            self._predicted[len(images)] = (cls_score, bbox_pred)
             images.append(Places.unpack(len(images), packed))
             packed = packed[rows.taken.cpu()].to(results.bboxes.device)
             results.set_field(packed, PLACE_FIELD)
@@ -133,6 +137,26 @@ class QueryOrigins(Origins):
             return None
         is_memory = name.startswith('encoder.') or tokens != self.model.num_queries
         return self._sizes if is_memory else None
+
+    def of_objects(
+        self, image: int, meta: dict, boxes: Tensor, labels: Tensor | None = None
+    ) -> tuple[Places, Tensor]:
+        assigner = getattr(self.model.bbox_head, 'assigner', None)
+        if assigner is None or labels is None:
+            return super().of_objects(image, meta, boxes)
+        scores, predicted = self._predicted[image]
+        height, width = meta['img_shape'][:2]
+        predicted = bbox_cxcywh_to_xyxy(predicted) * predicted.new_tensor([width, height] * 2)
+        matched = assigner.assign(
+            InstanceData(scores=scores, bboxes=predicted),
+            InstanceData(
+                bboxes=to_network(boxes, meta).to(predicted), labels=labels.long().to(scores.device)
+            ),
+            img_meta=meta,
+        ).gt_inds.cpu()
+        queries = (matched > 0).nonzero().flatten()
+        mine = (self.sources.image == image).nonzero().flatten()
+        return self.sources[mine[queries]], matched[queries] - 1
 
     @property
     def _num_tokens(self) -> int:

@@ -108,7 +108,9 @@ class RoIOrigins(Origins):
             return torch.full((len(rois),), UNKNOWN)
         return self.extractor.map_roi_levels(rois, self.num_levels).cpu()
 
-    def of_objects(self, image: int, meta: dict, boxes: Tensor) -> tuple[Places, Tensor]:
+    def of_objects(
+        self, image: int, meta: dict, boxes: Tensor, labels: Tensor | None = None
+    ) -> tuple[Places, Tensor]:
         if self.sources is None:  # no proposal in the whole batch
             return Places.unknown(image, 0), torch.zeros(0, dtype=torch.long)
         mine = (self.sources.image == image).nonzero().flatten()

@@ -81,14 +81,14 @@ class Tracer:
 
     @property
     def num_levels(self) -> int | None:
-        """Pyramid levels that detections come from; None for a classifier."""
+        """Pyramid levels that detections come from; None of a classifier, or where unknown."""
         return self._origins.num_levels
 
     def __enter__(self) -> 'Tracer':
         self._stack = ExitStack()
         for name, layer in self.layers.items():
             self._stack.enter_context(_hook(layer.router, self._keep(name)))
-        if isinstance(getattr(self.model, 'backbone', None), nn.Module):
+        if self.is_detector:
             self._stack.enter_context(_hook(self.model.backbone, self._keep_sizes))
         self._stack.enter_context(self._origins.carried())
         return self
@@ -145,16 +145,15 @@ class Tracer:
         with ExitStack() as stack, torch.enable_grad():
             for name, layer in self.layers.items():
                 stack.enter_context(_hook(layer, keep(name)))
-            if hasattr(self.model, 'backbone'):
-                stack.enter_context(_hook(self.model.backbone, keep('backbone')))
+            stack.enter_context(_hook(self.model.backbone, keep('backbone')))
             image = data['inputs'][:1].detach().clone().requires_grad_()
             features = self.model.extract_feat(image)
-            backbone = outputs.pop('backbone', [])
+            backbone = outputs.pop('backbone')
             found = {name: behind(features, name) for name in outputs}
             for name, (tokens, *_) in outputs.items():
-                fed = [i for i, m in enumerate(backbone) if _map_behind(m, 0, [tokens]) == 0]
-                if fed and not self._is_in_attention(name):
-                    self._fed_by[name] = fed[0]
+                if self.layers[name].granularity == 'token' and not self._is_in_attention(name):
+                    fed = [i for i, m in enumerate(backbone) if _map_behind(m, 0, [tokens]) == 0]
+                    self._fed_by[name] = fed[0] if fed else UNKNOWN
             outputs.clear()
             features = [level.detach().requires_grad_() for level in features]
             levels = self._origins.outputs(features, data['data_samples'][:1])
@@ -198,10 +197,7 @@ class Tracer:
             name, part, maps[part], routing.items_per_level[part], sum(self._detections)
         )
         if owner == 'detection':
-            image = torch.arange(len(self._detections)).repeat_interleave(
-                torch.tensor(self._detections)
-            )
-            places = Places.cat([Places.unknown(int(i), 1) for i in image])
+            places = Places.cat([Places.unknown(i, n) for i, n in enumerate(self._detections)])
             return owner, places, part
         return None if owner is None else (owner, self._origins.sources, used)
 
@@ -218,13 +214,10 @@ class Tracer:
         if len(maps) == 1 and isinstance(maps[0], Tokens):
             tokens = len(maps[0])
             sizes = self._token_sizes(name, tokens)
-            maps_of_tokens = [Pixels((num_images, *size)) for size in sizes]
-            firsts = [sum(len(m) for m in maps_of_tokens[:i]) for i in range(len(sizes))]
-            if sizes:
-                return [
-                    _Grid(items, first, tokens, first)
-                    for items, first in zip(maps_of_tokens, firsts, strict=True)
-                ]
+            cells = [Pixels((num_images, *size)) for size in sizes]
+            firsts = [sum(map(len, cells[:i])) for i in range(len(cells))]
+            if cells:
+                return [_Grid(c, i, tokens, i) for c, i in zip(cells, firsts, strict=True)]
         return [
             _Grid(items, sum(counts[:i]), len(items), sum(counts[:i]) // max(num_images, 1))
             for i, items in enumerate(maps)
@@ -232,7 +225,7 @@ class Tracer:
 
     def _token_sizes(self, name: str, tokens: int) -> list[tuple[int, int]]:
         sizes = self._origins.token_sizes(name, tokens)
-        if sizes is None and name in self._fed_by:
+        if sizes is None and self._fed_by.get(name, UNKNOWN) >= 0:
             sizes = [self._backbone_sizes[self._fed_by[name]]]
         known = sizes is not None and sum(height * width for height, width in sizes) == tokens
         return sizes if known else []
@@ -258,9 +251,7 @@ class Tracer:
             part = max(part, 0)
             first = sum(routing.items_per_level[:part])
             weights = weights[first : first + routing.items_per_level[part]]
-            each = len(maps[part])
-            if isinstance(maps[part], Tokens):
-                each = len(weights) // len(places)
+            each = len(weights) // len(places)
             image = places.image.repeat_interleave(each)
             first = torch.searchsorted(image, torch.arange(num_images))
             return Decisions(
@@ -300,7 +291,7 @@ class Tracer:
         if not self._detections:
             return unknown
         grids = self._grids(name, len(self._detections))
-        index = self._map_index(name, places, grids)
+        index = self._map_index(name, places)
         found = unknown
         for i, grid in enumerate(grids):
             local = grid.items.locate(places.x.nan_to_num(), places.y.nan_to_num())
@@ -310,7 +301,7 @@ class Tracer:
             found = torch.where((index == i) & (local >= 0), rows, found)
         return found
 
-    def _map_index(self, name: str, places: Places, grids: list['_Grid']) -> Tensor:
+    def _map_index(self, name: str, places: Places) -> Tensor:
         """Which of a layer's maps stands behind each place; -1 where none, or where unknown."""
         tokens = len(self._routed(name)[1][0])
         if self._origins.token_sizes(name, tokens) is not None:
@@ -339,20 +330,24 @@ class Tracer:
         places.detection = torch.arange(len(places)) + sum(self._detections[:image])
         return places
 
-    def object_places(self, image: int, meta: dict, boxes: Tensor) -> tuple[Places, Tensor]:
+    def object_places(
+        self, image: int, meta: dict, boxes: Tensor, labels: Tensor | None = None
+    ) -> tuple[Places, Tensor]:
         """The origins that training would hold responsible for an image's objects.
 
-        For an anchor head the anchors assigned to them, for an RoI head the assigned RoIs.
+        For an anchor head the anchors assigned to them, for an RoI head the assigned RoIs, for a
+        transformer the queries matched to them.
 
         Args:
             image: Its index in the batch.
             meta: Its ``metainfo``.
             boxes: float32 (n, 4), xyxy in px of the original image.
+            labels: int64 (n,), their classes, without which no query can be matched to them.
 
         Returns:
             The places, and int64 (places,): the object of each. An object can have none.
         """
-        return self._origins.of_objects(image, meta, boxes)
+        return self._origins.of_objects(image, meta, boxes, labels)
 
 
 @dataclass
@@ -382,7 +377,9 @@ _PER_ITEM = ('expert_ids', 'weights', 'logits')
 
 
 def _tensors(output: Any) -> list[Tensor]:
-    return [output] if isinstance(output, Tensor) else list(output)
+    if isinstance(output, Tensor):
+        return [output]
+    return [part for part in output if isinstance(part, Tensor)]
 
 
 def _map_behind(level: Tensor, index: int, maps: list[Tensor]) -> int:

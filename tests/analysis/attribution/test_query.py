@@ -5,7 +5,15 @@ import copy
 import pytest
 import torch
 from by_hand import check_same, inputs_of, state_of, traced_weights, weights_by_hand
-from tiny_models import DETRS, build_detr, make_batch, predict
+from tiny_models import (
+    BOXES,
+    CLASSES,
+    DETRS,
+    build_detr,
+    gt_instances,
+    make_batch,
+    predict,
+)
 
 from mmdet_moe.analysis.attribution import Tracer
 
@@ -252,3 +260,29 @@ def test_as_many_tokens_as_queries_are_not_guessed(make):
         assert (tracer.items(DECODER, places) == -1).all()
         assert (tracer.items(ENCODER, places) == -1).all()
         assert [len(items) for items in tracer.decisions(ENCODER, 3).maps] == [6]
+
+
+@pytest.mark.parametrize('kind', DETRS)
+def test_objects_are_those_of_the_queries_that_training_matches(kind, make):
+    model, batch = make(kind), make_batch()
+    data = model.data_preprocessor(copy.deepcopy(batch), False)
+    metas = [sample.metainfo for sample in data['data_samples']]
+    truth = [gt_instances(i) for i in range(3)]
+    with Tracer(model) as tracer, torch.no_grad():
+        inputs = model.forward_transformer(model.extract_feat(data['inputs']), data['data_samples'])
+        scores, boxes = (list(kind[-1]) for kind in model.bbox_head(**inputs))
+        labels, *_ = model.bbox_head.get_targets(scores, boxes, truth, metas)
+        results = tracer.predict(copy.deepcopy(batch))
+        for i, result in enumerate(results):
+            objects = torch.tensor(BOXES[i]).reshape(-1, 4)
+            places, owner = tracer.object_places(
+                i, result.metainfo, objects, torch.arange(len(objects))
+            )
+            queries = (labels[i] < CLASSES).nonzero().flatten()
+            assert (places.source - i * QUERIES).tolist() == queries.tolist()
+            assert owner.tolist() == labels[i][queries].tolist()
+            assert sorted(owner.tolist()) == list(range(len(objects)))
+            # The classes are part of the match: without them there is none.
+            places, owner = tracer.object_places(i, result.metainfo, objects)
+            assert places.source.tolist() == [-1] * len(objects)
+            assert owner.tolist() == list(range(len(objects)))
