@@ -26,11 +26,17 @@ ROOT = Path(__file__).parent
 version: dict[str, str] = {}
 exec((ROOT / 'mmdet_moe' / 'version.py').read_text(), version)
 
+MMCV = ['torchvision>=0.21', 'onedl-mmcv>=2.3.6']
+ANALYSIS = ['plotly>=6.0', 'Jinja2>=3.1', 'scipy>=1.9', 'tqdm>=4.0']
+MMDET = [*MMCV, *ANALYSIS, 'onedl-mmdetection>=3.5.1']
+MMPRETRAIN = [*MMCV, *ANALYSIS, 'onedl-mmpretrain>=1.3.6']
+
 
 class BuildKernels(build_ext):
     """Compile with ``mmdet_moe/ops/build.py``, which needs no Python headers."""
 
     def run(self) -> None:
+        self._write_pth()
         spec = importlib.util.spec_from_file_location('ops_build', ROOT / 'mmdet_moe/ops/build.py')
         build = sys.modules['ops_build'] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(build)
@@ -42,6 +48,20 @@ class BuildKernels(build_ext):
             return
         for entry in results:
             print(f'native kernels for {entry.device}: {entry.reason or "built"}', file=sys.stderr)
+
+    def _write_pth(self) -> None:
+        """Let the toolboxes' own tools find our configs, see ``mmdet_moe/compat``.
+
+        Here, because it is the command that runs for a wheel and an editable installation alike.
+        """
+        if self.editable_mode:
+            folder = self.get_finalized_command('install').install_lib
+        elif self.inplace:
+            return
+        else:
+            folder = self.build_lib
+        self.mkpath(folder)
+        Path(folder, 'mmdet_moe.pth').write_text('import mmdet_moe\n')
 
     def get_outputs(self) -> list[str]:
         return []
@@ -72,21 +92,18 @@ setup(
     license='Apache-2.0',
     packages=find_packages(include=['mmdet_moe', 'mmdet_moe.*']),
     package_data={
+        'mmdet_moe': ['configs/**/*.py'],
         'mmdet_moe.ops': ['csrc/*.h', 'csrc/*/*'],
         'mmdet_moe.analysis.explorer': ['*.css', '*.j2', '*.js'],
     },
     ext_modules=[Extension('mmdet_moe.ops.lib', [])],
     cmdclass=commands,
     python_requires='>=3.10',
-    install_requires=[
-        'torch>=2.6',
-        'torchvision>=0.21',
-        'onedl-mmengine>=0.10.12',
-        'onedl-mmcv>=2.3.6',
-        'onedl-mmdetection>=3.5.1',
-        'onedl-mmpretrain>=1.3.6',
-        'plotly>=6.0',
-        'Jinja2>=3.1',
-    ],
-    extras_require={'demo': ['scikit-learn>=1.5', 'scikit-image>=0.22']},
+    install_requires=['torch>=2.6', 'onedl-mmengine>=0.10.12'],  # of mmdet_moe.moe and .ops
+    extras_require={
+        'mmdet': MMDET,
+        'mmpretrain': MMPRETRAIN,
+        'all': MMDET + MMPRETRAIN,
+        'demo': [*MMDET, 'scikit-learn>=1.5', 'scikit-image>=0.22'],
+    },
 )

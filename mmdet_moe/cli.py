@@ -222,10 +222,17 @@ def load_config(path: str, options: Mapping[str, Any] | None = None) -> Config:
         cfg.merge_from_dict(options)
     except (KeyError, TypeError, IndexError) as error:
         raise ConfigError(f'--cfg-options do not fit the config: {in_one_line(error)}') from error
-    scope = cfg.get('default_scope')
+    cfg.default_scope = scope = cfg.get('default_scope') or _scope_of_classes(cfg)
     if scope not in _SCOPES:
         raise ConfigError(f"default_scope must be 'mmdet' or 'mmpretrain', got {scope!r}")
     return cfg
+
+
+def _scope_of_classes(cfg: Config) -> str | None:
+    """The toolbox of the model of a pure-Python config, which has classes in place of names."""
+    model = cfg.get('model', {})
+    classes = (kind for kind in (model.get('of'), model.get('type')) if isinstance(kind, type))
+    return next((kind.__module__.partition('.')[0] for kind in classes), None)
 
 
 def parse_options(options: Sequence[str]) -> dict[str, Any]:

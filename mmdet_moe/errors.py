@@ -16,6 +16,10 @@ class ConfigError(UserError, ValueError):
     """Something in the config, the data or the checkpoint is wrong and the message says what."""
 
 
+class ReplacedAttributeError(ConfigError, AttributeError):
+    """A model reads of an MoE layer what only the dense layer in its place had."""
+
+
 class NonFiniteRouterError(UserError, FloatingPointError):
     """A router produced NaN or infinite logits."""
 

@@ -1,10 +1,12 @@
 """Child registries of MMEngine's, under the scope ``mmdet_moe``.
 
 MMEngine imports this module by itself when it meets ``type='mmdet_moe.X'``; the ``locations`` are
-imported on the first look-up, so a config needs no ``custom_imports``. Inside MoE modules
-:data:`MODELS` also finds everything of MMEngine; names of a toolbox keep their prefix
-(``mmdet.ResNet``).
+imported on the first look-up, so a config needs no ``custom_imports``, except for a project's
+classes. Inside MoE modules :data:`MODELS` also finds everything of MMEngine; names of a toolbox
+keep their prefix (``mmdet.ResNet``).
 """
+
+from typing import Any
 
 from mmengine.registry import DATASETS as MMENGINE_DATASETS
 from mmengine.registry import FUNCTIONS as MMENGINE_FUNCTIONS
@@ -23,22 +25,31 @@ MODELS = Registry(
     scope=SCOPE,
     locations=['mmdet_moe.moe', 'mmdet_moe.models'],
 )
+
+
+def build(config: dict) -> Any:
+    """Build what a config of :data:`MODELS` describes; of our own core without any toolbox.
+
+    A look-up in the registry imports all its locations, and with them the toolboxes.
+    """
+    options = dict(config)
+    kind = options.pop('type', None)
+    own = kind.removeprefix(f'{SCOPE}.') if isinstance(kind, str) else None
+    if own in MODELS.module_dict:
+        return MODELS.module_dict[own](**options)
+    return MODELS.build(config)
+
+
 HOOKS = Registry('hook', parent=MMENGINE_HOOKS, scope=SCOPE, locations=['mmdet_moe.engine'])
 METRICS = Registry(
     'metric', parent=MMENGINE_METRICS, scope=SCOPE, locations=['mmdet_moe.engine.metrics']
 )
-OPTIMIZERS = Registry(
-    'optimizer', parent=MMENGINE_OPTIMIZERS, scope=SCOPE, locations=['mmdet_moe.engine.optimizers']
-)
-OPTIM_WRAPPER_CONSTRUCTORS = Registry(
-    'optimizer wrapper constructor',
-    parent=MMENGINE_CONSTRUCTORS,
-    scope=SCOPE,
-    locations=['mmdet_moe.engine.optimizers'],
-)
 DATASETS = Registry(
     'dataset', parent=MMENGINE_DATASETS, scope=SCOPE, locations=['mmdet_moe.datasets']
 )
-FUNCTIONS = Registry(
-    'function', parent=MMENGINE_FUNCTIONS, scope=SCOPE, locations=['mmdet_moe.datasets']
+# The package itself registers nothing in these; projects do.
+FUNCTIONS = Registry('function', parent=MMENGINE_FUNCTIONS, scope=SCOPE)
+OPTIMIZERS = Registry('optimizer', parent=MMENGINE_OPTIMIZERS, scope=SCOPE)
+OPTIM_WRAPPER_CONSTRUCTORS = Registry(
+    'optimizer wrapper constructor', parent=MMENGINE_CONSTRUCTORS, scope=SCOPE
 )

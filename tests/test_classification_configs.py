@@ -14,7 +14,7 @@ from mmengine.registry import MODELS, init_default_scope
 import mmdet_moe
 from mmdet_moe import cli, moe
 from mmdet_moe.analysis.command import run_analysis
-from mmdet_moe.models.flops import count_flops
+from mmdet_moe.moe.flops import count_flops
 
 CONFIGS = Path(mmdet_moe.__file__).parents[1] / 'configs'
 CLASSIFIERS = sorted(CONFIGS.glob('resnet18_*.py'))

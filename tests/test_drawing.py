@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mmdet_moe.analysis.plots import plot_overview
 from mmdet_moe.drawing import draw_utilization, expert_ticks, wrapped
+from research.plots import plot_overview
 
 
 @pytest.mark.parametrize(('levels', 'experts', 'steps'), [(1, 1, 1), (5, 4, 30), (8, 64, 2)])

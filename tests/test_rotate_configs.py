@@ -12,7 +12,7 @@ from mmengine.registry import MODELS, init_default_scope
 import mmdet_moe
 from mmdet_moe import cli
 from mmdet_moe.analysis.command import run_analysis
-from mmdet_moe.models.flops import count_flops
+from mmdet_moe.moe.flops import count_flops
 
 CONFIGS = Path(mmdet_moe.__file__).parents[1] / 'configs'
 ROTATE = sorted(CONFIGS.glob('moe_rotate_*.py'))
@@ -47,7 +47,7 @@ def test_config_is_what_its_name_says(path):
         assert type(expert.backbone).__name__ == name
         assert expert.head.fc.weight.shape == (2, features)
     router = model.moe.router
-    assert (router.noise, router.softmax) == ('uniform', 'all')
+    assert (router.noise, router.softmax) == ('uniform', 'over_all')
     (loss,) = [hook['loss'] for hook in cfg.custom_hooks if 'loss' in hook]
     assert loss == dict(type='mmdet_moe.SwitchLoss', weight=0.2)
     # Three strides in all.

@@ -1,12 +1,10 @@
 """Show what the experts of a trained model learned; ``--help`` lists the arguments."""
 
-import importlib.util
 import sys
 from pathlib import Path
 
-# From a checkout the tool works without an installed package, too.
-if importlib.util.find_spec('mmdet_moe') is None:
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+# The checkout, for what is not installed.
+sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 from mmdet_moe.analysis.command import run_analysis
 

@@ -15,24 +15,24 @@ alternative computes something else; 2: a mistake in the command line.
 """
 
 import argparse
-import importlib.util
+import importlib
 import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-if importlib.util.find_spec('mmdet_moe') is None:
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+# The checkout, for what is not installed.
+sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from mmdet_moe.analysis.benchmarks.conv import ConvShape, run_auto, run_conv, run_scaling
-from mmdet_moe.analysis.benchmarks.environment import environment
-from mmdet_moe.analysis.benchmarks.harness import Benchmark, WrongResult
-from mmdet_moe.analysis.benchmarks.ops import run_ops
 from mmdet_moe.compat.malloc import keep_large_blocks
 from mmdet_moe.errors import ConfigError, exit_on_user_error
+from research.benchmarks.conv import ConvShape, run_auto, run_conv, run_scaling
+from research.benchmarks.environment import environment
+from research.benchmarks.harness import Benchmark, WrongResult
+from research.benchmarks.ops import run_ops
 
 DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
 
@@ -73,32 +73,23 @@ FULL = Sizes()
 QUICK = Sizes(conv=(FULL.conv[1], FULL.conv[3]), analysis=24, explorer=200, auto=6, repeats=3)
 
 
-def _run_retinanet(bench: Benchmark, sizes: Sizes) -> None:
-    # Imports MMDetection, which takes seconds.
-    from mmdet_moe.analysis.benchmarks.retinanet import run_retinanet
+def _late(name: str, size: str) -> Callable[[Benchmark, Sizes], None]:
+    """``run_<name>`` of its module, imported only to be run: MMDetection takes seconds."""
 
-    run_retinanet(bench, sizes.image_size)
+    def run_suite(bench: Benchmark, sizes: Sizes) -> None:
+        module = importlib.import_module(f'research.benchmarks.{name}')
+        getattr(module, f'run_{name}')(bench, getattr(sizes, size))
 
-
-def _run_statistics(bench: Benchmark, sizes: Sizes) -> None:
-    from mmdet_moe.analysis.benchmarks.statistics import run_statistics
-
-    run_statistics(bench, sizes.analysis)
-
-
-def _run_explorer(bench: Benchmark, sizes: Sizes) -> None:
-    from mmdet_moe.analysis.benchmarks.explorer import run_explorer
-
-    run_explorer(bench, sizes.explorer)
+    return run_suite
 
 
 SUITES: dict[str, Callable[[Benchmark, Sizes], None]] = {
     'ops': lambda b, sizes: run_ops(b, sizes.rows[b.device.type == 'cuda'], sizes.channels),
     'conv': lambda b, sizes: run_conv(b, sizes.conv),
     'scaling': lambda b, sizes: run_scaling(b, sizes.scaling),
-    'retinanet': _run_retinanet,
-    'analysis': _run_statistics,
-    'explorer': _run_explorer,
+    'retinanet': _late('retinanet', 'image_size'),
+    'analysis': _late('statistics', 'analysis'),
+    'explorer': _late('explorer', 'explorer'),
     'auto': lambda b, sizes: run_auto(b, sizes.auto),
 }
 DEFAULT_SUITES = ('ops', 'conv', 'scaling', 'retinanet', 'analysis')

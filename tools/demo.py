@@ -5,14 +5,13 @@ interrupted one goes on. ``--fresh`` starts anew.
 """
 
 import argparse
-import importlib.util
 import shutil
 import sys
 import time
 from pathlib import Path
 
-if importlib.util.find_spec('mmdet_moe') is None:
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+# The checkout, for what is not installed.
+sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 import mmcv
 import numpy as np
@@ -20,8 +19,10 @@ from rich.console import Console
 from rich.table import Table
 
 from mmdet_moe.analysis.files import EXPERTS_FILE, REPORT_FILE
-from mmdet_moe.analysis.plots import plot_overview
-from mmdet_moe.analysis.runs import (
+from mmdet_moe.datasets import digit_scenes
+from mmdet_moe.errors import ConfigError, exit_on_user_error
+from research.plots import plot_overview
+from research.runs import (
     COCO_METRICS,
     REPOSITORY,
     RunResult,
@@ -30,8 +31,6 @@ from mmdet_moe.analysis.runs import (
     latest_checkpoint,
     train,
 )
-from mmdet_moe.datasets import digit_scenes
-from mmdet_moe.errors import ConfigError, exit_on_user_error
 
 PRETRAINING = 'retinanet_pretrain_digits'
 NUM_PICTURES = 4

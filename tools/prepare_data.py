@@ -8,14 +8,12 @@ there and says "already there" when there is nothing to do.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-# From a checkout the tool works without an installed package, too.
-if importlib.util.find_spec('mmdet_moe') is None:
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+# The checkout, for what is not installed.
+sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 from mmdet_moe.datasets import digit_scenes, download, fashion_mnist
 from mmdet_moe.datasets.sprites import SOURCES

@@ -7,21 +7,21 @@ there, and before that to the folder ``tables`` of the work directory.
 """
 
 import argparse
-import importlib.util
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-if importlib.util.find_spec('mmdet_moe') is None:
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+# The checkout, for what is not installed.
+sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-from mmdet_moe.analysis.experiments import rotate, theory
-from mmdet_moe.analysis.experiments.experiment import SEEDS, Experiment
-from mmdet_moe.analysis.experiments.fashion_mnist import BUDGETS, FashionMNISTExperiment
-from mmdet_moe.analysis.experiments.scenes import DIGIT_SCENES, FASHION_SCENES, ScenesExperiment
-from mmdet_moe.analysis.runs import REPOSITORY
 from mmdet_moe.errors import exit_on_user_error
+from projects.cluster_theory import experiment as theory
+from research.experiments import rotate
+from research.experiments.experiment import SEEDS, Experiment
+from research.experiments.fashion_mnist import BUDGETS, FashionMNISTExperiment
+from research.experiments.scenes import DIGIT_SCENES, FASHION_SCENES, ScenesExperiment
+from research.runs import REPOSITORY
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:

@@ -1,12 +1,10 @@
 """Test a detector or a classifier; ``--help`` lists the arguments."""
 
-import importlib.util
 import sys
 from pathlib import Path
 
-# From a checkout the tool works without an installed package, too.
-if importlib.util.find_spec('mmdet_moe') is None:
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+# The checkout, for what is not installed.
+sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 from mmdet_moe.cli import run_test
 

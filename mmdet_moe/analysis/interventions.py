@@ -2,7 +2,7 @@
 
 An intervention replaces the decisions of routers while it is active, by a hook; it touches no
 weight and no buffer of the model. In all of them the weights of an item keep their sum, so the
-outputs keep their scale (with ``softmax='all'`` the weights sum to less than 1).
+outputs keep their scale (with ``softmax='over_all'`` the weights sum to less than 1).
 """
 
 from collections.abc import Iterator, Sequence

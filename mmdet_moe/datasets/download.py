@@ -20,11 +20,11 @@ import urllib.error
 import urllib.request
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import IO
 
+from torchvision.datasets import CIFAR10, CIFAR100
 from tqdm import tqdm
 
 from mmdet_moe.errors import ConfigError
@@ -86,47 +86,21 @@ COCO_ANNOTATIONS = Archive(
 CIFAR_URL_BASE = 'https://www.cs.toronto.edu/~kriz'
 
 
-def _cifar(
-    name: str, md5: str, num_bytes: int, folder: str, md5_of_files: Mapping[str, str]
-) -> Archive:
+def _cifar(published: type[CIFAR10], num_bytes: int) -> Archive:
+    meta = (published.meta['filename'], published.meta['md5'])
+    files = dict([*published.train_list, *published.test_list, meta])
     return Archive(
-        path=f'{name}-python.tar.gz',
-        md5=md5,
+        path=published.filename,
+        md5=published.tgz_md5,
         num_bytes=num_bytes,
         unpacked_bytes=187_000_000,
-        provides={f'{folder}/{file}': md5 for file, md5 in md5_of_files.items()},
+        provides={f'{published.base_folder}/{name}': md5 for name, md5 in files.items()},
     )
 
 
-CIFAR = {
-    'cifar10': _cifar(
-        'cifar-10',
-        'c58f30108f718f92721af3b95e74349a',
-        170_498_071,
-        'cifar-10-batches-py',
-        {
-            'data_batch_1': 'c99cafc152244af753f735de768cd75f',
-            'data_batch_2': 'd4bba439e000b95fd0a9bffe97cbabec',
-            'data_batch_3': '54ebc095f3ab1f0389bbae665268c751',
-            'data_batch_4': '634d18415352ddfa80567beed471001a',
-            'data_batch_5': '482c414d41f54cd18b22e5b47cb7c3cb',
-            'test_batch': '40351d587109b95175f43aff81a1287e',
-            'batches.meta': '5ff9c542aee3614f3951f8cda6e48888',
-        },
-    ),
-    'cifar100': _cifar(
-        'cifar-100',
-        'eb9058c3a382ffc7106e4002c42a8d85',
-        169_001_437,
-        'cifar-100-python',
-        {
-            'train': '16019d7e3df5f24257cddd939b257f8d',
-            'test': 'f0ef6b0ae62326f3e7ffdfab6717acfc',
-            'meta': '7973b15100ade9c7d40fb424638fde48',
-        },
-    ),
-}
+CIFAR = {'cifar10': _cifar(CIFAR10, 170_498_071), 'cifar100': _cifar(CIFAR100, 169_001_437)}
 
+_DAMAGED = (zipfile.BadZipFile, tarfile.TarError, gzip.BadGzipFile, EOFError, zlib.error)
 _CHUNK_BYTES = 1 << 20
 _TIMEOUT_SECONDS = 60
 # Pauses before the attempts that follow an interruption. A download that never began fails at once.
@@ -295,9 +269,9 @@ def fetch(archive: Archive, out: Path, url_base: str) -> Path:
 
 def md5_of(path: str | Path, progress: bool = True) -> str:
     """MD5 of a file, in hexadecimal, with a progress bar if asked for."""
-    path = Path(path)
-    md5 = hashlib.md5(usedforsecurity=False)
-    with path.open('rb') as file, _byte_bar(f'verify {path.name}', _size(path), 0, progress) as bar:
+    path, md5 = Path(path), hashlib.md5(usedforsecurity=False)
+    bar = _byte_bar(f'verify {path.name}', _size(path), disable=not progress)
+    with path.open('rb') as file, bar:
         while chunk := file.read(_CHUNK_BYTES):
             md5.update(chunk)
             bar.update(len(chunk))
@@ -312,17 +286,9 @@ def _size(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
 
 
-def _byte_bar(description: str, total: int, initial: int = 0, visible: bool = True) -> tqdm:
-    return tqdm(
-        desc=description,
-        total=total,
-        initial=initial,
-        unit='B',
-        unit_scale=True,
-        unit_divisor=1000,
-        leave=False,
-        disable=not visible,
-    )
+def _byte_bar(description: str, total: int, initial: int = 0, disable: bool = False) -> tqdm:
+    size = dict(total=total, initial=initial, unit='B', unit_scale=True, unit_divisor=1000)
+    return tqdm(desc=description, leave=False, disable=disable, **size)
 
 
 def _download(url: str, part: Path, num_bytes: int) -> None:
@@ -374,11 +340,8 @@ def _transfer(url: str, part: Path, num_bytes: int) -> None:
                 f'{url} is a file of {total} bytes, not of {num_bytes}: it is something else, so '
                 'check the connection, or choose another server with --url-base'
             )
-        start = start if resumed else 0
-        with (
-            part.open('ab' if resumed else 'wb') as file,
-            _byte_bar(part.stem, num_bytes, initial=start) as bar,
-        ):
+        bar = _byte_bar(part.stem, num_bytes, initial=start if resumed else 0)
+        with part.open('ab' if resumed else 'wb') as file, bar:
             while chunk := response.read(_CHUNK_BYTES):
                 file.write(chunk)
                 bar.update(len(chunk))
@@ -418,13 +381,7 @@ def unpack(archive: Archive, file: str | Path) -> None:
         if not all((scratch / path).exists() for path in archive.provides):
             raise ConfigError(f'{file} lacks some of {", ".join(archive.provides)}')
         _move_missing(scratch, file.parent)
-    except (
-        zipfile.BadZipFile,
-        tarfile.TarError,
-        gzip.BadGzipFile,
-        EOFError,
-        zlib.error,
-    ) as error:
+    except _DAMAGED as error:
         raise ConfigError(
             f'{file} is damaged ({error}): delete it, and the command downloads it again'
         ) from error
@@ -433,37 +390,22 @@ def unpack(archive: Archive, file: str | Path) -> None:
 
 
 def _unpack_into(folder: Path, file: Path) -> None:
-    members = _zip_members(file) if file.suffix == '.zip' else _tar_members(file)
-    for name, source in tqdm(members, desc=f'unpack {file.name}', unit='file', leave=False):
-        target = folder / _safe_path(name, file)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        # Reading to the end is what makes zipfile and gzip compare their CRCs.
-        with source, target.open('xb') as sink:
-            shutil.copyfileobj(source, sink, _CHUNK_BYTES)
-
-
-def _zip_members(file: Path) -> Iterator[tuple[str, IO[bytes]]]:
-    with zipfile.ZipFile(file) as archive:
-        for info in archive.infolist():
-            if not info.is_dir():
-                yield info.filename, archive.open(info)
-
-
-def _tar_members(file: Path) -> Iterator[tuple[str, IO[bytes]]]:
-    with tarfile.open(file) as archive:
-        for info in archive:
-            if info.isdir():
-                continue
-            if not info.isfile():
-                raise ConfigError(f'{file} holds {info.name!r}, a link or device: it is not safe')
-            yield info.name, archive.extractfile(info)
-
-
-def _safe_path(name: str, file: Path) -> Path:
-    path = PurePosixPath(name)
-    if path.is_absolute() or '..' in path.parts or '\\' in name or ':' in name:
-        raise ConfigError(f'{file} holds {name!r}, a path out of its folder: it is not safe')
-    return Path(path)
+    is_zip = file.suffix == '.zip'
+    with (zipfile.ZipFile if is_zip else tarfile.open)(file) as archive:
+        # No owners and special bits; Python has it since 3.12, and in the later patches before.
+        archive.extraction_filter = getattr(tarfile, 'data_filter', None)
+        members = archive.infolist() if is_zip else archive
+        for member in tqdm(members, desc=f'unpack {file.name}', unit='file', leave=False):
+            name = member.filename if is_zip else member.name
+            path = PurePosixPath(name)
+            if path.is_absolute() or '..' in path.parts or '\\' in name or ':' in name:
+                raise ConfigError(
+                    f'{file} holds {name!r}, a path out of its folder: it is not safe'
+                )
+            if not (is_zip or member.isfile() or member.isdir()):
+                raise ConfigError(f'{file} holds {name!r}, a link or device: it is not safe')
+            # This reads to the end, where zipfile and gzip compare their CRCs.
+            archive.extract(member, folder)
 
 
 def _move_missing(source: Path, target: Path) -> None:

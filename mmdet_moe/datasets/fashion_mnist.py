@@ -11,42 +11,25 @@ import hashlib
 import shutil
 from pathlib import Path
 
+from torchvision.datasets import FashionMNIST
+
 from mmdet_moe.datasets.download import Archive, check_disk_space, fetch, md5_of
 from mmdet_moe.datasets.idx import SPLITS, check_pair, find_idx, parse_idx, read_content
 from mmdet_moe.errors import ConfigError
 
-CLASSES = (
-    'T-shirt/top',
-    'Trouser',
-    'Pullover',
-    'Dress',
-    'Coat',
-    'Sandal',
-    'Shirt',
-    'Sneaker',
-    'Bag',
-    'Ankle boot',
-)
-URL_BASE = 'http://fashion-mnist.s3-website.eu-central-1.amazonaws.com'
-
-
-def _gzipped(name: str, md5: str, num_bytes: int, unpacked_bytes: int) -> Archive:
-    return Archive(f'{name}.gz', md5, num_bytes, unpacked_bytes, provides={name: None})
-
-
+CLASSES = tuple(FashionMNIST.classes)
+URL_BASE = FashionMNIST.mirrors[0].rstrip('/')
+#: Sizes in bytes of the files of the server, and of what is in them.
+_SIZES = {
+    'train-images-idx3-ubyte.gz': (26_421_880, 47_040_016),
+    'train-labels-idx1-ubyte.gz': (29_515, 60_008),
+    't10k-images-idx3-ubyte.gz': (4_422_102, 7_840_016),
+    't10k-labels-idx1-ubyte.gz': (5_148, 10_008),
+}
 #: The files of the server, by the name of what is in them.
 ARCHIVES = {
-    archive.path.removesuffix('.gz'): archive
-    for archive in (
-        _gzipped(
-            'train-images-idx3-ubyte', '8d4fb7e6c68d591d4c3dfef9ec88bf0d', 26_421_880, 47_040_016
-        ),
-        _gzipped('train-labels-idx1-ubyte', '25c81989df183df01b3e8a0aad5dffbe', 29_515, 60_008),
-        _gzipped(
-            't10k-images-idx3-ubyte', 'bef4ecab320f06d8554ea6380940ec79', 4_422_102, 7_840_016
-        ),
-        _gzipped('t10k-labels-idx1-ubyte', 'bb300cfdad3c16e7a12a480ee83cd310', 5_148, 10_008),
-    )
+    (content := name.removesuffix('.gz')): Archive(name, md5, *_SIZES[name], {content: None})
+    for name, md5 in FashionMNIST.resources
 }
 #: MD5 of the uncompressed content.
 CONTENT_MD5 = {

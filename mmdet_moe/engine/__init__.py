@@ -1,15 +1,11 @@
-"""What trains and watches MoE layers under MMEngine's Runner: hooks, optimizers and metrics."""
+"""What trains and watches MoE layers under MMEngine's Runner: hooks and metrics."""
 
 from mmdet_moe.engine.hooks import (
     BalancingLossHook,
-    ClusterAlignmentHook,
     ExpertUtilizationHook,
-    StopAtLossHook,
 )
 
 __all__ = [
     'BalancingLossHook',
-    'ClusterAlignmentHook',
     'ExpertUtilizationHook',
-    'StopAtLossHook',
 ]

@@ -9,7 +9,6 @@ from mmdet_moe.moe.constraints import (
 from mmdet_moe.moe.experts import (
     ConvExperts,
     Experts,
-    FilterExperts,
     LinearExperts,
     MLPExperts,
     ModuleExperts,
@@ -33,6 +32,7 @@ from mmdet_moe.moe.losses import (
 )
 from mmdet_moe.moe.routers import ConvGAPRouter, GAPRouter, Router
 from mmdet_moe.moe.routing import Routing
+from mmdet_moe.moe.surgery import Report, add_experts
 from mmdet_moe.moe.utilization import Utilization, UtilizationReport
 
 __all__ = [
@@ -44,7 +44,6 @@ __all__ = [
     'ConvGAPRouter',
     'EntropyLoss',
     'Experts',
-    'FilterExperts',
     'GAPRouter',
     'ImportanceLoss',
     'KLLoss',
@@ -54,6 +53,7 @@ __all__ = [
     'MoELayer',
     'ModuleExperts',
     'RelativeImportanceConstraint',
+    'Report',
     'Router',
     'RouterZLoss',
     'Routing',
@@ -62,6 +62,7 @@ __all__ = [
     'Utilization',
     'UtilizationReport',
     'VarianceLoss',
+    'add_experts',
     'count_parameters',
     'find_moe_layers',
     'upcycle',

@@ -6,28 +6,58 @@ Images and patches of images are in :mod:`mmdet_moe.moe.patches`.
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from math import prod
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from mmdet_moe.errors import ConfigError
 
+if TYPE_CHECKING:
+    from mmdet_moe.moe.layer import MoELayer
+
 
 class Items(ABC):
-    """The items of one input, which holds N images (its first dimension) with equally many each."""
+    """The items of one input, which holds N images (its first dimension) with equally many each.
+
+    A kind of items says which layers it suits (:meth:`check`) and divides their inputs
+    (:meth:`divide`).
+    """
+
+    @classmethod
+    def check(cls, layer: 'MoELayer') -> None:
+        """Refuse a layer that cannot work on such items.
+
+        Raises:
+            ConfigError: Naming the option that does not fit.
+        """
+        if layer.grid_size != 1:
+            raise ConfigError(
+                f'grid_size={layer.grid_size} has no effect with granularity='
+                f"{layer.granularity!r}; set granularity='patch'"
+            )
+
+    @classmethod
+    @abstractmethod
+    def divide(cls, layer: 'MoELayer', x: Tensor) -> 'Items':
+        """The items of one input of a layer.
+
+        Raises:
+            ValueError: If the input has another shape than such items need.
+        """
+
+    @classmethod
+    def prepare(cls, x: Tensor) -> Tensor:
+        """The input in the memory format in which its items are cheapest to take out."""
+        return x
 
     @abstractmethod
     def __len__(self) -> int:
         """Items per image."""
 
     @abstractmethod
-    def pool(self, x: Tensor, total: bool = False) -> Tensor:
-        """One vector per item, for the router: (N · items, C), at least in float32.
-
-        Args:
-            x: The input that is divided.
-            total: The sum over the pixels of an item instead of their mean.
-        """
+    def pool(self, x: Tensor) -> Tensor:
+        """The mean of each item of an input, for the router: (N · items, C), at least float32."""
 
     @abstractmethod
     def crop(self, x: Tensor) -> Tensor:
@@ -82,6 +112,24 @@ class Pixels(Items):
     memory_format: torch.memory_format = torch.contiguous_format
 
     @classmethod
+    def check(cls, layer: 'MoELayer') -> None:
+        super().check(layer)
+        if layer.experts.take_vectors:
+            return
+        radius, stride = layer.experts.receptive_field(layer.router.in_channels)
+        if radius > 0 or stride > 1:
+            raise ConfigError(
+                "granularity='pixel' needs experts that see one pixel at a time, but these "
+                f'have a receptive field of radius {radius} and stride {stride}; use 1×1 '
+                "convolutions, or granularity='patch'"
+            )
+
+    @classmethod
+    def divide(cls, layer: 'MoELayer', x: Tensor) -> 'Pixels':
+        check_map(layer, x)
+        return cls.of(x)
+
+    @classmethod
     def of(cls, x: Tensor) -> 'Pixels':
         """The pixels of a map, whose output is to have the map's own memory format."""
         memory_format = torch.contiguous_format
@@ -89,12 +137,17 @@ class Pixels(Items):
             memory_format = torch.channels_last
         return cls((x.shape[0], *x.shape[2:]), memory_format)
 
+    @classmethod
+    def prepare(cls, x: Tensor) -> Tensor:
+        """Copied here once: the pixels are then rows, for the router as for the experts."""
+        return x.contiguous(memory_format=torch.channels_last)
+
     def __len__(self) -> int:
         return self.shape[1] * self.shape[2]
 
-    def pool(self, x: Tensor, total: bool = False) -> Tensor:
-        """(N, C, H, W) to (N · H · W, C), at least float32; a pixel is its own mean and sum."""
-        return _at_least_float32(x.permute(0, 2, 3, 1).flatten(0, 2))
+    def pool(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) to (N · H · W, C), at least float32; a pixel is its own mean."""
+        return at_least_float32(x.permute(0, 2, 3, 1).flatten(0, 2))
 
     def crop(self, x: Tensor) -> Tensor:
         """(N, C, H, W) to (N · H · W, C, 1, 1)."""
@@ -144,6 +197,29 @@ class Tokens(Items):
     shape: tuple[int, ...]
 
     @classmethod
+    def check(cls, layer: 'MoELayer') -> None:
+        super().check(layer)
+        if not layer.experts.separate_parameters and not layer.experts.take_vectors:
+            raise ConfigError(
+                f'expert.type={type(layer.experts).__name__} computes feature maps, which '
+                "granularity='token' has not; use LinearExperts or MLPExperts"
+            )
+        if layer.router.needs_maps:
+            raise ConfigError(
+                f'router.type={type(layer.router).__name__} routes feature maps, which '
+                "granularity='token' has not; use mmdet_moe.GAPRouter"
+            )
+        if layer.decision_weight != 'uniform':
+            raise ConfigError(
+                f'decision_weight={layer.decision_weight!r} is about feature maps, which '
+                "granularity='token' has not; use decision_weight='uniform'"
+            )
+
+    @classmethod
+    def divide(cls, layer: 'MoELayer', x: Tensor) -> 'Tokens':
+        return cls.of(x)
+
+    @classmethod
     def of(cls, x: Tensor) -> 'Tokens':
         """The tokens of an input.
 
@@ -157,9 +233,9 @@ class Tokens(Items):
     def __len__(self) -> int:
         return prod(self.shape[1:])
 
-    def pool(self, x: Tensor, total: bool = False) -> Tensor:
-        """(..., C) to (tokens, C), at least float32; a token is its own mean and sum."""
-        return _at_least_float32(x.flatten(0, -2))
+    def pool(self, x: Tensor) -> Tensor:
+        """(..., C) to (tokens, C), at least float32; a token is its own mean."""
+        return at_least_float32(x.flatten(0, -2))
 
     def crop(self, x: Tensor) -> Tensor:
         """(..., C) to (tokens, C)."""
@@ -187,6 +263,19 @@ class Tokens(Items):
         return y.unflatten(0, self.shape)
 
 
+def check_map(layer: 'MoELayer', x: Tensor) -> None:
+    """Refuse an input that is no feature map.
+
+    Raises:
+        ValueError: Naming the layer and the shape.
+    """
+    if x.dim() != 4:
+        raise ValueError(
+            f'MoE layer "{layer.name}" with granularity={layer.granularity!r} takes inputs '
+            f'(N, C, H, W), got {tuple(x.shape)}'
+        )
+
+
 def grid_centres(y: Tensor, x: Tensor) -> Tensor:
     """(rows · columns, 2): x and y of every cell of a grid, row by row."""
     return torch.stack(torch.meshgrid(x, y, indexing='xy'), dim=-1).flatten(0, 1)
@@ -196,5 +285,6 @@ def _cell(position: Tensor, cells: int) -> Tensor:
     return (position * cells).long().clamp(0, cells - 1)
 
 
-def _at_least_float32(x: Tensor) -> Tensor:
+def at_least_float32(x: Tensor) -> Tensor:
+    """In float32, or float64 if it is in float64."""
     return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -1,7 +1,8 @@
 """The MoE layer: a router that routes, experts that compute, glued by dispatch and combine."""
 
-import inspect
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -9,25 +10,20 @@ import torch.distributed as dist
 from mmengine.logging import MessageHub
 from mmengine.model import BaseModule
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
-from mmdet_moe.errors import ConfigError, NonFiniteRouterError
+from mmdet_moe.errors import ConfigError, NonFiniteRouterError, ReplacedAttributeError
+from mmdet_moe.moe.build import build_experts, build_router
 from mmdet_moe.moe.capacity import overflow
-from mmdet_moe.moe.dispatcher import Dispatcher
-from mmdet_moe.moe.experts import (
-    Experts,
-    ModuleExperts,
-    StackedExperts,
-    independent_copies,
-    upcycle,
-)
-from mmdet_moe.moe.items import Items, Pixels, Tokens
-from mmdet_moe.moe.patches import PatchGrid
+from mmdet_moe.moe.dispatcher import Dispatcher, unpack
+from mmdet_moe.moe.experts import Experts, upcycle
+from mmdet_moe.moe.granularity import GRANULARITIES
+from mmdet_moe.moe.items import Items
 from mmdet_moe.moe.routers import Router
 from mmdet_moe.moe.routing import Routing
 from mmdet_moe.registry import MODELS
 
 EXPERT_INITS = ('independent', 'shared')
-GRANULARITIES = ('image', 'patch', 'pixel', 'token')
 DECISION_WEIGHTS = ('uniform', 'area', 'positives')
 
 
@@ -66,6 +62,11 @@ class MoELayer(BaseModule):
             the positive anchors in it, which only a detection head knows; the head tells them
             with :meth:`weigh_decisions`. Tokens are always ``'uniform'``.
         shortcut: Module added around the MoE: ``y = MoE(x) + shortcut(x)`` (residual variant).
+        shared: Dense experts S that every item passes (arXiv 2401.06066). The layer returns the
+            mean ``(MoE(x) + sum_j S_j(x)) / (1 + number of them)``, so that copies of one dense
+            layer give what that layer gives.
+        batch_dim: Which dimension of an input (A, B, C) with granularity ``'image'`` or ``'token'``
+            holds the images: 0, or 1 for (T, N, C).
         expert_init: ``'independent'``: every expert draws its own initial weights. ``'shared'``:
             all start as copies of the first one, so that the untrained layer is the dense one, and
             grow apart with the items that they get.
@@ -94,38 +95,39 @@ class MoELayer(BaseModule):
         expert_init: str = 'independent',
         upcycle_noise: float = 0.0,
         capacity_factor: float | None = None,
+        shared: Sequence[nn.Module] = (),
+        batch_dim: int = 0,
     ) -> None:
         super().__init__()
-        if capacity_factor is not None and not (
-            isinstance(capacity_factor, (int, float)) and 0 < capacity_factor < float('inf')
-        ):
+        _check_options(capacity_factor, expert_init, decision_weight, upcycle_noise, batch_dim)
+        if granularity not in GRANULARITIES:
             raise ConfigError(
-                f'capacity_factor={capacity_factor!r} must be a number above 0 (1.25 is usual), or '
-                'None for no bound'
+                f'granularity={granularity!r} is unknown; use one of {tuple(GRANULARITIES)}'
             )
         self.capacity_factor = capacity_factor
-        if expert_init not in EXPERT_INITS:
-            raise ConfigError(f'expert_init={expert_init!r} is unknown; use one of {EXPERT_INITS}')
         self.expert_init = expert_init
-        self.router = _build_router(router, in_channels, num_experts, top_k)
-        self.experts = _build_experts(expert, num_experts)
-        self.share_initial_weights()
-        self.shortcut = shortcut
-        if decision_weight not in DECISION_WEIGHTS:
-            raise ConfigError(
-                f'decision_weight={decision_weight!r} is unknown; use one of {DECISION_WEIGHTS}'
-            )
-        if not isinstance(upcycle_noise, (int, float)) or upcycle_noise < 0:
-            raise ConfigError(f'upcycle_noise={upcycle_noise!r} must be a number of at least 0')
         self.granularity = granularity
         self.grid_size = grid_size
         self.decision_weight = decision_weight
-        self._check_granularity()
-        self.halo, self.stride = self.experts.receptive_field() if grid_size > 1 else (0, 1)
         self.upcycle_noise = upcycle_noise
+        self.batch_dim = batch_dim
         self.name = type(self).__name__
-        self._routing: Routing | None = None
-        self._counted: Routing | None = None
+        self.router = build_router(router, in_channels, num_experts, top_k)
+        self.experts = build_experts(expert, num_experts)
+        self.shared = nn.ModuleList(shared) if shared else None
+        self.shortcut = shortcut
+        self.share_initial_weights()
+        GRANULARITIES[granularity].check(self)
+        self.halo, self.stride = (
+            self.experts.receptive_field(self.router.in_channels) if grid_size > 1 else (0, 1)
+        )
+        #: What the layer stands for in a model that :func:`add_experts` changed: its class's name.
+        self.replaces: str | None = None
+        #: Siblings that together are one expert, see :mod:`mmdet_moe.moe.surgery`.
+        self.siblings: tuple[str, ...] = ()
+        #: Whether its experts are narrower than the dense module, and take parts of its weights.
+        self.is_narrow = False
+        self._latest = _Calls()
         self._norms_checked = False
         self.register_load_state_dict_pre_hook(_upcycle_same_place)
 
@@ -139,7 +141,15 @@ class MoELayer(BaseModule):
     def share_initial_weights(self) -> None:
         """Make the experts copies of the first one, if ``expert_init`` says so."""
         if self.expert_init == 'shared':
-            self.experts.share_weights()
+            self.share_weights()
+
+    def share_weights(self) -> None:
+        """Make the experts, and the dense ones beside them, copies of the first one."""
+        self.experts.share_weights()
+        scope = self.experts.dense_scope
+        first = {scope + name: value for name, value in self.experts.entries().items()}
+        for module in self.shared or ():
+            module.load_state_dict(first)
 
     @property
     def num_experts(self) -> int:
@@ -153,68 +163,110 @@ class MoELayer(BaseModule):
 
     @property
     def routing(self) -> Routing:
-        """The Routing of the latest forward pass.
+        """The Routing of the latest forward pass: of all its calls, one after the other.
 
         Raises:
             RuntimeError: Before the first forward pass.
         """
-        if self._routing is None:
+        latest = self._latest
+        if not latest.routings:
             raise RuntimeError(f'MoE layer "{self.name}" has not been run yet')
-        return self._routing
+        if latest.merged is None:
+            latest.merged = Routing.cat(latest.routings)
+        return latest.merged
 
-    def forward(self, x: Tensor | Sequence[Tensor]) -> Tensor | list[Tensor]:
+    @property
+    def items(self) -> tuple[Items, ...]:
+        """How each level of the latest :attr:`routing` was divided."""
+        return tuple(self._latest.items)
+
+    def upcycle(self, state_dict: dict[str, Tensor], dense_prefix: str, moe_prefix: str) -> None:
+        """Turn the dense module's entries of a checkpoint into the layer's own, in place.
+
+        See :func:`~mmdet_moe.moe.upcycle`.
+        """
+        upcycle(
+            state_dict,
+            dense_prefix,
+            moe_prefix,
+            self.experts,
+            self.upcycle_noise,
+            num_shared=len(self.shared or ()),
+            narrow=self.is_narrow,
+        )
+
+    def begin(self) -> None:
+        """A forward pass of the model begins, in which the layer may be called several times."""
+        self._latest = _Calls(is_open=True)
+
+    def end(self) -> None:
+        """It ends: what all calls decided together is told to the constraint."""
+        self._latest.is_open = False
+        self._update_constraint()
+
+    def forward(
+        self, x: Tensor | Sequence[Tensor], *args: Any, **kwargs: Any
+    ) -> Tensor | list[Tensor] | Any:
         """Compute the layer.
 
         Args:
             x: One map (N, C, H, W), or a sequence of maps with the same N and C. With token
                 granularity one input (N, ..., C), or a sequence of inputs with the same N and C.
+            *args, **kwargs: What the experts take besides: tensors of the same items as ``x``,
+                which are divided and dispatched as it is, and what is no tensor, which belongs to
+                no item and goes to every expert as it is.
 
         Returns:
-            One output (N, C', H', W') or (N, ..., C'), or a list of them.
+            One output (N, C', H', W') or (N, ..., C'), or a list of them. Where the experts return
+            a structure that holds one tensor, that structure with the output in its place.
 
         Raises:
             NonFiniteRouterError: If the router's logits are not finite.
+            ConfigError: If an input or an output belongs to no item, or to more than one.
         """
         if self.training and not self._norms_checked:
             self._check_norms()
         single = isinstance(x, Tensor)
+        if not single and self.replaces:
+            raise ConfigError(
+                f'MoE layer "{self.name}" ({self.replaces}) is called with a '
+                f'{type(x).__name__}, which is more than one item; choose a path inside of it'
+            )
         maps = [x] if single else list(x)
-        items = [self._divide(m) for m in maps]
-        if self.granularity == 'pixel':
-            # Copied here once: the pixels are then rows, for the router as for the experts.
-            maps = [m.contiguous(memory_format=torch.channels_last) for m in maps]
-        self._routing = None
+        if self.batch_dim:
+            maps = [m.transpose(0, 1) for m in maps]
+        kind = GRANULARITIES[self.granularity]
+        items = [kind.divide(self, m) for m in maps]
+        maps = [kind.prepare(m) for m in maps]
         routing = self.router(maps, items)
         self._check_finite(routing)
         if self.training and self.capacity_factor is not None:
             routing.dropped = overflow(routing, self.capacity_factor)
-        self._routing = routing
         if self.decision_weight == 'area':
-            self.weigh_decisions(_areas(routing, maps, items))
+            routing.decision_weights = _areas(routing, maps, items)
         elif self.decision_weight == 'positives':
             routing.decision_weights = None
-        else:
-            self._update_constraint()
+        self._remember(routing, items)
+        used: set[int] = set()
         outputs = [
-            self._mix(m, p, *routing.level(i))
+            self._mix(m, p, *routing.level(i), routing, used, args, kwargs)
             for i, (m, p) in enumerate(zip(maps, items, strict=True))
         ]
         if torch.is_grad_enabled():
-            outputs[0] = self._keep_in_graph(outputs[0], routing)
+            outputs[0] = self._keep_in_graph(outputs[0], used)
+        if self.batch_dim:
+            outputs = [_transposed(y) for y in outputs]
         return outputs[0] if single else outputs
 
-    def _divide(self, x: Tensor) -> Items:
-        """Step 1 for one map."""
-        if self.granularity == 'token':
-            return Tokens.of(x)
-        if x.dim() != 4:
-            raise ValueError(
-                f'MoE layer "{self.name}" with granularity={self.granularity!r} takes inputs '
-                f'(N, C, H, W), got {tuple(x.shape)}'
-            )
-        if self.granularity == 'pixel':
-            return Pixels.of(x)
-        return PatchGrid(tuple(x.shape[-2:]), self.grid_size, self.stride, self.halo)
+    def _remember(self, routing: Routing, items: list[Items]) -> None:
+        latest = self._latest
+        if not latest.is_open:  # a call by itself is a forward pass by itself
+            latest.clear()
+        latest.routings.append(routing)
+        latest.items += items
+        latest.merged = None
+        if not latest.is_open:
+            self._update_constraint()
 
     def weigh_decisions(self, decision_weights: Tensor) -> None:
         """Say what each decision of the latest forward counts in the balancing.
@@ -224,71 +276,103 @@ class MoELayer(BaseModule):
                 decision out.
         """
         routing = self.routing
-        if self._counted is routing and self.router.constraint is not None:
+        if self._latest.is_counted and self.router.constraint is not None:
             raise RuntimeError(
                 f'The decisions of MoE layer "{self.name}" have been counted by its constraint '
                 "already; construct it with decision_weight='positives' to weigh them later"
             )
         routing.decision_weights = decision_weights.to(routing.weights)
-        self._update_constraint()
+        if not self._latest.is_open:
+            self._update_constraint()
 
     def _update_constraint(self) -> None:
         constraint = self.router.constraint
-        if self.training and constraint is not None:
+        if (
+            self.training
+            and constraint is not None
+            and self._latest.routings
+            and not self._latest.is_counted
+            and self.routing.decision_weights is not None
+        ):
             constraint.update(self.routing)
-            self._counted = self.routing
+            self._latest.is_counted = True
 
-    def _mix(self, x: Tensor, items: Items, expert_ids: Tensor, weights: Tensor) -> Tensor:
-        """Steps 3 to 5 for one map."""
-        dispatcher = Dispatcher(expert_ids, weights, self.num_experts)
-        y = items.place(self.experts(items.crop(x), dispatcher))
-        return y if self.shortcut is None else y + self.shortcut(x)
+    def run_experts(self, x_T: Tensor, dispatcher: Dispatcher, *args: Any, **kwargs: Any) -> Any:
+        """Steps 3 to 5: evaluate the experts on their items, and sum up.
 
-    def _keep_in_graph(self, output: Tensor, routing: Routing) -> Tensor:
+        May be replaced on an instance for a while, which is how the analysis lets every expert
+        compute an input once.
+
+        Args:
+            x_T: Items, (T, ...).
+            dispatcher: Which expert each goes to, and with what weight.
+            *args, **kwargs: What the experts take besides, as items where it is a tensor.
+        """
+        return self.experts(x_T, dispatcher, *args, **kwargs)
+
+    def _mix(
+        self,
+        x: Tensor,
+        items: Items,
+        expert_ids: Tensor,
+        factors: Tensor,
+        routing: Routing,
+        used: set[int],
+        args: tuple,
+        kwargs: dict,
+    ) -> Any:
+        """Steps 3 to 5 for one map, and what stands beside the mixture."""
+        if self.num_experts == 1 and routing.is_plain:
+            dispatcher = Dispatcher.to_one(expert_ids, factors)
+        else:
+            dispatcher = Dispatcher(expert_ids, factors, self.num_experts)
+        others = (args, kwargs)
+        if args or kwargs:
+            others = tree_map(lambda other: self._as_items(other, x, items), others)
+        output = self.run_experts(items.crop(x), dispatcher, *others[0], **others[1])
+        if torch.is_grad_enabled() and self.experts.separate_parameters and not dispatcher.is_whole:
+            used |= dispatcher.used_experts()
+        y, rebuild = unpack(output)
+        y = items.place(y)
+        for expert in self.shared or ():
+            y = y + unpack(expert(x, *args, **kwargs))[0]
+        if self.shared:
+            y = y / (1 + len(self.shared))
+        return rebuild(y if self.shortcut is None else y + self.shortcut(x))
+
+    def _as_items(self, other: Any, x: Tensor, items: Items) -> Any:
+        if not isinstance(other, Tensor):
+            return other
+        if self.batch_dim:
+            other = other.transpose(0, 1)
+        same = other.shape == x.shape
+        if self.granularity == 'token':
+            same = other.shape[:-1] == x.shape[:-1]
+        if not same:
+            raise ConfigError(
+                f'MoE layer "{self.name}"{f" ({self.replaces})" if self.replaces else ""} is '
+                f'called with another tensor of shape {tuple(other.shape)} beside its input of '
+                f'shape {tuple(x.shape)}, and which part of it belongs to which item cannot be '
+                'told; choose a path inside of it'
+            )
+        return items.crop(other)
+
+    def _keep_in_graph(self, output: Any, used: set[int]) -> Any:
         """Let unused experts take part in the graph with gradient 0.
 
         Distributed data parallel waits for a gradient of every parameter; and a weight's gradient
         should be 0, not missing, whether or not another rank used its expert.
         """
-        unused = (routing.load() == 0).nonzero().flatten().tolist()
-        parameters = [p for e in unused for p in self.experts.parameters_of(e) if p.requires_grad]
-        return _ZeroGradient.apply(output, *parameters) if parameters else output
-
-    def _check_granularity(self) -> None:
-        granularity, grid_size = self.granularity, self.grid_size
-        if granularity not in GRANULARITIES:
-            raise ConfigError(f'granularity={granularity!r} is unknown; use one of {GRANULARITIES}')
-        if granularity == 'patch' and grid_size < 2:
-            raise ConfigError(f"granularity='patch' needs grid_size of at least 2, got {grid_size}")
-        if granularity != 'patch' and grid_size != 1:
-            raise ConfigError(
-                f'grid_size={grid_size} has no effect with granularity={granularity!r}; '
-                "set granularity='patch'"
-            )
-        if granularity == 'pixel' and not self.experts.take_vectors:
-            radius, stride = self.experts.receptive_field()
-            if radius > 0 or stride > 1:
-                raise ConfigError(
-                    "granularity='pixel' needs experts that see one pixel at a time, but these "
-                    f'have a receptive field of radius {radius} and stride {stride}; use 1×1 '
-                    "convolutions, or granularity='patch'"
-                )
-        stacked = isinstance(self.experts, StackedExperts)
-        if granularity == 'token' and stacked and not self.experts.take_vectors:
-            raise ConfigError(
-                f'expert.type={type(self.experts).__name__} computes feature maps, which '
-                "granularity='token' has not; use LinearExperts or MLPExperts"
-            )
-        if granularity == 'token' and self.router.needs_maps:
-            raise ConfigError(
-                f'router.type={type(self.router).__name__} routes feature maps, which '
-                "granularity='token' has not; use mmdet_moe.GAPRouter"
-            )
-        if granularity == 'token' and self.decision_weight != 'uniform':
-            raise ConfigError(
-                f'decision_weight={self.decision_weight!r} is about feature maps, which '
-                "granularity='token' has not; use decision_weight='uniform'"
-            )
+        y, rebuild = unpack(output)
+        if self.num_experts == 1:
+            # There is no choice, and so nothing that the router could learn from the task. A copy,
+            # because the expert may need its output as it was for its own gradient.
+            unused, y = list(self.router.parameters()), y.clone()
+        else:
+            experts = (e for e in range(self.num_experts) if e not in used)
+            unused = [p for e in experts for p in self.experts.parameters_of(e)]
+        unused = [p for p in unused if p.requires_grad]
+        return rebuild(_ZeroGradient.apply(y, *unused)) if unused else output
 
     def _check_norms(self) -> None:
         """Refuse collective normalisation in experts, once it is known how the model is run."""
@@ -303,8 +387,8 @@ class MoELayer(BaseModule):
         self._norms_checked = True
 
     def _check_finite(self, routing: Routing) -> None:
-        # The weights as well: the noise has parameters of its own.
-        if torch.isfinite(routing.logits).all() & torch.isfinite(routing.weights).all():
+        # The weights as well: the noise has parameters of its own. A sum is finite if all is.
+        if math.isfinite(float(routing.logits.detach().sum() + routing.weights.detach().sum())):
             return
         message = f'The router of MoE layer "{self.name}" produced values that are not finite'
         if self.training and (iteration := _current_iteration()) is not None:
@@ -314,12 +398,58 @@ class MoELayer(BaseModule):
             'or clip the gradients'
         )
 
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name.startswith('_') or not self.__dict__.get('replaces'):
+                raise
+            return self._attribute_of_replaced(name)
+
+    def _attribute_of_replaced(self, name: str) -> Any:
+        """A setting (a number, a text) that a model reads of the layer that stood here."""
+        first = next(iter(self.experts.children()), self.experts)
+        value = getattr(first, name, self)
+        if isinstance(value, (int, float, str, tuple, type(None))):
+            return value
+        raise ReplacedAttributeError(
+            f'The model reads the attribute "{name}" of "{self.name}" ({self.replaces}), which has '
+            'become experts and has none of its own; choose the path of a module that the model '
+            'does nothing with but call it'
+        )
+
+    def __iter__(self) -> Iterator:
+        raise ConfigError(
+            f'The model iterates over "{self.name}", which has become experts; choose a path '
+            'inside of it'
+        )
+
     def __getstate__(self) -> dict[str, Any]:
         # deepcopy (EMA) and pickle see neither the latest Routing nor the graph behind it.
-        return {**self.__dict__, '_routing': None, '_counted': None}
+        return {**self.__dict__, '_latest': _Calls()}
 
     def extra_repr(self) -> str:
         return f'granularity={self.granularity!r}, grid_size={self.grid_size}'
+
+
+@dataclass
+class _Calls:
+    """The calls of one forward pass of the model.
+
+    Attributes:
+        is_open: Whether it goes on.
+        is_counted: Whether the constraint knows of them.
+        merged: Their common Routing, once it has been asked for.
+    """
+
+    is_open: bool = False
+    is_counted: bool = False
+    routings: list[Routing] = field(default_factory=list)
+    items: list[Items] = field(default_factory=list)
+    merged: Routing | None = None
+
+    def clear(self) -> None:
+        self.__init__()
 
 
 class _ZeroGradient(torch.autograd.Function):
@@ -355,62 +485,38 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
     return total - inactive, total
 
 
-def _build_router(
-    router: dict | Router | None, in_channels: int | None, num_experts: int, top_k: int
-) -> Router:
-    if isinstance(router, Router):
-        if (router.num_experts, router.top_k) != (num_experts, top_k):
-            raise ConfigError(
-                f'The router routes to {router.top_k} of {router.num_experts} experts, the MoE '
-                f'layer wants {top_k} of {num_experts}; give both the same numbers'
-            )
-        return router
-    if router is not None and not isinstance(router, dict):
+def _check_options(
+    capacity_factor: Any, expert_init: Any, decision_weight: Any, upcycle_noise: Any, batch_dim: Any
+) -> None:
+    if capacity_factor is not None and not (
+        isinstance(capacity_factor, (int, float)) and 0 < capacity_factor < float('inf')
+    ):
         raise ConfigError(
-            f"router={router!r} must be a config, such as dict(type='mmdet_moe.GAPRouter')"
+            f'capacity_factor={capacity_factor!r} must be a number above 0 (1.25 is usual), or '
+            'None for no bound'
         )
-    router = {'type': 'mmdet_moe.GAPRouter', **(router or {})}
-    given = {'in_channels': in_channels, 'num_experts': num_experts, 'top_k': top_k}
-    for field, value in given.items():
-        if value is not None and router.setdefault(field, value) != value:
-            raise ConfigError(
-                f"router.{field}={router[field]} contradicts the layer's {field}={value}; "
-                'remove it from the router'
-            )
-    built = MODELS.build(router)
-    if not isinstance(built, Router):
-        raise ConfigError(f'router: {type(built).__name__} is not a Router of mmdet_moe')
-    return built
-
-
-def _build_experts(
-    expert: dict | nn.Module | Experts | Sequence[nn.Module], num_experts: int
-) -> Experts:
-    if isinstance(expert, dict):
-        kind = expert.get('type')
-        kind = MODELS.get(kind) if isinstance(kind, str) else kind
-        if inspect.isclass(kind) and issubclass(kind, Experts):
-            if expert.get('num_experts', num_experts) != num_experts:
-                raise ConfigError(
-                    f"expert.num_experts={expert['num_experts']} contradicts the layer's "
-                    f'num_experts={num_experts}; remove it from the experts'
-                )
-            expert = MODELS.build({**expert, 'num_experts': num_experts})
-        else:
-            expert = [MODELS.build(expert) for _ in range(num_experts)]
-    elif isinstance(expert, nn.Module) and not isinstance(expert, (nn.ModuleList, Experts)):
-        expert = independent_copies(expert, num_experts)
-    experts = expert if isinstance(expert, Experts) else ModuleExperts(expert)
-    if experts.num_experts != num_experts:
+    if expert_init not in EXPERT_INITS:
+        raise ConfigError(f'expert_init={expert_init!r} is unknown; use one of {EXPERT_INITS}')
+    if decision_weight not in DECISION_WEIGHTS:
         raise ConfigError(
-            f'num_experts={num_experts}, but {experts.num_experts} experts were given'
+            f'decision_weight={decision_weight!r} is unknown; use one of {DECISION_WEIGHTS}'
         )
-    return experts
+    if not isinstance(upcycle_noise, (int, float)) or upcycle_noise < 0:
+        raise ConfigError(f'upcycle_noise={upcycle_noise!r} must be a number of at least 0')
+    if batch_dim not in (0, 1):
+        raise ConfigError(f'batch_dim={batch_dim!r} must be 0 or 1')
 
 
 def _areas(routing: Routing, maps: list[Tensor], items: list[Items]) -> Tensor:
-    per_level = [m.shape[-2] * m.shape[-1] / len(p) for m, p in zip(maps, items, strict=True)]
+    per_level = [
+        math.prod(m.shape[1:]) / (m.shape[1] * len(p)) for m, p in zip(maps, items, strict=True)
+    ]
     return routing.weights.new_tensor(per_level)[routing.level_ids]
+
+
+def _transposed(output: Any) -> Any:
+    y, rebuild = unpack(output)
+    return rebuild(y.transpose(0, 1))
 
 
 def _current_iteration() -> int | None:
@@ -419,6 +525,7 @@ def _current_iteration() -> int | None:
     return None if iteration is None else iteration + 1
 
 
-def _upcycle_same_place(layer, state_dict, prefix, *_) -> None:
+def _upcycle_same_place(layer: MoELayer, state_dict: dict, prefix: str, *_: Any) -> None:
     # A layer that stands where the dense module stood (backbone.layer4) finds its names there.
-    upcycle(state_dict, prefix, prefix, layer.experts, layer.upcycle_noise)
+    if not layer.siblings:
+        layer.upcycle(state_dict, prefix, prefix)

@@ -10,29 +10,16 @@ spoils is cut off afterwards. With g = 1 the crop is the feature map itself.
 
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mmdet_moe.errors import ConfigError
-from mmdet_moe.moe.items import Items, grid_centres
+from mmdet_moe.moe.items import Items, check_map, grid_centres
 
-#: Layers that compute every pixel by itself, given fixed normalisation statistics.
-_POINTWISE = (
-    nn.Identity,
-    nn.ReLU,
-    nn.ReLU6,
-    nn.LeakyReLU,
-    nn.PReLU,
-    nn.ELU,
-    nn.GELU,
-    nn.SiLU,
-    nn.Hardswish,
-    nn.Sigmoid,
-    nn.Tanh,
-    nn.Dropout,
-    nn.modules.batchnorm._BatchNorm,
-)
+if TYPE_CHECKING:
+    from mmdet_moe.moe.layer import MoELayer
 
 
 @dataclass(frozen=True)
@@ -63,13 +50,13 @@ class _Axis:
     def __len__(self) -> int:
         return len(self.starts)
 
-    def pooling_matrix(self, like: Tensor, total: bool) -> Tensor:
-        """(g, length): row i averages over, or sums up, the input pixels of patch i."""
+    def pooling_matrix(self, like: Tensor) -> Tensor:
+        """(g, length): row i averages over the input pixels of patch i."""
         matrix = like.new_zeros(len(self), self.length)
         for i in range(len(self)):
             start, stop = self.bounds[i] * self.stride, self.bounds[i + 1] * self.stride
             stop = min(stop, self.length)
-            matrix[i, start:stop] = 1 if total else 1 / (stop - start)
+            matrix[i, start:stop] = 1 / (stop - start)
         return matrix
 
     def locate(self, position: Tensor) -> Tensor:
@@ -108,6 +95,18 @@ class PatchGrid(Items):
     stride: int = 1
     halo: int = 0
 
+    @classmethod
+    def check(cls, layer: 'MoELayer') -> None:
+        if layer.grid_size < 2:
+            raise ConfigError(
+                f"granularity='patch' needs grid_size of at least 2, got {layer.grid_size}"
+            )
+
+    @classmethod
+    def divide(cls, layer: 'MoELayer', x: Tensor) -> 'PatchGrid':
+        check_map(layer, x)
+        return cls(tuple(x.shape[-2:]), layer.grid_size, layer.stride, layer.halo)
+
     @property
     def _axes(self) -> tuple[_Axis, _Axis]:
         rows = _Axis.cut(self.size[0], self.grid, self.stride, self.halo)
@@ -115,15 +114,17 @@ class PatchGrid(Items):
 
     def __len__(self) -> int:
         """Patches per image."""
+        if self.grid == 1:
+            return 1
         rows, cols = self._axes
         return len(rows) * len(cols)
 
-    def pool(self, x: Tensor, total: bool = False) -> Tensor:
-        """Mean, or sum, of every patch (no halo): (N, C, H, W) to (N · patches, C)."""
+    def pool(self, x: Tensor) -> Tensor:
+        """Mean of every patch (no halo): (N, C, H, W) to (N · patches, C)."""
         dtype = torch.promote_types(x.dtype, torch.float32)
         if len(self) == 1:
-            return (torch.sum if total else torch.mean)(x, dim=(2, 3), dtype=dtype)
-        rows, cols = (axis.pooling_matrix(x.to(dtype), total) for axis in self._axes)
+            return x.mean(dim=(2, 3), dtype=dtype)
+        rows, cols = (axis.pooling_matrix(x.to(dtype)) for axis in self._axes)
         return torch.einsum('gh,nchw,kw->ngkc', rows, x.to(dtype), cols).flatten(0, 2)
 
     def crop(self, x: Tensor) -> Tensor:
@@ -176,70 +177,3 @@ class PatchGrid(Items):
             for i in range(len(rows))
         ]
         return torch.cat(lines, dim=-2)
-
-
-def receptive_field(module: nn.Module) -> tuple[int, int]:
-    """Radius of the receptive field in input pixels, and total stride, of a convolutional expert.
-
-    Knows convolutions, average and max pooling, pointwise layers, sequences of them, mmcv's
-    ``ConvModule`` and the residual blocks of MMDetection and MMPretrain.
-
-    Raises:
-        ConfigError: If the module holds a layer whose receptive field is unknown or the whole
-            image (global pooling, group normalisation), for which patches cannot be exact.
-    """
-    if isinstance(module, nn.Conv2d):
-        if module.padding_mode == 'circular':  # reaches to the other side of the image
-            raise _unknown(module)
-        radius = max((k - 1) * d for k, d in zip(module.kernel_size, module.dilation, strict=True))
-        return -(-radius // 2), max(module.stride)
-    if isinstance(module, (nn.AvgPool2d, nn.MaxPool2d)):
-        kernel, stride = (
-            v if isinstance(v, int) else max(v) for v in (module.kernel_size, module.stride)
-        )
-        return kernel - 1, stride
-    if isinstance(module, _POINTWISE):
-        return 0, 1
-    if isinstance(module, nn.Sequential):
-        return _compose(module)
-    if hasattr(module, 'conv1') and hasattr(module, 'conv2'):
-        main = _compose(
-            getattr(module, name) for name in ('conv1', 'conv2', 'conv3') if hasattr(module, name)
-        )
-        if getattr(module, 'with_plugins', False) or _has_unknown_layers(module):
-            raise _unknown(module)
-        downsample = getattr(module, 'downsample', None)
-        side = receptive_field(downsample) if downsample is not None else (0, main[1])
-        return max(main[0], side[0]), main[1]
-    if hasattr(module, 'conv') and hasattr(module, 'with_norm'):
-        if _has_unknown_layers(module):
-            raise _unknown(module)
-        return receptive_field(module.conv)
-    raise _unknown(module)
-
-
-def _compose(modules) -> tuple[int, int]:
-    radius, stride = 0, 1
-    for module in modules:
-        r, s = receptive_field(module)
-        radius, stride = radius + stride * r, stride * s
-    return radius, stride
-
-
-def _has_unknown_layers(module: nn.Module) -> bool:
-    known = (nn.Conv2d, nn.AvgPool2d, nn.MaxPool2d, *_POINTWISE)
-    leaves = (m for m in module.modules() if not any(True for _ in m.children()))
-    return not all(isinstance(m, known) or not _computes(m) for m in leaves)
-
-
-def _computes(leaf: nn.Module) -> bool:
-    # Empty containers are leaves too, and mix nothing.
-    return not isinstance(leaf, (nn.Sequential, nn.ModuleList, nn.ModuleDict))
-
-
-def _unknown(module: nn.Module) -> ConfigError:
-    return ConfigError(
-        'granularity="patch" or "pixel" needs to know how far the experts see, and cannot tell the '
-        f'receptive field of {type(module).__name__}; use granularity="image", or experts made of '
-        'convolutions, pointwise layers and batch norm'
-    )

@@ -1,10 +1,13 @@
 """Routers: from feature maps to one :class:`Routing`."""
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 import torch.nn.functional as F
+from mmengine.logging import print_log
 from torch import Tensor, nn
 
 from mmdet_moe.errors import ConfigError
@@ -12,7 +15,10 @@ from mmdet_moe.moe.constraints import Constraint
 from mmdet_moe.moe.items import Items
 from mmdet_moe.moe.patches import PatchGrid
 from mmdet_moe.moe.routing import Routing
-from mmdet_moe.registry import MODELS
+from mmdet_moe.registry import MODELS, build
+
+#: Former names of the values of the option ``softmax``.
+FORMER_SOFTMAX = {'kept': 'over_chosen', 'all': 'over_all'}
 
 
 class _Linear(nn.Linear):
@@ -37,12 +43,11 @@ class Router(nn.Module, ABC):
         in_channels: Channels C of the routed feature maps.
         num_experts: E, at least 1.
         top_k: k, between 1 and E.
-        softmax: ``'kept'``: softmax over the k kept logits, so the weights of an item sum to 1.
-            ``'all'``: softmax over all E logits before the choice (Switch, arXiv 2101.03961), so
-            they sum to less, and a single chosen expert still has a gradient. ``'raw'``: an
-            expert's output is multiplied with its logit itself, of either sign (arXiv 2208.02813);
-            the weights that balancing and analysis see are those of ``'all'``. Default: ``'kept'``
-            for k > 1, ``'all'`` for k = 1.
+        softmax: ``'over_chosen'``: softmax over the k chosen logits, so the weights of an item sum
+            to 1. ``'over_all'``: softmax over all E logits before the choice (Switch, arXiv
+            2101.03961), so they sum to less, and a single chosen expert still has a gradient.
+            Default: ``'over_chosen'`` for k > 1, ``'over_all'`` for k = 1. (The values of earlier
+            versions, ``'kept'`` and ``'all'``, are still understood.)
         noise: What is added to the logits in training, for the choice as for the weights. ``True``:
             ``eps · softplus(W_noise · GAP(x) + 0.01)``, ``eps ~ N(0, 1)``. ``'uniform'``: a number
             of U[0, 1] for every expert (arXiv 2208.02813). ``False``: nothing. Default: True
@@ -52,8 +57,8 @@ class Router(nn.Module, ABC):
         constraint: Config or instance of a :class:`~mmdet_moe.moe.constraints.Constraint`.
 
     Raises:
-        ConfigError: For values out of range, and for ``softmax='kept'`` with k = 1 < E, which gives
-            the router no gradient at all: the weight is the constant 1.
+        ConfigError: For values out of range, and for ``softmax='over_chosen'`` with k = 1 < E,
+            which gives the router no gradient at all: the weight is the constant 1.
     """
 
     #: Whether it computes on whole feature maps, and so cannot route tokens.
@@ -80,16 +85,19 @@ class Router(nn.Module, ABC):
                 'lower top_k or add experts'
             )
         if softmax is None:
-            softmax = 'all' if top_k == 1 else 'kept'
-        if softmax not in ('kept', 'all', 'raw'):
-            raise ConfigError(f"softmax={softmax!r} is unknown; use 'kept', 'all' or 'raw'")
-        if softmax == 'kept' and top_k == 1 < num_experts:
+            softmax = 'over_all' if top_k == 1 else 'over_chosen'
+        elif softmax in FORMER_SOFTMAX:
+            _warn_once(f"softmax='{softmax}' is now called softmax='{FORMER_SOFTMAX[softmax]}'")
+            softmax = FORMER_SOFTMAX[softmax]
+        if softmax not in ('over_chosen', 'over_all'):
+            raise ConfigError(f"softmax={softmax!r} is unknown; use 'over_chosen' or 'over_all'")
+        if softmax == 'over_chosen' and top_k == 1 < num_experts:
             raise ConfigError(
-                "softmax='kept' with top_k=1 makes every weight the constant 1, so the router gets "
-                "no gradient and cannot learn; use softmax='all'"
+                "softmax='over_chosen' with top_k=1 makes every weight the constant 1, so the "
+                "router gets no gradient and cannot learn; use softmax='over_all'"
             )
         if isinstance(constraint, dict):
-            constraint = MODELS.build({**constraint, 'num_experts': num_experts})
+            constraint = build({**constraint, 'num_experts': num_experts})
         if constraint is not None and not isinstance(constraint, Constraint):
             raise ConfigError(
                 f'constraint={constraint!r} must be a config, such as '
@@ -159,14 +167,12 @@ class Router(nn.Module, ABC):
             noisy = logits
             if self.training and self.noise_fc is not None:
                 pooled = torch.cat([p.pool(m) for m, p in zip(maps, items, strict=True)])
-                scale = F.softplus(_linear(self.noise_fc, pooled) + 0.01)
+                scale = F.softplus(linear(self.noise_fc, pooled) + 0.01)
                 noisy = logits + torch.randn_like(logits) * scale
             elif self.training and self.noise == 'uniform':
                 noisy = logits + torch.rand_like(logits)
             expert_ids, weights = self.choose(noisy, self.training)
-            gates = None
-            if self.softmax == 'raw':
-                gates = noisy.gather(1, expert_ids).masked_fill(weights == 0, 0)
+            gates = self.gates(noisy, expert_ids, weights)
         return Routing(
             expert_ids=expert_ids,
             weights=weights,
@@ -191,32 +197,42 @@ class Router(nn.Module, ABC):
         selection = logits if self.constraint is None else self.constraint.select(logits, training)
         expert_ids = selection.topk(self.top_k, dim=-1).indices
         allowed = logits.masked_fill(torch.isneginf(selection), float('-inf'))
-        if self.softmax == 'kept':
+        if self.softmax == 'over_chosen':
             return expert_ids, allowed.gather(1, expert_ids).softmax(dim=-1)
-        weights = allowed.softmax(dim=-1).gather(1, expert_ids)
-        if self.softmax == 'raw':
-            # A weight that is rounded to 0 would mean that there is no choice, and no gate.
-            free = ~torch.isneginf(allowed.gather(1, expert_ids))
-            weights = weights.clamp_min(torch.finfo(weights.dtype).tiny) * free
-        return expert_ids, weights
+        return expert_ids, allowed.softmax(dim=-1).gather(1, expert_ids)
+
+    def gates(self, logits: Tensor, expert_ids: Tensor, weights: Tensor) -> Tensor | None:
+        """What the experts' outputs are multiplied with, where that is not the weights.
+
+        For subclasses to override; the weights go on telling who was chosen.
+
+        Args:
+            logits: (T, E), with the noise of the training.
+            expert_ids: (T, K), as :meth:`choose` gave them.
+            weights: (T, K), as well.
+
+        Returns:
+            (T, K), of either sign, 0 where the weight is; None: the weights.
+        """
+        return None
 
     def extra_repr(self) -> str:
         return f'num_experts={self.num_experts}, top_k={self.top_k}, softmax={self.softmax!r}'
 
 
-def _linear(fc: nn.Linear, x: Tensor) -> Tensor:
+@cache
+def _warn_once(text: str) -> None:
+    print_log(text, logger='current', level=logging.WARNING)
+
+
+def linear(fc: nn.Linear, x: Tensor) -> Tensor:
+    """The layer in the precision of its input."""
     bias = None if fc.bias is None else fc.bias.to(x.dtype)
     return F.linear(x, fc.weight.to(x.dtype), bias)
 
 
 class _PooledRouter(Router):
-    """Base class of routers whose logits are a linear layer of pooled features.
-
-    Args: as :class:`Router`, and
-        bias: Whether the linear layer has a bias.
-        init_std: Standard deviation of its initial weights; 0 starts with equal logits.
-        pool: Whether the ``'mean'`` or the ``'sum'`` over the pixels of an item is taken.
-    """
+    """Base class of routers whose logits are a linear layer of pooled features."""
 
     def __init__(
         self,
@@ -225,20 +241,11 @@ class _PooledRouter(Router):
         top_k: int,
         bias: bool = True,
         init_std: float = 0.01,
-        pool: str = 'mean',
         **kwargs,
     ) -> None:
         super().__init__(in_channels, num_experts, top_k, **kwargs)
-        if pool not in ('mean', 'sum'):
-            raise ConfigError(f"pool={pool!r} is unknown; use 'mean' or 'sum'")
         if init_std < 0:
             raise ConfigError(f'init_std={init_std} must not be negative')
-        if self.softmax == 'raw' and init_std == 0 and not self.noise:
-            raise ConfigError(
-                "softmax='raw' with init_std=0 and noise=False multiplies all experts with 0, so "
-                "that nothing is ever learned; set noise='uniform' or a positive init_std"
-            )
-        self.pool = pool
         self._bias, self._init_std = bias, init_std
 
     def _build_fc(self, features: int) -> RouterLinear:
@@ -249,9 +256,6 @@ class _PooledRouter(Router):
             nn.init.zeros_(fc.bias)
         return fc
 
-    def _pooled_logits(self, features: Tensor, items: Items) -> Tensor:
-        return _linear(self.fc, items.pool(features, total=self.pool == 'sum'))
-
 
 @MODELS.register_module()
 class GAPRouter(_PooledRouter):
@@ -260,8 +264,6 @@ class GAPRouter(_PooledRouter):
     Args: as :class:`Router`, and
         bias: Whether the linear layer has a bias.
         init_std: Standard deviation of its initial weights; 0 starts with equal logits.
-        pool: ``'mean'``, or ``'sum'`` over the pixels of an item, with which the router of arXiv
-            2208.02813 is this one: linear on every patch, then summed.
     """
 
     def __init__(self, in_channels: int, num_experts: int, top_k: int, **kwargs) -> None:
@@ -269,7 +271,7 @@ class GAPRouter(_PooledRouter):
         self.fc = self._build_fc(in_channels)
 
     def compute_logits(self, x: Tensor, items: Items) -> Tensor:
-        return self._pooled_logits(x, items)
+        return linear(self.fc, items.pool(x))
 
 
 @MODELS.register_module()
@@ -293,4 +295,4 @@ class ConvGAPRouter(_PooledRouter):
         x = x.to(torch.promote_types(x.dtype, torch.float32))
         weight, bias = self.conv.weight.to(x.dtype), self.conv.bias.to(x.dtype)
         features = F.relu(F.conv2d(x, weight, bias, padding=1))
-        return self._pooled_logits(features, items)
+        return linear(self.fc, items.pool(features))

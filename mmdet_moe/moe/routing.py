@@ -1,9 +1,11 @@
 """The decision of one forward pass.
 
-Letters used in tensor names here and everywhere below: T routed items, E experts, K chosen experts
-per item, M = T·K rows, N images, L pyramid levels.
+Letters used in tensor names here and everywhere else: T routed items, E experts, K (``k``) chosen
+experts per item, M = T·K routes, R ≤ M of them that are evaluated (rows), N images, L pyramid
+levels, C channels.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -32,7 +34,7 @@ class Routing:
         dropped: bool (T, K), the routes that exceed the capacity of their expert and give 0; None
             without a capacity. Importance and load count them: balancing has to see the overload.
         gates: (T, K), of either sign, what the experts' outputs are multiplied with where that is
-            not the weights (a router with ``softmax='raw'``); 0 where the weight is. Importance,
+            not the weights (:meth:`mmdet_moe.moe.Router.gates`); 0 where the weight is. Importance,
             load and everything else that asks who was chosen goes by the weights.
     """
 
@@ -44,6 +46,33 @@ class Routing:
     decision_weights: Tensor | None = None
     dropped: Tensor | None = None
     gates: Tensor | None = None
+
+    @classmethod
+    def cat(cls, calls: Sequence['Routing']) -> 'Routing':
+        """The decisions of several calls as one, the levels of each call after those before it.
+
+        Of calls with different numbers of images, whose decision is whose cannot be told from the
+        result: ``num_images`` is -1.
+        """
+        if len(calls) == 1:
+            return calls[0]
+
+        def joined(name: str) -> Tensor | None:
+            parts = [getattr(call, name) for call in calls]
+            return None if any(part is None for part in parts) else torch.cat(parts)
+
+        tensors = ('expert_ids', 'weights', 'logits', 'decision_weights', 'dropped', 'gates')
+        images = {call.num_images for call in calls}
+        return cls(
+            **{name: joined(name) for name in tensors},
+            items_per_level=sum((call.items_per_level for call in calls), ()),
+            num_images=images.pop() if len(images) == 1 else -1,
+        )
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether every route counts with its weight and none is dropped."""
+        return self.gates is None and self.dropped is None
 
     @property
     def num_items(self) -> int:
@@ -76,6 +105,8 @@ class Routing:
     @cached_property
     def image_ids(self) -> Tensor:
         """int64 (T,): the index of each item's image in the batch."""
+        if self.num_images < 0:
+            raise RuntimeError('The calls of this routing held different numbers of images')
         images = torch.arange(self.num_images, device=self.expert_ids.device)
         items_per_image = [items // max(self.num_images, 1) for items in self.items_per_level]
         return torch.cat([images.repeat_interleave(items) for items in items_per_image])

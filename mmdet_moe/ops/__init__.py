@@ -1,7 +1,6 @@
 """Moving rows between the order of the items and the order of the experts.
 
-Letters: T routed items, E experts, K (``k``) experts per item, M = T·K routes, R ≤ M of them that
-are kept.
+The letters in the names of tensors are explained in ``moe/routing.py``.
 
 ``python -m mmdet_moe.ops`` tells which kernels serve them.
 """

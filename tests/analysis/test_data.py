@@ -274,8 +274,8 @@ def test_wrappers_that_define_the_samples_stay(split, count, tmp_path):
 
 
 def test_patches_are_no_images():
-    configs = Path(mmdet_moe.__file__).parents[1] / 'configs'
-    cfg = load_config(str(configs / 'moe_theory_s1.py'))
+    configs = Path(mmdet_moe.__file__).parents[1] / 'projects' / 'cluster_theory' / 'configs'
+    cfg = load_config(str(configs / 'mixture.py'))
     cfg.val_dataloader.dataset.num_samples = 10
     init_default_scope(cfg.default_scope)
     with pytest.raises(ConfigError, match=r'^val_dataloader\.dataset: ClusterPatches has no '):

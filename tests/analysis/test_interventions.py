@@ -17,8 +17,13 @@ GRANULARITIES = {
 }
 
 
-def build(granularity, softmax, randomise, top_k=K, constraint=None):
-    router = GAPRouter(C, E, top_k, softmax=softmax, constraint=constraint)
+class Gated(GAPRouter):
+    def gates(self, logits, expert_ids, weights):
+        return logits.gather(1, expert_ids)
+
+
+def build(granularity, softmax, randomise, top_k=K, constraint=None, kind=GAPRouter):
+    router = kind(C, E, top_k, softmax=softmax, constraint=constraint)
     grid = {'grid_size': 2} if granularity == 'patch' else {}
     layer = MoELayer(
         GRANULARITIES[granularity](), E, top_k, router, granularity=granularity, **grid
@@ -55,7 +60,7 @@ def dense(layer, maps, weights):
 def weights_by_hand(logits, softmax, kind, expert, top_k=K):
     """(T, E), or None for what is drawn."""
     chosen = torch.zeros_like(logits).scatter(1, logits.topk(top_k).indices, 1)
-    if softmax == 'kept':
+    if softmax == 'over_chosen':
         usual = (logits.exp() * chosen) / (logits.exp() * chosen).sum(1, keepdim=True)
     else:
         usual = logits.softmax(1) * chosen
@@ -78,7 +83,7 @@ def random_maps():
     return [torch.randn(3, C, size, size + 2).double() for size in (6, 3)]
 
 
-@pytest.mark.parametrize('softmax', ['kept', 'all'])
+@pytest.mark.parametrize('softmax', ['over_chosen', 'over_all'])
 @pytest.mark.parametrize('granularity', GRANULARITIES)
 @pytest.mark.parametrize(
     ('kind', 'expert'), [*[(k, e) for k in ('only', 'without') for e in range(E)], ('equal', None)]
@@ -101,7 +106,7 @@ def test_outputs(granularity, softmax, kind, expert, randomise):
 @pytest.mark.parametrize('top_k', [1, K, E])
 @torch.no_grad()
 def test_without_is_a_router_with_one_expert_less(top_k, randomise):
-    softmax = 'all' if top_k == 1 else 'kept'
+    softmax = 'over_all' if top_k == 1 else 'over_chosen'
     layer, maps = build('image', softmax, randomise, top_k), random_maps()
     usual = layer(maps) and layer.routing
     for expert in range(E):
@@ -112,7 +117,7 @@ def test_without_is_a_router_with_one_expert_less(top_k, randomise):
         torch.testing.assert_close(routing.dense_weights(), weights)
         assert (routing.dense_weights()[:, expert] == 0).all()
         torch.testing.assert_close(routing.weights.sum(1), usual.weights.sum(1))
-        if softmax == 'kept':
+        if softmax == 'over_chosen':
             other = copy.deepcopy(layer)
             other.router.fc.bias[expert] = -torch.inf
             chosen, weights = other.router.choose(
@@ -129,7 +134,7 @@ def test_without_is_a_router_with_one_expert_less(top_k, randomise):
 )
 @torch.no_grad()
 def test_gates_keep_their_sum(kind, expert, randomise):
-    layer, maps = build('image', 'raw', randomise), random_maps()
+    layer, maps = build('image', 'over_all', randomise, kind=Gated), random_maps()
     layer.router.fc.bias -= 1
     layer(maps)
     usual = layer.routing
@@ -151,7 +156,7 @@ def test_gates_keep_their_sum(kind, expert, randomise):
 @torch.no_grad()
 def test_without_under_a_biased_choice(randomise):
     """The bias of a loss-free constraint takes part in the choice, but not in the weights."""
-    layer = build('image', 'kept', randomise, constraint={'type': 'mmdet_moe.BiasBalancing'})
+    layer = build('image', 'over_chosen', randomise, constraint={'type': 'mmdet_moe.BiasBalancing'})
     bias = torch.tensor([5.0, -5, 0.1, 0])
     layer.router.constraint.bias.copy_(bias)
     maps = random_maps()
@@ -170,7 +175,7 @@ def test_without_under_a_biased_choice(randomise):
 @pytest.mark.parametrize('granularity', GRANULARITIES)
 @torch.no_grad()
 def test_random_decisions(granularity, randomise):
-    layer, maps = build(granularity, 'kept', randomise), random_maps()
+    layer, maps = build(granularity, 'over_chosen', randomise), random_maps()
     layer(maps)
     usual = layer.routing
     found = []
@@ -191,7 +196,7 @@ def test_random_decisions(granularity, randomise):
 @torch.no_grad()
 def test_random_decisions_are_uniform(randomise):
     """Each ordered pair of different experts equally often; new draws in each forward pass."""
-    layer = build('pixel', 'kept', randomise)
+    layer = build('pixel', 'over_chosen', randomise)
     counts = torch.zeros(E, E)
     x = torch.randn(2, C, 40, 40).double()
     with applied(Intervention('a', 'random'), {'a': layer}, (3,)):

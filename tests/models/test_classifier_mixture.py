@@ -20,7 +20,7 @@ EXPERT = dict(
     neck=dict(type='GlobalAveragePooling'),
     head=dict(type='LinearClsHead', num_classes=3, in_channels=32),
 )  # fmt: skip
-ROUTER = dict(type='mmdet_moe.ConvGAPRouter', conv_channels=8, noise='uniform', softmax='all')
+ROUTER = dict(type='mmdet_moe.ConvGAPRouter', conv_channels=8, noise='uniform', softmax='over_all')
 
 
 @pytest.fixture(autouse=True)

@@ -9,9 +9,9 @@ from mmpretrain.registry import MODELS
 from torch import nn
 
 from mmdet_moe.errors import ConfigError
-from mmdet_moe.models.backbones import MoEResNet
-from mmdet_moe.models.flops import count_flops
+from mmdet_moe.models import moe_resnet
 from mmdet_moe.moe import ConvExperts, find_moe_layers
+from mmdet_moe.moe.flops import count_flops
 
 PAPER = (25, 50, 90, 180)
 SMALL = {'depth': 18, 'stem_channels': 8, 'base_channels': 8}
@@ -295,4 +295,4 @@ def test_options_out_of_range(options, message):
 
 def test_a_stage_twice_in_the_backbone_of_detectors():
     with pytest.raises(ConfigError, match=r'moe_stages=\(4, 4\) must name some of .*, each once'):
-        MoEResNet(18, base_channels=4, stem_channels=4, moe_stages=(4, 4))
+        moe_resnet(depth=18, base_channels=4, stem_channels=4, moe_stages=(4, 4))

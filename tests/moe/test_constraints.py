@@ -121,7 +121,9 @@ def test_bias_steers_the_choice_but_not_the_weights(training):
 
 
 @pytest.mark.parametrize('make', [RelativeImportanceConstraint, MeanImportanceConstraint])
-@pytest.mark.parametrize(('top_k', 'softmax'), [(2, 'kept'), (2, 'all'), (1, 'all')])
+@pytest.mark.parametrize(
+    ('top_k', 'softmax'), [(2, 'over_chosen'), (2, 'over_all'), (1, 'over_all')]
+)
 def test_masked_experts_are_not_chosen_in_training(make, top_k, softmax):
     router = router_with(make(4), top_k=top_k, softmax=softmax)
     usage = next(iter(router.constraint.buffers()))
@@ -132,7 +134,7 @@ def test_masked_experts_are_not_chosen_in_training(make, top_k, softmax):
     free[:, 0] = -INF
     best = free.topk(top_k)
     assert routing.expert_ids.tolist() == best.indices.tolist()
-    if softmax == 'kept':
+    if softmax == 'over_chosen':
         expected = best.values.softmax(-1)
     else:  # over the free experts
         expected = logits[:, 1:].softmax(-1).topk(top_k).values

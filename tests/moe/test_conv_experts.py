@@ -279,7 +279,7 @@ def test_dense_checkpoints_and_lists_of_experts_load():
 def test_patches_see_their_neighbours(impl):
     """Patch granularity needs the receptive field of the stacked kernels."""
     experts = build(impl, kernel_size=5, padding=2)
-    assert experts.receptive_field() == (2, 1)
+    assert experts.receptive_field(4) == (2, 1)
     layer = MoELayer(experts, E, E, in_channels=4, granularity='patch', grid_size=3).double().eval()
     x = torch.randn(2, 4, 13, 11, dtype=torch.float64)
     y = layer(x)
@@ -308,7 +308,7 @@ def test_active_flops(impl, k, kernel_size, granularity):
     """k convolutions count as k, also where mixed kernels or a grouped product compute less or
     what PyTorch does not count: `auto` takes another way on another device."""
     pytest.importorskip('mmpretrain')
-    from mmdet_moe.models.flops import count_flops
+    from mmdet_moe.moe.flops import count_flops
 
     experts = ConvExperts(8, 8, kernel_size, E, padding='same', impl=impl)
     layer = MoELayer(experts, E, k, in_channels=8, granularity=granularity)

@@ -50,7 +50,7 @@ def dense_reference(layer, maps):
     for x in maps:
         logits = x.mean((2, 3)) @ layer.router.fc.weight.T + layer.router.fc.bias
         chosen = logits >= logits.topk(layer.top_k).values[:, -1:]
-        if layer.router.softmax == 'kept':
+        if layer.router.softmax == 'over_chosen':
             weights = logits.masked_fill(~chosen, float('-inf')).softmax(1)
         else:
             weights = logits.softmax(1) * chosen
@@ -62,14 +62,14 @@ def dense_reference(layer, maps):
 @pytest.mark.parametrize(
     ('num_experts', 'top_k', 'softmax'),
     [
-        (4, 1, 'all'),
-        (4, 2, 'kept'),
-        (4, 2, 'all'),
-        (4, 3, 'kept'),
-        (4, 4, 'kept'),
-        (4, 4, 'all'),
-        (1, 1, 'kept'),
-        (12, 2, 'kept'),  # most experts get nothing
+        (4, 1, 'over_all'),
+        (4, 2, 'over_chosen'),
+        (4, 2, 'over_all'),
+        (4, 3, 'over_chosen'),
+        (4, 4, 'over_chosen'),
+        (4, 4, 'over_all'),
+        (1, 1, 'over_chosen'),
+        (12, 2, 'over_chosen'),  # most experts get nothing
     ],
 )
 @pytest.mark.parametrize('sizes', [[(5, 4)], [(8, 6), (4, 3), (1, 1)]], ids=['map', 'levels'])
@@ -454,7 +454,7 @@ def test_compiled(experts, options, shape):
 
 
 def test_inputs_of_a_wrong_rank():
-    with pytest.raises(ValueError, match=r'takes inputs \(N, C, H, W\), got \(3, 5\)'):
+    with pytest.raises(ValueError, match=r'takes inputs .* C = in_channels = 3, got \(3, 5\)'):
         conv_layer()(torch.randn(3, 5).double())
     layer = MoELayer(LinearExperts(8, 8, 4), 4, 2, in_channels=6, granularity='token')
     with pytest.raises(ValueError, match=r'in_features=8 numbers, but an item .* has 6'):

@@ -20,10 +20,10 @@ from mmdet_moe.moe import (
 )
 
 
-def routing_of(logits, k, softmax='kept', decision=None):
+def routing_of(logits, k, softmax='over_chosen', decision=None):
     """Top-k and softmax once more, without a Router."""
     ids = logits.topk(k).indices
-    if softmax == 'kept':
+    if softmax == 'over_chosen':
         weights = logits.gather(1, ids).softmax(-1)
     else:
         weights = logits.softmax(-1).gather(1, ids)
@@ -126,13 +126,13 @@ LOSSES = {
     'item entropy': (EntropyLoss(1.0, over='item'), item_entropy_formula),
 }
 CASES = {  # items, experts, k, softmax
-    'usual': (12, 4, 2, 'kept'),
-    'switch weights': (12, 4, 1, 'all'),
-    'softmax before the choice': (12, 4, 2, 'all'),
-    'all experts': (5, 3, 3, 'kept'),
-    'one sample': (1, 4, 2, 'kept'),
-    'one expert': (6, 1, 1, 'kept'),
-    'one of each': (1, 1, 1, 'all'),
+    'usual': (12, 4, 2, 'over_chosen'),
+    'switch weights': (12, 4, 1, 'over_all'),
+    'softmax before the choice': (12, 4, 2, 'over_all'),
+    'all experts': (5, 3, 3, 'over_chosen'),
+    'one sample': (1, 4, 2, 'over_chosen'),
+    'one expert': (6, 1, 1, 'over_chosen'),
+    'one of each': (1, 1, 1, 'over_all'),
 }
 
 every_loss = pytest.mark.parametrize(('loss', 'formula'), LOSSES.values(), ids=LOSSES)
@@ -195,7 +195,7 @@ def test_numbers_written_out():
 
 def test_entropies_together_are_the_mutual_information():
     """Twice sure of different experts: log 2 nats; I = H(mean p) − mean H(p)."""
-    routing = routing_of(torch.tensor([[30.0, 0.0], [0.0, 30.0]]), 1, 'all')
+    routing = routing_of(torch.tensor([[30.0, 0.0], [0.0, 30.0]]), 1, 'over_all')
     batch, item = EntropyLoss(1.0, 'batch')(routing), EntropyLoss(1.0, 'item')(routing)
     assert (math.log(2) - batch - item).item() == pytest.approx(math.log(2), abs=1e-6)
 
@@ -204,7 +204,7 @@ def test_entropies_together_are_the_mutual_information():
 def test_perfect_balance(k):
     """Every expert equally often and with the same weights."""
     base = torch.tensor([3.0, 2.0, 1.0, 0.0]).double()
-    routing = routing_of(torch.stack([base.roll(i) for i in range(4)]), k, 'all')
+    routing = routing_of(torch.stack([base.roll(i) for i in range(4)]), k, 'over_all')
     assert ImportanceLoss(1.0)(routing).item() == pytest.approx(0, abs=1e-12)
     assert KLLoss(1.0)(routing).item() == pytest.approx(0, abs=1e-12)
     assert SwitchLoss(1.0)(routing).item() == pytest.approx(1)

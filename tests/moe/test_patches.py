@@ -10,7 +10,8 @@ from torch import nn
 
 from mmdet_moe.errors import ConfigError
 from mmdet_moe.moe import MoELayer
-from mmdet_moe.moe.patches import PatchGrid, receptive_field
+from mmdet_moe.moe.patches import PatchGrid
+from mmdet_moe.moe.receptive_field import receptive_field
 
 C = 3
 
@@ -169,8 +170,8 @@ def test_levels_of_patches(num_images, randomise):
 def test_receptive_field(make, stride, radius, randomise):
     """Which input pixels move an output pixel, measured with gradients."""
     module = randomise(make()).double().eval()
-    assert receptive_field(module)[1] == stride
-    claimed = receptive_field(module)[0]
+    assert receptive_field(module, C)[1] == stride
+    claimed = receptive_field(module, C)[0]
     x = torch.randn(1, C, 48, 48, dtype=torch.float64, requires_grad=True)
     reach = 0
     for position in range(3, 9):  # a ReLU may hide some of them
@@ -198,7 +199,7 @@ def test_receptive_field_of_unknown_layers():
     ]
     for module in unknown:
         with pytest.raises(ConfigError, match='cannot tell the receptive field of'):
-            receptive_field(module)
+            receptive_field(module, C)
         with pytest.raises(ConfigError, match='granularity="image"'):
             MoELayer([module] * 2, 2, 1, in_channels=C, granularity='patch', grid_size=2)
 
@@ -206,7 +207,7 @@ def test_receptive_field_of_unknown_layers():
 def test_wrapped_padding_is_refused():
     """The other side of the image is out of a patch's reach."""
     with pytest.raises(ConfigError, match='cannot tell the receptive field of Conv2d'):
-        receptive_field(nn.Conv2d(C, C, 3, padding=1, padding_mode='circular'))
+        receptive_field(nn.Conv2d(C, C, 3, padding=1, padding_mode='circular'), C)
 
 
 def test_experts_that_shrink_their_input_are_refused():

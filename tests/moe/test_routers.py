@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch.autograd import gradcheck
 
 from mmdet_moe.errors import ConfigError
-from mmdet_moe.moe import ConvGAPRouter, GAPRouter, RelativeImportanceConstraint
+from mmdet_moe.moe import ConvGAPRouter, GAPRouter, RelativeImportanceConstraint, routers
 from mmdet_moe.moe.patches import PatchGrid
 
 E, C = 5, 6
@@ -52,7 +52,14 @@ def test_conv_gap_logits():
 
 @pytest.mark.parametrize(
     ('top_k', 'softmax'),
-    [(2, 'kept'), (3, 'kept'), (E, 'kept'), (1, 'all'), (2, 'all'), (E, 'all')],
+    [
+        (2, 'over_chosen'),
+        (3, 'over_chosen'),
+        (E, 'over_chosen'),
+        (1, 'over_all'),
+        (2, 'over_all'),
+        (E, 'over_all'),
+    ],
 )
 def test_weights(top_k, softmax):
     router = gap_router(top_k, softmax=softmax)
@@ -62,7 +69,7 @@ def test_weights(top_k, softmax):
     ):
         best = sorted(range(E), key=lambda e: -logits[e])[:top_k]
         assert ids == best
-        if softmax == 'kept':
+        if softmax == 'over_chosen':
             expected = softmax_by_hand([logits[e] for e in best])
             assert sum(weights) == pytest.approx(1, abs=1e-12)
         else:
@@ -71,8 +78,8 @@ def test_weights(top_k, softmax):
 
 
 def test_defaults_of_softmax():
-    assert GAPRouter(C, E, 1).softmax == 'all'
-    assert GAPRouter(C, E, 2).softmax == 'kept'
+    assert GAPRouter(C, E, 1).softmax == 'over_all'
+    assert GAPRouter(C, E, 2).softmax == 'over_chosen'
 
 
 @pytest.mark.parametrize('top_k', [1, 2])
@@ -83,7 +90,9 @@ def test_the_task_reaches_the_router(top_k):
 
 
 @pytest.mark.parametrize('make', [GAPRouter, ConvGAPRouter])
-@pytest.mark.parametrize(('top_k', 'softmax'), [(1, 'all'), (2, 'kept'), (2, 'all')])
+@pytest.mark.parametrize(
+    ('top_k', 'softmax'), [(1, 'over_all'), (2, 'over_chosen'), (2, 'over_all')]
+)
 def test_gradients_by_finite_differences(make, top_k, softmax):
     kwargs = {'conv_channels': 4} if make is ConvGAPRouter else {}
     router = make(2, 3, top_k, softmax=softmax, noise=False, **kwargs).double()
@@ -153,7 +162,7 @@ def test_float32_under_autocast(make, patches):
 
 def test_distribution_of_the_training_noise():
     """Without a constraint: ``logits + eps · softplus(W_noise · GAP(x) + 0.01)``."""
-    router = gap_router(top_k=E, softmax='all', noise=None)
+    router = gap_router(top_k=E, softmax='over_all', noise=None)
     torch.nn.init.normal_(router.noise_fc.weight)
     x = torch.randn(1, C, 3, 3, dtype=torch.float64)
     noise_inputs = (router.noise_fc.weight * x.mean((0, 2, 3))).sum(-1) + 0.01
@@ -199,47 +208,31 @@ def test_uniform_noise_in_training_only():
     torch.testing.assert_close(routing.weights, values.softmax(-1))
 
 
-@pytest.mark.parametrize('top_k', [1, 3])
-def test_logits_as_gates(top_k):
-    """Without softmax the factors are the noisy logits; the weights are Switch's."""
-    router = gap_router(top_k, noise='uniform', softmax='raw')
-    torch.nn.init.constant_(router.fc.bias, -2.0)
+def test_gates_of_a_subclass():
+    """They multiply the experts' outputs; the weights stay what they are."""
+
+    class Negative(GAPRouter):
+        def gates(self, logits, expert_ids, weights):
+            return -logits.gather(1, expert_ids)
+
+    router = Negative(C, E, 2, noise='uniform').double()
     x = torch.randn(50, C, 3, 3, dtype=torch.float64)
     torch.manual_seed(7)
     routing = router(x)
     torch.manual_seed(7)
-    noisy = gap_logits(router, x) + torch.rand(50, E, dtype=torch.float64)
-    values, ids = noisy.topk(top_k)
+    values, ids = (gap_logits(router, x) + torch.rand(50, E, dtype=torch.float64)).topk(2)
     assert torch.equal(routing.expert_ids, ids)
-    torch.testing.assert_close(routing.gates, values)
-    assert (routing.gates < 0).any()
-    torch.testing.assert_close(routing.weights, noisy.softmax(-1).gather(1, ids))
-    torch.testing.assert_close(routing.level(0)[1], values)
-    assert routing.load().sum() == 50 * top_k
-    routing.gates.sum().backward()
-    assert router.fc.weight.grad.abs().max() > 1e-3
+    torch.testing.assert_close(routing.gates, -values)
+    torch.testing.assert_close(routing.weights, values.softmax(-1))
 
 
-def test_gates_of_logits_far_apart():
-    """Their softmax is 1 and, rounded, 0; yet the second one is a choice, with its own gate."""
-    router = gap_router(2, noise=False, softmax='raw').float()
-    torch.nn.init.zeros_(router.fc.weight)
-    with torch.no_grad():
-        router.fc.bias.copy_(torch.tensor([0.0, 200.0, -300.0, 50.0, 0.0]))
-    routing = router(torch.randn(4, C, 3, 3))
-    assert routing.expert_ids.tolist() == [[1, 3]] * 4
-    assert routing.gates.tolist() == [[200.0, 50.0]] * 4
-    assert routing.load().tolist() == [0, 4, 0, 4, 0]
-    assert routing.weights[:, 1].max() < 1e-30
-
-
-def test_no_gate_for_a_masked_expert():
-    config = {'type': 'mmdet_moe.RelativeImportanceConstraint'}
-    router = gap_router(3, softmax='raw', constraint=config)
-    router.constraint.relative_importance.copy_(torch.tensor([-3.0, 1, 1, 1, 0]))
-    routing = router(torch.randn(20, C, 3, 3, dtype=torch.float64))
-    assert ((routing.weights == 0) == (routing.gates == 0)).all()
-    assert ((routing.gates != 0).sum(1) == 2).all()
+@pytest.mark.parametrize(('former', 'now'), [('kept', 'over_chosen'), ('all', 'over_all')])
+def test_former_names(former, now, monkeypatch):
+    said = []
+    monkeypatch.setattr(routers, 'print_log', lambda text, **_: said.append(text))
+    routers._warn_once.cache_clear()
+    assert [GAPRouter(C, E, 2, softmax=former).softmax for _ in range(2)] == [now, now]
+    assert said == [f"softmax='{former}' is now called softmax='{now}'"]
 
 
 @pytest.mark.parametrize('make', [GAPRouter, ConvGAPRouter])
@@ -249,21 +242,6 @@ def test_options_of_the_linear_layer(make):
     assert not router.fc.weight.any()
     wide = make(200, E, 2, init_std=0.5).fc if make is GAPRouter else None
     assert wide is None or wide.weight.std().item() == pytest.approx(0.5, rel=0.1)
-
-
-@pytest.mark.parametrize('grid', [1, 2])
-def test_sum_over_the_pixels(grid):
-    router = gap_router(pool='sum')
-    x = torch.randn(2, C, 5, 7, dtype=torch.float64)
-    routing = router(x, [PatchGrid((5, 7), grid=grid)])
-    cuts = [(0, 5)] if grid == 1 else [(0, 2), (2, 5)], [(0, 7)] if grid == 1 else [(0, 3), (3, 7)]
-    expected = [
-        router.fc(x[n, :, top:bottom, left:right].sum((1, 2)))
-        for n in range(2)
-        for top, bottom in cuts[0]
-        for left, right in cuts[1]
-    ]
-    torch.testing.assert_close(routing.logits, torch.stack(expected), rtol=0, atol=1e-12)
 
 
 def test_no_noise_with_a_constraint():
@@ -288,20 +266,18 @@ def test_constraint_from_config_and_instance():
         ({'num_experts': 0, 'top_k': 1}, r'num_experts=0\b.*at least 1 expert'),
         ({'top_k': 6}, r'top_k=6 must lie between 1 and num_experts=5'),
         ({'top_k': 0}, r'top_k=0 must lie between 1 and num_experts=5'),
-        ({'softmax': 'some'}, r"softmax='some' is unknown; use 'kept', 'all' or 'raw'"),
+        ({'softmax': 'some'}, r"softmax='some' is unknown; use 'over_chosen' or 'over_all'"),
         ({'noise': 'normal'}, r"noise='normal' is unknown; use True, False or 'uniform'"),
         ({'noise': 1}, r"noise=1 is unknown; use True, False or 'uniform'"),
-        ({'pool': 'max'}, r"pool='max' is unknown; use 'mean' or 'sum'"),
         ({'init_std': -1.0}, r'init_std=-1.0 must not be negative'),
-        (
-            {'softmax': 'raw', 'init_std': 0.0, 'noise': False},
-            r"init_std=0 and noise=False multiplies all experts with 0.*set noise='uniform'",
-        ),
         (
             {'noise': 'uniform', 'constraint': {'type': 'mmdet_moe.MeanImportanceConstraint'}},
             r"noise='uniform' cannot be combined with constraint=MeanImportanceConstraint",
         ),
-        ({'top_k': 1, 'softmax': 'kept'}, r"softmax='kept' with top_k=1 .*use softmax='all'"),
+        (
+            {'top_k': 1, 'softmax': 'over_chosen'},
+            r"softmax='over_chosen' with top_k=1 .*use softmax='over_all'",
+        ),
         (
             {'noise': True, 'constraint': {'type': 'mmdet_moe.MeanImportanceConstraint'}},
             r'noise=True cannot be combined with constraint=MeanImportanceConstraint',
@@ -315,7 +291,7 @@ def test_refused(make, options, message):
 
 
 def test_kept_softmax_is_harmless_with_one_expert():
-    assert GAPRouter(C, 1, 1, softmax='kept')(torch.randn(2, C, 1, 1)).weights.tolist() == [
+    assert GAPRouter(C, 1, 1, softmax='over_chosen')(torch.randn(2, C, 1, 1)).weights.tolist() == [
         [1],
         [1],
     ]

@@ -13,10 +13,10 @@ import torch
 from mmengine.config import Config
 
 import mmdet_moe
-from mmdet_moe.analysis.benchmarks import conv, harness
-from mmdet_moe.analysis.benchmarks import ops as ops_suite
-from mmdet_moe.analysis.benchmarks.conv import ConvProblem, ConvShape
-from mmdet_moe.analysis.benchmarks.harness import (
+from research.benchmarks import conv, harness
+from research.benchmarks import ops as ops_suite
+from research.benchmarks.conv import ConvProblem, ConvShape
+from research.benchmarks.harness import (
     FORWARD,
     PASSES,
     TRAINING,
@@ -140,7 +140,7 @@ def test_scaling(run):
 
 
 def test_retinanet(run, monkeypatch):
-    from mmdet_moe.analysis.benchmarks import retinanet
+    from research.benchmarks import retinanet
 
     class SmallConfig:
         @staticmethod
@@ -178,7 +178,7 @@ def test_analysis(run):
 
 def test_explorer(run, monkeypatch):
     pytest.importorskip('playwright')
-    from mmdet_moe.analysis.benchmarks import explorer
+    from research.benchmarks import explorer
 
     if not any(map(shutil.which, explorer._BROWSERS)):
         pytest.skip('no Chromium')

@@ -22,12 +22,12 @@ from mmengine.registry import Registry
 
 import mmdet_moe
 from mmdet_moe import cli
-from mmdet_moe.analysis import runs
 from mmdet_moe.compat.distributed import check_launcher, init_cpu_group
 from mmdet_moe.engine.explain import explain
 from mmdet_moe.engine.image_errors import ImageErrorHook, ImageReader
 from mmdet_moe.engine.preflight import check_checkpoint
 from mmdet_moe.errors import ConfigError
+from research import runs
 
 ROOT = Path(mmdet_moe.__file__).parents[1]
 TOOLS = ROOT / 'tools'
@@ -668,7 +668,7 @@ def test_the_tools_find_the_checkout():
 
 
 def test_nothing_to_draw_in(here, capsys):
-    config = str(TOOLS.parent / 'configs' / 'moe_theory_s1.py')
+    config = str(TOOLS.parent / 'projects' / 'cluster_theory' / 'configs' / 'mixture.py')
     Path('any.pth').touch()
     sentence = failure(capsys, cli.run_test, config, 'any.pth', '--show-dir', 'drawn')
     assert sentence == (

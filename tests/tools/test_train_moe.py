@@ -143,7 +143,7 @@ def test_mistakes_are_one_sentence(run, capsys):
         (soft, f'{head}.num_experts=0', ('num_experts=0', 'at least 1')),
         (soft, f'{head}.router.type=mmdet_moe.GAPRoutr', ('GAPRoutr', 'GAPRouter')),
         (soft, 'custom_hooks.1.loss.type=mmdet_moe.ImportanceLos', ('ImportanceLos',)),
-        (soft, f'{head}.router.softmax=none', ("softmax='none'", "'kept'")),
+        (soft, f'{head}.router.softmax=none', ("softmax='none'", "'over_chosen'")),
         (hard, f'{head}.router.noise=True', ('noise=True', 'RelativeImportanceConstraint')),
         (hard, f'{head}.router.constraint.threshold=-1', ('threshold=-1',)),
         (soft, 'custom_hooks.1.layers=backbone.*', ('backbone.*', 'bbox_head.cls_moe')),

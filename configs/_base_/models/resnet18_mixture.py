@@ -15,7 +15,7 @@ model = dict(
         type='mmdet_moe.ConvGAPRouter',
         conv_channels=64,
         noise='uniform',
-        softmax='all',
+        softmax='over_all',
     ),
 )
 custom_hooks = [

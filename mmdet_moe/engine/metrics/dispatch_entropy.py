@@ -44,7 +44,7 @@ class DispatchEntropy(BaseMetric):
                 if field not in sample:
                     raise ConfigError(
                         f'DispatchEntropy needs data samples with `{field}`, as those of '
-                        'mmdet_moe.PatchMixture; remove it from the evaluators'
+                        'mmdet_moe.ClassifierMixture; remove it from the evaluators'
                     )
             cluster = int(sample[self.label])
             # It is counted by its number, from the end of the table if that is negative.

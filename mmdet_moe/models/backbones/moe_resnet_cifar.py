@@ -13,8 +13,8 @@ from torch import nn
 
 from mmdet_moe.errors import ConfigError
 from mmdet_moe.models.backbones.shortcut import make_shortcut
-from mmdet_moe.models.flops import count_flops
 from mmdet_moe.moe import ConvExperts, Experts, MoELayer
+from mmdet_moe.moe.flops import count_flops
 from mmdet_moe.registry import MODELS
 
 EQUAL_FLOPS = 'equal_flops'

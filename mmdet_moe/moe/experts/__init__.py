@@ -1,6 +1,5 @@
 from mmdet_moe.moe.experts.base import Experts, StackedExperts
 from mmdet_moe.moe.experts.conv import ConvExperts
-from mmdet_moe.moe.experts.filters import FilterExperts
 from mmdet_moe.moe.experts.linear import LinearExperts, MLPExperts
 from mmdet_moe.moe.experts.modules import ModuleExperts, independent_copies
 from mmdet_moe.moe.experts.upcycling import upcycle
@@ -8,7 +7,6 @@ from mmdet_moe.moe.experts.upcycling import upcycle
 __all__ = [
     'ConvExperts',
     'Experts',
-    'FilterExperts',
     'LinearExperts',
     'MLPExperts',
     'ModuleExperts',

@@ -23,6 +23,9 @@ class Experts(nn.Module, ABC):
     #: Whether an item of any shape is one vector to them, instead of a feature map.
     take_vectors: bool = False
 
+    #: Whether each expert has parameters of its own, which get no gradient without items.
+    separate_parameters: bool = True
+
     @property
     @abstractmethod
     def num_experts(self) -> int:
@@ -41,8 +44,11 @@ class Experts(nn.Module, ABC):
         """
 
     @abstractmethod
-    def receptive_field(self) -> tuple[int, int]:
+    def receptive_field(self, in_channels: int) -> tuple[int, int]:
         """Radius of one expert's receptive field in input pixels, and its total stride.
+
+        Args:
+            in_channels: C of the maps that the experts take.
 
         Raises:
             ConfigError: If they cannot be told.
@@ -77,6 +83,8 @@ class Experts(nn.Module, ABC):
 class StackedExperts(Experts, BaseModule):
     """Experts whose weights lie in common parameters, stacked along a first axis of length E."""
 
+    separate_parameters = False
+
     @property
     def num_experts(self) -> int:
         return next(self.parameters()).shape[0]
@@ -98,11 +106,12 @@ class StackedExperts(Experts, BaseModule):
             for e in range(self.num_experts):
                 dense = self.dense()
                 initialize(nn.Sequential(dense), self.init_cfg)
-                self._set_expert(e, dense)
+                self.set_expert(e, dense)
             self._is_init = True
 
     @torch.no_grad()
-    def _set_expert(self, e: int, dense: nn.Module) -> None:
+    def set_expert(self, e: int, dense: nn.Module) -> None:
+        """Give expert e the weights of a dense module."""
         for name, parameter in dense.named_parameters():
             self.get_parameter(name)[e] = parameter
 

@@ -17,7 +17,6 @@ from mmdet_moe.moe.dispatcher import Dispatcher
 from mmdet_moe.moe.experts.base import StackedExperts
 from mmdet_moe.moe.experts.conv_cost import cheapest
 from mmdet_moe.moe.experts.linear import autocast, grouped_linear
-from mmdet_moe.moe.patches import receptive_field
 from mmdet_moe.registry import MODELS
 
 IMPLS = ('auto', 'subbatches', 'grouped', 'views')
@@ -95,7 +94,7 @@ class ConvExperts(StackedExperts):
                 anything but zeros.
         """
         kind = type(conv)
-        if f'{kind.__module__}.{kind.__qualname__}' not in _PLAIN:
+        if not _is_plain(conv):
             raise ConfigError(
                 f'conv_cfg: {kind.__name__} is not supported by ConvExperts, which would drop what '
                 "makes it differ from nn.Conv2d; use conv_cfg=dict(type='Conv2d')"
@@ -139,9 +138,10 @@ class ConvExperts(StackedExperts):
             )
         )
 
-    def receptive_field(self) -> tuple[int, int]:
-        with torch.device('meta'):
-            return receptive_field(self.dense())
+    def receptive_field(self, in_channels: int) -> tuple[int, int]:
+        reach = [(k - 1) * d for k, d in zip(self.weight.shape[3:], self.dilation, strict=True)]
+        radius = max(max(p, r - p) for p, r in zip(self.padding, reach, strict=True))
+        return radius, max(self.stride)
 
     def forward(self, x_T: Tensor, dispatcher: Dispatcher) -> Tensor:
         impl = self.impl
@@ -218,6 +218,15 @@ class ConvExperts(StackedExperts):
     def extra_repr(self) -> str:
         options = ', '.join(f'{k}={v}' for k, v in self._options.items())
         return f'num_experts={self.num_experts}, {options}, impl={self.impl!r}'
+
+
+def _is_plain(module: object) -> bool:
+    return f'{type(module).__module__}.{type(module).__qualname__}' in _PLAIN
+
+
+def is_plain_conv(module: object) -> bool:
+    """Whether :meth:`ConvExperts.like` can take a module's place."""
+    return _is_plain(module) and module.padding_mode == 'zeros'
 
 
 class _MixKernels(torch.autograd.Function):

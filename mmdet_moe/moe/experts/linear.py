@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from mmdet_moe.errors import ConfigError
 from mmdet_moe.moe.dispatcher import Dispatcher
 from mmdet_moe.moe.experts.base import StackedExperts
-from mmdet_moe.registry import MODELS
+from mmdet_moe.registry import MODELS, build
 
 
 class VectorExperts(StackedExperts):
@@ -24,7 +24,7 @@ class VectorExperts(StackedExperts):
 
     @abstractmethod
     def compute(self, x_R: Tensor, dispatcher: Dispatcher) -> Tensor:
-        """Every expert on its own rows: (R, C) to (R, C'), sorted by expert as in the dispatcher."""
+        """Every expert on its own rows: (R, C) to (R, C'), in the order of the experts."""
 
     def forward(self, x_T: Tensor, dispatcher: Dispatcher) -> Tensor:
         vectors_T = x_T.flatten(1)
@@ -38,7 +38,7 @@ class VectorExperts(StackedExperts):
         x_R = dispatcher.dispatch(autocast(vectors_T))
         return dispatcher.combine(self.compute(x_R, dispatcher))
 
-    def receptive_field(self) -> tuple[int, int]:
+    def receptive_field(self, in_channels: int) -> tuple[int, int]:
         raise ConfigError(
             f'{type(self).__name__} take an item as one vector, so that its neighbours are out of '
             'their sight; use granularity="image", "pixel" or "token"'
@@ -71,7 +71,7 @@ class LinearExperts(VectorExperts):
         stacked = nn.Parameter(torch.empty(num_experts, out_features)) if bias else None
         self.register_parameter('bias', stacked)
         for e in range(num_experts):
-            self._set_expert(e, self.dense())
+            self.set_expert(e, self.dense())
 
     def dense(self) -> nn.Linear:
         _, out_features, in_features = self.weight.shape
@@ -128,7 +128,7 @@ class MLPExperts(VectorExperts):
         for i, (inputs, outputs) in enumerate(pairwise(features)):
             self.add_module(str(i), LinearExperts(inputs, outputs, num_experts, bias))
         config = {'type': activation} if isinstance(activation, str) else activation
-        self.activation = MODELS.build(config)
+        self.activation = build(config)
         if any(True for _ in self.activation.parameters()):
             raise ConfigError(
                 f'activation={activation!r} has parameters, which all experts would share; use one '

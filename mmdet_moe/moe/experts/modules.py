@@ -2,13 +2,15 @@
 
 import copy
 import re
+from typing import Any
 
 from mmengine.model import ModuleList
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from mmdet_moe.moe.dispatcher import Dispatcher
 from mmdet_moe.moe.experts.base import Experts
-from mmdet_moe.moe.patches import receptive_field
+from mmdet_moe.moe.receptive_field import receptive_field
 
 
 class ModuleExperts(ModuleList, Experts):
@@ -23,11 +25,25 @@ class ModuleExperts(ModuleList, Experts):
     def num_experts(self) -> int:
         return len(self)
 
-    def forward(self, x_T: Tensor, dispatcher: Dispatcher) -> Tensor:
-        return dispatcher.through(x_T, self)
+    def forward(self, x_T: Tensor, dispatcher: Dispatcher, *args: Any, **kwargs: Any) -> Any:
+        """As :meth:`Experts.forward`; further tensors are items, too, and dispatched likewise."""
+        if not args and not kwargs:
+            return dispatcher.through(x_T, self)
+        leaves, spec = tree_flatten((args, kwargs))
+        parts = [
+            dispatcher.split(dispatcher.dispatch(leaf))
+            if isinstance(leaf, Tensor)
+            else (leaf,) * len(self)
+            for leaf in leaves
+        ]
+        calls = []
+        for expert, own in zip(self, zip(*parts, strict=True), strict=True):
+            more, named = tree_unflatten(list(own), spec)
+            calls.append(lambda x, f=expert, a=more, k=named: f(x, *a, **k))
+        return dispatcher.through(x_T, calls)
 
-    def receptive_field(self) -> tuple[int, int]:
-        return receptive_field(self[0])
+    def receptive_field(self, in_channels: int) -> tuple[int, int]:
+        return receptive_field(self[0], in_channels)
 
     def share_weights(self) -> None:
         for expert in self[1:]:

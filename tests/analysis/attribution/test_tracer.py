@@ -295,10 +295,10 @@ def test_models_without_experts_are_refused():
 
 
 def test_weights_are_shares(randomise):
-    """With ``softmax='all'`` the weights of a decision sum to less than 1, their shares do not."""
+    """With ``over_all`` the weights of a decision sum to less than 1, their shares do not."""
     model = build_single('moe retina')
     for branch in ('cls', 'reg'):
-        getattr(model.bbox_head, f'{branch}_moe').router.softmax = 'all'
+        getattr(model.bbox_head, f'{branch}_moe').router.softmax = 'over_all'
     randomise(model).eval()
     with Tracer(model) as tracer:
         tracer.predict(make_batch())

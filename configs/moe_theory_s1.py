@@ -1,7 +1,0 @@
-# Setting 1 of arXiv 2208.02813: the mixture of non-linear experts.
-_base_ = [
-    './_base_/models/patch_mixture.py',
-    './_base_/datasets/cluster_patches_s1.py',
-    './_base_/schedules/normalized_gd.py',
-    './_base_/theory_runtime.py',
-]

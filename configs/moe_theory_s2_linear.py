@@ -1,3 +1,0 @@
-# Setting 2 of arXiv 2208.02813: the mixture of linear experts.
-_base_ = './moe_theory_s2.py'
-model = dict(activation='linear')

@@ -1,4 +1,0 @@
-# Setting 4 of arXiv 2208.02813: a single linear model.
-_base_ = './moe_theory_s4_single.py'
-model = dict(activation='linear')
-optim_wrapper = dict(optimizer=dict(lr=3e-3))

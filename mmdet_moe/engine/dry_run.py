@@ -1,0 +1,55 @@
+"""The model of a config, and one forward pass of it without any data."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from mmengine.config import Config
+from mmengine.registry import MODELS, init_default_scope
+from torch import nn
+
+from mmdet_moe.errors import ConfigError
+
+
+def build_model(cfg: Config) -> nn.Module:
+    """The model of a config, with random weights: nothing is downloaded.
+
+    Raises:
+        ConfigError: If it cannot be built.
+    """
+    init_default_scope(cfg.default_scope)
+    try:
+        return MODELS.build(cfg.model)
+    except ConfigError:
+        raise
+    except Exception as error:  # whatever the constructors raise is a mistake in the config
+        raise ConfigError(f'the model of the config cannot be built: {error}') from error
+
+
+def image_size(cfg: Config) -> tuple[int, int]:
+    """(H, W) for a dry run: what the images of a classifier are cropped to; 320 for a detector,
+    which takes any."""
+    size: Any = 320
+    if cfg.default_scope == 'mmpretrain':
+        pipeline = cfg.get('train_pipeline', [])
+        sizes = [t.get('crop_size', t.get('scale')) for t in pipeline]
+        size = next((s for s in reversed(sizes) if s), 224)
+    return (size, size) if isinstance(size, int) else tuple(size)[:2]
+
+
+def dry_run(model: nn.Module, scope: str, size: tuple[int, int]) -> Callable[[], Any]:
+    """A function that sends two blank images through a detector or a classifier.
+
+    Args:
+        model: Its data preprocessor is passed by.
+        scope: ``'mmdet'`` or ``'mmpretrain'``.
+        size: (H, W).
+    """
+    images = torch.zeros(2, 3, *size)
+    if scope == 'mmpretrain':
+        return lambda: model(images, mode='tensor')
+    from mmdet.structures import DetDataSample
+
+    shapes = dict.fromkeys(('img_shape', 'ori_shape', 'pad_shape', 'batch_input_shape'), size)
+    samples = [DetDataSample(metainfo={**shapes, 'scale_factor': (1.0, 1.0)}) for _ in images]
+    return lambda: model(images, samples, mode='tensor')

@@ -1,0 +1,84 @@
+"""Floating-point operations of a module, counted by PyTorch while it runs."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+
+from mmdet_moe.moe.experts import ConvExperts
+
+
+@torch.no_grad()
+def count_flops(module: nn.Module, x: Tensor) -> int:
+    """FLOPs of one forward pass in eval mode, a multiplication and an addition counted as two.
+
+    Sparse experts count as far as items are sent to them: one image gives the *active* FLOPs of a
+    model that routes images. They do not depend on the device: k experts that are convolutions
+    count as k, also where mixing their kernels first makes one of them. On the ``meta`` device
+    nothing is computed; a router needs real values.
+
+    Args:
+        module: Left as it was, but for what it remembers of its latest forward pass.
+        x: Its input.
+    """
+    modes = {part: part.training for part in module.modules()}
+    impls = {part: part.impl for part in modes if isinstance(part, ConvExperts)}
+    module.eval()
+    try:
+        for experts in impls:
+            experts.impl = 'subbatches'
+        with FlopCounter() as counter:
+            module(x)
+    finally:
+        for part, training in modes.items():
+            part.training = training
+        for experts, impl in impls.items():
+            experts.impl = impl
+    return counter.get_total_flops()
+
+
+class FlopCounter(FlopCounterMode):
+    """PyTorch's counter, which also counts what PyTorch's takes for nothing."""
+
+    def __init__(self) -> None:
+        super().__init__(display=False, custom_mapping=_FORMULAS)
+
+    def __enter__(self) -> 'FlopCounter':
+        # Its one operator would count for nothing.
+        self._fastpath = torch.backends.mha.get_fastpath_enabled()
+        torch.backends.mha.set_fastpath_enabled(False)
+        return super().__enter__()
+
+    def __exit__(self, *args: Any) -> Any:
+        torch.backends.mha.set_fastpath_enabled(self._fastpath)
+        return super().__exit__(*args)
+
+    def by_module(self, model: nn.Module) -> dict[str, int]:
+        """FLOPs of every module of a model that was run, by its path; '' is all of it."""
+        name = type(model).__name__
+        return {
+            path.removeprefix(name).removeprefix('.'): sum(counts.values())
+            for path, counts in self.get_flop_counts().items()
+            if path == name or path.startswith(name + '.')
+        }
+
+
+def _grouped_product(rows: torch.Size, matrices: torch.Size, *_: Any, **__: Any) -> int:
+    """FLOPs of ``F.grouped_mm`` as our experts call it: (R, in) by (E, in, out)."""
+    return 2 * rows.numel() * matrices[-1]
+
+
+def _attention(query: torch.Size, key: torch.Size, value: torch.Size, *_: Any, **__: Any) -> int:
+    return sdpa_flop_count(query, key, value)
+
+
+#: Of what PyTorch's counter takes for nothing; older versions of PyTorch do not have them.
+_FORMULAS = {
+    getattr(torch.ops.aten, name): formula
+    for name, formula in {
+        '_grouped_mm': _grouped_product,
+        '_scaled_dot_product_flash_attention_for_cpu': _attention,
+    }.items()
+    if hasattr(torch.ops.aten, name)
+}

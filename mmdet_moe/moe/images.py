@@ -1,0 +1,63 @@
+"""Image granularity: one decision for each image of one input, a feature map or a sequence."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from mmdet_moe.errors import ConfigError
+from mmdet_moe.moe.items import Items, at_least_float32
+from mmdet_moe.moe.patches import PatchGrid
+
+if TYPE_CHECKING:
+    from mmdet_moe.moe.layer import MoELayer
+
+
+@dataclass(frozen=True)
+class Images(Items):
+    """The images of one input without a map: (N, C), or (N, L, C) with L tokens each.
+
+    A feature map (N, C, H, W) is a :class:`PatchGrid` of one patch.
+    """
+
+    @classmethod
+    def divide(cls, layer: 'MoELayer', x: Tensor) -> Items:
+        if x.dim() == 4:
+            return PatchGrid(tuple(x.shape[-2:]))
+        if x.dim() not in (2, 3) or x.shape[-1] != layer.router.in_channels:
+            raise ValueError(
+                f'MoE layer "{layer.name}" with granularity=\'image\' takes inputs (N, C, H, W), '
+                f'(N, L, C) or (N, C) with C = in_channels = {layer.router.in_channels}, got '
+                f'{tuple(x.shape)}'
+            )
+        if layer.router.needs_maps:
+            raise ConfigError(
+                f'router.type={type(layer.router).__name__} routes feature maps, but MoE layer '
+                f'"{layer.name}" is given tokens {tuple(x.shape)}; use mmdet_moe.GAPRouter'
+            )
+        return cls()
+
+    def __len__(self) -> int:
+        return 1
+
+    def pool(self, x: Tensor) -> Tensor:
+        """Mean over the tokens: (N, C) or (N, L, C) to (N, C)."""
+        x = at_least_float32(x)
+        return x if x.dim() == 2 else x.mean(1)
+
+    def crop(self, x: Tensor) -> Tensor:
+        """Every image is an item as it is."""
+        return x
+
+    def locate(self, x: Tensor, y: Tensor) -> Tensor:
+        """The only item, wherever the place is."""
+        return torch.zeros(x.shape, dtype=torch.int64, device=x.device)
+
+    def centres(self) -> Tensor:
+        """The middle of the image."""
+        return torch.full((1, 2), 0.5)
+
+    def place(self, y: Tensor) -> Tensor:
+        """The outputs are those of the images."""
+        return y

@@ -1,0 +1,321 @@
+"""Experts anywhere: the module at a path of any model becomes an MoE layer.
+
+What is built *is* the model that was given, with some modules replaced: all other names in its
+state dict, its hooks and its class stay. Dense checkpoints load, each expert gets a copy, and
+untrained the model computes what the dense one does.
+"""
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import nn
+
+from mmdet_moe.errors import ConfigError
+from mmdet_moe.moe.experts import ModuleExperts
+from mmdet_moe.moe.layer import MoELayer
+from mmdet_moe.moe.surgery.experts import (
+    begins_in_place,
+    find_in_channels,
+    make_experts,
+    make_shortcut,
+    sharers,
+)
+from mmdet_moe.moe.surgery.initialisation import DenseInit, Site
+from mmdet_moe.moe.surgery.paths import Place, find_places
+from mmdet_moe.moe.surgery.report import Report, Row
+from mmdet_moe.moe.surgery.siblings import Chain, placeholders
+from mmdet_moe.moe.surgery.width import equal_width, narrow
+
+__all__ = ['Entry', 'Report', 'Site', 'add_experts', 'install']
+
+EQUAL = 'equal'
+#: Attributes of a model that was changed.
+_LAYERS, _INIT = '_moe_layers', 'init_weights'
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What becomes experts, and how.
+
+    Attributes:
+        at: Path, see :func:`~mmdet_moe.moe.surgery.paths.find_places`.
+        every: Class of the modules below it that are meant, instead of itself.
+        num_experts, top_k, router, granularity, grid_size, decision_weight, expert_init,
+            upcycle_noise, capacity_factor, batch_dim: As of :class:`~mmdet_moe.moe.MoELayer`.
+        in_channels: Channels of the input, where they cannot be told.
+        width: How wide an expert is inside. None: as the dense module. A factor above 0.
+            ``'equal'``: as makes the k active experts, and the shared ones, cost what the dense
+            module does.
+        shared: How many dense experts stand beside them, which every item passes.
+        residual: Add a shortcut around the experts.
+        impl: How convolutions are evaluated, see :class:`~mmdet_moe.moe.ConvExperts`.
+        name: Of the layer that takes the place of siblings, in the module that holds them. Default:
+            the first sibling's name and ``_moe``.
+    """
+
+    at: str
+    every: str | None = None
+    num_experts: int = 4
+    top_k: int = 2
+    router: dict | None = None
+    granularity: str = 'image'
+    grid_size: int = 1
+    decision_weight: str = 'uniform'
+    expert_init: str = 'shared'
+    upcycle_noise: float = 0.0
+    capacity_factor: float | None = None
+    batch_dim: int = 0
+    in_channels: int | None = None
+    width: float | str | None = None
+    shared: int = 0
+    residual: bool = False
+    impl: str = 'auto'
+    name: str | None = None
+
+
+def add_experts(
+    model: nn.Module,
+    experts: Mapping[str, dict] | Sequence[dict | Entry],
+    router: dict | None = None,
+) -> Report:
+    """Turn modules of a model into experts, in place.
+
+    Call it before the optimizer is built, on the CPU or wherever the model is.
+
+    Args:
+        model: Any module.
+        experts: The options of an :class:`Entry` by path, or a list of them with their ``at``.
+        router: Config of the router of all entries without one of their own.
+
+    Returns:
+        What became experts, to be printed.
+
+    Raises:
+        ConfigError: If a path names no module, or one that cannot become experts, with the reason;
+            the model is then as it was.
+    """
+    entries = [_entry(given, router) for given in _listed(experts)]
+    if not entries:
+        raise ConfigError("experts is empty; name a layer, such as dict(at='backbone.layer4')")
+    places = [
+        (entry, place) for entry in entries for place in find_places(model, entry.at, entry.every)
+    ]
+    _check_places(model, [place for _, place in places])
+    sites, rows = [], []
+    for entry, place in places:
+        site, row = _build(model, entry, place)
+        sites.append(site)
+        rows.append(row)
+    install(model, sites)  # nothing can fail any more
+    return Report(rows)
+
+
+def install(model: nn.Module, sites: Sequence[Site]) -> None:
+    """Put layers that are built into their places, and let the model tell them when it runs.
+
+    Args:
+        model: Its forward pass is what the calls of a layer are collected over, and its
+            ``init_weights`` is that of the dense model.
+        sites: The places.
+    """
+    for site in sites:
+        _replace(site)
+    _watch(model, list(sites))
+
+
+def _listed(experts: Any) -> list[Any]:
+    if isinstance(experts, Mapping):
+        if 'at' in experts and isinstance(experts['at'], str):
+            return [experts]
+        return [{'at': path, **options} for path, options in experts.items()]
+    return list(experts)
+
+
+def _entry(given: Mapping | Entry, router: dict | None) -> Entry:
+    if isinstance(given, Entry):
+        return given
+    known = [field.name for field in fields(Entry)]
+    if not isinstance(given, Mapping) or 'at' not in given:
+        raise ConfigError(f"experts: {given!r} must be a dict with 'at', the path of a layer")
+    if unknown := sorted(set(given) - set(known)):
+        raise ConfigError(
+            f'experts: at={given["at"]!r} has unknown options {", ".join(unknown)}; there are '
+            f'{", ".join(known)}'
+        )
+    options = {'router': router, **given}
+    if options['router'] is None:
+        options['router'] = router
+    entry = Entry(**options)
+    if not isinstance(entry.shared, int) or isinstance(entry.shared, bool) or entry.shared < 0:
+        raise ConfigError(f'experts: shared={entry.shared!r} must be an integer of at least 0')
+    width = entry.width
+    if width not in (None, EQUAL) and not (
+        isinstance(width, (int, float)) and not isinstance(width, bool) and width > 0
+    ):
+        raise ConfigError(f"experts: width={width!r} must be None, a factor above 0, or '{EQUAL}'")
+    return entry
+
+
+def _check_places(model: nn.Module, places: list[Place]) -> None:
+    paths: dict[str, Place] = {}
+    for place in places:
+        for path in place.paths:
+            if path in paths:
+                raise ConfigError(f'"{path}" is named twice; let one entry of experts name it')
+            paths[path] = place
+    for path, place in paths.items():
+        for other in paths:
+            if other.startswith(path + '.'):
+                raise ConfigError(
+                    f'"{other}" lies inside of "{path}", and both should become experts; experts '
+                    'inside of experts are not supported, so name one of the two'
+                )
+        above = path
+        while above:
+            above = above.rpartition('.')[0]
+            if above and isinstance(model.get_submodule(above), MoELayer):
+                raise ConfigError(f'"{path}" lies inside of the experts "{above}" already')
+        module = model.get_submodule(path)
+        if inside := [n for n, m in module.named_modules() if isinstance(m, MoELayer)]:
+            raise ConfigError(
+                f'"{path}" holds the MoE layer "{f"{path}.{inside[0]}".rstrip(".")}" already'
+            )
+        if shared := sharers(model, place.paths):
+            raise ConfigError(
+                f'"{place}" shares its weights with "{shared[0]}"'
+                f'{f" and {len(shared) - 1} more" if len(shared) > 1 else ""}, which would be left '
+                'with weights of its own; choose a layer that nothing else uses'
+            )
+
+
+def _take(model: nn.Module, place: Place) -> nn.Module:
+    """A copy of what stands at a place, as one module."""
+    modules = [model.get_submodule(path) for path in place.paths]
+    if isinstance(modules[0], nn.ModuleDict):
+        raise ConfigError(f'"{place}" is a ModuleDict, which nobody calls; name its parts')
+    if len(modules) > 1 or isinstance(modules[0], nn.ModuleList):
+        chain = Chain(dict(zip(place.names, modules, strict=True)))
+        if not chain.steps:
+            raise ConfigError(f'"{place}" is an empty list')
+        return copy.deepcopy(chain)
+    return copy.deepcopy(modules[0])
+
+
+def _build(model: nn.Module, entry: Entry, place: Place) -> tuple[Site, Row]:
+    module = _take(model, place)
+    parameters = list(module.parameters())
+    if not parameters:
+        raise ConfigError(f'"{place}" ({type(module).__name__}) has no weights to make experts of')
+    if begins_in_place(module):
+        raise ConfigError(
+            f'"{place}" begins with a layer that changes its input in place; set inplace=False '
+            'there, or choose the layers behind it'
+        )
+    try:
+        layer, factor = _make_layer(module, entry)
+    except ConfigError as error:
+        raise ConfigError(f'"{place}": {error}') from error
+    layer.train(module.training)
+    if not any(p.requires_grad for p in parameters):
+        layer.requires_grad_(False)
+    layer.to(parameters[0].device)
+    name = place.names[0]
+    stand_ins: dict[str, nn.Module] = {}
+    if isinstance(module, Chain):
+        layer.siblings = place.names
+        name = entry.name or f'{name}_moe'
+        if hasattr(model.get_submodule(place.parent), name):
+            raise ConfigError(f'name={name!r} is taken in "{place.parent}"; give another name')
+        stand_ins = placeholders(layer, module)
+    elif entry.name is not None:
+        raise ConfigError(
+            f'name={entry.name!r} is for siblings in braces; "{place}" keeps its own name'
+        )
+    layer.name = f'{place.parent}.{name}' if place.parent else name
+    if not layer.siblings:
+        layer.replaces = type(module).__name__
+    layer.is_narrow = factor != 1
+    stacked = not isinstance(layer.experts, ModuleExperts)
+    twin = copy.deepcopy(module).to('meta') if stacked else None
+    site = Site(layer, model.get_submodule(place.parent), name, stand_ins, twin)
+    return site, Row.of(str(place), module, layer, factor)
+
+
+def _make_layer(module: nn.Module, entry: Entry) -> tuple[MoELayer, float]:
+    in_channels = entry.in_channels or find_in_channels(module)
+    shortcut = make_shortcut(module, in_channels) if entry.residual else None
+    expert, factor = copy.deepcopy(module), 1.0
+    if entry.width is not None:
+        x = example(module, in_channels, entry.granularity)
+        factor = entry.width
+        if factor == EQUAL:
+            factor = equal_width(module, x, entry.top_k, entry.shared)
+        expert = narrow(module, x, factor)
+    shared = [copy.deepcopy(expert) for _ in range(entry.shared)]
+    experts = make_experts(
+        expert, entry.num_experts, entry.expert_init, entry.granularity, entry.impl
+    )
+    options = ('granularity', 'grid_size', 'decision_weight', 'expert_init', 'upcycle_noise')
+    layer = MoELayer(
+        experts,
+        entry.num_experts,
+        entry.top_k,
+        entry.router,
+        in_channels,
+        **{option: getattr(entry, option) for option in options},
+        capacity_factor=entry.capacity_factor,
+        batch_dim=entry.batch_dim,
+        shortcut=shortcut,
+        shared=shared,
+    )
+    return layer, float(factor)
+
+
+def example(module: nn.Module, in_channels: int, granularity: str) -> torch.Tensor:
+    """An input by which the costs of a module and of narrower ones are compared."""
+    has_maps = any(isinstance(part, nn.Conv2d) for part in module.modules())
+    if has_maps and granularity != 'token':
+        return torch.zeros(1, in_channels, 32, 32)
+    return torch.zeros(1, 4, in_channels)
+
+
+def _replace(site: Site) -> None:
+    if site.stand_ins:
+        for name, stand_in in site.stand_ins.items():
+            site.parent._modules[name] = stand_in
+        site.parent.add_module(site.name, site.layer)
+        site.parent.register_load_state_dict_pre_hook(_upcycle_siblings)
+    else:
+        site.parent._modules[site.name] = site.layer
+
+
+def _upcycle_siblings(parent: nn.Module, state_dict: dict, prefix: str, *_: Any) -> None:
+    for name, layer in parent.named_children():
+        if isinstance(layer, MoELayer) and layer.siblings:
+            layer.upcycle(state_dict, prefix, f'{prefix}{name}.')
+
+
+def _watch(model: nn.Module, sites: list[Site]) -> None:
+    """Let the layers know when a forward pass of the model begins and ends."""
+    layers = vars(model).setdefault(_LAYERS, [])
+    if not layers:
+        model.register_forward_pre_hook(_begin)
+        model.register_forward_hook(_end)
+    layers += [site.layer for site in sites]
+    if hasattr(model, _INIT):
+        if not isinstance(vars(model).get(_INIT), DenseInit):
+            vars(model)[_INIT] = DenseInit(model)
+        vars(model)[_INIT].sites += sites
+
+
+def _begin(model: nn.Module, _: Any) -> None:
+    for layer in vars(model)[_LAYERS]:
+        layer.begin()
+
+
+def _end(model: nn.Module, *_: Any) -> None:
+    for layer in vars(model)[_LAYERS]:
+        layer.end()

@@ -1,0 +1,143 @@
+"""How long the Expert Explorer of a large data set takes to load, and how large its file is."""
+
+import shutil
+import statistics
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+from mmdet_moe.analysis.association import COCO_SIZES, SIZES, Association, Bins, size_bin
+from mmdet_moe.analysis.bins import coco_size_bin
+from mmdet_moe.analysis.explorer import build_payload, write_report
+from mmdet_moe.analysis.layer_statistics import LayerStatistics
+from mmdet_moe.analysis.outcomes import MISSED, Outcomes
+from mmdet_moe.errors import ConfigError
+from research.benchmarks.harness import Benchmark
+
+CLASSES, LEVELS, EXPERTS, ROWS_PER_IMAGE = 80, 5, 4, 7.2
+LAYERS = ('bbox_head.cls_moe', 'bbox_head.reg_moe')
+HEIGHT, WIDTH = 480, 640
+LOADS = 5
+_BROWSERS = ('chromium', 'chromium-browser', 'google-chrome')
+
+
+def run_explorer(bench: Benchmark, num_images: int) -> None:
+    """One run with as many detections as COCO has objects, and two such runs side by side.
+
+    Random decisions on noise, which compresses worse than photographs do.
+
+    Raises:
+        ConfigError: Without Playwright or Chromium.
+    """
+    try:
+        from playwright.sync_api import sync_playwright
+    except ImportError as error:
+        raise ConfigError('the suite explorer needs `pip install playwright`') from error
+    browser_path = next(filter(None, map(shutil.which, _BROWSERS)), None)
+    if browser_path is None:
+        raise ConfigError('the suite explorer needs a Chromium on the PATH')
+    payloads = [_payload(num_images, seed) for seed in (0, 1)]
+    with tempfile.TemporaryDirectory() as folder, sync_playwright() as playwright:
+        browser = playwright.chromium.launch(
+            executable_path=browser_path, args=['--no-sandbox', '--disable-dev-shm-usage']
+        )
+        for count in (1, 2):
+            path = Path(folder) / f'{count}.html'
+            write_report(payloads[:count], path)
+            seconds = [_load(browser, path) for _ in range(LOADS)]
+            what = f'{num_images} images' + (', two runs' if count == 2 else '')
+            each = ', '.join(f'{s:.2f}' for s in seconds)
+            bench.note(f'{what}: loads in {each} s')
+            bench.target(
+                f'{what}: loads in at most 2 s', statistics.median(seconds), at_most=2, unit=' s'
+            )
+            bench.target(
+                f'{what}: at most 25 MB', path.stat().st_size / 1e6, at_most=25, unit=' MB'
+            )
+        browser.close()
+
+
+def _load(browser, path: Path) -> float:
+    """Seconds until the pictures and the first charts are there."""
+    context = browser.new_context(viewport={'width': 1280, 'height': 900}, offline=True)
+    page = context.new_page()
+    page.goto(path.as_uri())
+    page.wait_for_selector('html[data-ready]', timeout=120_000)
+    milliseconds = page.evaluate('document.documentElement.dataset.ready')
+    context.close()
+    return float(milliseconds) / 1000
+
+
+def _payload(num_images: int, seed: int) -> dict:
+    rng = np.random.default_rng(seed)
+    outcomes = _outcomes(rng, num_images)
+    experts = {
+        'run': {
+            'config': f'run {seed}',
+            'checkpoint': 'made up',
+            'task': 'detection',
+            'split': 'val',
+            'num_images': num_images,
+            'num_objects': len(outcomes),
+            'num_detections': len(outcomes),
+            'score_thr': 0.3,
+            'classes': [f'class {i}' for i in range(CLASSES)],
+            'superclasses': None,
+            'num_levels': LEVELS,
+        },
+        'metrics': {'AP': 0.4},
+        'layers': {name: _layer(outcomes, name) for name in LAYERS},
+        'interventions': [],
+        'history': None,
+        'verdict': ['Made up.'],
+    }
+
+    def load_image(index: int) -> np.ndarray:
+        noise = np.random.default_rng(index).normal(120, 12, (HEIGHT, WIDTH, 3))
+        return noise.clip(0, 255).astype(np.uint8)
+
+    return build_payload(experts, outcomes, load_image)
+
+
+def _outcomes(rng: np.random.Generator, num_images: int) -> Outcomes:
+    rows = round(ROWS_PER_IMAGE * num_images)
+    size = np.exp(rng.uniform(np.log(10), np.log(300), rows)).astype(np.float32)
+    corner = rng.uniform(0, [WIDTH - 310, HEIGHT - 310], (rows, 2))
+    kind = rng.integers(0, 3, rows).astype(np.uint8)
+    label = rng.integers(0, CLASSES, rows).astype(np.int32)
+    weights = {}
+    for name in LAYERS:
+        drawn = rng.dirichlet(np.ones(EXPERTS), rows)
+        drawn[np.arange(rows)[:, None], drawn.argsort(1)[:, :-2]] = 0  # k = 2
+        weights[name] = (drawn / drawn.sum(1, keepdims=True)).astype(np.float32)
+    return Outcomes(
+        image=np.sort(rng.integers(0, num_images, rows)).astype(np.int32),
+        box=np.concatenate([corner, corner + size[:, None]], axis=1).astype(np.float32),
+        label=label,
+        true_label=label,
+        score=np.where(kind == MISSED, np.nan, rng.uniform(0.3, 1, rows)).astype(np.float32),
+        kind=kind,
+        size=size,
+        level=rng.integers(0, LEVELS, rows).astype(np.int32),
+        weights=weights,
+    )
+
+
+def _layer(outcomes: Outcomes, name: str) -> dict:
+    weights = outcomes.weights[name]
+    layer = LayerStatistics(EXPERTS)
+    layer.add(weights, outcomes.level, outcomes.image)
+    attributes = {
+        'size': (SIZES, size_bin(outcomes.size)),
+        'size_coco': (COCO_SIZES, coco_size_bin(outcomes.size)),
+        'class': (Bins([f'class {i}' for i in range(CLASSES)]), outcomes.label),
+    }
+    objects = {}
+    for attribute, (bins, values) in attributes.items():
+        table = Association(len(bins), EXPERTS)
+        table.add(np.arange(len(outcomes)), values, np.ones(len(outcomes)), weights)
+        objects[attribute] = table.result(permutations=1).as_dict(bins)
+    summary = layer.as_dict(permutations=1)
+    summary['associations']['objects'] = objects
+    return {'top_k': 2, 'granularity': 'image', **summary}

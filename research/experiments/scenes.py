@@ -1,0 +1,258 @@
+"""Balancing methods of the demo's RetinaNet, on generated scenes.
+
+Every seed has its own pretrained dense model, from which all of its methods start.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from mmengine.config import Config
+from torch import Tensor
+
+from mmdet_moe.analysis.interventions import ALL
+from mmdet_moe.cli import apply_data_root
+from mmdet_moe.datasets import digit_scenes
+from research.experiments.experiment import (
+    CONFIGS,
+    Experiment,
+    Method,
+    changed_by,
+    dead_experts,
+)
+from research.experiments.markdown import (
+    NOTHING,
+    mean_and_std,
+    mean_per_layer,
+    table,
+)
+from research.levels import information_on_level, positives_per_level
+from research.plots import plot_specialisation
+from research.runs import RunResult, latest_checkpoint, mean_std
+
+
+@dataclass(frozen=True)
+class Scenes:
+    """What is trained on which scenes.
+
+    Attributes:
+        name: Of the markers and the picture in docs/results.md.
+        sprites: What the scenes show, see :mod:`mmdet_moe.datasets.sprites`.
+        pretraining: The common start of all methods.
+        methods: Rows of the main table, the dense model first.
+        pictured: The methods of the picture.
+        decision_weights: Rows of the second table, if there is one; the last one is the run of
+            ``methods[1]``.
+    """
+
+    name: str
+    sprites: str
+    pretraining: Method
+    methods: tuple[Method, ...]
+    pictured: tuple[Method, ...]
+    decision_weights: tuple[Method, ...] = ()
+
+
+_DIGITS = (
+    Method('dense', 'demo/retinanet_dense_digits'),
+    Method('soft: importance', 'demo/retinanet_moe_soft_digits'),
+    Method('soft: KL', 'demo/retinanet_moe_soft_kl_digits'),
+    Method('hard: relative', 'demo/retinanet_moe_hard_digits'),
+    Method('hard: mean', 'demo/retinanet_moe_hard_mean_digits'),
+    Method('loss-free bias', 'demo/retinanet_moe_loss_free_digits'),
+    Method('no balancing', 'demo/retinanet_moe_unbalanced_digits'),
+)
+DIGIT_SCENES = Scenes(
+    name='digit-scenes',
+    sprites='digits',
+    pretraining=Method('pretraining', 'demo/retinanet_pretrain_digits'),
+    methods=_DIGITS,
+    # The one with auxiliary losses, the two with masks, and none.
+    pictured=(_DIGITS[1], _DIGITS[3], _DIGITS[4], _DIGITS[6]),
+    # 'positives' is the default of MoERetinaHead.
+    decision_weights=tuple(
+        Method(
+            f'soft: importance, {weight}',
+            _DIGITS[1].config,
+            (f'model.bbox_head.decision_weight={weight}',),
+        )
+        for weight in ('uniform', 'area', 'positives')
+    ),
+)
+_FASHION = (
+    Method('dense', 'demo/retinanet_dense_fashion'),
+    Method('soft: importance', 'demo/retinanet_moe_soft_fashion'),
+    Method('hard: relative', 'demo/retinanet_moe_hard_fashion'),
+)
+FASHION_SCENES = Scenes(
+    name='fashion-scenes',
+    sprites='fashion-mnist',
+    pretraining=Method('pretraining', 'demo/retinanet_pretrain_fashion'),
+    methods=_FASHION,
+    pictured=_FASHION[1:],
+)
+
+
+class ScenesExperiment(Experiment):
+    """All methods on one kind of scenes.
+
+    Args:
+        scenes: What is trained on what.
+        source: Folder of the sprites' files, for those that do not come with a package.
+        *args, **kwargs: As for :class:`Experiment`.
+    """
+
+    def __init__(self, scenes: Scenes, *args, source: Path | None = None, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self.scenes = scenes
+        self.source = source
+
+    def run(self, table_only: bool = False) -> None:
+        digit_scenes.generate(
+            self.data,
+            num_train=1000,
+            num_val=200,
+            size=256,
+            seed=0,
+            sprites=self.scenes.sprites,
+            source=self.source,
+        )
+        self.check([self.scenes.pretraining, *self._unique_methods()])
+        if not table_only:
+            self.train([self.scenes.pretraining])
+            self.train(self._unique_methods())
+            self.analyse(self.scenes.methods[1:])
+        self.write()
+
+    def _unique_methods(self) -> list[Method]:
+        return [*self.scenes.methods, *self.scenes.decision_weights[:-1]]
+
+    def run_dir(self, method: Method, seed: int) -> Path:
+        if self.scenes.decision_weights and method == self.scenes.decision_weights[-1]:
+            method = self.scenes.methods[1]
+        return super().run_dir(method, seed)
+
+    def options(self, method: Method, seed: int) -> list[str]:
+        options = super().options(method, seed)
+        if method != self.scenes.pretraining:
+            pretrained = latest_checkpoint(self.run_dir(self.scenes.pretraining, seed))
+            options.append(f'load_from={pretrained}')
+        return options
+
+    def write(self) -> None:
+        scenes = self.scenes
+        cfg = Config.fromfile(CONFIGS / f'{scenes.methods[0].config}.py')
+        apply_data_root(cfg, str(self.data))
+        objects = positives_per_level(cfg)
+        rows = {scenes.name: scenes.methods}
+        if scenes.decision_weights:
+            rows['decision-weights'] = scenes.decision_weights
+        results = {
+            marker: {method.name: self.results(method) for method in methods}
+            for marker, methods in rows.items()
+        }
+        tables = {marker: markdown_table(runs, objects) for marker, runs in results.items()}
+        found = {method.name: self.analyses(method) for method in scenes.methods[1:]}
+        tables[f'{scenes.name}-specialisation'] = specialisation_table(found)
+        pictures = {}
+        if all(found[method.name] for method in scenes.pictured):
+            first = {method.name: found[method.name][0] for method in scenes.pictured}
+            pictures[f'{scenes.name}-specialisation.png'] = partial(plot_specialisation, first)
+        runs = [*found.values(), *(runs for group in results.values() for runs in group.values())]
+        self.publish(all(len(r) == len(self.seeds) for r in runs), tables, pictures)
+
+
+def markdown_table(results: dict[str, list[RunResult]], objects: Tensor) -> str:
+    """Mean ± standard deviation over the seeds, one row per method.
+
+    Args:
+        results: The finished runs by method.
+        objects: Positive anchors of the validation set by level, (L,).
+    """
+    columns = (
+        'method', 'seeds', 'AP', 'AP50', 'AP small', 'AP medium', 'AP large', 'load CV²',
+        'dead experts', 'information on input', 'on level', 'on level, by objects',
+    )  # fmt: skip
+
+    def on_objects(report: dict) -> float:
+        return information_on_level(report['level_shares'], objects)
+
+    def rows() -> Iterator[list[str]]:
+        for name, runs in results.items():
+            if not runs:
+                continue
+            cells = [name, str(len(runs))]
+            cells += [mean_and_std([run.metrics[m] for run in runs]) for m in columns[2:7]]
+            if runs[0].layers:
+                cells += [
+                    _per_layer(runs, lambda report: report['load_cv2']),
+                    dead_experts(runs),
+                    _per_layer(runs, lambda report: report['mi_input']),
+                    _per_layer(runs, lambda report: report['mi_level']),
+                    _per_layer(runs, on_objects),
+                ]
+            else:
+                cells += [NOTHING] * 5
+            yield cells
+
+    return table(columns, rows())
+
+
+def _per_layer(runs: Sequence[RunResult], value: Callable[[dict], float]) -> str:
+    return mean_per_layer([[value(report) for report in run.layers.values()] for run in runs])
+
+
+def specialisation_table(found: dict[str, list[dict]]) -> str:
+    """Mean over the seeds, ``cls / reg`` for the two MoE layers, one row per method.
+
+    Args:
+        found: Contents of ``experts.json`` by method.
+    """
+    columns = (
+        'method', 'seeds', 'size of objects', 'of detections', 'largest p', 'class', 'AP',
+        'best expert alone', 'worst expert alone', 'all alike', 'at random', 'both at random',
+    )  # fmt: skip
+
+    def rows() -> Iterator[list[str]]:
+        for name, runs in found.items():
+            if not runs:
+                continue
+            of_objects, of_detections, of_class = (
+                _over_layers(runs, lambda run, x, a=a: _association(run, x, *a)['mi'])
+                for a in (
+                    ('objects', 'size_coco'), ('detections', 'size_coco'), ('objects', 'class'),
+                )
+            )  # fmt: skip
+            best, worst, equal, random = (
+                _over_layers(runs, lambda run, x, f=f: f(changed_by(run, x, 'AP')), digits=3)
+                for f in (
+                    lambda changed: max(changed['only']),
+                    lambda changed: min(changed['only']),
+                    lambda changed: changed['equal'][0],
+                    lambda changed: changed['random'][0],
+                )
+            )
+            both = mean_std([changed_by(run, ALL, 'AP')['random'][0] for run in runs])[0]
+            ap = mean_and_std([run['metrics']['AP'] for run in runs])
+            yield [
+                name, str(len(runs)), of_objects, of_detections, f'{max(_p_values(runs)):.3f}',
+                of_class, ap, best, worst, equal, random, f'{both:.3f}',
+            ]  # fmt: skip
+
+    return table(columns, rows())
+
+
+def _over_layers(runs: Sequence[dict], value: Callable[[dict, str], float], digits: int = 2) -> str:
+    return mean_per_layer([[value(run, name) for name in run['layers']] for run in runs], digits)
+
+
+def _association(run: dict, layer: str, source: str, attribute: str) -> dict:
+    return run['layers'][layer]['associations'][source][attribute]
+
+
+def _p_values(runs: Sequence[dict]) -> Iterator[float]:
+    for run in runs:
+        for layer in run['layers']:
+            for source in ('objects', 'detections'):
+                yield _association(run, layer, source, 'size_coco')['p_value']

@@ -1,0 +1,77 @@
+"""Whether a run on the disk was made with the settings that are asked for now."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mmengine.config import Config
+
+from mmdet_moe.cli import apply_data_root, load_config, parse_options, set_loader_defaults
+from mmdet_moe.errors import ConfigError
+from mmdet_moe.moe.routers import FORMER_SOFTMAX
+
+#: Where a run lives, how it was started and saved, and on what device: nothing that its figures
+#: depend on.
+_PLACES = {
+    *('work_dir', 'launcher', 'resume', 'load_from', 'experiment_name'),
+    *('max_keep_ckpts', 'pin_memory'),
+}
+_MISSING = object()
+
+
+def check_settings(folder: Path, config: Path, options: Sequence[str]) -> None:
+    """Refuse a run that was begun with other settings; nothing is said of a folder without one.
+
+    Args:
+        folder: Where the run lives.
+        config: Config file that it should be a run of.
+        options: ``key=value`` pairs for ``--cfg-options``.
+
+    Raises:
+        ConfigError: With the first field that differs, and for a config that cannot be read.
+    """
+    for path in folder.glob('*.py'):
+        wanted, found = load_config(str(config), parse_options(options)), load_config(str(path))
+        set_loader_defaults(wanted)
+        if 'data_root' in wanted and 'data_root' in found:  # the data may have been moved
+            apply_data_root(found, wanted.data_root)
+        if field := difference(found, wanted):
+            raise ConfigError(
+                f'{folder} holds a run with other settings ({field}); move it away, or choose '
+                'another --work-dir'
+            )
+
+
+def difference(found: Config, wanted: Config) -> str | None:
+    """The first field in which two configs differ, with both values; None for equal ones.
+
+    Args:
+        found: Of a run, as MMEngine has stored it.
+        wanted: As the tools would start it now.
+    """
+    return _difference(found.to_dict(), wanted.to_dict(), '')
+
+
+def _difference(found: Any, wanted: Any, field: str) -> str | None:
+    if isinstance(found, Mapping) and isinstance(wanted, Mapping):
+        for key in sorted({*found, *wanted}.difference(_PLACES), key=str):
+            name = f'{field}.{key}' if field else str(key)
+            values = found.get(key, _MISSING), wanted.get(key, _MISSING)
+            if (text := _difference(*values, name)) is not None:
+                return text
+        return None
+    if isinstance(found, (list, tuple)) and isinstance(wanted, (list, tuple)):
+        if len(found) == len(wanted):
+            pairs = enumerate(zip(found, wanted, strict=True))
+            return next(
+                (text for i, pair in pairs if (text := _difference(*pair, f'{field}[{i}]'))), None
+            )
+    elif (found is not _MISSING and wanted is not _MISSING and found == wanted) or (
+        field.endswith('.softmax') and FORMER_SOFTMAX.get(found) == wanted
+    ):
+        return None
+    return f'{field}: {_shown(found)} there, {_shown(wanted)} now'
+
+
+def _shown(value: Any) -> str:
+    return 'nothing' if value is _MISSING else repr(value)

@@ -1,0 +1,464 @@
+"""Modules of plain PyTorch models that become experts, against the models as they were."""
+
+import copy
+import pickle
+from collections import OrderedDict
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import nn
+
+from mmdet_moe.errors import ConfigError, ReplacedAttributeError
+from mmdet_moe.moe import (
+    ConvExperts,
+    LinearExperts,
+    ModuleExperts,
+    MoELayer,
+    add_experts,
+    find_moe_layers,
+)
+
+
+def conv(inputs, outputs, **kwargs):
+    return nn.Conv2d(inputs, outputs, 3, padding=1, **kwargs)
+
+
+class Head(nn.Module):
+    """Two branches of siblings that run on every level, as those of a dense detection head."""
+
+    def __init__(self, between=None, twice=False):
+        super().__init__()
+        self.cls_convs = nn.ModuleList([nn.Sequential(conv(4, 4), nn.ReLU()) for _ in range(2)])
+        self.cls = conv(4, 5)
+        self.reg = conv(4, 2)
+        self.between, self.twice = between, twice
+
+    def forward(self, levels):
+        outputs = []
+        for x in levels:
+            y = x
+            for layer in self.cls_convs:
+                y = layer(y)
+                if self.between is not None:
+                    y = self.between(y)
+            outputs.append((self.cls(y), self.reg(y if self.twice else x)))
+        return outputs
+
+
+class FFN(nn.Module):
+    """As mmcv's: the input is added to, or something else of the same shape."""
+
+    def __init__(self, channels=6):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(channels, 12), nn.GELU(), nn.Linear(12, channels))
+
+    def forward(self, x, identity=None):
+        return self.layers(x) + (x if identity is None else identity)
+
+
+class Encoder(nn.Module):
+    def __init__(self, sequence_first=False):
+        super().__init__()
+        self.norm = nn.LayerNorm(6)
+        self.ffn = FFN()
+        self.mix = nn.Linear(6, 6)
+        self.sequence_first = sequence_first
+
+    def forward(self, x):
+        x = x.transpose(0, 1) if self.sequence_first else x
+        x = self.mix(self.ffn(self.norm(x), identity=x))
+        return x.transpose(0, 1) if self.sequence_first else x
+
+
+def changed(model, experts, **kwargs):
+    """A copy with experts, whose routers decide by their inputs."""
+    moe = copy.deepcopy(model)
+    report = add_experts(moe, experts, **kwargs)
+    for layer in find_moe_layers(moe).values():
+        nn.init.normal_(layer.router.fc.weight, std=3.0)
+    return moe, report
+
+
+def outputs_of(model, x):
+    out = model(x)
+    return [t for pair in out for t in pair] if isinstance(out, list) else [out]
+
+
+def levels():
+    return [torch.randn(3, 4, s, s + 1) for s in (8, 5, 2)]
+
+
+CASES = {
+    'stage': (lambda: torchvision.models.resnet18(num_classes=7), {'layer4': {}}, ModuleExperts),
+    'blocks': (lambda: torchvision.models.resnet18(num_classes=7), {'layer3.*': {}}, None),
+    'conv': (
+        lambda: torchvision.models.resnet18(num_classes=7),
+        {'layer4.1.conv2': {'granularity': 'patch', 'grid_size': 2}},
+        ConvExperts,
+    ),
+    'mobilenet block': (
+        lambda: torchvision.models.mobilenet_v2(num_classes=7),
+        {'features.5': {'granularity': 'patch', 'grid_size': 2}},
+        ModuleExperts,
+    ),
+    'siblings': (Head, {'{cls_convs,cls}': {}}, ModuleExperts),
+    'list': (Head, {'cls_convs': {}, 'reg': {}}, None),
+    'token linear': (Encoder, {'mix': {'granularity': 'token'}}, LinearExperts),
+    'image linear': (Encoder, {'mix': {}}, ModuleExperts),
+    'ffn with identity': (Encoder, {'ffn': {'granularity': 'token'}}, ModuleExperts),
+    'ffn of an image': (Encoder, {'ffn': {}}, ModuleExperts),
+    'sequence first': (
+        lambda: Encoder(sequence_first=True),
+        {'ffn': {'granularity': 'token', 'batch_dim': 1}, 'mix': {'batch_dim': 1}},
+        None,
+    ),
+    'shared expert': (
+        lambda: torchvision.models.resnet18(num_classes=7),
+        {'layer4': {'shared': 2}, 'layer3.1.conv1': {'shared': 1}},
+        None,
+    ),
+}
+
+
+def inputs_of(model):
+    if isinstance(model, Head):
+        return levels()
+    return torch.randn(3, 7, 6) if isinstance(model, Encoder) else torch.randn(3, 3, 64, 64)
+
+
+@pytest.mark.parametrize('name', CASES)
+def test_untrained_experts_are_the_dense_model(name):
+    """Outputs, gradients (those of the copies sum to the dense one), checkpoints, copies."""
+    make, experts, kind = CASES[name]
+    dense = make().eval()
+    moe, _ = changed(dense, experts)
+    x = inputs_of(dense)
+    expected = outputs_of(dense, x)
+    for y, reference in zip(outputs_of(moe, x), expected, strict=True):
+        torch.testing.assert_close(y, reference, rtol=1e-5, atol=1e-5)
+    for layer in find_moe_layers(moe).values():
+        assert kind is None or isinstance(layer.experts, kind)
+        assert len(set(layer.routing.expert_ids.flatten().tolist())) > 1  # there is a choice
+    sum(y.square().sum() for y in outputs_of(moe, x)).backward()
+    sum(y.square().sum() for y in expected).backward()
+    for parameter_name, parameter in dense.named_parameters():
+        total = sum(gradients_of(moe, parameter_name))
+        scale = parameter.grad.abs().max().item()
+        torch.testing.assert_close(total, parameter.grad, rtol=1e-3, atol=1e-4 * scale + 1e-7)
+
+    # A dense checkpoint, and one of the model itself.
+    other = changed(make().eval(), experts)[0]
+    missing, unexpected = other.load_state_dict(dense.state_dict(), strict=False)
+    assert not unexpected
+    assert all('.router.' in key for key in missing)
+    for y, reference in zip(outputs_of(other, x), expected, strict=True):
+        torch.testing.assert_close(y, reference, rtol=1e-5, atol=1e-5)
+    other.load_state_dict(moe.state_dict())
+    copied = pickle.loads(pickle.dumps(copy.deepcopy(other)))
+    for a, b, c in zip(*(outputs_of(m, x) for m in (moe, other, copied)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(a, c, rtol=1e-5, atol=1e-6)
+
+
+def gradients_of(moe, name):
+    """The gradients of all copies that a model with experts has of a dense parameter."""
+    parameters = dict(moe.named_parameters())
+    if name in parameters:
+        return [parameters[name].grad]
+    found = []
+    for path, layer in find_moe_layers(moe).items():
+        scope = path if not layer.siblings else path.rpartition('.')[0]
+        if scope and not name.startswith(scope + '.'):
+            continue
+        inner = name.removeprefix(f'{scope}.')
+        if isinstance(layer.experts, ModuleExperts):
+            held = [dict(expert.named_parameters()).get(inner) for expert in layer.experts]
+            found += [parameter.grad for parameter in held if parameter is not None]
+        elif inner in dict(layer.experts.named_parameters()):
+            found.append(layer.experts.get_parameter(inner).grad.sum(0))
+        found += [dict(m.named_parameters())[inner].grad for m in layer.shared or ()]
+    return found
+
+
+def test_one_routing_for_all_calls_of_a_forward_pass():
+    """A decision per image and level; a constraint counts them all once."""
+    head = Head()
+    router = {'constraint': {'type': 'mmdet_moe.RelativeImportanceConstraint'}}
+    add_experts(head, {'{cls_convs,cls}': {'router': router}})
+    layer = head.cls_convs_moe
+    updates = []
+    update = layer.router.constraint.update
+    layer.router.constraint.update = lambda routing: (updates.append(routing), update(routing))
+    for _ in range(2):
+        head(levels())
+        assert layer.routing.items_per_level == (3, 3, 3)
+        assert layer.routing.level_ids.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+        assert layer.routing.image_ids.tolist() == [0, 1, 2] * 3
+        assert [items.size for items in layer.items] == [(8, 9), (5, 6), (2, 3)]
+    assert [routing.num_items for routing in updates] == [9, 9]
+    head.eval()(levels())
+    assert len(updates) == 2
+    # By itself, outside of a forward pass of its model, every call is one.
+    layer.train()(levels()[0])
+    assert [routing.num_items for routing in updates] == [9, 9, 3]
+
+
+def test_calls_with_other_numbers_of_images():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = conv(3, 3)
+
+        def forward(self, x):
+            return self.conv(self.conv(x)[:1])
+
+    model = Twice()
+    add_experts(model, {'conv': {}})
+    model(torch.randn(3, 3, 4, 4))
+    assert model.conv.routing.num_items == 4
+    with pytest.raises(RuntimeError, match='different numbers of images'):
+        _ = model.conv.routing.image_ids
+
+
+class TestNothingInBetween:
+    """What a model does between siblings is never left out in silence."""
+
+    @pytest.mark.parametrize(
+        'between',
+        [F.relu, nn.ReLU(inplace=True), lambda y: y + 1, lambda y: y.relu_(), lambda y: y.size()],
+        ids=['function', 'module in place', 'operator', 'method', 'shape'],
+    )
+    @pytest.mark.parametrize('context', [torch.enable_grad, torch.no_grad, torch.inference_mode])
+    def test_activation(self, between, context):
+        head = Head(between)
+        add_experts(head, {'{cls_convs,cls}': {}})
+        with context(), pytest.raises(ConfigError, match='cls_convs and cls cannot be one expert'):
+            head(levels())
+
+    def test_second_use(self):
+        head = Head(twice=True)
+        add_experts(head, {'{cls_convs,cls}': {}})
+        with pytest.raises(ConfigError, match=r'conv2d.*cannot be one expert'):
+            head(levels())
+
+    def test_another_order(self):
+        head = Head()
+        add_experts(head, {'{cls_convs,reg}': {}})
+        with pytest.raises(ConfigError, match='cannot be one expert'):
+            head(levels())
+        head = Head()
+        add_experts(head, {'{reg,cls}': {}})
+        with pytest.raises(ConfigError, match='do not run one after the other'):
+            head(levels())
+
+
+class Structured(nn.Module):
+    """Returns its size, too, as the stages of a Swin Transformer do."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(6, 6)
+
+    def forward(self, x, size, mask=None):
+        assert mask is None
+        return {'x': self.fc(x), 'size': (size[0], 2)}
+
+
+def test_what_belongs_to_no_item_is_passed_on():
+    dense = Structured()
+    model = nn.ModuleDict({'stage': dense})
+    moe, _ = changed(model, {'stage': {}})
+    x = torch.randn(3, 7, 6)
+    expected, got = dense(x, (4, 5), mask=None), moe['stage'](x, (4, 5), mask=None)
+    torch.testing.assert_close(got['x'], expected['x'])
+    assert got['size'] == (4, 2)
+    with pytest.raises(ConfigError, match=r'another tensor of shape \(7, 7\)'):
+        moe['stage'](x, torch.zeros(7, 7))
+
+
+class Two(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(6, 6)
+
+    def forward(self, x):
+        return self.fc(x), x
+
+
+class Wrapper(nn.Module):
+    def __init__(self, inner, call=None):
+        super().__init__()
+        self.inner = inner
+        self.call = call or (lambda inner, x: inner(x))
+
+    def forward(self, x):
+        return self.call(self.inner, x)
+
+
+@pytest.mark.parametrize(
+    ('inner', 'call', 'message'),
+    [
+        (Two, None, 'returned 2 tensors'),
+        (lambda: nn.Linear(6, 6), lambda inner, x: inner([x]), 'called with a list'),
+        (
+            lambda: nn.Linear(6, 6),
+            lambda inner, x: F.linear(x, inner.weight),
+            '"weight" of "inner"',
+        ),
+        (
+            lambda: nn.Sequential(nn.Linear(6, 6)),
+            lambda inner, x: [f(x) for f in inner],
+            'iterates',
+        ),
+    ],
+)
+def test_uses_that_experts_cannot_serve(inner, call, message):
+    model = Wrapper(inner(), call)
+    add_experts(model, {'inner': {}})
+    with pytest.raises(ConfigError, match=message):
+        model(torch.randn(3, 6))
+
+
+def test_settings_of_the_dense_layer_can_be_read():
+    model = Wrapper(nn.Linear(6, 5))
+    add_experts(model, {'inner': {}})
+    assert (model.inner.in_features, model.inner.out_features) == (6, 5)
+    with pytest.raises(ReplacedAttributeError):
+        _ = model.inner.weight
+    assert not hasattr(model.inner, 'weight')
+
+
+class Shares(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(3, 3), nn.Linear(3, 3)
+        self.b.weight = self.a.weight
+        self.c = self.d = nn.Sequential(nn.Linear(3, 3))
+
+
+@pytest.mark.parametrize(
+    ('model', 'experts', 'message'),
+    [
+        (Shares, {'a': {}}, '"a" shares its weights with "b"'),
+        (Shares, {'c': {}}, '"c" shares its weights with "d"'),
+        (Head, {'cls_convs.*': {}, 'cls_convs': {}}, 'experts inside of experts'),
+        (Head, {'{cls_convs,cls}': {}, 'cls': {}}, 'named twice'),
+        (Head, [{'at': 'cls'}, {'at': 'c*s'}], 'named twice'),
+        (Head, [], 'experts is empty'),
+        (Head, [{'num_experts': 4}], "must be a dict with 'at'"),
+        (Head, {'cls': {'experts': 4}}, 'unknown options experts; there are at, every'),
+        (Head, {'cls': {'name': 'x'}}, "name='x' is for siblings"),
+        (Head, {'{cls_convs,cls}': {'name': 'reg'}}, "name='reg' is taken"),
+        (Head, {'cls': {'top_k': 5}}, '"cls": top_k=5 must lie between'),
+        (Head, {'cls': {'shared': -1}}, 'shared=-1'),
+        (Head, {'cls': {'width': 'wide'}}, "width='wide'"),
+        (Head, {'cls': {'width': 0.5}}, '"cls": .*nothing inside'),
+        (Head, {'cls_convs': {'impl': 'views'}}, 'is for plain convolutions'),
+        (lambda: nn.Sequential(nn.ReLU()), {'0': {}}, 'has no weights'),
+        (
+            lambda: nn.Sequential(nn.Sequential(nn.ReLU(True), nn.Linear(2, 2))),
+            {'0': {}},
+            'in place',
+        ),
+        (lambda: nn.ModuleDict({'a': nn.ModuleDict({'b': conv(2, 2)})}), {'a': {}}, 'ModuleDict'),
+        (lambda: nn.Sequential(OrderedDict(a=nn.Embedding(3, 2))), {'a': {}}, 'give in_channels'),
+    ],
+)
+def test_refused_and_left_as_it_was(model, experts, message):
+    model = model()
+    before = {name: id(module) for name, module in model.named_modules()}
+    with pytest.raises(ConfigError, match=message):
+        add_experts(model, experts)
+    assert {name: id(module) for name, module in model.named_modules()} == before
+
+
+def test_experts_in_what_has_become_experts():
+    model = Head()
+    add_experts(model, {'{cls_convs,cls}': {}})
+    with pytest.raises(ConfigError, match='lies inside of the experts "cls_convs_moe"'):
+        add_experts(model, {'cls_convs_moe.experts.0.cls': {}})
+    add_experts(model, {'reg': {}})  # further ones elsewhere
+    model(levels())
+    assert len(find_moe_layers(model)) == 2
+
+
+def test_equal_width_costs_what_the_dense_layer_does():
+    """k active experts against the dense stage; a dense checkpoint loads in parts."""
+    dense = torchvision.models.resnet18(num_classes=7).eval()
+    moe, report = changed(dense, {'layer4': {'width': 'equal'}, 'layer3': {'width': 0.5}})
+    (equal, half) = report.rows
+    assert equal.active == pytest.approx(equal.dense, rel=0.1)
+    assert half.width == 0.5
+    expert = moe.layer3.experts[0]
+    assert expert[0].conv1.out_channels == 128
+    assert expert[0].conv2.out_channels == 256
+    missing, unexpected = moe.load_state_dict(dense.state_dict(), strict=False)
+    assert not unexpected
+    assert all('.router.' in key for key in missing)
+    first, last = (moe.layer3.experts[e][0].conv1.weight for e in (0, 2))
+    assert torch.equal(first, dense.layer3[0].conv1.weight[:128])
+    assert torch.equal(last, dense.layer3[0].conv1.weight[128:])
+    torch.testing.assert_close(
+        moe.layer3.experts[2][0].conv2.weight, 2 * dense.layer3[0].conv2.weight[:, 128:]
+    )
+
+
+def test_residual():
+    dense = torchvision.models.resnet18(num_classes=7).eval()
+    moe, _ = changed(dense, {'layer4': {'residual': True}, 'layer3.1': {'residual': True}})
+    x = torch.randn(2, 128, 8, 8)
+    assert isinstance(moe.layer3[1].shortcut, nn.Identity)
+    moe.layer3(x)
+    x = torch.randn(2, 256, 8, 8)
+    expected = dense.layer4(x) + moe.layer4.shortcut(x)
+    torch.testing.assert_close(moe.layer4(x), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_checkpoint_of_torchvision(tmp_path):
+    """Weights in a file, as torchvision's are; only the backbone has experts."""
+    dense = torchvision.models.resnet50(num_classes=10).eval()
+    torch.save(dense.state_dict(), tmp_path / 'resnet50.pth')
+    moe = torchvision.models.resnet50(num_classes=10).eval()
+    add_experts(moe, {'layer4': {'num_experts': 3}})
+    moe.load_state_dict(torch.load(tmp_path / 'resnet50.pth'), strict=False)
+    x = torch.randn(2, 3, 64, 64)
+    torch.testing.assert_close(moe(x), dense(x), rtol=1e-5, atol=1e-5)
+
+
+def test_frozen_layers_stay_frozen():
+    model = Head().requires_grad_(False)
+    add_experts(model, {'cls': {}, '{cls_convs,reg}': {}})
+    assert not any(p.requires_grad for p in model.parameters())
+
+
+def test_one_expert_is_the_dense_layer():
+    """Nothing is moved, and the router has a gradient of zeros."""
+    dense = nn.Sequential(conv(3, 4), nn.ReLU(inplace=True))
+    moe, _ = changed(nn.Sequential(dense), {'0': {'num_experts': 1, 'top_k': 1}})
+    x = torch.randn(2, 3, 5, 5)
+    assert torch.equal(moe(x), dense(x))
+    nn.ReLU(inplace=True)(moe(x)).sum().backward()
+    dense(x).sum().backward()
+    assert torch.equal(moe[0].experts[0][0].weight.grad, dense[0].weight.grad)
+    assert not moe[0].router.fc.weight.grad.any()
+
+
+def test_report():
+    report = changed(Head(), {'{cls_convs,cls}': {'num_experts': 3, 'shared': 1}})[1]
+    row = report.rows[0]
+    dense = 2 * (4 * 4 * 9 + 4) + 4 * 5 * 9 + 5
+    router = 4 * 3 + 3 + 4 * 3  # weights, bias, noise
+    assert row.dense == dense
+    assert row.active == 3 * dense + router
+    assert row.total == 4 * dense + router
+    assert '{cls_convs,cls}' in str(report)
+
+
+def test_layers_know_their_names():
+    model = Head()
+    add_experts(model, {'cls_convs': {}, 'reg': {}})
+    layers = find_moe_layers(model)
+    assert sorted(layers) == ['cls_convs_moe', 'reg']
+    assert all(isinstance(layer, MoELayer) and layer.name == n for n, layer in layers.items())

@@ -1,0 +1,119 @@
+"""The experiment with rotated images: its table, and all of it in miniature."""
+
+import math
+
+import pytest
+from miniature import write_fashion_mnist
+
+from mmdet_moe.cli import load_config, parse_options
+from mmdet_moe.errors import ConfigError
+from mmdet_moe.moe import UtilizationReport
+from research.experiments import experiment as experiment_module
+from research.experiments import rotate
+from research.experiments.budget import Budget
+from research.experiments.rotate import BUDGETS, RotateExperiment, markdown_table
+from research.runs import RunResult
+
+
+def cells(line):
+    return [cell.strip() for cell in line.split('|')[1:-1]]
+
+
+def result(accuracy, entropy, load):
+    report = UtilizationReport(
+        num_items=10, load=load, importance=load, load_cv2=0.5, usage_entropy=0.6,
+        decision_entropy=0.1, mi_input=0.3, mi_level=0.0, level_shares=[load],
+    )  # fmt: skip
+    metrics = {'accuracy': accuracy, 'dispatch entropy': entropy}
+    return RunResult(metrics, 0.2, 1000, 2_345_678, 8, {'moe': report.as_dict()})
+
+
+def test_table():
+    results = {
+        'single': [result(0.8, math.log(10), [1.0])],
+        'MoE': [result(0.9, 2.0, [0.3, 0.7, 0.0]), result(0.92, 1.0, [0.2, 0.3, 0.5])],
+        'none yet': [],
+    }
+    single, mixture = markdown_table(results, {'single': 10**6, 'MoE': 12_340_000}).splitlines()[2:]
+    assert cells(single) == ['single', '1', '80.00', '–', '–', '–', '1.0', '2,346 k']
+    assert cells(mixture) == [
+        'MoE', '2', '91.00 ± 1.41', '1.500 ± 0.707', '0.60 / 0.30 / 0.10', '1 of 6', '12.3',
+        '2,346 k',
+    ]  # fmt: skip
+
+
+TINY = Budget(
+    'tiny',
+    'very small',
+    (
+        'model.expert.backbone.stem_channels=4',
+        'model.expert.backbone.base_channels=4',
+        'model.expert.head.in_channels=32',
+        'model.router.conv_channels=4',
+        'train_dataloader.batch_size=20',
+        'train_dataloader.num_workers=0',
+        'val_dataloader.num_workers=0',
+        'train_cfg.max_epochs=1',
+    ),
+)
+
+
+def test_experiment(tmp_path, monkeypatch, capsys):
+    """Trains and writes; a second run finds everything done."""
+    data = write_fashion_mnist(tmp_path / 'data', num_train=20, num_test=10)
+    page = tmp_path / 'results.md'
+    page.write_text('before\n<!-- rotate-tiny:begin -->\n<!-- rotate-tiny:end -->\nafter\n')
+    monkeypatch.setattr(experiment_module, 'RESULTS', page)
+    monkeypatch.setattr(experiment_module, 'PICTURES', tmp_path / 'pictures')
+    monkeypatch.setattr(experiment_module, 'SEEDS', (3,))
+    experiment = RotateExperiment(TINY, data, tmp_path / 'runs', seeds=[3], jobs=2)
+    experiment.run()
+    first = page.read_text()
+    lines = first.splitlines()
+    assert (lines[0], lines[-1]) == ('before', 'after')
+    assert 'Budget `tiny`: very small.' in lines
+    (mixture,) = [cells(line) for line in lines if line.startswith(f'| {rotate.MIXTURE.name} |')]
+    (trained,) = experiment.results(rotate.MIXTURE)
+    # Of 20 samples, two of each of ten classes.
+    assert 0 <= trained.metrics['dispatch entropy'] <= math.log(10) + 1e-6
+    assert mixture[2:4] == [
+        f'{100 * trained.metrics["accuracy"]:.2f}',
+        f'{trained.metrics["dispatch entropy"]:.3f}',
+    ]
+    (single,) = experiment.results(rotate.SINGLE)
+    assert single.metrics['dispatch entropy'] == pytest.approx(rotate.CHANCE, abs=1e-5)
+    capsys.readouterr()
+    monkeypatch.setattr(experiment_module, 'train', None)
+    experiment.run()
+    assert '4 of 4 runs are finished.' in capsys.readouterr().out
+    assert page.read_text() == first
+
+
+def test_without_the_data(tmp_path):
+    experiment = RotateExperiment(TINY, tmp_path / 'no', tmp_path / 'runs', [0], jobs=1)
+    with pytest.raises(ConfigError, match=r"there is no folder '.*no'; .*prepare_data\.py"):
+        experiment.run()
+    assert not (tmp_path / 'runs').exists()
+
+
+@pytest.mark.parametrize(('budget', 'width', 'images', 'iterations'), [
+    ('cpu', 16, 5_000, 785), ('gpu', 64, 60_000, 28_140),
+])  # fmt: skip
+def test_what_the_budgets_say(budget, width, images, iterations, tmp_path):
+    """The texts name widths, images and iterations; these are what the trainings get."""
+    experiment = RotateExperiment(BUDGETS[budget], tmp_path, tmp_path, [0], jobs=1)
+    text = BUDGETS[budget].text
+    for method in rotate.METHODS:
+        options = parse_options([*experiment.options(method, 0), *method.options])
+        cfg = load_config(str(experiment_module.CONFIGS / f'{method.config}.py'), options)
+        backbone = cfg.model.expert.backbone
+        wanted = 4 if 'narrow' in method.name else width
+        assert backbone.get('base_channels', 64) == backbone.get('stem_channels', 64) == wanted
+        assert cfg.model.expert.head.in_channels == 8 * wanted
+        loader = cfg.train_dataloader
+        assert loader.dataset.dataset.get('indices', 60_000) == images
+        epochs = cfg.train_cfg.max_epochs
+        assert epochs * math.ceil(2 * images / loader.batch_size) == iterations
+        assert f'{images:,} training images, so {2 * images:,} samples' in text
+        assert f'{epochs} epochs in batches of {loader.batch_size}' in text
+        assert budget != 'cpu' or f'({iterations} iterations)' in text

@@ -1,0 +1,60 @@
+"""List the layers of a config's model that can become experts; ``--help`` lists the arguments.
+
+The paths are what `experts=[dict(at=...)]` and `add_experts` take.
+"""
+
+import argparse
+import importlib.util
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+# From a checkout the tool works without an installed package, too.
+if importlib.util.find_spec('mmdet_moe') is None:
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from mmengine.config import DictAction
+
+from mmdet_moe.cli import load_config
+from mmdet_moe.engine.dry_run import build_model, dry_run, image_size
+from mmdet_moe.errors import exit_on_user_error
+from mmdet_moe.moe.surgery.paths import find_places
+from mmdet_moe.moe.surgery.survey import survey, table
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point."""
+    parser = argparse.ArgumentParser(description=__doc__.split('\n')[0].split(';')[0])
+    parser.add_argument('config', help='config file of a detector or a classifier')
+    parser.add_argument('--at', metavar='PATH', help='list what lies here, for example backbone.*')
+    parser.add_argument(
+        '--depth', type=int, default=4, help='names below --at, numbers not counted (default: 4)'
+    )
+    parser.add_argument(
+        '--shape',
+        type=int,
+        nargs=2,
+        metavar=('H', 'W'),
+        help="of the images (default: as in the classifier's training; 320 320 for a detector)",
+    )
+    parser.add_argument('--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE')
+    args = parser.parse_args(argv)
+    with exit_on_user_error():
+        print(list_layers(args))
+
+
+def list_layers(args: argparse.Namespace) -> str:
+    """The table."""
+    cfg = load_config(args.config, args.cfg_options)
+    model = build_model(cfg)
+    places = (
+        ['']
+        if args.at is None
+        else [path for place in find_places(model, args.at) for path in place.paths]
+    )
+    run = dry_run(model, cfg.default_scope, tuple(args.shape or image_size(cfg)))
+    return table(survey(model, run, places, args.depth))
+
+
+if __name__ == '__main__':
+    main()
