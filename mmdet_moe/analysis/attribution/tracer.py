@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from mmengine.structures import InstanceData
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from mmdet_moe.analysis.attribution.families import origins_of
 from mmdet_moe.analysis.attribution.places import PLACE_FIELD, UNKNOWN, Origins, Places
@@ -175,15 +176,8 @@ class Tracer:
     def _routed(self, name: str) -> tuple[Routing, list[Items]]:
         """The layer's calls for the latest batch as one; those of a shared head level by level."""
         calls = self._calls[name]
-        if len(calls) == 1:
-            return calls[0]
-        routings = [routing for routing, _ in calls]
-        joined = Routing(
-            *(torch.cat([getattr(r, field) for r in routings]) for field in _PER_ITEM),
-            items_per_level=sum((tuple(r.items_per_level) for r in routings), ()),
-            num_images=routings[0].num_images,
-        )
-        return joined, [items for _, maps in calls for items in maps]
+        routing = Routing.cat([routing for routing, _ in calls])
+        return routing, [items for _, maps in calls for items in maps]
 
     def _owners(self, name: str) -> tuple[str, Places, int] | None:
         """Of a layer that decides for RoIs, queries or detections: which, they, and its call."""
@@ -372,14 +366,8 @@ def _hook(module: nn.Module, function: Callable) -> Iterator[None]:
         handle.remove()
 
 
-#: What a Routing has of every item.
-_PER_ITEM = ('expert_ids', 'weights', 'logits')
-
-
 def _tensors(output: Any) -> list[Tensor]:
-    if isinstance(output, Tensor):
-        return [output]
-    return [part for part in output if isinstance(part, Tensor)]
+    return [part for part in tree_leaves(output) if isinstance(part, Tensor)]
 
 
 def _map_behind(level: Tensor, index: int, maps: list[Tensor]) -> int:

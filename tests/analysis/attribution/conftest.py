@@ -4,8 +4,8 @@ import copy
 
 import pytest
 from mmcv.cnn import Scale
-from models import MODELS
 from torch import nn
+from traced_models import MODELS
 
 
 @pytest.fixture
@@ -26,7 +26,7 @@ def filled(randomise):
 
 @pytest.fixture
 def make(filled):
-    """The model of a name, see :data:`models.MODELS`, with other options of the test."""
+    """The model of a name, see :data:`traced_models.MODELS`, with other options of the test."""
 
     def build(name, **test_cfg):
         model = filled(MODELS[name]())

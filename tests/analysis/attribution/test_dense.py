@@ -14,7 +14,6 @@ from by_hand import (
     traced_weights,
     weights_by_hand,
 )
-from models import FROM_ALL_LEVELS
 from tiny_models import (
     BOXES,
     CLASSES,
@@ -27,8 +26,10 @@ from tiny_models import (
     place,
     predict,
 )
+from traced_models import FROM_ALL_LEVELS
 
 from mmdet_moe.analysis.attribution import Tracer
+from mmdet_moe.moe import add_experts, find_moe_layers
 
 HEADS = ('fcos', 'atss', 'gfl', 'tood', 'yolox', 'rtmdet', 'rtmdet, objectness', 'ssd')
 NAMES = ['moe retina', *(f'{head}, neck' for head in HEADS)]
@@ -192,6 +193,26 @@ def test_layers_inside_the_head(head, granularity, filled):
             assert len(decisions.weights) == 3 * each * len(maps)
             assert sorted(decisions.code.tolist()) == sorted([*range(each * len(maps))] * 3)
     assert seen == {0, 1, 2}
+
+
+def test_siblings_that_became_one_expert(filled):
+    """A decision of ``cls_convs_moe`` for each level, as the mechanism puts it into the head."""
+    model = build_single('fcos', **FROM_ALL_LEVELS)
+    add_experts(model, {'bbox_head.cls_convs': {'num_experts': 3, 'top_k': 2}})
+    (name,) = find_moe_layers(model)
+    filled(model)
+    batch = make_batch()
+    maps = inputs_of(model, batch)[name]
+    assert len(maps) == 3
+    with Tracer(model) as tracer, torch.no_grad():
+        for i, result in enumerate(tracer.predict(copy.deepcopy(batch))):
+            places = tracer.detection_places(i, result.pred_instances)
+            found, _, decisions = traced_weights(tracer, name, places, 3)
+            router = tracer.layers[name].router
+            vectors = torch.stack([maps[level][i].mean((1, 2)) for level in places.level])
+            torch.testing.assert_close(found, weights_by_hand(router, vectors), rtol=0, atol=1e-5)
+            assert decisions.level.tolist() == [0] * 3 + [1] * 3 + [2] * 3
+            assert torch.equal(decisions.routing.expert_ids, tracer.layers[name].routing.expert_ids)
 
 
 def test_changed_call_changes_its_level_alone(filled):

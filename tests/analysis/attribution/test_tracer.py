@@ -16,7 +16,6 @@ from by_hand import (
     traced_weights,
     weights_by_hand,
 )
-from models import MODELS
 from tiny_models import (
     MOE_BACKBONE,
     MOE_NECK,
@@ -27,6 +26,7 @@ from tiny_models import (
     place,
     predict,
 )
+from traced_models import MODELS
 
 from mmdet_moe.analysis.attribution import PLACE_FIELD, Tracer
 from mmdet_moe.errors import ConfigError
