@@ -43,7 +43,7 @@ from mmdet_moe.analysis.records import Arrays, Records
 
 SCHEMA, VERSION = 'mmdet_moe.experts', 1
 #: Raise it whenever the records of the same analysis would have other contents.
-RECORD_FORMAT = 1
+RECORD_FORMAT = 2
 #: Images in one file of records: what an interruption costs at most.
 IMAGES_PER_FILE = 64
 Progress = Callable[[int], None]

@@ -289,6 +289,16 @@ def test_unknown_heads_have_no_origins(make):
             assert tracer.decisions(name, 3).image.tolist() == [0] * 4 + [1] * 4 + [2] * 4
 
 
+def test_patches_are_not_guessed_without_a_place(filled):
+    """All levels of an unknown head hang on the stage, but where on it is not known."""
+    model = filled(build_single('yolov3', MOE_BACKBONE, train_cfg=False))
+    with Tracer(model) as tracer:
+        (result, *_) = tracer.predict(make_batch())
+        places = tracer.detection_places(0, result.pred_instances)
+        assert len(places) > 0
+        assert (tracer.items('backbone.layer4', places) == -1).all()
+
+
 def test_models_without_experts_are_refused():
     with pytest.raises(ConfigError, match=r'SingleStageDetector\) has no MoE layer'):
         Tracer(build_single('retina'))
