@@ -8,6 +8,7 @@ from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 from torch import nn
 
+from mmdet_moe.engine.explain import in_one_line
 from mmdet_moe.errors import ConfigError
 
 
@@ -23,7 +24,7 @@ def build_model(cfg: Config) -> nn.Module:
     except ConfigError:
         raise
     except Exception as error:  # whatever the constructors raise is a mistake in the config
-        raise ConfigError(f'the model of the config cannot be built: {error}') from error
+        raise ConfigError(f'the model cannot be built: {in_one_line(error)}') from error
 
 
 def image_size(cfg: Config) -> tuple[int, int]:
@@ -44,12 +45,25 @@ def dry_run(model: nn.Module, scope: str, size: tuple[int, int]) -> Callable[[],
         model: Its data preprocessor is passed by.
         scope: ``'mmdet'`` or ``'mmpretrain'``.
         size: (H, W).
+
+    Returns:
+        It raises a ConfigError if the model does not run.
     """
     images = torch.zeros(2, 3, *size)
-    if scope == 'mmpretrain':
-        return lambda: model(images, mode='tensor')
-    from mmdet.structures import DetDataSample
+    samples = None
+    if scope == 'mmdet':
+        from mmdet.structures import DetDataSample
 
-    shapes = dict.fromkeys(('img_shape', 'ori_shape', 'pad_shape', 'batch_input_shape'), size)
-    samples = [DetDataSample(metainfo={**shapes, 'scale_factor': (1.0, 1.0)}) for _ in images]
-    return lambda: model(images, samples, mode='tensor')
+        shapes = dict.fromkeys(('img_shape', 'ori_shape', 'pad_shape', 'batch_input_shape'), size)
+        samples = [DetDataSample(metainfo={**shapes, 'scale_factor': (1.0, 1.0)}) for _ in images]
+
+    def run() -> Any:
+        try:
+            return model(images, samples, mode='tensor')
+        except Exception as error:  # of any kind, out of the model's own code
+            raise ConfigError(
+                f'the model does not run on images of {size[0]}×{size[1]} pixels '
+                f'({in_one_line(error)}); give another --shape'
+            ) from error
+
+    return run

@@ -67,7 +67,8 @@ def count_positives(model: nn.Module) -> None:
         if head is None or not hasattr(head, 'prior_generator') or layer.granularity != 'image':
             raise ConfigError(
                 f'"{name}": decision_weight=\'positives\' needs a layer that decides per image, in '
-                "a head that assigns anchors level by level (an AnchorHead); use 'uniform' or 'area'"
+                'a head that assigns anchors level by level (an AnchorHead); use decision_weight='
+                "'uniform' or 'area'"
             )
         counter = vars(head).get('get_targets')
         if not isinstance(counter, CountPositives):

@@ -28,3 +28,12 @@ def test_only_active_experts_count():
     one = 2 * 4 * 4 * 9 * 6 * 6
     router = 2 * 4 * 8
     assert count_flops(layer, torch.randn(1, 4, 6, 6)) == 2 * one + router
+
+
+def test_attention_counts():
+    """Also where PyTorch has one operator for it, on which its own counter is silent."""
+    n, tokens, width = 2, 5, 8
+    layer = nn.TransformerEncoderLayer(width, 2, 16, batch_first=True)
+    projections = 2 * n * tokens * (4 * width * width + 2 * width * 16)
+    products = 2 * 2 * n * tokens * tokens * width
+    assert count_flops(layer, torch.randn(n, tokens, width)) == projections + products

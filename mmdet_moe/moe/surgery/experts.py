@@ -111,7 +111,8 @@ def make_shortcut(module: nn.Module, in_channels: int) -> nn.Module:
     """
     side = 64
     try:
-        twin = copy.deepcopy(module).to('meta').eval()
+        twin = copy.deepcopy(module).to('meta')
+        twin.eval()  # some classes return nothing
         shape = twin(torch.empty(1, in_channels, side, side, device='meta')).shape
         out_channels, stride = shape[1], -(-side // shape[2])
     except Exception as error:

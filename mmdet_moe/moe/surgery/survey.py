@@ -1,6 +1,7 @@
 """Which modules of a model can become experts, found by watching one forward pass."""
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -72,40 +73,46 @@ def survey(
         for path, module in found.items()
     ]
     modes = {part: part.training for part in model.modules()}
+    trainable = [p for p in model.parameters() if p.requires_grad]
     model.eval()
     try:
+        # PyTorch's counter hooks into gradients, and fails where a parameter is an input.
+        nn.ParameterList(trainable).requires_grad_(False)
         with torch.no_grad(), FlopCounter() as counter:
             run()
     finally:
+        nn.ParameterList(trainable).requires_grad_(True)
         for hook in hooks:
             hook.remove()
         for part, training in modes.items():
             part.training = training
     flops = counter.by_module(model)
-    groups: dict[tuple, LayerInfo] = {}
+    alike: dict[str, tuple] = {}
     for path, info in infos.items():
         info.flops = flops.get(path, 0)
         info.obstacle = _obstacle(model, found[path], info)
-        around = infos.get(path.rpartition('.')[0])
+        around = infos.get(path.rpartition('.')[0]) if path else None
         if info.calls and not (around and _is_wrapped(info, around)):
             reason = info.obstacle and re.sub('".*"', '', info.obstacle)
-            key = (_glob(path), info.kind, info.calls, reason)
-            group = groups.setdefault(key, info)
-            if group is not info:
-                group.paths.append(path)
-                group.parameters += info.parameters
-                group.flops += info.flops
-    everywhere: dict[str, int] = {}
-    for path, _ in model.named_modules(remove_duplicate=False):
-        everywhere[_glob(path)] = everywhere.get(_glob(path), 0) + 1
-    for info in groups.values():
-        number, first = len(info.paths), info.paths[0]
-        info.label = first or '(all)'
+            alike[path] = (_glob(path), info.kind, info.calls, reason)
+    everywhere = Counter(_glob(path) for path, _ in model.named_modules(remove_duplicate=False))
+    numbers = Counter(alike.values())
+    groups: dict[tuple, LayerInfo] = {}
+    for path, key in alike.items():
+        is_whole = numbers[key] == everywhere[key[0]]  # the glob names nothing else
+        info = infos[path]
+        group = groups.setdefault(key if is_whole else (*key, info.parameters), info)
+        if group is not info:
+            group.paths.append(path)
+            group.parameters += info.parameters
+            group.flops += info.flops
+        number, first = len(group.paths), group.paths[0]
+        group.label = first or '(all)'
         if number > 1:
-            whole = everywhere[_glob(first)] == number
-            info.label = f'{_glob(first)} ({number})' if whole else f'{first} (+{number - 1} alike)'
-        if info.obstacle is None:
-            info.granularities = _granularities(found[first], info)
+            group.label = f'{key[0]} ({number})' if is_whole else f'{first} (+{number - 1} alike)'
+    for group in groups.values():
+        if group.obstacle is None:
+            group.granularities = _granularities(found[group.paths[0]], group)
     return list(groups.values())
 
 

@@ -1,0 +1,85 @@
+"""tools/list_layers.py on the toolboxes' own configs, made small."""
+
+import importlib.util
+from pathlib import Path
+
+import mmdet
+import mmpretrain
+import pytest
+
+TOOL = Path(__file__).parents[2] / 'tools' / 'list_layers.py'
+MMDET, MMPRETRAIN = (Path(m.__path__[0]) / '.mim' / 'configs' for m in (mmdet, mmpretrain))
+SMALL = ['model.backbone.depth=18', 'model.backbone.base_channels=8']
+
+
+@pytest.fixture(scope='module')
+def main():
+    spec = importlib.util.spec_from_file_location('list_layers', TOOL)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.main
+
+
+def rows(capsys):
+    """The last cells of every row, by its label."""
+    lines = capsys.readouterr().out.strip().split('\n')
+    start = next(i for i, line in enumerate(lines) if line.startswith('path'))
+    cells = [[cell.strip() for cell in line.split('  ') if cell.strip()] for line in lines[start:]]
+    return {row[0]: row[1:] for row in cells}
+
+
+def test_retinanet(main, capsys):
+    options = [*SMALL, 'model.neck.in_channels=[8,16,32,64]', 'model.neck.out_channels=8']
+    options += ['model.bbox_head.in_channels=8', 'model.bbox_head.feat_channels=8']
+    config = str(MMDET / 'retinanet' / 'retinanet_r50_fpn_1x_coco.py')
+    main([config, '--shape', '64', '96', '--cfg-options', *options])
+    table = rows(capsys)
+    assert table['backbone.layer4'][-1] == 'image, patch'
+    assert table['backbone.layer4'][1:3] == ['2×32×4×6', '2×64×2×3']
+    assert table['neck.fpn_convs.* (5)'][0] == 'ConvModule'
+    assert table['neck'][-1] == 'not: its input is no tensor (tuple)'
+    assert table['bbox_head.retina_cls'][3] == '5'  # once per level
+    assert table['backbone.layer1'][-1] == 'not: is frozen'
+
+
+def test_detr(main, capsys):
+    options = [*SMALL, 'model.neck.in_channels=[64]', 'model.encoder.num_layers=2']
+    options += ['model.decoder.num_layers=2', 'model.num_queries=5']
+    main([str(MMDET / 'detr' / 'detr_r50_8xb2-150e_coco.py'), '--shape', '64', '64', '--at',
+          'encoder.layers.*', '--cfg-options', *options])  # fmt: skip
+    table = rows(capsys)
+    assert table['encoder.layers.*.ffn (2)'][-1] == 'image, token'
+    assert table['encoder.layers.* (2)'][-1] == 'image'
+    assert not any(label.startswith(('backbone', 'decoder')) for label in table)
+
+
+def test_resnet(main, capsys):
+    main([str(MMPRETRAIN / 'resnet' / 'resnet18_8xb16_cifar10.py'), '--depth', '2'])
+    table = rows(capsys)
+    assert table['(all)'][1] == '2×3×32×32'  # as it is trained
+    assert table['backbone.layer2.* (2)'][-1] == 'image, patch'
+    assert table['head.fc'][-1] == 'image, token'
+    assert not any('.conv2' in label for label in table)
+
+
+def test_swin(main, capsys):
+    main([str(MMPRETRAIN / 'swin_transformer' / 'swin-tiny_16xb64_in1k.py'), '--shape', '64', '64',
+          '--at', 'backbone.stages.*', '--cfg-options', 'model.backbone.img_size=64',
+          'model.backbone.pad_small_map=True'])  # fmt: skip
+    table = rows(capsys)
+    assert table['backbone.stages.*.blocks.*.ffn (12)'][-1] == 'image, token'
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'message'),
+    [
+        (['--at', 'backbone.layer9'], 'at='),
+        (['--shape', '0', '32'], '0×32 pixels'),
+        (['--cfg-options', 'model.type=NoSuchClassifier'], 'cannot be built'),
+    ],
+)
+def test_mistakes(main, capsys, arguments, message):
+    config = str(MMPRETRAIN / 'resnet' / 'resnet18_8xb16_cifar10.py')
+    with pytest.raises(SystemExit, match='2'):
+        main([config, *arguments])
+    assert message in capsys.readouterr().err
