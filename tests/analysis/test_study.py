@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from tiny_models import BOXES, MOE_NECK, SIZES, build_single, make_batch
+from tiny_models import BOXES, MOE_NECK, SIZES, build_detr, build_single, make_batch
 from torch import nn
 
 from mmdet_moe.analysis.attribution import Tracer
@@ -105,6 +105,28 @@ def test_batches_are_told_apart(randomise):
             if '/dec' in name or '/link' in name:  # other orders of levels and images
                 a, b = np.sort(a, axis=0), np.sort(b, axis=0)
             np.testing.assert_allclose(a, b, err_msg=name)
+
+
+DECODER, ENCODER = 'decoder.layers.1.ffn.layers', 'encoder.layers.0.ffn.layers'
+
+
+@pytest.mark.parametrize('kind', ['detr', 'dino'])
+def test_objects_of_a_transformer_are_linked_to_their_queries(kind, randomise):
+    """One query for each object; the encoder takes part where a token proposed it."""
+    model = randomise(build_detr(kind, (DECODER, ENCODER))).eval()
+    with Tracer(model) as tracer:
+        recorder = Recorder(tracer, Data())
+        recorder.add([4, 5, 6], tracer.predict(make_batch()))
+    arrays = recorder.take()
+    decoder, encoder = (list(tracer.layers).index(name) for name in (DECODER, ENCODER))
+    has_token = kind == 'dino'
+    assert sorted(arrays[f'{decoder}/link_object']) == [0, 1, 2, 3]
+    assert (arrays[f'{decoder}/det_unit'] >= 0).all()
+    assert sorted(arrays[f'{encoder}/link_object']) == [0, 1, 2, 3] * has_token
+    assert ((arrays[f'{encoder}/det_unit'] >= 0) == has_token).all()
+    assert ((arrays['obj_level'] >= 0) == has_token).all()
+    tokens = (96 + 24 + 6 + 2 if has_token else 6) * 3
+    assert arrays[f'{encoder}/dec_level'].shape == (tokens,)
 
 
 def test_decisions_of_unknown_images_are_refused():
