@@ -132,6 +132,8 @@ def analyse(args: argparse.Namespace) -> dict:
             'layers that decide for each level are shown without them (known are the heads of '
             f'{KNOWN_HEADS}, and others with the decoding of one of them)'
         )
+    for reason in study.left_out.values():
+        print(f'note: {reason}')
     total = len(study.data)
     with _bar('statistics', total) as progress:
         study.record(progress)

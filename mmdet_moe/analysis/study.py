@@ -53,13 +53,15 @@ class Study:
         overwrite: Replace the records of another analysis.
 
     Attributes:
+        left_out: Layers whose decisions belong to no image that is known, with the reasons.
         records: What the statistics pass left, see
             :mod:`~mmdet_moe.analysis.records.contents`.
         changed: What the interventions left: of each, in the order of ``interventions``, the boxes
             or (of a classifier, int32) the predicted classes.
 
     Raises:
-        ConfigError: If the model has no MoE layer, or the folder belongs to another analysis.
+        ConfigError: If the model has no MoE layer, or none that can be analysed, or the folder
+            belongs to another analysis.
     """
 
     def __init__(
@@ -75,6 +77,9 @@ class Study:
         self.data = data
         self.score_thr = score_thr
         self.tracer = Tracer(model)
+        with self.tracer:
+            results = self.tracer.predict(next(self._batches(0, num_workers=0)))
+        self.left_out = self.tracer.leave_out_unknown(len(results))
         self.layers = self.tracer.layers
         plan = {**plan, 'format': RECORD_FORMAT, 'layers': list(self.layers), 'images': len(data)}
         of_pass, of_intervention = (
@@ -151,12 +156,8 @@ class Study:
         progress(done)
         if done == total:
             return
-        order = range(done, total)
-        loader = Runner.build_dataloader(
-            {**self.data.loader_cfg, 'dataset': self.data.dataset, 'sampler': order}
-        )
-        size = loader.batch_size
-        batches = iter(loader)
+        batches = self._batches(done)
+        size = self.data.loader_cfg.get('batch_size', 1)
         per_file = max(1, IMAGES_PER_FILE // size) * size
         for first in range(done, total, per_file):
             end = min(first + per_file, total)
@@ -166,3 +167,11 @@ class Study:
                 end,
                 ((list(range(start, min(start + size, end))), next(batches)) for start in starts),
             )
+
+    def _batches(self, first: int, **options: int) -> Iterator[dict]:
+        """The batches from an image on."""
+        order = range(first, len(self.data))
+        config = {**self.data.loader_cfg, 'dataset': self.data.dataset, 'sampler': order, **options}
+        if options:
+            config['persistent_workers'] = False
+        return iter(Runner.build_dataloader(config))

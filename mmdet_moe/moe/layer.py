@@ -410,9 +410,10 @@ class MoELayer(BaseModule):
                 )
 
     def _tokens_explained(self) -> AbstractContextManager:
+        kind = f' ({self.replaces})' if self.replaces else ''
         return explained(
-            f'The experts of MoE layer "{self.name}"{f" ({self.replaces})" if self.replaces else ""}'
-            " cannot compute single tokens, as granularity='token' has them do; choose a layer "
+            f'The experts of MoE layer "{self.name}"{kind} '
+            "cannot compute single tokens, as granularity='token' has them do; choose a layer "
             "inside that looks at one token at a time, such as an FFN, or granularity='image'"
         )
 

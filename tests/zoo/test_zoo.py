@@ -88,6 +88,22 @@ def test_outputs_equal_the_dense_models_and_survive_a_round_trip(case, tmp_path)
 
 
 @all_cases
+def test_initial_weights_are_the_dense_models(case):
+    """Number for number, in every expert: whatever ``init_cfg`` and the classes' own code say."""
+    models = []
+    for config in (tiny_config(case).model, with_experts(tiny_config(case).model, case)):
+        set_random_seed(3)
+        models.append(build(config, case, seed=4))
+    dense, model = models
+    initial = copy.deepcopy(model.state_dict())
+    model.load_state_dict(dense.state_dict(), strict=False)  # each expert gets a copy
+    routers = tuple(f'{name}.router.' for name in moe.find_moe_layers(model))
+    expected = {k: v for k, v in model.state_dict().items() if not k.startswith(routers)}
+    for name, value in expected.items():
+        assert initial[name].equal(value), name
+
+
+@all_cases
 def test_every_call_of_a_layer_is_in_its_routing(case):
     _, model = build_pair(case)
     outputs_of(model, case)

@@ -17,6 +17,7 @@ from mmengine.config import Config, ConfigDict
 from mmengine.hub import get_config
 from mmengine.logging import MessageHub
 from mmengine.registry import MODELS, DefaultScope
+from mmengine.runner import set_random_seed
 from mmengine.structures import InstanceData
 from mmpretrain.structures import DataSample
 
@@ -406,10 +407,15 @@ def with_experts(dense: ConfigDict, case: Case, **options: object) -> ConfigDict
     )
 
 
-def build(model: ConfigDict, case: Case) -> torch.nn.Module:
-    """The model with its initial weights, ready for a batch outside a Runner, too."""
+def build(model: ConfigDict, case: Case, seed: int | None = None) -> torch.nn.Module:
+    """The model with its initial weights, ready for a batch outside a Runner, too.
+
+    With a ``seed``, those that ``init_weights`` draws are the same for equal modules.
+    """
     with DefaultScope.overwrite_default_scope(case.toolbox):
         built = MODELS.build(copy.deepcopy(model))
+        if seed is not None:
+            set_random_seed(seed)
         built.init_weights()
     MessageHub.get_current_instance().update_info('epoch', 0)  # TOOD's loss depends on it
     return built

@@ -266,6 +266,30 @@ class Tracer:
             routing, [grid.items for grid in grids], weights, image, code, level, centre
         )
 
+    def leave_out_unknown(self, num_images: int) -> dict[str, str]:
+        """Forget the layers whose decisions for the latest batch belong to no image that is known.
+
+        Args:
+            num_images: Images in the batch.
+
+        Returns:
+            Their names, and the reasons.
+
+        Raises:
+            ConfigError: If no layer would be left.
+        """
+        reasons: dict[str, str] = {}
+        for name in self.layers:
+            try:
+                self.decisions(name, num_images)
+            except ConfigError as error:
+                reasons[name] = str(error)
+                if len(reasons) == len(self.layers):
+                    raise
+        for name in reasons:
+            del self.layers[name]
+        return reasons
+
     def items(self, name: str, places: Places) -> Tensor:
         """The decisions behind n outputs of the latest batch.
 
