@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_map
 from mmdet_moe.errors import ConfigError, NonFiniteRouterError, ReplacedAttributeError
 from mmdet_moe.moe.build import build_experts, build_router
 from mmdet_moe.moe.capacity import overflow
+from mmdet_moe.moe.constraints import in_backward
 from mmdet_moe.moe.dispatcher import Dispatcher, unpack
 from mmdet_moe.moe.experts import Experts, upcycle
 from mmdet_moe.moe.granularity import GRANULARITIES
@@ -113,6 +114,7 @@ class MoELayer(BaseModule):
         self.batch_dim = batch_dim
         self.name = type(self).__name__
         self.router = build_router(router, in_channels, num_experts, top_k)
+        self.num_experts, self.top_k = self.router.num_experts, self.router.top_k
         self.experts = build_experts(expert, num_experts)
         self.shared = nn.ModuleList(shared) if shared else None
         self.shortcut = shortcut
@@ -150,16 +152,6 @@ class MoELayer(BaseModule):
         first = {scope + name: value for name, value in self.experts.entries().items()}
         for module in self.shared or ():
             module.load_state_dict(first)
-
-    @property
-    def num_experts(self) -> int:
-        """E."""
-        return self.router.num_experts
-
-    @property
-    def top_k(self) -> int:
-        """k."""
-        return self.router.top_k
 
     @property
     def routing(self) -> Routing:
@@ -259,6 +251,8 @@ class MoELayer(BaseModule):
         return outputs[0] if single else outputs
 
     def _remember(self, routing: Routing, items: list[Items]) -> None:
+        if in_backward():  # an activation checkpoint computes again what has been counted
+            return
         latest = self._latest
         if not latest.is_open:  # a call by itself is a forward pass by itself
             latest.clear()
@@ -363,6 +357,8 @@ class MoELayer(BaseModule):
         Distributed data parallel waits for a gradient of every parameter; and a weight's gradient
         should be 0, not missing, whether or not another rank used its expert.
         """
+        if not self.experts.separate_parameters and self.num_experts > 1:
+            return output
         y, rebuild = unpack(output)
         if self.num_experts == 1:
             # There is no choice, and so nothing that the router could learn from the task. A copy,

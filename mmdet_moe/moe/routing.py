@@ -138,6 +138,8 @@ class Routing:
 
     def level(self, index: int) -> tuple[Tensor, Tensor]:
         """``expert_ids`` of one level's items, and their factors, 0 where a route is dropped."""
+        if len(self.items_per_level) == 1 and self.dropped is None:
+            return self.expert_ids, self.factors
         start = sum(self.items_per_level[:index])
         items = slice(start, start + self.items_per_level[index])
         factors = self.factors[items]

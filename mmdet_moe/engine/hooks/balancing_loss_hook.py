@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from fnmatch import fnmatch
 
+import torch
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
 from torch import Tensor, nn
@@ -93,6 +94,13 @@ class _AddLosses:
             return None
         for name in self.layer_names:
             routing = model.get_submodule(name).routing
+            if torch.is_grad_enabled() and not routing.logits.requires_grad:
+                raise ConfigError(
+                    f'BalancingLossHook: the decisions of MoE layer "{name}" were made without a '
+                    'gradient, as inside a reentrant activation checkpoint (with_cp=True), so that '
+                    'its loss would do nothing; set with_cp=False there, or choose a layer that '
+                    'holds the checkpoint (a whole stage)'
+                )
             key = 'loss_moe_' + name.replace('.', '_')
             for loss in self.losses:
                 suffix = f'_{type(loss).__name__}' if len(self.losses) > 1 else ''

@@ -462,3 +462,44 @@ def test_layers_know_their_names():
     layers = find_moe_layers(model)
     assert sorted(layers) == ['cls_convs_moe', 'reg']
     assert all(isinstance(layer, MoELayer) and layer.name == n for n, layer in layers.items())
+
+
+class Checkpointed(nn.Module):
+    """Computes its convolution again in the backward pass."""
+
+    def __init__(self):
+        super().__init__()
+        self.before, self.conv = conv(3, 4), conv(4, 4)
+        self.is_on, self.reentrant = False, False
+
+    def forward(self, x):
+        x = self.before(x)
+        if self.is_on:
+            return torch.utils.checkpoint.checkpoint(self.conv, x, use_reentrant=self.reentrant)
+        return self.conv(x)
+
+
+@pytest.mark.parametrize('reentrant', [False, True])
+@pytest.mark.parametrize('kind', ['RelativeImportanceConstraint', 'BiasBalancing', None])
+def test_activation_checkpoint(kind, reentrant):
+    """The same gradients and the same state as without, over several steps; noise included."""
+    router = {'init_std': 3.0}
+    if kind is not None:
+        # So little that another choice after every step is the rule.
+        least = {'threshold': 0.0} if kind.startswith('Relative') else {'update_rate': 0.3}
+        router['constraint'] = {'type': f'mmdet_moe.{kind}', **least}
+    plain = Checkpointed()
+    add_experts(plain, {'conv': {'router': router, 'expert_init': 'independent'}})
+    checkpointed = copy.deepcopy(plain)
+    checkpointed.is_on, checkpointed.reentrant = True, reentrant
+    for step in range(4):
+        for model in (plain, checkpointed):
+            torch.manual_seed(step)
+            x = torch.randn(6, 3, 5, 5)
+            model.zero_grad()
+            model(x).square().sum().backward()
+        assert torch.equal(plain.conv.routing.expert_ids, checkpointed.conv.routing.expert_ids)
+        for (name, a), b in zip(plain.named_parameters(), checkpointed.parameters(), strict=True):
+            torch.testing.assert_close(a.grad, b.grad, msg=name)
+        for a, b in zip(plain.buffers(), checkpointed.buffers(), strict=True):
+            assert torch.equal(a, b)
