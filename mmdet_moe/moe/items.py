@@ -10,9 +10,10 @@ from math import prod
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mmdet_moe.errors import ConfigError
+from mmdet_moe.moe.receptive_field import check_tokenwise
 
 if TYPE_CHECKING:
     from mmdet_moe.moe.layer import MoELayer
@@ -223,6 +224,8 @@ class Tokens(Items):
                 f'decision_weight={layer.decision_weight!r} is about feature maps, which '
                 "granularity='token' has not; use decision_weight='uniform'"
             )
+        if isinstance(layer.experts, nn.ModuleList):
+            check_tokenwise(layer.experts[0], layer.router.in_channels)
 
     @classmethod
     def divide(cls, layer: 'MoELayer', x: Tensor) -> 'Tokens':

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +13,12 @@ from mmengine.model import BaseModule
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from mmdet_moe.errors import ConfigError, NonFiniteRouterError, ReplacedAttributeError
+from mmdet_moe.errors import (
+    ConfigError,
+    NonFiniteRouterError,
+    ReplacedAttributeError,
+    explained,
+)
 from mmdet_moe.moe.build import build_experts, build_router
 from mmdet_moe.moe.capacity import overflow
 from mmdet_moe.moe.constraints import in_backward
@@ -197,7 +203,7 @@ class MoELayer(BaseModule):
         self._update_constraint()
 
     def forward(
-        self, x: Tensor | Sequence[Tensor], *args: Any, **kwargs: Any
+        self, x: Tensor | Sequence[Tensor] | None = None, *args: Any, **kwargs: Any
     ) -> Tensor | list[Tensor] | Any:
         """Compute the layer.
 
@@ -219,10 +225,13 @@ class MoELayer(BaseModule):
         if self.training and not self._norms_checked:
             self._check_norms()
         single = isinstance(x, Tensor)
-        if not single and self.replaces:
+        if not single and (self.replaces or x is None):
+            given = f'a {type(x).__name__}, which is more than one item'
+            if x is None:
+                given = 'keywords alone, which do not say what its input is'
             raise ConfigError(
-                f'MoE layer "{self.name}" ({self.replaces}) is called with a '
-                f'{type(x).__name__}, which is more than one item; choose a path inside of it'
+                f'MoE layer "{self.name}" ({self.replaces}) is called with {given}; choose a path '
+                'inside of it'
             )
         maps = [x] if single else list(x)
         if self.batch_dim:
@@ -230,7 +239,11 @@ class MoELayer(BaseModule):
         kind = GRANULARITIES[self.granularity]
         items = [kind.divide(self, m) for m in maps]
         maps = [kind.prepare(m) for m in maps]
-        routing = self.router(maps, items)
+        try:
+            routing = self.router(maps, items)
+        except RuntimeError:
+            self._check_channels(maps, items)
+            raise
         self._check_finite(routing)
         if self.training and self.capacity_factor is not None:
             routing.dropped = overflow(routing, self.capacity_factor)
@@ -323,7 +336,8 @@ class MoELayer(BaseModule):
         others = (args, kwargs)
         if args or kwargs:
             others = tree_map(lambda other: self._as_items(other, x, items), others)
-        output = self.run_experts(items.crop(x), dispatcher, *others[0], **others[1])
+        with self._tokens_explained() if self.granularity == 'token' else nullcontext():
+            output = self.run_experts(items.crop(x), dispatcher, *others[0], **others[1])
         if torch.is_grad_enabled() and self.experts.separate_parameters and not dispatcher.is_whole:
             used |= dispatcher.used_experts()
         y, rebuild = unpack(output)
@@ -381,6 +395,22 @@ class MoELayer(BaseModule):
                         'GN, and no sync_bn'
                     )
         self._norms_checked = True
+
+    def _check_channels(self, maps: list[Tensor], items: list[Items]) -> None:
+        expected = self.router.in_channels
+        for x, of_map in zip(maps, items, strict=True):
+            if (found := of_map.pool(x).shape[1]) != expected:
+                raise ConfigError(
+                    f'MoE layer "{self.name}" is given inputs {tuple(x.shape)} of {found} '
+                    f'channels, but its router expects {expected}; set in_channels={found}'
+                )
+
+    def _tokens_explained(self) -> AbstractContextManager:
+        return explained(
+            f'The experts of MoE layer "{self.name}"{f" ({self.replaces})" if self.replaces else ""}'
+            " cannot compute single tokens, as granularity='token' has them do; choose a layer "
+            "inside that looks at one token at a time, such as an FFN, or granularity='image'"
+        )
 
     def _check_finite(self, routing: Routing) -> None:
         # The weights as well: the noise has parameters of its own. A sum is finite if all is.

@@ -236,10 +236,17 @@ def run_one_iteration(config: Config, case, work_dir):
         ('faster_rcnn', 'roi_head.bbox_head.shared_fcs', 'uses what comes out between'),
         ('faster_rcnn', 'neck', 'called with a tuple'),
         ('ssd', 'backbone.features', 'iterates over'),
+        # Runs in parallel.
+        ('retinanet', 'neck.lateral_convs', 'layer 2 of 3.*not run one after the other.*channels'),
+        # They look at several tokens at once, as none does that is called with one.
+        ('detr', 'encoder.layers.*', 'single tokens.*AssertionError'),
+        ('swin', 'backbone.stages.*.blocks.*', 'single tokens.*ValueError'),
+        ('detr', 'encoder.layers.*.self_attn', 'called with keywords alone'),
     ],
 )
 def test_what_cannot_work_is_refused_with_the_reason(name, at, reason):
-    granularity = 'token' if at.endswith('fcs') else 'image'
+    is_tokens = any(part in at for part in ('fcs', 'encoder', 'blocks'))
+    granularity = 'token' if is_tokens else 'image'
     entry = {'at': at, **FOUR, 'granularity': granularity}
     case = dataclasses.replace(CASES[name], experts=(entry,))
     with pytest.raises(ConfigError, match=reason):

@@ -87,10 +87,11 @@ def datasets_of(
         yield Dataset(field, node, cls, new_classes)
 
 
-def class_of(cfg: Config, type_: Any, registry: Registry = DATASETS) -> type | None:
-    """The class behind a config's ``type``; None for an unknown name, which the builder reports."""
+def class_of(cfg: Config, type_: Any, registry: Registry = DATASETS) -> Any:
+    """The class, or function, behind a config's ``type``; None for an unknown name, which the
+    builder reports."""
     if not isinstance(type_, str):
-        return type_ if inspect.isclass(type_) else None
+        return type_ if callable(type_) else None
     scope = cfg.get('default_scope') or 'mmengine'
     with DefaultScope.overwrite_default_scope(scope):
         try:
@@ -98,7 +99,7 @@ def class_of(cfg: Config, type_: Any, registry: Registry = DATASETS) -> type | N
                 found = of_scope.get(type_)
         except RuntimeError:  # MMEngine's answer to an unknown name with a dot
             return None
-    return found if inspect.isclass(found) else None
+    return found
 
 
 def inherits(cls: type | None, module: str, name: str, *methods: str) -> bool:

@@ -197,7 +197,7 @@ def _take(model: nn.Module, place: Place) -> nn.Module:
     if isinstance(modules[0], nn.ModuleDict):
         raise ConfigError(f'"{place}" is a ModuleDict, which nobody calls; name its parts')
     if len(modules) > 1 or isinstance(modules[0], nn.ModuleList):
-        chain = Chain(dict(zip(place.names, modules, strict=True)))
+        chain = Chain(dict(zip(place.names, modules, strict=True)), str(place))
         if not chain.steps:
             raise ConfigError(f'"{place}" is an empty list')
         return copy.deepcopy(chain)

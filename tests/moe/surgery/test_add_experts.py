@@ -321,6 +321,55 @@ def test_uses_that_experts_cannot_serve(inner, call, message):
         model(torch.randn(3, 6))
 
 
+class Says(nn.Sequential):
+    """As MMDetection's MobileNetV2, whose ``in_channels`` end as those of its last convolution."""
+
+    def __init__(self, *layers):
+        super().__init__(*layers)
+        self.in_channels = 1280
+
+
+def test_channels_are_those_of_the_first_layer_with_weights():
+    model = nn.Sequential(Says(nn.ReLU(), conv(3, 8), conv(8, 4)))
+    add_experts(model, {'0': {}})
+    assert model[0].router.in_channels == 3
+    assert model(torch.randn(2, 3, 4, 4)).shape == (2, 4, 4, 4)
+
+
+@pytest.mark.parametrize('granularity', ['image', 'token'])
+def test_an_input_of_other_channels_than_the_router_expects(granularity):
+    """Nothing tells the channels of what the shuffle makes a layer's input of."""
+    is_map = granularity == 'image'
+    layer = nn.Sequential(nn.PixelShuffle(2), conv(2, 4)) if is_map else FFN()
+    options = {'granularity': granularity, 'in_channels': None if is_map else 5}
+    model = nn.Sequential(OrderedDict(a=layer))
+    add_experts(model, {'a': options})
+    x = torch.randn(3, 8, 4, 4) if is_map else torch.randn(3, 7, 6)
+    found, expected = (8, 2) if is_map else (6, 5)
+    message = f'"a" .* of {found} channels, .* expects {expected}; set in_channels={found}'
+    with pytest.raises(ConfigError, match=message):
+        model(x)
+    model = nn.Sequential(OrderedDict(a=layer))
+    add_experts(model, {'a': {**options, 'in_channels': found}})
+    assert model(x).isfinite().all()
+
+
+class Blend(nn.Module):
+    """Computes vectors of vectors, each of all."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(6, 6)
+
+    def forward(self, x):
+        return self.fc(x) * x.softmax(0)
+
+
+def test_experts_on_tokens_look_at_one_at_a_time():
+    with pytest.raises(ConfigError, match='"a": granularity=.token. needs .* Blend mixes them'):
+        add_experts(nn.Sequential(OrderedDict(a=Blend())), {'a': {'granularity': 'token'}})
+
+
 def test_settings_of_the_dense_layer_can_be_read():
     model = Wrapper(nn.Linear(6, 5))
     add_experts(model, {'inner': {}})
