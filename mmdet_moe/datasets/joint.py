@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from mmengine.dataset import Compose
 from mmengine.registry import DATASETS as ANY_DATASETS
 from mmengine.registry import TRANSFORMS
@@ -95,7 +96,7 @@ class JointDataset(ConcatDataset):
                     results['data_samples'].set_metainfo({'dataset_source': info['dataset_source']})
                 return results
             # An augmentation left no object: another image, as in the data sets of MMEngine.
-            index = np.random.randint(len(self))
+            index = int(torch.randint(len(self), ()))
         raise RuntimeError(f'The pipeline left nothing of {_TRIES} images of JointDataset')
 
 

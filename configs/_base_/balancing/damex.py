@@ -1,6 +1,6 @@
-# Soft, for data that are several data sets (mmdet_moe.JointDataset): cross-entropy of the router's
-# probabilities against the data set of the image, among which the experts are divided evenly (DAMEX,
-# arXiv 2311.04894).
+# Soft, for several data sets in one (mmdet_moe.JointDataset), among which the experts are divided
+# evenly: cross-entropy of the router's probabilities against the image's data set (DAMEX, arXiv
+# 2311.04894).
 router = dict(type='mmdet_moe.GAPRouter')
 custom_hooks = [
     dict(type='mmdet_moe.ExpertUtilizationHook'),
