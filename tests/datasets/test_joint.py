@@ -30,7 +30,7 @@ def sets(tmp_path, digit_scenes_folder):
         path = tmp_path / f'{name}.json'
         path.write_text(json.dumps(content))
         return dict(
-            type='CocoDataset', ann_file=str(path), metainfo=dict(classes=classes),
+            type='CocoDataset', ann_file=str(path), metainfo=dict(classes=classes), filter_cfg=dict(filter_empty_gt=True),
             data_prefix=dict(img=str(digit_scenes_folder / 'val2017')),
         )  # fmt: skip
 
@@ -62,15 +62,18 @@ def test_labels_and_sources_are_those_of_the_files(sets):
 
 
 def test_images_of_which_nothing_is_left_are_replaced(sets):
-    """A filter wants objects of at least half of the image's side, which few images have."""
-    wanted = dict(type='FilterAnnotations', min_gt_bbox_wh=(64, 64))
+    """A filter wants objects of a size that half of the images have."""
+    data = JointDataset(sets)
+    infos = map(data.get_data_info, range(len(data)))
+    boxes = [np.array([i['bbox'] for i in info['instances']]).reshape(-1, 4) for info in infos]
+    largest = [(box[:, 2:] - box[:, :2]).min(1).max(initial=0) for box in boxes]
+    side = float(np.median(largest))
+    assert min(largest) < side < max(largest)
+    wanted = dict(type='FilterAnnotations', min_gt_bbox_wh=(side, side))
     data = JointDataset(sets, [*PACK[:2], wanted])
-    longest = [
-        max((min(np.array(i['bbox'][2:]) - i['bbox'][:2]) for i in info['instances']), default=0)
-        for info in map(data.get_data_info, range(len(data)))
-    ]
-    assert 0 < sum(side > 64 for side in longest) < len(data)
-    assert all(data[i]['gt_bboxes_labels'].size for i in range(len(data)))
+    for index in range(len(data)):
+        assert (np.diff(data[index]['gt_bboxes'].tensor.view(-1, 2, 2), axis=1) > side).all()
+        assert data[index]['gt_bboxes_labels'].size
 
 
 def test_labels_of_classifiers_move_too():
