@@ -11,6 +11,7 @@ from pathlib import Path
 from mmengine.config import Config, DictAction
 from tqdm import tqdm
 
+from mmdet_moe.analysis.attribution import KNOWN_HEADS
 from mmdet_moe.analysis.data import SPLITS, AnalysisData
 from mmdet_moe.analysis.files import EXPERTS_FILE, PAYLOAD_FILE, REPORT_FILE, write_file
 from mmdet_moe.analysis.models import load_model
@@ -128,7 +129,8 @@ def analyse(args: argparse.Namespace) -> dict:
     if study.is_detector and not study.tracer.knows_origins:
         print(
             'note: the detections of this head do not tell which pyramid level they come from; '
-            'layers that decide for each level are shown without them'
+            'layers that decide for each level are shown without them (known are the heads of '
+            f'{KNOWN_HEADS}, and others with the decoding of one of them)'
         )
     total = len(study.data)
     with _bar('statistics', total) as progress:

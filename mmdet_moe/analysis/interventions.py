@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from mmdet_moe.analysis.origins import replaced
+from mmdet_moe.analysis.attribution import replaced
 from mmdet_moe.moe import MoELayer
 from mmdet_moe.moe.dispatcher import Dispatcher, unpack
 from mmdet_moe.moe.metrics import shares

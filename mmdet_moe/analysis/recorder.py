@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from mmengine.structures import InstanceData
 
+from mmdet_moe.analysis.attribution import Decisions, Places, Tracer
 from mmdet_moe.analysis.data import AnalysisData
 from mmdet_moe.analysis.records.contents import (
     BoxRecords,
@@ -23,7 +24,6 @@ from mmdet_moe.analysis.records.contents import (
     concatenated,
 )
 from mmdet_moe.analysis.statistics.matching import match
-from mmdet_moe.analysis.tracing import Decisions, Places, Tracer
 
 #: Layers with a decision for every pixel have more than anybody can keep.
 MAX_DECISIONS = 4096
@@ -76,7 +76,10 @@ class Recorder:
             detected.append(places)
             wanted = (~truth.crowd).nonzero()[0]
             responsible, owner = self.tracer.object_places(
-                i, result.metainfo, torch.from_numpy(truth.boxes[wanted])
+                i,
+                result.metainfo,
+                torch.from_numpy(truth.boxes[wanted]),
+                torch.from_numpy(truth.labels[wanted]),
             )
             held.append(responsible)
             owner = wanted[owner.numpy()]

@@ -16,6 +16,7 @@ import torch
 from mmengine.runner import Runner
 from torch import nn
 
+from mmdet_moe.analysis.attribution import Tracer, replaced
 from mmdet_moe.analysis.data import AnalysisData
 from mmdet_moe.analysis.interventions import (
     ALL,
@@ -24,7 +25,6 @@ from mmdet_moe.analysis.interventions import (
     experts_remembered,
     interventions_on,
 )
-from mmdet_moe.analysis.origins import replaced
 from mmdet_moe.analysis.recorder import Recorder, boxes_of
 from mmdet_moe.analysis.records.contents import (
     BoxRecords,
@@ -33,10 +33,9 @@ from mmdet_moe.analysis.records.contents import (
     concatenated,
 )
 from mmdet_moe.analysis.records.files import RecordFiles
-from mmdet_moe.analysis.tracing import Tracer
 
 #: Raise it whenever the records of the same analysis would have other contents.
-RECORD_FORMAT = 2
+RECORD_FORMAT = 3
 #: Images in one file of records: what an interruption costs at most.
 IMAGES_PER_FILE = 64
 Progress = Callable[[int], None]

@@ -6,14 +6,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from tiny_models import BOXES, MOE_NECK, SIZES, build_single, make_batch
+from tiny_models import BOXES, MOE_NECK, SIZES, build_detr, build_single, make_batch
 from torch import nn
 
+from mmdet_moe.analysis.attribution import Tracer
 from mmdet_moe.analysis.data import Objects
 from mmdet_moe.analysis.recorder import Recorder
 from mmdet_moe.analysis.records.contents import DetectorRecords, from_arrays, to_arrays
 from mmdet_moe.analysis.statistics.outcomes import outcomes_of
-from mmdet_moe.analysis.tracing import Tracer
 from mmdet_moe.errors import ConfigError
 from mmdet_moe.moe import LinearExperts, MoELayer
 
@@ -141,6 +141,30 @@ def test_batches_are_told_apart(randomise):
             if 'decisions' in name or 'links' in name:  # other orders of levels and images
                 a, b = np.sort(a, axis=0), np.sort(b, axis=0)
             np.testing.assert_allclose(a, b, err_msg=name)
+
+
+DECODER, ENCODER = 'decoder.layers.1.ffn.layers', 'encoder.layers.0.ffn.layers'
+
+
+@pytest.mark.parametrize('kind', ['detr', 'dino'])
+def test_objects_of_a_transformer_are_linked_to_their_queries(kind, randomise):
+    """One query for each object; the encoder takes part where a token proposed it."""
+    model = randomise(build_detr(kind, (DECODER, ENCODER))).eval()
+    with Tracer(model) as tracer:
+        recorder = Recorder(tracer, Data())
+        recorder.add([4, 5, 6], tracer.predict(make_batch()))
+    records = recorder.take()
+    decoder, encoder = (
+        records.layers[list(tracer.layers).index(name)] for name in (DECODER, ENCODER)
+    )
+    has_token = kind == 'dino'
+    assert sorted(decoder.links.owner) == [0, 1, 2, 3]
+    assert (decoder.detections.unit >= 0).all()
+    assert sorted(encoder.links.owner) == [0, 1, 2, 3] * has_token
+    assert ((encoder.detections.unit >= 0) == has_token).all()
+    assert ((records.objects.level >= 0) == has_token).all()
+    tokens = (96 + 24 + 6 + 2 if has_token else 6) * 3
+    assert encoder.decisions.level.shape == (tokens,)
 
 
 def test_decisions_of_unknown_images_are_refused():

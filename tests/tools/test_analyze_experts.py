@@ -17,6 +17,7 @@ from torch import nn
 import mmdet_moe
 from mmdet_moe import cli
 from mmdet_moe.analysis import command, study
+from mmdet_moe.analysis.attribution import Tracer
 from mmdet_moe.analysis.command import run_analysis
 from mmdet_moe.analysis.data import AnalysisData
 from mmdet_moe.analysis.recorder import Recorder
@@ -24,7 +25,6 @@ from mmdet_moe.analysis.records.contents import BoxRecords
 from mmdet_moe.analysis.records.files import RecordFiles
 from mmdet_moe.analysis.statistics import summary
 from mmdet_moe.analysis.statistics.outcomes import outcomes_of
-from mmdet_moe.analysis.tracing import Tracer
 
 DEMO = Path(mmdet_moe.__file__).parents[1] / 'configs' / 'demo'
 EXPERTS, LEVELS, IMAGES, BATCH, PER_FILE = 3, 5, 8, 2, 3

@@ -12,6 +12,7 @@ from mmengine.config import Config, DictAction
 from mmengine.dataset import pseudo_collate
 from torch import nn
 
+from mmdet_moe.analysis.attribution import Decisions, Tracer
 from mmdet_moe.analysis.files import write_file
 from mmdet_moe.analysis.image_demo.drawing import (
     UNKNOWN,
@@ -28,7 +29,6 @@ from mmdet_moe.analysis.image_demo.pipeline import (
     dataset_of_tests,
 )
 from mmdet_moe.analysis.models import load_model
-from mmdet_moe.analysis.tracing import Decisions, Tracer
 from mmdet_moe.cli import fail, load_config
 from mmdet_moe.drawing import to_bytes
 from mmdet_moe.engine.preflight import check_checkpoint

@@ -281,7 +281,7 @@ def test_one_layer_of_several_images(save, image_file, tmp_path, drawn):
 
 
 def test_head_without_origins_is_not_guessed(save, image_file, tmp_path, drawn, monkeypatch):
-    monkeypatch.setattr('mmdet_moe.analysis.tracing.origins_of', lambda _: _no_origins())
+    monkeypatch.setattr('mmdet_moe.analysis.attribution.tracer.origins_of', lambda _: _no_origins())
     config, checkpoint, _ = save(detector())
     run(image_file, config, checkpoint, '--score-thr', 0, '--out', tmp_path)
     for args, figure in drawn['draw_marks']:
@@ -292,7 +292,7 @@ def test_head_without_origins_is_not_guessed(save, image_file, tmp_path, drawn, 
 
 
 def _no_origins():
-    from mmdet_moe.analysis.origins import Origins
+    from mmdet_moe.analysis.attribution import Origins
 
     return Origins()
 
