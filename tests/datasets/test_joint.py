@@ -30,7 +30,8 @@ def sets(tmp_path, digit_scenes_folder):
         path = tmp_path / f'{name}.json'
         path.write_text(json.dumps(content))
         return dict(
-            type='CocoDataset', ann_file=str(path), metainfo=dict(classes=classes), filter_cfg=dict(filter_empty_gt=True),
+            type='CocoDataset', ann_file=str(path), metainfo=dict(classes=classes),
+            filter_cfg=dict(filter_empty_gt=True),
             data_prefix=dict(img=str(digit_scenes_folder / 'val2017')),
         )  # fmt: skip
 
