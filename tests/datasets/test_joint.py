@@ -78,8 +78,10 @@ def test_images_of_which_nothing_is_left_are_replaced(sets):
 
 
 def test_labels_of_classifiers_move_too():
-    class Two:
-        metainfo = dict(classes=('x', 'y'))
+    @DATASETS.register_module(name='TwoImages', force=True)
+    class TwoImages:
+        def __init__(self, **metainfo):
+            self.metainfo = metainfo
 
         def __len__(self):
             return 2
@@ -87,19 +89,11 @@ def test_labels_of_classifiers_move_too():
         def get_data_info(self, index):
             return dict(gt_label=index)
 
-    @DATASETS.register_module(name='XY', force=True)
-    class XY(Two):
-        pass
-
-    @DATASETS.register_module(name='YZ', force=True)
-    class YZ(Two):
-        metainfo = dict(classes=('y', 'z'))
-
-    data = JointDataset([dict(type='XY'), dict(type='YZ')])
+    xy, yz = (dict(type='TwoImages', classes=classes) for classes in ('xy', 'yz'))
+    data = JointDataset([xy, yz])
     assert [np.asarray(data[i]['gt_label']).item() for i in range(4)] == [0, 1, 1, 2]
-    XY.metainfo = {}
-    with pytest.raises(ConfigError, match=r'datasets\[0\] does not name its classes'):
-        JointDataset([dict(type='XY')])
+    with pytest.raises(ConfigError, match=r'datasets\[1\] does not name its classes'):
+        JointDataset([xy, dict(type='TwoImages')])
 
 
 @pytest.mark.parametrize('names', [['a'], ['a', 'a']])

@@ -35,12 +35,10 @@ SMALL = (
     'default_hooks.logger.interval=1',
     'log_processor.window_size=1',
     'randomness.seed=0',
-    'train_cfg.max_iters=40',
-    'train_cfg.val_interval=40',
-    'default_hooks.checkpoint.interval=40',
+    'train_cfg.max_iters=60',
+    'train_cfg.val_interval=60',
+    'default_hooks.checkpoint.interval=60',
     'param_scheduler=[]',
-    'optim_wrapper.optimizer.lr=0.01',
-    'train_dataloader.batch_size=4',
     'custom_hooks.1.loss.weight=1.0',
 )
 SOURCES = ('objects', 'detections', 'decisions')
@@ -60,26 +58,23 @@ def folders(tmp_path, digit_scenes_folder, monkeypatch):
 
 def test_experts_follow_the_data_set(folders, monkeypatch):
     drawn = set()  # but not written
-    monkeypatch.setattr(
-        command,
-        'write_figures',
-        lambda experts, _: drawn.update(found[:2] for found in draw_figures(experts)),
-    )
+
+    def draw(experts, folder):
+        drawn.update(found[:2] for found in draw_figures(experts))
+
+    monkeypatch.setattr(command, 'write_figures', draw)
     DetLocalVisualizer._instance_dict.clear()
     cli.run_train([str(CONFIG), '--work-dir', 'run', '--cfg-options', *SMALL])
     entries = next(Path('run').glob('*/vis_data/scalars.json')).read_text().splitlines()
     log = [json.loads(line) for line in entries]
-    assert {'digits/coco/bbox_mAP', 'fashion/coco/bbox_mAP'} <= {
-        key for step in log for key in step
-    }
+    assert any({'digits/coco/bbox_mAP', 'fashion/coco/bbox_mAP'} <= set(step) for step in log)
     for layer in LAYERS:
-        losses = [
-            step[key] for step in log if (key := f'loss_moe_{layer.replace(".", "_")}') in step
-        ]
+        key = 'loss_moe_' + layer.replace('.', '_')
+        losses = [step[key] for step in log if key in step]
         assert losses[0] > 0.5  # a router that knows nothing pays log 2
         assert np.mean(losses[-10:]) < 0.15
     arguments = ['--out', 'out', '--device', 'cpu', '--split', 'train', '--no-interventions']
-    run_analysis([str(CONFIG), 'run/iter_40.pth', *arguments, '--cfg-options', *SMALL])
+    run_analysis([str(CONFIG), 'run/iter_60.pth', *arguments, '--cfg-options', *SMALL])
     experts = json.loads(Path('out/experts.json').read_text())
     for layer in LAYERS:
         assert {(layer, f'{source}_dataset') for source in SOURCES} <= drawn

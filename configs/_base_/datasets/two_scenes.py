@@ -6,29 +6,14 @@
 # background. Nothing is wrong with that here, because no scene shows both digits and clothes. Where
 # objects of one set's classes appear unlabelled in the other's images, they are taught as false
 # positives, and recall falls: label them first, or leave such classes out of the loss there.
-_base_ = './digit_scenes.py'
+_base_ = './fashion_scenes.py'
 digits = dict(
     type='CocoDataset',
     data_root='{{$DIGIT_SCENES_ROOT:data/digit-scenes}}',
     metainfo=dict(classes=('0', '1', '2', '3', '4', '5', '6', '7', '8', '9')),
 )
 fashion = dict(
-    type='CocoDataset',
-    data_root='{{$FASHION_SCENES_ROOT:data/fashion-scenes}}',
-    metainfo=dict(
-        classes=(
-            'T-shirt/top',
-            'Trouser',
-            'Pullover',
-            'Dress',
-            'Coat',
-            'Sandal',
-            'Shirt',
-            'Sneaker',
-            'Bag',
-            'Ankle boot',
-        )
-    ),
+    type='CocoDataset', data_root={{_base_.data_root}}, metainfo={{_base_.metainfo}}
 )
 names = ('digits', 'fashion')
 train = dict(
