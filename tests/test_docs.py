@@ -16,7 +16,7 @@ def examples(page):
 
 
 def test_extending(capsys):
-    use, granularity, experts, loss, constraint, router = examples('docs/extending.md')
+    use, granularity, experts, loss, sources, constraint, router = examples('docs/extending.md')
     exec(use, {})
     assert 'tensor' in capsys.readouterr().out
     exec(granularity, {})
@@ -24,7 +24,7 @@ def test_extending(capsys):
     scope = {}
     exec(experts, scope)
     check_scale_experts(scope['layer'])
-    for code in (loss, constraint, router):
+    for code in (loss, sources, constraint, router):
         exec(code, {'__name__': 'example'})
 
     kwargs = dict(num_experts=3, top_k=1, in_channels=4)

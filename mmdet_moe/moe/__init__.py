@@ -23,6 +23,7 @@ from mmdet_moe.moe.layer import (
 )
 from mmdet_moe.moe.losses import (
     BalancingLoss,
+    DatasetLoss,
     EntropyLoss,
     ImportanceLoss,
     KLLoss,
@@ -42,6 +43,7 @@ __all__ = [
     'Constraint',
     'ConvExperts',
     'ConvGAPRouter',
+    'DatasetLoss',
     'EntropyLoss',
     'Experts',
     'GAPRouter',

@@ -148,6 +148,7 @@ def test_mistakes_are_one_sentence(run, capsys):
         (hard, f'{head}.router.constraint.threshold=-1', ('threshold=-1',)),
         (soft, 'custom_hooks.1.layers=backbone.*', ('backbone.*', 'bbox_head.cls_moe')),
         (soft, f'{head}.moe_branches=[]', ('moe_branches',)),
+        (soft, 'custom_hooks.1.loss.type=mmdet_moe.DatasetLoss', ('`dataset_source`', 'Joint')),
     ]:
         sentence = failure(capsys, run, config, 'mistake', 1, option)
         for fragment in fragments:
