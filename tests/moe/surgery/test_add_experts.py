@@ -388,7 +388,7 @@ def test_equal_width_costs_what_the_dense_layer_does():
     """k active experts against the dense stage; a dense checkpoint loads in parts."""
     dense = torchvision.models.resnet18(num_classes=7).eval()
     moe, report = changed(dense, {'layer4': {'width': 'equal'}, 'layer3': {'width': 0.5}})
-    (equal, half) = report.rows
+    (half, equal) = report.rows
     assert equal.active == pytest.approx(equal.dense, rel=0.1)
     assert half.width == 0.5
     expert = moe.layer3.experts[0]
