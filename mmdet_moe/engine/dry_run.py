@@ -32,7 +32,8 @@ def image_size(cfg: Config) -> tuple[int, int]:
     which takes any."""
     size: Any = 320
     if cfg.default_scope == 'mmpretrain':
-        pipeline = cfg.get('train_pipeline', [])
+        dataset = cfg.get('train_dataloader', {}).get('dataset', {})
+        pipeline = dataset.get('pipeline') or cfg.get('train_pipeline', [])
         sizes = [t.get('crop_size', t.get('scale')) for t in pipeline]
         size = next((s for s in reversed(sizes) if s), 224)
     return (size, size) if isinstance(size, int) else tuple(size)[:2]

@@ -50,10 +50,10 @@ class ExpertReportHook(Hook):
 @contextmanager
 def _generators_kept() -> Iterator[None]:
     """Leave the states of the random number generators as they were."""
-    python, numpy = random.getstate(), np.random.get_state()
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 (the models use it)
     try:
         with torch.random.fork_rng():
             yield
     finally:
         random.setstate(python)
-        np.random.set_state(numpy)
+        np.random.set_state(numpy)  # noqa: NPY002

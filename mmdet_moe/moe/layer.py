@@ -169,7 +169,7 @@ class MoELayer(BaseModule):
         return self._dense[0] if self._dense else None
 
     def stand_for(self, dense: nn.Module) -> None:
-        """Say what stood here before; it is moved to the ``meta`` device, where it costs nothing."""
+        """Say what stood here before; it goes to the ``meta`` device, where it costs nothing."""
         self._dense = (dense.to('meta'),)  # in a tuple, so that it is no part of the layer
 
     @property

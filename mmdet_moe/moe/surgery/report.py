@@ -5,7 +5,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
@@ -114,15 +113,14 @@ def report_of(model: nn.Module, run: Callable[[], Any] | None = None) -> Report:
             for path, layer in layers.items():
                 hook = layer.register_forward_pre_hook(_note(calls[path]), with_kwargs=True)
                 stack.callback(hook.remove)
+                stack.callback(layer.forget)
             counter = stack.enter_context(counting(model))
             run()
         flops = counter.by_module(model)
-        for layer in layers.values():
-            layer.forget()
     rows = []
     for path, layer in layers.items():
         dense = _dense_flops(layer, calls[path]) if run is not None else None
-        # A layer that did not run has an entry nowhere.
+        # A layer that did not run has no entry.
         rows.append(Row.of(path, layer, dense, flops.get(path, 0) if run is not None else None))
     return Report(rows, _whole(model, rows, flops.get('')))
 
@@ -139,7 +137,9 @@ def in_columns(lines: Sequence[Sequence[str]]) -> str:
 def _note(calls: list[tuple[tuple, dict]]) -> Callable:
     def hook(_: nn.Module, args: tuple, kwargs: dict) -> None:
         # Only shapes matter.
-        calls.append(tree_map(lambda x: x.to('meta') if isinstance(x, Tensor) else x, (args, kwargs)))
+        calls.append(
+            tree_map(lambda x: x.to('meta') if isinstance(x, Tensor) else x, (args, kwargs))
+        )
 
     return hook
 

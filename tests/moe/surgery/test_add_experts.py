@@ -445,17 +445,6 @@ def test_one_expert_is_the_dense_layer():
     assert not moe[0].router.fc.weight.grad.any()
 
 
-def test_report():
-    report = changed(Head(), {'{cls_convs,cls}': {'num_experts': 3, 'shared': 1}})[1]
-    row = report.rows[0]
-    dense = 2 * (4 * 4 * 9 + 4) + 4 * 5 * 9 + 5
-    router = 4 * 3 + 3 + 4 * 3  # weights, bias, noise
-    assert row.dense == dense
-    assert row.active == 3 * dense + router
-    assert row.total == 4 * dense + router
-    assert '{cls_convs,cls}' in str(report)
-
-
 def test_layers_know_their_names():
     model = Head()
     add_experts(model, {'cls_convs': {}, 'reg': {}})
