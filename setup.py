@@ -94,7 +94,7 @@ setup(
     package_data={
         'mmdet_moe': ['configs/**/*.py'],
         'mmdet_moe.ops': ['csrc/*.h', 'csrc/*/*'],
-        'mmdet_moe.analysis.explorer': ['*.css', '*.j2', '*.js'],
+        'mmdet_moe.analysis.report.explorer': ['*.css', '*.j2', '*.js'],
     },
     ext_modules=[Extension('mmdet_moe.ops.lib', [])],
     cmdclass=commands,

@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from mmdet_moe.analysis.figures import px_axis, stack_shares
+from mmdet_moe.analysis.report.figures import px_axis, stack_shares
 from mmdet_moe.drawing import expert_ticks, level_names, new_figure, plot_heat_map, style
 
 

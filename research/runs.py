@@ -15,7 +15,7 @@ from mmengine.config import Config
 from mmengine.registry import MODELS, DefaultScope
 
 from mmdet_moe.analysis.files import EXPERTS_FILE
-from mmdet_moe.analysis.history import logged_scalars
+from mmdet_moe.analysis.report.history import logged_scalars
 from mmdet_moe.engine.hooks.expert_utilization_hook import REPORT_FILE
 from mmdet_moe.engine.preflight import recorded_checkpoint, resumable_checkpoint
 from mmdet_moe.errors import ConfigError

@@ -73,7 +73,7 @@ def test_loss_of_the_documentation():
 
 
 def test_links_and_pictures_exist():
-    for page in (ROOT / 'README.md', *(ROOT / 'docs').glob('*.md')):
+    for page in (ROOT / 'README.md', *(ROOT / 'docs').glob('*.md'), *ROOT.glob('projects/*/*.md')):
         for target in re.findall(r'\]\(([^)#]+)\)', page.read_text()):
             if not target.startswith('http'):
                 assert (page.parent / target).exists(), f'{page.name}: {target}'

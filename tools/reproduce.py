@@ -41,12 +41,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help='folder of the four idx files (by default FASHION_MNIST_ROOT, or data/fashion-mnist)',
     )
     fashion = _add(commands, 'fashion-mnist', 'balancing methods of a ResNet-18 on Fashion-MNIST')
-    fashion.add_argument(
-        '--budget',
-        choices=tuple(BUDGETS),
-        default='cpu',
-        help='; '.join(f'{name}: {budget.text}' for name, budget in BUDGETS.items()),
-    )
     cluster = commands.add_parser(
         'theory', help='the table of "Towards Understanding the MoE Layer", on generated clusters'
     )
@@ -61,12 +55,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         'a mixture of networks against a single one: is this image of Fashion-MNIST rotated?',
         data='fashion-mnist',
     )
-    rotated.add_argument(
-        '--budget',
-        choices=tuple(rotate.BUDGETS),
-        default='cpu',
-        help='; '.join(f'{name}: {budget.text}' for name, budget in rotate.BUDGETS.items()),
-    )
+    for command, budgets in ((fashion, BUDGETS), (rotated, rotate.BUDGETS)):
+        texts = '; '.join(f'{name}: {budget.text}' for name, budget in budgets.items())
+        command.add_argument('--budget', choices=tuple(budgets), default='cpu', help=texts)
     return parser.parse_args(argv)
 
 

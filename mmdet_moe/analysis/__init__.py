@@ -1,1 +1,1 @@
-"""Looking at trained models: the results of runs, and figures."""
+"""What the experts of a trained model do: records of its predictions, statistics, and a report."""

@@ -11,15 +11,23 @@ from pathlib import Path
 from mmengine.config import Config, DictAction
 from tqdm import tqdm
 
+from mmdet_moe.analysis.attribution import KNOWN_HEADS
 from mmdet_moe.analysis.data import SPLITS, AnalysisData
-from mmdet_moe.analysis.explorer import build_payload, read_payload, write_payload, write_report
-from mmdet_moe.analysis.figures import write_figures
 from mmdet_moe.analysis.files import EXPERTS_FILE, PAYLOAD_FILE, REPORT_FILE, write_file
-from mmdet_moe.analysis.history import read_history
 from mmdet_moe.analysis.models import load_model
+from mmdet_moe.analysis.report.explorer import (
+    build_payload,
+    read_payload,
+    write_payload,
+    write_report,
+)
+from mmdet_moe.analysis.report.figures import write_figures
+from mmdet_moe.analysis.report.history import read_history
+from mmdet_moe.analysis.report.tables import write_tables
+from mmdet_moe.analysis.report.verdict import verdict
+from mmdet_moe.analysis.statistics.outcomes import outcomes_of
+from mmdet_moe.analysis.statistics.summary import summarise
 from mmdet_moe.analysis.study import Study
-from mmdet_moe.analysis.tables import write_tables
-from mmdet_moe.analysis.verdict import verdict
 from mmdet_moe.cli import fail, load_config, set_loader_defaults
 from mmdet_moe.engine.preflight import check_config
 from mmdet_moe.errors import ConfigError
@@ -121,7 +129,8 @@ def analyse(args: argparse.Namespace) -> dict:
     if study.is_detector and not study.tracer.knows_origins:
         print(
             'note: the detections of this head do not tell which pyramid level they come from; '
-            'layers that decide for each level are shown without them'
+            'layers that decide for each level are shown without them (known are the heads of '
+            f'{KNOWN_HEADS}, and others with the decoding of one of them)'
         )
     total = len(study.data)
     with _bar('statistics', total) as progress:
@@ -130,12 +139,13 @@ def analyse(args: argparse.Namespace) -> dict:
         with _bar(f'{len(study.interventions)} interventions', total) as progress:
             study.intervene(progress)
     print('Summing up ...', flush=True)
-    experts = study.summarise(
+    experts = summarise(
+        study,
         {
             'config': Path(args.config).stem,
             'checkpoint': Path(args.checkpoint).name,
             'split': args.split,
-        }
+        },
     )
     experts['history'] = read_history(Path(args.checkpoint).parent)
     experts['verdict'] = verdict(experts)
@@ -215,11 +225,10 @@ def write_results(study: Study, experts: dict, out: Path, other: dict | None = N
     """
     content = json.dumps(experts, indent=1, allow_nan=False)
     write_file(out / EXPERTS_FILE, content.encode())
-    for name in ('tables', 'figures'):
-        (out / name).mkdir(exist_ok=True)
     write_tables(experts, out / 'tables')
     write_figures(experts, out / 'figures')
-    payload = build_payload(experts, study.outcomes(), study.data.image)
+    outcomes = outcomes_of(study.records, list(study.layers), study.score_thr)
+    payload = build_payload(experts, outcomes, study.data.image)
     write_payload(payload, out / PAYLOAD_FILE)
     write_report([payload] if other is None else [payload, other], out / REPORT_FILE)
 

@@ -17,19 +17,12 @@ SPLITS = ('val', 'test', 'train')
 
 @dataclass(frozen=True)
 class Objects:
-    """The ground truth of one image, n objects.
+    """The ground truth of one image, n objects."""
 
-    Attributes:
-        boxes: float32 (n, 4), xyxy in px of the original image.
-        labels: int64 (n,).
-        areas: float32 (n,) in px², what COCO's evaluation calls small or large by.
-        crowd: bool (n,), regions that count neither as found nor as missed.
-    """
-
-    boxes: np.ndarray
-    labels: np.ndarray
-    areas: np.ndarray
-    crowd: np.ndarray
+    boxes: np.ndarray  #: float32 (n, 4), xyxy in px of the original image
+    labels: np.ndarray  #: int64 (n,)
+    areas: np.ndarray  #: float32 (n,) in px², what COCO's evaluation calls small or large by
+    crowd: np.ndarray  #: bool (n,), regions that count neither as found nor as missed
 
 
 class AnalysisData:

@@ -5,24 +5,27 @@ weight and no buffer of the model. In all of them the weights of an item keep th
 outputs keep their scale (with ``softmax='over_all'`` the weights sum to less than 1).
 """
 
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
-from mmdet_moe.analysis.origins import replaced
+from mmdet_moe.analysis.attribution import replaced
 from mmdet_moe.moe import MoELayer
-from mmdet_moe.moe.dispatcher import Dispatcher
-from mmdet_moe.moe.items import Items
+from mmdet_moe.moe.dispatcher import Dispatcher, unpack
 from mmdet_moe.moe.metrics import shares
 from mmdet_moe.moe.routers import Router
 from mmdet_moe.moe.routing import Routing
 
 #: Name of the interventions on all layers together.
 ALL = 'all'
-#: Outputs of experts that one batch may keep.
+#: Inputs and outputs of experts that one batch may keep.
 MEMORY_BYTES = 2 << 30
 
 
@@ -110,58 +113,94 @@ def applied(
 
 
 @contextmanager
-def experts_remembered(layers: dict[str, MoELayer]) -> Iterator[None]:
+def experts_remembered(model: nn.Module, layers: dict[str, MoELayer]) -> Iterator[None]:
     """Let every expert compute the same input once, however often the routing is changed.
 
-    A layer's output is a weighted sum of its experts' outputs, so as long as a layer is given the
-    input that it was given before, other decisions only need other weights. Outputs beyond
-    :data:`MEMORY_BYTES` are not kept but computed again.
+    A layer's output is a weighted sum of its experts' outputs, so as long as a layer is given an
+    input that it was given before, other decisions only need other weights. The inputs that are
+    remembered are those of the model's first forward pass; beyond :data:`MEMORY_BYTES` nothing is
+    kept, but computed again.
+
+    Args:
+        model: Which is run.
+        layers: Its MoE layers by name.
     """
+    memory = _Memory()
     with ExitStack() as stack:
-        budget = [MEMORY_BYTES]
         for layer in layers.values():
-            stack.enter_context(replaced(layer, '_mix', _Memory(layer, budget)))
+            run = partial(memory.run_experts, layer, layer.run_experts)
+            stack.enter_context(replaced(layer, 'run_experts', run))
+        stack.callback(model.register_forward_hook(memory.stop_learning).remove)
         yield
 
 
 class _Memory:
-    """Stands in for ``MoELayer._mix``."""
+    """Stands in for ``MoELayer.run_experts`` of all layers."""
 
-    def __init__(self, layer: MoELayer, budget: list[int]) -> None:
-        self._layer = layer
-        self._mix = layer._mix
-        self._budget = budget  # bytes, shared by all layers
-        self._calls = 0
-        self._inputs: dict[int, Tensor] = {}
-        self._outputs: dict[tuple[int, int], Tensor] = {}
+    def __init__(self) -> None:
+        self._learns = True
+        self._left = MEMORY_BYTES
+        # By layer: inputs, each with its versions, and what the experts made of it.
+        self._known: dict[MoELayer, list[tuple[list, list, dict[int, Any]]]] = defaultdict(list)
 
-    def __call__(self, x: Tensor, items: Items, expert_ids: Tensor, weights: Tensor) -> Tensor:
-        index = self._calls % len(self._layer.routing.items_per_level)
-        self._calls += 1
-        known = self._inputs.setdefault(index, x)
-        weights_TE = weights.new_zeros(len(weights), self._layer.num_experts)
-        weights_TE.scatter_add_(1, expert_ids, weights)
+    def stop_learning(self, *_: Any) -> None:
+        self._learns = False
+
+    def run_experts(
+        self, layer: MoELayer, usual: Callable, x_T: Tensor, dispatcher: Dispatcher, *args: Any,
+        **kwargs: Any,
+    ) -> Any:  # fmt: skip
+        weights = dispatcher.weights
+        weights_TE = weights.new_zeros(len(weights), layer.num_experts)
+        weights_TE.scatter_add_(1, dispatcher.expert_ids, weights)
         used = weights_TE.any(dim=0).nonzero().flatten().tolist()
-        if not used or not (known is x or torch.equal(known, x)):
-            return self._mix(x, items, expert_ids, weights)
+        outputs = self._outputs(layer, tree_leaves((x_T, args, kwargs)))
+        if outputs is None or not used:
+            return usual(x_T, dispatcher, *args, **kwargs)
         total: Tensor | None = None
-        crops = items.crop(x)
         for expert in used:
-            y = self._output(index, expert, crops)
+            output = outputs.get(expert)
+            if output is None:
+                ids = torch.full((len(x_T), 1), expert, device=x_T.device)
+                ones = weights.new_ones(ids.shape)
+                output = usual(x_T, Dispatcher(ids, ones, layer.num_experts), *args, **kwargs)
+                if self._has_room(output):
+                    outputs[expert] = output
+            y, rebuild = unpack(output)
             part = y * weights_TE[:, expert].to(y.dtype).reshape(-1, *[1] * (y.dim() - 1))
             total = part if total is None else total.add_(part)
-        placed = items.place(total)
-        shortcut = self._layer.shortcut
-        return placed if shortcut is None else placed + shortcut(x)
+        return rebuild(total)
 
-    def _output(self, index: int, expert: int, crops: Tensor) -> Tensor:
-        if (index, expert) in self._outputs:
-            return self._outputs[index, expert]
-        ids = torch.full((len(crops), 1), expert, device=crops.device)
-        ones = torch.ones(ids.shape, device=crops.device)
-        y = self._layer.experts(crops, Dispatcher(ids, ones, self._layer.num_experts))
-        size = y.numel() * y.element_size()
-        if size <= self._budget[0]:
-            self._budget[0] -= size
-            self._outputs[index, expert] = y
-        return y
+    def _outputs(self, layer: MoELayer, inputs: list) -> dict[int, Any] | None:
+        """What is known by expert of these inputs; None if they are not remembered."""
+        for known, versions, outputs in self._known[layer]:
+            # The model may have changed in place what it gave to the layer.
+            is_intact = versions == _versions(known) and len(known) == len(inputs)
+            if is_intact and all(map(_same, known, inputs)):
+                return outputs
+        if not self._learns or not self._has_room(inputs):
+            return None
+        outputs = {}
+        self._known[layer].append((inputs, _versions(inputs), outputs))
+        return outputs
+
+    def _has_room(self, kept: Any) -> bool:
+        """Whether it may be kept, which then is counted."""
+        tensors = [leaf for leaf in tree_leaves(kept) if isinstance(leaf, Tensor)]
+        size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        if size > self._left:
+            return False
+        self._left -= size
+        return True
+
+
+def _versions(inputs: list) -> list[int]:
+    return [leaf._version for leaf in inputs if isinstance(leaf, Tensor)]
+
+
+def _same(a: Any, b: Any) -> bool:
+    if a is b:
+        return True
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a.dtype == b.dtype and torch.equal(a, b)
+    return type(a) is type(b) and not isinstance(a, Tensor) and a == b

@@ -26,8 +26,8 @@ from mmengine.registry import DATASETS
 
 from mmdet_moe import cli
 from mmdet_moe.analysis.files import write_file
-from mmdet_moe.analysis.history import logged_scalars
 from mmdet_moe.analysis.models import load_model
+from mmdet_moe.analysis.report.history import logged_scalars
 from mmdet_moe.errors import ConfigError
 from projects.cluster_theory.cluster_alignment_hook import RECORD_FILE
 from projects.cluster_theory.figures import (

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import numpy as np
 
-from mmdet_moe.analysis.association import COCO_SIZES, SIZES, Association, Bins, size_bin
-from mmdet_moe.analysis.bins import coco_size_bin
-from mmdet_moe.analysis.explorer import build_payload, write_report
-from mmdet_moe.analysis.layer_statistics import LayerStatistics
-from mmdet_moe.analysis.outcomes import MISSED, Outcomes
+from mmdet_moe.analysis.records.contents import DecisionRecords
+from mmdet_moe.analysis.report.explorer import build_payload, write_report
+from mmdet_moe.analysis.statistics.association import Association
+from mmdet_moe.analysis.statistics.bins import COCO_SIZES, SIZES, Bins, coco_size_bin, size_bin
+from mmdet_moe.analysis.statistics.layer_statistics import LayerStatistics
+from mmdet_moe.analysis.statistics.outcomes import MISSED, Outcomes
 from mmdet_moe.errors import ConfigError
 from research.benchmarks.harness import Benchmark
 
@@ -127,7 +128,9 @@ def _outcomes(rng: np.random.Generator, num_images: int) -> Outcomes:
 def _layer(outcomes: Outcomes, name: str) -> dict:
     weights = outcomes.weights[name]
     layer = LayerStatistics(EXPERTS)
-    layer.add(weights, outcomes.level, outcomes.image)
+    rows = np.arange(len(outcomes))
+    nowhere = np.full((len(outcomes), 2), np.nan)
+    layer.add(DecisionRecords(outcomes.image, rows, outcomes.level, nowhere, weights))
     attributes = {
         'size': (SIZES, size_bin(outcomes.size)),
         'size_coco': (COCO_SIZES, coco_size_bin(outcomes.size)),

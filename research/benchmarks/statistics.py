@@ -11,6 +11,7 @@ from mmengine.registry import MODELS, DefaultScope
 from mmengine.runner import Runner
 
 from mmdet_moe.analysis.data import AnalysisData
+from mmdet_moe.analysis.statistics.summary import metrics_of, summarise
 from mmdet_moe.analysis.study import Study
 from mmdet_moe.cli import apply_data_root
 from mmdet_moe.datasets import digit_scenes
@@ -53,12 +54,12 @@ def run_statistics(bench: Benchmark, num_images: int) -> None:
         def statistics() -> None:
             made = study()
             made.record()
-            made.metrics()
+            metrics_of(made)
 
         def summary() -> None:
             made = study()
             made.record()
-            made.summarise({})
+            summarise(made, {})
 
         times = bench.compare(
             f'{num_images} images',

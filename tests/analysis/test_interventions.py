@@ -6,7 +6,14 @@ import pytest
 import torch
 from torch import nn
 
-from mmdet_moe.analysis.interventions import ALL, Intervention, applied, interventions_on
+from mmdet_moe.analysis import interventions as module
+from mmdet_moe.analysis.interventions import (
+    ALL,
+    Intervention,
+    applied,
+    experts_remembered,
+    interventions_on,
+)
 from mmdet_moe.moe import GAPRouter, LinearExperts, MLPExperts, MoELayer
 
 C, OUT, E, K = 4, 5, 4, 2
@@ -279,3 +286,116 @@ def test_list_of_interventions():
     alone = MoELayer(LinearExperts(C, C, 1), 1, 1, in_channels=C, granularity='pixel')
     assert interventions_on({'alone': alone}) == []
     assert len(interventions_on({'alone': alone, **two})) == len(found)
+
+
+class Levels(nn.Module):
+    """A head that is called once for each level, and a layer behind it that is called once."""
+
+    def __init__(self, granularity):
+        super().__init__()
+        grid = {'grid_size': 2} if granularity == 'patch' else {}
+        options = dict(in_channels=C, granularity=granularity, **grid)
+        self.head = MoELayer([Rows(C) for _ in range(E)], E, K, **options)
+        self.last = MoELayer([Rows(C) for _ in range(E)], E, K, **options)
+
+    def forward(self, maps):
+        return [*map(self.head, maps), self.last(self.head(maps[0]) + maps[0])]
+
+
+class Rows(nn.Conv2d):
+    """An expert that counts its items."""
+
+    def __init__(self, channels):
+        super().__init__(channels, channels, 1)
+        self.rows = 0
+
+    def forward(self, x):
+        self.rows += len(x)
+        return super().forward(x)
+
+
+def rows_of(layer):
+    counted = sum(expert.rows for expert in layer.experts)
+    for expert in layer.experts:
+        expert.rows = 0
+    return counted
+
+
+@pytest.mark.parametrize('budget', [module.MEMORY_BYTES, 3000, 0])
+@pytest.mark.parametrize('granularity', GRANULARITIES)
+@torch.no_grad()
+def test_experts_compute_an_input_once(granularity, budget, randomise, monkeypatch):
+    """Outputs are those without a memory, whatever fits into it."""
+    monkeypatch.setattr(module, 'MEMORY_BYTES', budget)
+    model, maps = randomise(Levels(granularity)).double().eval(), random_maps()
+    layers = {'head': model.head, 'last': model.last}
+    found = interventions_on(layers)
+
+    def run():
+        outputs = []
+        for number, intervention in enumerate(found):
+            with applied(intervention, layers, (number,)):
+                outputs.append(model([x.clone() for x in maps]))
+        return outputs
+
+    expected = run()
+    rows = {name: rows_of(layer) for name, layer in layers.items()}
+    with experts_remembered(model, layers):
+        outputs = run()
+    for one, other in zip(outputs, expected, strict=True):
+        for y, reference in zip(one, other, strict=True):
+            torch.testing.assert_close(y, reference, rtol=0, atol=1e-10)
+    if budget > 3000:
+        items = {'image': 3 + 3, 'patch': 4 * 6, 'pixel': 3 * (6 * 8 + 3 * 5)}[granularity]
+        assert rows_of(model.head) == E * items  # each expert, each of the two inputs
+        # Inputs that others changed are as expensive as before, or as the first one.
+        assert rows_of(model.last) <= rows['last'] + E * items
+    if budget == 0:
+        assert {name: rows_of(layer) for name, layer in layers.items()} == rows
+    assert not any(m._forward_hooks for m in model.modules())
+    assert 'run_experts' not in vars(model.head)
+
+
+@torch.no_grad()
+def test_inputs_may_change_in_place(randomise):
+    layer = build('image', 'kept', randomise)
+    x = torch.randn(3, C, 6, 8).double()
+
+    def run(x):
+        with applied(Intervention('a', 'equal'), {'a': layer}):
+            return layer(x), layer(x.relu_()), layer(x)
+
+    expected = run(x.clone())
+    with experts_remembered(nn.Identity(), {'a': layer}):
+        for y, reference in zip(run(x), expected, strict=True):
+            torch.testing.assert_close(y, reference)
+
+
+class WithIdentity(nn.Linear):
+    """As in FFNs of transformers: a second tensor with its own row for each item."""
+
+    def forward(self, x, identity, scale=1):
+        return {'y': super().forward(x) * scale + identity, 'scale': scale}
+
+
+@torch.no_grad()
+def test_inputs_are_all_that_the_experts_are_given(randomise):
+    layer = MoELayer(
+        [WithIdentity(C, C) for _ in range(E)], E, K, in_channels=C, granularity='token'
+    )
+    randomise(layer).eval()
+    x, a, b = torch.randn(3, 2, 5, C)
+    calls = [(a, 1), (b, 1), (a, 2), (a, 1)]
+
+    def run():
+        with applied(Intervention('a', 'equal'), {'a': layer}):
+            return [layer(x, identity=i, scale=s) for i, s in calls]
+
+    expected = run()
+    with experts_remembered(nn.Identity(), {'a': layer}):
+        outputs = run()
+    for (_, scale), output, reference in zip(calls, outputs, expected, strict=True):
+        assert output['scale'] == scale
+        torch.testing.assert_close(output['y'], reference['y'])
+    assert not torch.allclose(outputs[0]['y'], outputs[1]['y'])
+    assert torch.equal(outputs[0]['y'], outputs[3]['y'])

@@ -6,13 +6,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from tiny_models import BOXES, MOE_NECK, SIZES, build_single, make_batch
+from tiny_models import BOXES, MOE_NECK, SIZES, build_detr, build_single, make_batch
 from torch import nn
 
+from mmdet_moe.analysis.attribution import Tracer
 from mmdet_moe.analysis.data import Objects
 from mmdet_moe.analysis.recorder import Recorder
-from mmdet_moe.analysis.study import _detector_outcomes
-from mmdet_moe.analysis.tracing import Tracer
+from mmdet_moe.analysis.records.contents import DetectorRecords, from_arrays, to_arrays
+from mmdet_moe.analysis.statistics.outcomes import outcomes_of
 from mmdet_moe.errors import ConfigError
 from mmdet_moe.moe import LinearExperts, MoELayer
 
@@ -39,11 +40,45 @@ def recorded(randomise):
     return recorder.take(), places, list(tracer.layers)
 
 
+def test_columns_are_as_documented(recorded):
+    """Types, and that the file gives back what it was given."""
+    records, _, names = recorded
+    arrays = to_arrays(records)
+    types = {
+        'images': {'index': 'int32', 'size': 'int32'},
+        'detections': {
+            'image': 'int32', 'box': 'float32', 'score': 'float32', 'label': 'int32',
+            'level': 'int32', 'match': 'int64',
+        },
+        'objects': {
+            'image': 'int32', 'box': 'float32', 'label': 'int32', 'crowd': 'bool',
+            'level': 'int32',
+        },
+    }  # fmt: skip
+    for number in range(len(names)):
+        types[f'layers/{number}/decisions'] = {
+            'image': 'int32', 'unit': 'int64', 'level': 'int32', 'centre': 'float32',
+            'weights': 'float32',
+        }  # fmt: skip
+        types[f'layers/{number}/links'] = {
+            'owner': 'int64', 'unit': 'int64', 'level': 'int32', 'share': 'float64',
+            'weights': 'float32',
+        }  # fmt: skip
+        types[f'layers/{number}/detections'] = {'unit': 'int64', 'weights': 'float32'}
+    expected = {f'{kind}/{name}': t for kind, of in types.items() for name, t in of.items()}
+    assert {name: array.dtype.name for name, array in arrays.items()} == expected
+    for kind, of in types.items():
+        assert len({len(arrays[f'{kind}/{name}']) for name in of}) == 1
+    again = from_arrays(DetectorRecords, arrays)
+    assert again.layers[1].links.share is records.layers[1].links.share
+    assert again.detections.match is records.detections.match
+
+
 def test_positions_of_decisions_are_those_on_the_image(recorded):
     """The batch is padded to 64 x 96 px; what lies on padding has no position."""
-    arrays, _, _ = recorded
+    records, _, _ = recorded
     for level in range(3):
-        found = arrays[f'{level}/dec_centre'].reshape(3, 4, 2)
+        found = records.layers[level].decisions.centre.reshape(3, 4, 2)
         for image, (height, width) in enumerate(SIZES):
             for patch, (row, column) in enumerate(((0, 0), (0, 1), (1, 0), (1, 1))):
                 rows, columns = 8 >> level, 12 >> level
@@ -52,35 +87,36 @@ def test_positions_of_decisions_are_those_on_the_image(recorded):
                 x = (bounds[column][1] + bounds[column + 1][1]) / 2 * 96 / columns / width
                 expected = [x, y] if x < 1 and y < 1 else [np.nan, np.nan]
                 np.testing.assert_allclose(found[image, patch], expected, atol=1e-6)
-    assert np.isnan(arrays['0/dec_centre']).any()
+    assert np.isnan(records.layers[0].decisions.centre).any()
 
 
 def test_level_of_an_object_is_that_of_most_of_its_anchors(recorded):
     """Whichever layers there are: each of the neck sees one level alone."""
-    arrays, places, names = recorded
+    records, places, names = recorded
     expected = []
     for image, (held, owner) in enumerate(places):
         for number in range(len(BOXES[image])):
             levels = held.level[owner == number].tolist()
             most = max(map(levels.count, levels))
             expected.append({level for level in levels if levels.count(level) == most})
-    assert all(a in b for a, b in zip(arrays['obj_level'].tolist(), expected, strict=True))
-    arrays['det_match'][:] = -1
-    outcomes = _detector_outcomes(arrays, names, 0.0)
+    levels = records.objects.level.tolist()
+    assert all(a in b for a, b in zip(levels, expected, strict=True))
+    records.detections.match[:] = -1
+    outcomes = outcomes_of([records], names, 0.0)
     missed = outcomes.kind == 2
-    assert outcomes.level[missed].tolist() == arrays['obj_level'].tolist()
+    assert outcomes.level[missed].tolist() == levels
     assert outcomes.image[missed].tolist() == [4, 4, 4, 6]
 
 
 def test_shares_of_an_object_sum_to_one(recorded):
-    arrays, _, names = recorded
+    records, _, names = recorded
     for number in range(len(names)):
-        owner, share = arrays[f'{number}/link_object'], arrays[f'{number}/link_share']
-        sums = np.bincount(owner, share)
-        np.testing.assert_allclose(sums[np.unique(owner)], 1)
-        images = arrays['obj_image'][owner]
-        assert (arrays[f'{number}/link_unit'] >> 28 == images).all()
-        assert set(arrays[f'{number}/link_level'].tolist()) <= {number}
+        links = records.layers[number].links
+        sums = np.bincount(links.owner, links.share)
+        np.testing.assert_allclose(sums[np.unique(links.owner)], 1)
+        images = records.objects.image[links.owner]
+        assert (links.unit >> 28 == images).all()
+        assert set(links.level.tolist()) <= {number}
 
 
 def test_batches_are_told_apart(randomise):
@@ -98,13 +134,37 @@ def test_batches_are_told_apart(randomise):
                     sample.set_metainfo({'seen': True})
                 model.data_preprocessor.pad_size_divisor = 96
                 recorder.add(indices, tracer.predict(copy.deepcopy(batch)))
-            found.append(recorder.take())
+            found.append(to_arrays(recorder.take()))
     for name in found[0]:
-        if not name.endswith(('weights', 'det_box', 'det_score')):
+        if not name.endswith(('weights', 'detections/box', 'detections/score')):
             a, b = found[0][name], found[1][name]
-            if '/dec' in name or '/link' in name:  # other orders of levels and images
+            if 'decisions' in name or 'links' in name:  # other orders of levels and images
                 a, b = np.sort(a, axis=0), np.sort(b, axis=0)
             np.testing.assert_allclose(a, b, err_msg=name)
+
+
+DECODER, ENCODER = 'decoder.layers.1.ffn.layers', 'encoder.layers.0.ffn.layers'
+
+
+@pytest.mark.parametrize('kind', ['detr', 'dino'])
+def test_objects_of_a_transformer_are_linked_to_their_queries(kind, randomise):
+    """One query for each object; the encoder takes part where a token proposed it."""
+    model = randomise(build_detr(kind, (DECODER, ENCODER))).eval()
+    with Tracer(model) as tracer:
+        recorder = Recorder(tracer, Data())
+        recorder.add([4, 5, 6], tracer.predict(make_batch()))
+    records = recorder.take()
+    decoder, encoder = (
+        records.layers[list(tracer.layers).index(name)] for name in (DECODER, ENCODER)
+    )
+    has_token = kind == 'dino'
+    assert sorted(decoder.links.owner) == [0, 1, 2, 3]
+    assert (decoder.detections.unit >= 0).all()
+    assert sorted(encoder.links.owner) == [0, 1, 2, 3] * has_token
+    assert ((encoder.detections.unit >= 0) == has_token).all()
+    assert ((records.objects.level >= 0) == has_token).all()
+    tokens = (96 + 24 + 6 + 2 if has_token else 6) * 3
+    assert encoder.decisions.level.shape == (tokens,)
 
 
 def test_decisions_of_unknown_images_are_refused():

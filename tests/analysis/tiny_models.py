@@ -2,6 +2,7 @@
 
 import copy
 
+import mmdet
 import numpy as np
 import torch
 from mmdet.registry import MODELS
@@ -11,6 +12,7 @@ from mmengine.registry import init_default_scope
 from mmengine.structures import InstanceData
 
 from mmdet_moe.cli import __file__ as _cli
+from mmdet_moe.moe import MoELayer
 
 CLASSES = 3
 STRIDES = (8, 16, 32)
@@ -28,6 +30,17 @@ ASSIGNER = {
     'neg_iou_thr': 0.4,
     'min_pos_iou': 0,
     'ignore_iof_thr': -1,
+}
+TOPK = {'type': 'mmdet.ATSSAssigner', 'topk': 9}
+SIMOTA = {'type': 'mmdet.SimOTAAssigner'}
+ASSIGNERS = {
+    'atss': TOPK,
+    'gfl': TOPK,
+    'tood': {'type': 'mmdet.TaskAlignedAssigner', 'topk': 13},
+    'yolox': SIMOTA,
+    'rtmdet': SIMOTA,
+    'rtmdet, objectness': SIMOTA,
+    'yolov3': {'type': 'mmdet.GridAssigner', 'pos_iou_thr': 0.5, 'neg_iou_thr': 0.5},
 }
 ANCHORS = {
     'type': 'mmdet.AnchorGenerator',
@@ -48,6 +61,7 @@ RETINA = {
     'loss_bbox': {'type': 'mmdet.L1Loss'},
 }
 ONE_ANCHOR = {**ANCHORS, 'scales_per_octave': 1, 'ratios': [1.0]}
+POINTS = {'type': 'mmdet.MlvlPointGenerator', 'strides': list(STRIDES), 'offset': 0}
 HEADS = {
     'retina': RETINA,
     'moe retina': {**RETINA, **FOUR, 'type': 'mmdet_moe.MoERetinaHead'},
@@ -72,7 +86,6 @@ HEADS = {
         'bbox_coder': {'type': 'mmdet.DeltaXYWHBBoxCoder'},
         'loss_centerness': {'type': 'mmdet.CrossEntropyLoss', 'use_sigmoid': True},
     },
-    # Takes the stride of each level from the order of the levels that it is given.
     'gfl': {
         'type': 'mmdet.GFLHead',
         'num_classes': CLASSES,
@@ -83,6 +96,73 @@ HEADS = {
         'anchor_generator': ONE_ANCHOR,
         'reg_max': 4,
     },
+    'tood': {
+        'type': 'mmdet.TOODHead',
+        'num_classes': CLASSES,
+        'in_channels': 6,
+        'feat_channels': 8,
+        'stacked_convs': 2,
+        'norm_cfg': {'type': 'BN'},
+        'anchor_generator': ONE_ANCHOR,
+        'bbox_coder': {'type': 'mmdet.DeltaXYWHBBoxCoder'},
+    },
+    'yolox': {
+        'type': 'mmdet.YOLOXHead',
+        'num_classes': CLASSES,
+        'in_channels': 6,
+        'feat_channels': 6,
+        'strides': STRIDES,
+    },
+    'rtmdet': {
+        'type': 'mmdet.RTMDetSepBNHead',
+        'num_classes': CLASSES,
+        'in_channels': 6,
+        'feat_channels': 6,
+        'with_objectness': False,
+        'exp_on_reg': True,
+        'anchor_generator': POINTS,
+        'bbox_coder': {'type': 'mmdet.DistancePointBBoxCoder'},
+        'loss_bbox': {'type': 'mmdet.GIoULoss'},
+        'norm_cfg': {'type': 'BN'},
+    },
+    'rtmdet, objectness': {
+        'type': 'mmdet.RTMDetHead',
+        'num_classes': CLASSES,
+        'in_channels': 6,
+        'feat_channels': 6,
+        'anchor_generator': POINTS,
+        'bbox_coder': {'type': 'mmdet.DistancePointBBoxCoder'},
+        'loss_bbox': {'type': 'mmdet.GIoULoss'},
+        'norm_cfg': {'type': 'BN'},
+    },
+    'ssd': {
+        'type': 'mmdet.SSDHead',
+        'num_classes': CLASSES,
+        'in_channels': (6, 6, 6),
+        'anchor_generator': {
+            'type': 'mmdet.SSDAnchorGenerator',
+            'scale_major': False,
+            'input_size': 300,
+            'basesize_ratio_range': (0.15, 0.9),
+            'strides': list(STRIDES),
+            'ratios': [[2], [2, 3], [2]],  # as many as 4, 6 and 4 anchors in a cell
+        },
+        'bbox_coder': {'type': 'mmdet.DeltaXYWHBBoxCoder'},
+    },
+    # Not traced: what it predicts is decoded by code of its own.
+    'yolov3': {
+        'type': 'mmdet.YOLOV3Head',
+        'num_classes': CLASSES,
+        'in_channels': (6, 6, 6),
+        'out_channels': (6, 6, 6),
+        'anchor_generator': {
+            'type': 'mmdet.YOLOAnchorGenerator',
+            'base_sizes': [[(16, 10)], [(30, 61)], [(60, 45)]],
+            'strides': list(STRIDES),
+        },
+        'bbox_coder': {'type': 'mmdet.YOLOBBoxCoder'},
+        'featmap_strides': list(STRIDES),
+    },
 }
 MOE_NECK = {
     'type': 'mmdet_moe.MoEFPN',
@@ -92,6 +172,7 @@ MOE_NECK = {
     'grid_size': 2,
     'expert_init': 'independent',
 }
+RESNET_18 = {'type': 'mmdet.ResNet', 'depth': 18, 'base_channels': 2, 'stem_channels': 4}
 MOE_BACKBONE = {
     'type': 'mmdet_moe.MoEResNet',
     'num_experts': 3,
@@ -105,16 +186,13 @@ MOE_BACKBONE = {
 def build_single(head, backbone=None, neck=None, train_cfg=True, **test_cfg):
     """A one-stage detector with the named head on three levels."""
     init_default_scope('mmdet')
-    assigner = {'type': 'mmdet.ATSSAssigner', 'topk': 9} if head in ('atss', 'gfl') else ASSIGNER
+    assigner = ASSIGNERS.get(head, ASSIGNER)
     config = {
         'type': 'mmdet.SingleStageDetector',
         'data_preprocessor': {'type': 'mmdet.DetDataPreprocessor', 'pad_size_divisor': 32},
         'backbone': {
-            'type': 'mmdet.ResNet',
-            'depth': 18,
-            'base_channels': 2,
-            'stem_channels': 4,
             'out_indices': (1, 2, 3),
+            **({} if 'depths' in (backbone or {}) else RESNET_18),
             **(backbone or {}),
         },
         'neck': {
@@ -134,8 +212,16 @@ def build_single(head, backbone=None, neck=None, train_cfg=True, **test_cfg):
             allowed_border=-1,
             pos_weight=-1,
             debug=False,
+            # TOOD's and SSD's.
+            initial_epoch=0,
+            initial_assigner=TOPK,
+            alpha=1,
+            beta=6,
         )
-    return MODELS.build(config).eval()
+    model = MODELS.build(config).eval()
+    if head == 'ssd':  # MMDetection's own cannot predict without (open-mmlab/mmdetection#11063)
+        model.bbox_head.loss_cls = None
+    return model
 
 
 def build_faster(moe=None, neck=None, **head):
@@ -156,6 +242,100 @@ def build_faster(moe=None, neck=None, **head):
     config.test_cfg.rcnn.update(score_thr=0.0, max_per_img=30)
     init_default_scope('mmdet')
     return MODELS.build(config).eval()
+
+
+def build_shipped(name, config, moe=()):
+    """A detector of MMDetection's own configs, made tiny, with experts at dotted paths.
+
+    Args:
+        name: The config, as ``detr/detr_r50_8xb2-150e_coco``.
+        config: What is changed in its model, merged into it.
+        moe: ``{path: options of MoELayer}``; what stands there becomes the expert.
+    """
+    init_default_scope('mmdet')
+    shipped = Config.fromfile(f'{mmdet.__path__[0]}/.mim/configs/{name}.py')
+    changed = {'backbone.init_cfg': None, **config}
+    shipped.merge_from_dict({f'model.{key}': value for key, value in changed.items()})
+    model = MODELS.build(shipped.model)
+    for path, options in dict(moe).items():
+        place(model, path, **options)
+    return model.eval()
+
+
+def place(model, path, **options):
+    """Make three experts, of which two are chosen, of the module at a path."""
+    owner, _, last = path.rpartition('.')
+    expert = model.get_submodule(path)
+    setattr(model.get_submodule(owner), last, MoELayer(expert, 3, 2, **options))
+
+
+RESNET = {f'backbone.{key}': value for key, value in RESNET_18.items()}
+RESNET['backbone.frozen_stages'] = -1
+DEFORMABLE = 'deformable_detr/deformable-detr'
+DETRS = {
+    'detr': 'detr/detr_r50_8xb2-150e_coco',
+    'deformable': f'{DEFORMABLE}_r50_16xb2-50e_coco',
+    'two stages': f'{DEFORMABLE}-refine-twostage_r50_16xb2-50e_coco',
+    'dino': 'dino/dino-4scale_r50_8xb2-12e_coco',
+}
+
+
+#: Deformable DETR with two stages works with 256 channels alone.
+CHANNELS = {'detr': 16, 'deformable': 16, 'two stages': 256, 'dino': 16}
+
+
+def build_detr(kind, paths=()):
+    """A transformer with 9 queries, two layers of encoder and of decoder, and experts at paths."""
+    channels = CHANNELS[kind]
+    config = {
+        **RESNET,
+        'neck.in_channels': [16] if kind == 'detr' else [4, 8, 16],
+        'neck.out_channels': channels,
+        'positional_encoding.num_feats': channels // 2,
+        'bbox_head.num_classes': CLASSES,
+        'bbox_head.embed_dims': channels,
+        'num_queries': 9,
+        'test_cfg.max_per_img': 6,
+        **{f'{coder}.num_layers': 2 for coder in ('encoder', 'decoder')},
+    }
+    if kind != 'detr':
+        config['neck.norm_cfg.num_groups'] = 4
+    for coder, attentions in (('encoder', ['self']), ('decoder', ['self', 'cross'])):
+        ffn = f'{coder}.layer_cfg.ffn_cfg'
+        config |= {f'{ffn}.embed_dims': channels, f'{ffn}.feedforward_channels': 8}
+        for attention in attentions:
+            attention = f'{coder}.layer_cfg.{attention}_attn_cfg'
+            config |= {f'{attention}.embed_dims': channels, f'{attention}.num_heads': 2}
+    tokens = {'in_channels': channels, 'granularity': 'token'}
+    return build_shipped(DETRS[kind], config, dict.fromkeys(paths, tokens))
+
+
+def build_rcnn(name, moe=()):
+    """A Mask or Cascade R-CNN of MMDetection's own configs."""
+    config = {
+        **RESNET,
+        'neck.in_channels': [2, 4, 8, 16],
+        'neck.out_channels': 8,
+        'rpn_head.in_channels': 8,
+        'rpn_head.feat_channels': 8,
+        'roi_head.bbox_roi_extractor.out_channels': 8,
+        'test_cfg.rpn.max_per_img': 40,
+        'test_cfg.rcnn.score_thr': 0.0,
+        'test_cfg.rcnn.max_per_img': 15,
+    }
+    heads = [f'bbox_head.{i}' for i in range(3)] if 'cascade' in name else ['bbox_head']
+    for head in heads:
+        head = f'roi_head.{head}'
+        config |= {f'{head}.in_channels': 8, f'{head}.fc_out_channels': 12}
+        config[f'{head}.num_classes'] = CLASSES
+    if 'mask' in name:
+        config |= {
+            'roi_head.mask_roi_extractor.out_channels': 8,
+            'roi_head.mask_head.in_channels': 8,
+            'roi_head.mask_head.conv_out_channels': 8,
+            'roi_head.mask_head.num_classes': CLASSES,
+        }
+    return build_shipped(name, config, moe)
 
 
 #: Boxes in px of the original images, (image: boxes); unlike labels tell objects apart.

@@ -17,11 +17,14 @@ from torch import nn
 import mmdet_moe
 from mmdet_moe import cli
 from mmdet_moe.analysis import command, study
+from mmdet_moe.analysis.attribution import Tracer
 from mmdet_moe.analysis.command import run_analysis
 from mmdet_moe.analysis.data import AnalysisData
 from mmdet_moe.analysis.recorder import Recorder
-from mmdet_moe.analysis.records import Records
-from mmdet_moe.analysis.tracing import Tracer
+from mmdet_moe.analysis.records.contents import BoxRecords
+from mmdet_moe.analysis.records.files import RecordFiles
+from mmdet_moe.analysis.statistics import summary
+from mmdet_moe.analysis.statistics.outcomes import outcomes_of
 
 DEMO = Path(mmdet_moe.__file__).parents[1] / 'configs' / 'demo'
 EXPERTS, LEVELS, IMAGES, BATCH, PER_FILE = 3, 5, 8, 2, 3
@@ -137,7 +140,7 @@ def _make_quick(monkeypatch):
     monkeypatch.delenv(cli.TRACEBACK_VARIABLE, raising=False)
     monkeypatch.setattr(command, 'write_figures', lambda *_: None)
     monkeypatch.setattr(study, 'IMAGES_PER_FILE', PER_FILE)
-    monkeypatch.setattr(study.Study.summarise, '__defaults__', (19,))
+    monkeypatch.setattr(summary.summarise, '__defaults__', (19,))
 
 
 @pytest.fixture(scope='module')
@@ -297,7 +300,7 @@ def test_schema(detector, finished):
 
 def test_figures(detector, tmp_path, monkeypatch):
     """The one run with figures; few images, no interventions."""
-    from mmdet_moe.analysis.figures import write_figures
+    from mmdet_moe.analysis.report.figures import write_figures
 
     monkeypatch.setattr(command, 'write_figures', write_figures)
     detector(tmp_path / 'out', '--no-interventions', '--max-images', '4')
@@ -458,10 +461,11 @@ def test_statistics_are_those_of_loops_over_the_images(detector, finished):
 def test_outcomes(detector, finished, monkeypatch):
     """Every object is found or missed, once; what is said of them are the predictions."""
     kept = []
-    monkeypatch.setattr(command, 'write_results', lambda study, *_: kept.append(study.outcomes()))
+    monkeypatch.setattr(command, 'write_results', lambda study, *_: kept.append(study))
     monkeypatch.setattr(command, '_print_results', lambda *_: None)
     command.run_analysis(detector.argv(finished))
-    (outcomes,) = kept
+    records, layers = kept[0].records, list(kept[0].layers)
+    outcomes = outcomes_of(records, layers, kept[0].score_thr)
     experts = json.loads(content(finished))
     is_object = outcomes.kind != 1
     assert is_object.sum() == experts['run']['num_objects']
@@ -502,7 +506,7 @@ def test_interventions_are_those_of_a_changed_model(detector, finished):
     cfg = detector.read()
     init_default_scope('mmdet')
     data = AnalysisData(cfg, 'val')
-    from mmdet_moe.analysis.evaluation import DetectionMetrics
+    from mmdet_moe.analysis.statistics.evaluation import DetectionMetrics
 
     metrics = DetectionMetrics(data, IMAGES)
     for key in [('bbox_head.cls_moe', 'without', 1), ('bbox_head.reg_moe', 'only', 2)]:
@@ -520,7 +524,7 @@ def test_interventions_are_those_of_a_changed_model(detector, finished):
             for i, result in enumerate(model.test_step(batch)):
                 p = result.pred_instances
                 columns.append((np.full(len(p), first + i), p.bboxes, p.scores, p.labels))
-        expected = metrics(*(np.concatenate(c) for c in zip(*columns, strict=True)))
+        expected = metrics(BoxRecords(*(np.concatenate(c) for c in zip(*columns, strict=True))))
         for name in ('AP', 'AP50', 'AP small', 'AP medium'):
             assert found[key][name] == pytest.approx(expected[name], rel=1e-4)
         for name, value in expected['per_class'].items():
@@ -552,8 +556,8 @@ def stop_at(monkeypatch, owner, name, call, error):
         (SingleStageDetector, 'predict', 2),  # in the second file of the statistics
         (SingleStageDetector, 'predict', 4),  # in the first file of the interventions
         (SingleStageDetector, 'predict', 30),
-        (Records, 'write', 2),
-        (Records, 'write', 4),
+        (RecordFiles, 'write', 2),
+        (RecordFiles, 'write', 4),
         (Recorder, 'take', 2),
     ],
 )
@@ -614,10 +618,10 @@ def test_few_images_are_in_memory(detector, tmp_path, monkeypatch):
     sizes, before = [], Recorder.take
 
     def take(self):
-        arrays = before(self)
-        sizes.append(len(arrays['image']))
+        records = before(self)
+        sizes.append(len(records.images.index))
         assert not self._parts
-        return arrays
+        return records
 
     monkeypatch.setattr(Recorder, 'take', take)
     detector(tmp_path / 'out', '--no-interventions')

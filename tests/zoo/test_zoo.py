@@ -10,7 +10,7 @@ import pytest
 import torch
 from mmengine.config import Config
 from mmengine.runner import Runner, load_checkpoint, save_checkpoint, set_random_seed
-from tiny_models import (
+from zoo_cases import (
     CASES,
     FOUR,
     SIZE,

@@ -1,0 +1,1 @@
+"""What the passes over the images leave behind: typed records, and their files."""

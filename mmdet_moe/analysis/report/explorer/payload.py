@@ -1,0 +1,212 @@
+"""What a report knows about one run, as JSON."""
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mmdet_moe.analysis.files import write_file
+from mmdet_moe.analysis.records.contents import select
+from mmdet_moe.analysis.report.explorer.packing import pack, quantise
+from mmdet_moe.analysis.report.explorer.pool import fill_pool
+from mmdet_moe.analysis.statistics.outcomes import Outcomes
+from mmdet_moe.errors import ConfigError
+
+SCHEMA, VERSION = 'mmdet_moe.explorer', 1
+_FIELDS = ('run', 'metrics', 'layers', 'interventions', 'verdict', 'rows', 'columns', 'pool')
+#: Share of the budget that the columns may take; crops without their statistics help nobody, and
+#: neither do statistics without a crop.
+_COLUMN_SHARE = 0.6
+#: Steps of the training that the history is thinned to.
+_HISTORY_STEPS = 120
+
+
+def build_payload(
+    experts: dict,
+    outcomes: Outcomes,
+    load_image: Callable[[int], np.ndarray],
+    budget: int = 9_000_000,
+) -> dict:
+    """Gather everything that a report shows of one run.
+
+    All outcomes are kept as columns. Where there are so many that they alone would use up the
+    budget, the outcomes of images at even distances are kept. Crops and whole images are JPEG, of a
+    choice of images (see :mod:`~mmdet_moe.analysis.report.explorer.pool`).
+
+    Args:
+        experts: The content of ``experts.json``.
+        outcomes: n rows; their weights by the layers of ``experts``. Layers without weights are
+            shown without crops.
+        load_image: The image of an index, RGB uint8 ``(H, W, 3)``, in its original size.
+        budget: Bytes that the payload may take as JSON. Statistics are kept even beyond it.
+
+    Returns:
+        JSON-able.
+    """
+    payload = {
+        'schema': SCHEMA,
+        'version': VERSION,
+        'run': experts['run'],
+        'metrics': _overall(experts.get('metrics')),
+        'layers': {
+            name: _layer(layer, (experts.get('history') or {}).get(name))
+            for name, layer in experts['layers'].items()
+        },
+        'interventions': [
+            {**entry, 'metrics': _overall(entry['metrics'])}
+            for entry in experts.get('interventions') or []
+        ],
+        'verdict': experts.get('verdict') or [],
+    }
+    payload = _jsonable(payload)
+    room = budget - len(_dumps(payload))
+    total = len(outcomes)
+    outcomes = _known_layers(outcomes, experts['layers'])
+    columns = _columns(outcomes)
+    if len(_dumps(columns)) > _COLUMN_SHARE * room:
+        outcomes, columns = _thinned(outcomes, columns, _COLUMN_SHARE * room)
+    payload['rows'] = {'kept': len(outcomes), 'all': total}
+    payload['columns'] = columns
+    weights = {name: quantise(values) for name, values in outcomes.weights.items()}
+    # 256 bytes for the punctuation and the names of what is added below.
+    room = budget - len(_dumps(payload)) - 256
+    pool = fill_pool(outcomes, weights, load_image, room)
+    payload['pool'] = {
+        'rows': pack(np.array(list(pool.crops), np.int32)),
+        'regions': pack(pool.regions()),
+        'crops': list(pool.crops.values()),
+        'images': {
+            str(index): [image.width, image.height, image.jpeg]
+            for index, image in pool.images.items()
+        },
+    }
+    return payload
+
+
+def _overall(metrics: dict | None) -> dict:
+    # Those of single classes are not shown; thousands of interventions have as many each.
+    return {name: value for name, value in (metrics or {}).items() if name != 'per_class'}
+
+
+def _layer(layer: dict, history: dict | None) -> dict:
+    """A layer's entry of ``experts.json``, with its tables packed."""
+    entry = {key: value for key, value in layer.items() if key != 'associations'}
+    entry['coactivation'] = pack(np.asarray(layer['coactivation'], np.float32))
+    entry['associations'] = {
+        source: {name: _association(table) for name, table in attributes.items()}
+        for source, attributes in (layer.get('associations') or {}).items()
+    }
+    if history and history.get('step'):
+        steps = np.asarray(history['step'])
+        kept = np.unique(np.linspace(0, len(steps) - 1, _HISTORY_STEPS).round().astype(int))
+        load = np.asarray(history['load'], np.float32)[kept]
+        entry['history'] = {'step': steps[kept].tolist(), 'load': pack(load)}
+    return entry
+
+
+def _association(table: dict) -> dict:
+    # Both conditional tables follow from the counts.
+    tables = ('counts', 'bin_given_expert', 'expert_given_bin')
+    entry = {key: value for key, value in table.items() if key not in tables}
+    if table.get('counts') is not None:
+        entry['counts'] = pack(np.asarray(table['counts'], np.float32))
+    return entry
+
+
+def _known_layers(outcomes: Outcomes, layers: dict[str, dict]) -> Outcomes:
+    """Only the weights of these layers, and only where there are any."""
+    weights = {}
+    for name, layer in layers.items():
+        values = outcomes.weights.get(name)
+        if values is None or np.isnan(values).all():
+            continue
+        if values.shape != (len(outcomes), layer['num_experts']):
+            raise ValueError(
+                f'the outcomes have weights of shape {values.shape} for {name}, '
+                f'expected {(len(outcomes), layer["num_experts"])}'
+            )
+        weights[name] = values
+    return replace(outcomes, weights=weights)
+
+
+def _columns(outcomes: Outcomes) -> dict:
+    limit = np.iinfo(np.uint16).max
+    return {
+        'image': pack(outcomes.image.astype(np.int32)),
+        'box': pack(np.rint(np.clip(np.nan_to_num(outcomes.box), 0, limit)).astype(np.uint16)),
+        'label': pack(outcomes.label.astype(np.int32)),
+        'true_label': pack(outcomes.true_label.astype(np.int32)),
+        'score': pack(quantise(outcomes.score)),
+        'kind': pack(outcomes.kind.astype(np.uint8)),
+        'size': pack(outcomes.size.astype(np.float32)),
+        'level': pack(outcomes.level.astype(np.int32)),
+        'weights': {name: pack(quantise(values)) for name, values in outcomes.weights.items()},
+    }
+
+
+def _thinned(outcomes: Outcomes, columns: dict, limit: float) -> tuple[Outcomes, dict]:
+    images = np.unique(outcomes.image)
+    count, thinned = len(images), outcomes
+    while len(_dumps(columns)) > limit and count:
+        # Aims a little below, for deflation does worse on less; then in small steps.
+        count = min(int(count * 0.97 * max(limit, 0) / len(_dumps(columns))), count - 1)
+        kept = images[np.linspace(0, len(images) - 1, count).round().astype(int)]
+        rows = np.isin(outcomes.image, kept)
+        thinned = select(outcomes, rows)
+        columns = _columns(thinned)
+    return thinned, columns
+
+
+def _jsonable(value: Any) -> Any:
+    """NumPy's values as Python's, and numbers that JSON does not know as null."""
+    if isinstance(value, dict):
+        return {str(key): _jsonable(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_jsonable(entry) for entry in value]
+    if isinstance(value, np.generic | np.ndarray):
+        return _jsonable(value.tolist())
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _dumps(payload: dict) -> str:
+    return json.dumps(payload, separators=(',', ':'), allow_nan=False)
+
+
+def write_payload(payload: dict, path: Path) -> None:
+    """Write a payload in one step: a reader never meets half a file."""
+    write_file(Path(path), _dumps(payload).encode())
+
+
+def read_payload(path: Path) -> dict:
+    """Read what :func:`write_payload` wrote.
+
+    Raises:
+        ConfigError: If there is no such file, it is damaged or of another version.
+    """
+    path = Path(path)
+    again = 'run tools/analyze_experts.py again'
+    try:
+        payload = json.loads(path.read_text(encoding='utf-8'))
+    except FileNotFoundError:
+        raise ConfigError(
+            f'{path} does not exist; name a folder that tools/analyze_experts.py wrote'
+        ) from None
+    except OSError as error:
+        raise ConfigError(f'{path} cannot be read: {error.strerror}') from None
+    except ValueError:
+        raise ConfigError(f'{path} is damaged (no complete JSON); {again}') from None
+    if not isinstance(payload, dict) or payload.get('schema') != SCHEMA:
+        raise ConfigError(f'{path} is no payload of the Expert Explorer; {again}')
+    if payload.get('version') != VERSION:
+        raise ConfigError(
+            f'{path} has version {payload.get("version")!r}, this mmdet_moe reads '
+            f'version {VERSION}; {again}'
+        )
+    missing = [name for name in _FIELDS if name not in payload]
+    if missing:
+        raise ConfigError(f'{path} is damaged (no {", ".join(missing)}); {again}')
+    return payload

@@ -1,0 +1,1 @@
+"""What is computed from the records: associations, metrics, outcomes, and ``experts.json``."""

@@ -1,0 +1,122 @@
+"""How one layer uses its experts over a whole data set, in memory that does not grow with it."""
+
+import numpy as np
+import torch
+
+from mmdet_moe.analysis.records.contents import DecisionRecords
+from mmdet_moe.analysis.statistics.association import Association
+from mmdet_moe.analysis.statistics.bins import POSITIONS, level_bins, position_bin
+from mmdet_moe.moe.utilization import (
+    COLLAPSE_SHARE,
+    DEAD_SHARE,
+    UtilizationReport,
+    sums_of_decisions,
+)
+
+#: More pyramid levels than any detector has.
+MAX_LEVELS = 32
+
+
+class LayerStatistics:
+    """Sums over the decisions of one layer; every decision counts 1.
+
+    Decisions without weights (all 0, or any NaN: the layer took no part) are left out.
+
+    Args:
+        num_experts: E.
+        max_units: How many decisions the tests of the associations remember, see
+            :class:`~mmdet_moe.analysis.statistics.association.Association`.
+        seed: Of their samples.
+    """
+
+    def __init__(self, num_experts: int, max_units: int = 200_000, seed: int = 0) -> None:
+        self.num_experts = num_experts
+        self._sums: dict[str, torch.Tensor] = {}
+        self._together = np.zeros((num_experts, num_experts))
+        self._image = Association(None, num_experts, max_units, seed)
+        self._level = Association(MAX_LEVELS, num_experts, max_units, seed)
+        self._position = Association(len(POSITIONS), num_experts, max_units, seed)
+        self._num_levels = 0
+        self._several_per_image = False
+
+    def add(self, decisions: DecisionRecords) -> None:
+        """Add decisions.
+
+        Raises:
+            ValueError: If shapes do not fit, a weight is negative, a level is beyond 31, or two
+                rows have the same number.
+        """
+        unit, weights = decisions.unit, decisions.weights
+        level, image = decisions.level, decisions.image
+        if len(np.unique(unit)) != len(unit):
+            raise ValueError('each row is one decision, but two rows have the same number')
+        ones = np.ones(len(unit))
+        # First, because they check their arguments.
+        self._level.add(unit, level, ones, weights)
+        # The levels of an image differ anyway; what the image adds is seen within a level.
+        self._image.add(unit, image, ones, weights, level)
+        self._position.add(unit, position_bin(*decisions.centre.T), ones, weights)
+        total = weights.sum(1)
+        known = np.isfinite(total) & (total > 0)
+        if not known.any():
+            return
+        self._num_levels = max(self._num_levels, int(level[known].max()) + 1)
+        self._several_per_image |= len(np.unique(image[known])) < known.sum()
+        weights_TE = torch.from_numpy(weights[known]).double()
+        chosen = (weights_TE > 0).double()
+        normalised = weights_TE / weights_TE.sum(1, keepdim=True)
+        one_level = torch.zeros(len(weights_TE), dtype=torch.int64)
+        sums = {
+            # Levels are looked at by the association, so they are not told apart here.
+            **sums_of_decisions(normalised, one_level, 1),
+            'load': chosen.sum(0),
+            'importance': weights_TE.sum(0),
+            'dropped': torch.zeros((), dtype=torch.float64),
+        }
+        for key, value in sums.items():
+            self._sums[key] = self._sums[key] + value if key in self._sums else value
+        self._together += (chosen.T @ chosen).numpy()
+
+    def report(self) -> UtilizationReport:
+        """Loads, entropies and information over everything added; ``mi_level`` is not told."""
+        return UtilizationReport.from_sums(self._sums or self._nothing())
+
+    def coactivation(self) -> np.ndarray:
+        """Share of the decisions in which both are chosen, (E, E); the diagonal: chosen at all."""
+        return self._together / max(self.report().num_items, 1)
+
+    def _associations(self, permutations: int) -> dict[str, dict]:
+        """With what the decisions go together, by attribute."""
+        found = {}
+        # With one decision for each image none could go better with its image than another.
+        if self._several_per_image:
+            found['image'] = self._image.result(permutations).as_dict()
+        if self._num_levels > 1:
+            result = self._level.result(permutations).first(self._num_levels)
+            found['level'] = result.as_dict(level_bins(self._num_levels))
+        if self._position.num_units:
+            found['position'] = self._position.result(permutations).as_dict(POSITIONS)
+        return found
+
+    def as_dict(self, permutations: int = 999) -> dict:
+        """The statistics of ``experts.json``, with the associations of source ``decisions``."""
+        report = self.report()
+        return {
+            'num_experts': self.num_experts,
+            'num_decisions': report.num_items,
+            'load': report.load,
+            'importance': report.importance,
+            'load_cv2': report.load_cv2,
+            'usage_entropy': report.usage_entropy,
+            'decision_entropy': report.decision_entropy,
+            'mi_input': report.mi_input,
+            'dead_experts': report.dead_experts(DEAD_SHARE),
+            'collapsed': report.has_collapsed(COLLAPSE_SHARE),
+            'coactivation': self.coactivation().tolist(),
+            'associations': {'decisions': self._associations(permutations)},
+        }
+
+    def _nothing(self) -> dict[str, torch.Tensor]:
+        experts = torch.zeros(self.num_experts, dtype=torch.float64)
+        sums = sums_of_decisions(experts.new_zeros(0, self.num_experts), experts.long()[:0], 1)
+        return {**sums, 'load': experts, 'importance': experts, 'dropped': experts.sum()}

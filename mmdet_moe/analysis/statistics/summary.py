@@ -1,0 +1,203 @@
+"""``experts.json``, without history and verdict, from the records of a study, file by file."""
+
+from dataclasses import asdict
+
+import numpy as np
+
+from mmdet_moe.analysis.data import AnalysisData
+from mmdet_moe.analysis.records.contents import (
+    ClassifierRecords,
+    DetectorRecords,
+    ImageRecords,
+    LayerRecords,
+    concatenated,
+)
+from mmdet_moe.analysis.statistics.association import Association
+from mmdet_moe.analysis.statistics.bins import (
+    COCO_SIZES,
+    POSITIONS,
+    SIZES,
+    Bins,
+    box_sizes,
+    coco_size_bin,
+    level_bins,
+    position_bin,
+    size_bin,
+)
+from mmdet_moe.analysis.statistics.evaluation import ClassificationMetrics, DetectionMetrics
+from mmdet_moe.analysis.statistics.layer_statistics import MAX_LEVELS, LayerStatistics
+from mmdet_moe.analysis.study import Study
+
+SCHEMA, VERSION = 'mmdet_moe.experts', 1
+
+
+def summarise(study: Study, run: dict, permutations: int = 999) -> dict:
+    """``experts.json`` without history and verdict.
+
+    Args:
+        study: After its passes.
+        run: What is to be said of config, checkpoint and split.
+        permutations: Of each test.
+    """
+    summaries = [
+        _LayerSummary(layer.num_experts, study.data, study.score_thr)
+        for layer in study.layers.values()
+    ]
+    num_objects = num_detections = 0
+    for records in study.records:
+        for summary, layer in zip(summaries, records.layers, strict=True):
+            summary.add(records, layer)
+        if study.is_detector:
+            num_objects += int((~records.objects.crowd).sum())
+            num_detections += int((records.detections.score >= study.score_thr).sum())
+        else:
+            num_objects += len(records.classes.label)
+    return {
+        'schema': SCHEMA,
+        'version': VERSION,
+        'run': {
+            **run,
+            'task': 'detection' if study.is_detector else 'classification',
+            'num_images': len(study.data),
+            'num_objects': num_objects,
+            'num_detections': num_detections,
+            'score_thr': study.score_thr if study.is_detector else None,
+            'classes': study.data.classes,
+            'superclasses': study.data.superclasses,
+            'num_levels': study.tracer.num_levels,
+        },
+        **metrics_of(study),
+        'layers': {
+            name: {
+                'top_k': layer.top_k,
+                'granularity': layer.granularity,
+                **summary.as_dict(permutations),
+            }
+            for (name, layer), summary in zip(study.layers.items(), summaries, strict=True)
+        },
+    }
+
+
+def metrics_of(study: Study) -> dict:
+    """The metrics of the unchanged model and of all interventions, as in ``experts.json``."""
+    if study.is_detector:
+        metrics = DetectionMetrics(study.data, len(study.data))
+        unchanged = concatenated([records.detections for records in study.records])
+    else:
+        classes = concatenated([records.classes for records in study.records])
+        metrics = ClassificationMetrics(study.data.classes, classes.label)
+        unchanged = classes.prediction
+    # Only if all images have been through them: metrics of a part cannot be compared.
+    is_complete = study.changed.num_images == len(study.data)
+    interventions = [
+        {
+            **asdict(intervention),
+            'metrics': metrics(concatenated([changed[number] for changed in study.changed])),
+        }
+        for number, intervention in enumerate(study.interventions)
+        if is_complete
+    ]
+    return {'metrics': metrics(unchanged), 'interventions': interventions}
+
+
+class _LayerSummary:
+    """All statistics of one layer."""
+
+    def __init__(self, num_experts: int, data: AnalysisData, score_thr: float) -> None:
+        self.num_experts = num_experts
+        self.score_thr = score_thr
+        self.decisions = LayerStatistics(num_experts)
+        self.group_of = _group_of(data)
+        self.bins = {
+            'size': SIZES,
+            'size_coco': COCO_SIZES,
+            'class': Bins(data.classes),
+            'superclass': Bins(list(data.superclasses)) if data.superclasses else None,
+            'cluster': Bins(data.clusters) if data.clusters else None,
+            'level': level_bins(MAX_LEVELS),
+            'position': POSITIONS,
+        }
+        self.associations: dict[str, dict[str, Association]] = {}
+        self._levels = 0
+
+    def add(self, records: DetectorRecords | ClassifierRecords, layer: LayerRecords) -> None:
+        """One file of records."""
+        links = layer.links
+        self.decisions.add(layer.decisions)
+        behind = (links.unit, links.share, links.weights)
+        if isinstance(records, ClassifierRecords):
+            bins = self._of_classes(records.classes.label[links.owner])
+            if self.bins['cluster'] is not None:
+                bins['cluster'] = records.classes.cluster[links.owner]
+            self._count('objects', bins, *behind)
+            return
+        objects, found = records.objects, records.detections
+        bins = self._of_classes(objects.label[links.owner]) | self._of_boxes(
+            objects.box[links.owner], objects.image[links.owner], links.level, records.images
+        )
+        self._count('objects', bins, *behind)
+        behind = layer.detections
+        shown = (found.match >= 0) & (found.score >= self.score_thr) & (behind.unit >= 0)
+        bins = self._of_classes(found.label[shown]) | self._of_boxes(
+            found.box[shown], found.image[shown], found.level[shown], records.images
+        )
+        ones = np.ones(int(shown.sum()))
+        self._count('detections', bins, behind.unit[shown], ones, behind.weights[shown])
+
+    def _of_classes(self, label: np.ndarray) -> dict[str, np.ndarray]:
+        bins = {'class': label}
+        if self.group_of is not None:
+            bins['superclass'] = self.group_of[label]
+        return bins
+
+    def _of_boxes(
+        self, boxes: np.ndarray, image: np.ndarray, level: np.ndarray, images: ImageRecords
+    ) -> dict[str, np.ndarray]:
+        size = box_sizes(boxes)
+        height, width = images.size[np.searchsorted(images.index, image)].astype(np.float64).T
+        x, y = (boxes[:, :2] + boxes[:, 2:]).T / 2
+        self._levels = max(self._levels, int(level.max(initial=-1)) + 1)
+        return {
+            'size': size_bin(size),
+            'size_coco': coco_size_bin(size),
+            'position': position_bin(x / width, y / height),
+            'level': level,
+        }
+
+    def _count(
+        self,
+        source: str,
+        bins: dict[str, np.ndarray],
+        unit: np.ndarray,
+        share: np.ndarray,
+        weights: np.ndarray,
+    ) -> None:
+        tables = self.associations.setdefault(source, {})
+        for attribute, values in bins.items():
+            if attribute not in tables:
+                tables[attribute] = Association(len(self.bins[attribute]), self.num_experts)
+            tables[attribute].add(unit, values, share, weights)
+
+    def as_dict(self, permutations: int) -> dict:
+        """The layer's part of ``experts.json``."""
+        summary = self.decisions.as_dict(permutations)
+        for source, tables in self.associations.items():
+            found = summary['associations'].setdefault(source, {})
+            for attribute, table in tables.items():
+                bins, result = self.bins[attribute], table.result(permutations)
+                if attribute == 'level':
+                    if self._levels < 2:
+                        continue
+                    bins, result = level_bins(self._levels), result.first(self._levels)
+                found[attribute] = result.as_dict(bins)
+        return summary
+
+
+def _group_of(data: AnalysisData) -> np.ndarray | None:
+    """int64 (classes,): the super-class of each class; None without super-classes."""
+    if data.superclasses is None:
+        return None
+    groups = np.full(len(data.classes), -1, np.int64)
+    for number, members in enumerate(data.superclasses.values()):
+        groups[members] = number
+    return groups

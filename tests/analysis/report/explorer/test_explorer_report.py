@@ -1,0 +1,567 @@
+"""The report in a browser: it shows what NumPy finds in the outcomes, by mouse and by keys."""
+
+import re
+
+import numpy as np
+import pytest
+from explorer_runs import classification_run, detection_run
+
+from mmdet_moe.analysis.report.explorer import build_payload, write_report
+from mmdet_moe.analysis.statistics.outcomes import CORRECT, MISSED, WRONG
+from mmdet_moe.errors import ConfigError
+
+TIMEOUT = 60_000
+MARKUP = '</script><script>window.broken = 1</script>'
+CLASSES = ('cat', 'dog & "cup"', '<b>bold</b>', MARKUP)
+SUPERCLASSES = {'animals <i>': [0, 1], 'things': [2, 3]}
+LAYER, BACKBONE = 'bbox_head.cls_moe', 'backbone.layer4'
+
+
+def make_report(folder, *runs, budget=9_000_000):
+    payloads = [build_payload(r.experts, r.outcomes, r.load_image, budget) for r in runs]
+    path = folder / 'report.html'
+    write_report(payloads, path)
+    return path
+
+
+@pytest.fixture(scope='module')
+def soft():
+    return detection_run(classes=CLASSES, superclasses=SUPERCLASSES, backbone=True)
+
+
+@pytest.fixture(scope='module')
+def hard():
+    return detection_run('retinanet_moe_hard', layers=((LAYER, 12),), sharpness=0.5, seed=3)
+
+
+@pytest.fixture(scope='module')
+def single_report(soft, tmp_path_factory):
+    # So little that a part of the crops is left out.
+    return make_report(tmp_path_factory.mktemp('single'), soft, budget=500_000)
+
+
+@pytest.fixture(scope='module')
+def double_report(soft, hard, tmp_path_factory):
+    return make_report(tmp_path_factory.mktemp('double'), soft, hard)
+
+
+@pytest.fixture(scope='module')
+def classifier():
+    return classification_run()
+
+
+@pytest.fixture(scope='module')
+def classifier_report(classifier, tmp_path_factory):
+    return make_report(tmp_path_factory.mktemp('classifier'), classifier)
+
+
+@pytest.fixture
+def open_report(browser):
+    """Open a report without a network; the test fails on any error or request of the page."""
+    contexts, problems = [], []
+
+    def open_(path, width=1280, height=900, **options):
+        context = browser.new_context(
+            viewport={'width': width, 'height': height}, offline=True, **options
+        )
+        contexts.append(context)
+        page = context.new_page()
+        page.set_default_timeout(TIMEOUT)
+        page.on('pageerror', lambda error: problems.append(f'page error: {error}'))
+        page.on(
+            'console',
+            lambda message: (
+                problems.append(f'{message.type}: {message.text}')
+                if message.type in ('error', 'warning')
+                else None
+            ),
+        )
+        page.on(
+            'request',
+            lambda request: (
+                problems.append(f'request: {request.url[:80]}')
+                if not request.url.startswith(('file:', 'data:', 'blob:'))
+                else None
+            ),
+        )
+        page.goto(path.as_uri())
+        page.wait_for_selector('html[data-ready]')
+        return page
+
+    yield open_
+    for context in contexts:
+        context.close()
+    assert problems == []
+
+
+# What NumPy says -----------------------------------------------------------------------------
+
+
+def expected_rows(run, layer, expert, sizes=(0, 1, 2), kinds=(CORRECT, WRONG, MISSED), labels=None):
+    """Rows that an expert took part in (weights travel in steps of 1/254) after the filters."""
+    outcomes = run.outcomes
+    rows = np.rint(np.nan_to_num(outcomes.weights[layer][:, expert]) * 254) > 0
+    rows &= np.isin(outcomes.kind, kinds)
+    if len(sizes) < 3:
+        small, large = outcomes.size < 32, outcomes.size >= 96
+        rows &= np.isin(np.where(small, 0, np.where(large, 2, 1)), sizes)
+    if labels is not None:
+        rows &= np.isin(outcomes.label, labels)
+    return np.flatnonzero(rows)
+
+
+def counts(page, run=0):
+    """(shown, matching) as the page says."""
+    text = page.locator('.run').nth(run).locator('.count').inner_text()
+    found = re.match(r'([\d,]+) of ([\d,]+) shown', text)
+    return tuple(int(group.replace(',', '')) for group in found.groups())
+
+
+def shown_rows(page, run=0):
+    return (
+        page.locator('.run')
+        .nth(run)
+        .locator('.tile')
+        .evaluate_all('tiles => tiles.map(tile => Number(tile.dataset.row))')
+    )
+
+
+def chart_values(page, name, run=0, axis='y'):
+    """The bars of a chart, once the latest choice is drawn."""
+    card = page.locator('.run').nth(run).locator(f'[data-chart={name}]')
+    card.scroll_into_view_if_needed()
+    page.wait_for_function(
+        '([run, name]) => document.querySelectorAll(".run")[run]'
+        '.querySelector(`[data-chart=${name}] .chart`).data',
+        arg=[run, name],
+    )
+    page.evaluate('() => new Promise(r => requestAnimationFrame(() => requestAnimationFrame(r)))')
+    return card.locator('.chart').evaluate(f'div => Array.from(div.data[0].{axis})')
+
+
+def choose_expert(page, expert, run=0):
+    page.locator('.run').nth(run).locator(f'.expert[data-expert="{expert}"]').click()
+
+
+def wait_for_focus(page, row):
+    """A dialog tells of its end in an event of its own, after it has been hidden."""
+    page.wait_for_function(f'() => document.activeElement.dataset.row === "{row}"')
+
+
+def chosen_expert(page, run=0):
+    chosen = page.locator('.run').nth(run).locator('.expert[aria-checked=true]')
+    return int(chosen.get_attribute('data-expert'))
+
+
+# One run -------------------------------------------------------------------------------------
+
+
+def test_it_opens_without_a_network_at_a_layer_that_has_images(open_report, soft, single_report):
+    page = open_report(single_report)
+    assert page.locator('select.layer').input_value() == LAYER
+    assert chosen_expert(page) == int(np.argmax(soft.experts['layers'][LAYER]['load']))
+    shown, matching = counts(page)
+    assert shown == len(shown_rows(page)) > 0
+    assert matching == len(expected_rows(soft, LAYER, chosen_expert(page)))
+    for sentence in soft.experts['verdict']:
+        assert page.get_by_text(sentence).is_visible()
+
+
+def test_another_expert_changes_wall_and_histograms(open_report, soft, single_report):
+    page = open_report(single_report)
+    weights = np.rint(np.nan_to_num(soft.outcomes.weights[LAYER]) * 254)
+    known = ~np.isnan(soft.outcomes.weights[LAYER][:, 0])
+    seen = []
+    for expert in range(4):
+        choose_expert(page, expert)
+        rows = expected_rows(soft, LAYER, expert)
+        assert counts(page)[1] == len(rows)
+        shown = shown_rows(page)
+        assert set(shown) <= set(rows.tolist())
+        # The highest weight of all comes first, and no lower one before a higher one.
+        steps = weights[shown, expert]
+        assert steps[0] == weights[:, expert].max()
+        assert (np.diff(steps) <= 0).all()
+        seen.append(tuple(shown))
+        total = weights[known, expert].sum()
+        by_level = [weights[soft.outcomes.level == i, expert].sum() / total for i in range(5)]
+        np.testing.assert_allclose(chart_values(page, 'level'), by_level, atol=1e-6)
+        by_class = [weights[soft.outcomes.label == i, expert].sum() / total for i in range(4)]
+        np.testing.assert_allclose(chart_values(page, 'class', axis='x'), by_class, atol=1e-6)
+    assert len(set(seen)) == 4
+
+
+def test_another_layer(open_report, soft, single_report):
+    page = open_report(single_report)
+    page.locator('select.layer').select_option('bbox_head.reg_moe')
+    expert = int(np.argmax(soft.experts['layers']['bbox_head.reg_moe']['load']))
+    rows = expected_rows(soft, 'bbox_head.reg_moe', expert)
+    page.wait_for_function(
+        'text => document.querySelector(".count").textContent.includes(text)',
+        arg=f'of {len(rows)} shown',
+    )
+    assert chosen_expert(page) == expert
+
+
+def test_a_layer_without_images_shows_its_statistics(open_report, single_report):
+    page = open_report(single_report)
+    page.locator('select.layer').select_option(BACKBONE)
+    page.get_by_text('do not belong to single objects').wait_for()
+    assert shown_rows(page) == []
+    assert not page.locator('.histograms').is_visible()
+    np.testing.assert_allclose(sum(chart_values(page, 'load')), 1, atol=1e-6)
+
+
+FILTERS = {
+    'small': dict(sizes=(0,)),
+    'medium and large': dict(sizes=(1, 2)),
+    'correct': dict(kinds=(CORRECT,)),
+    'wrong': dict(kinds=(WRONG,)),
+    'missed': dict(kinds=(MISSED,)),
+    'class': dict(labels=[3]),
+    'superclass': dict(labels=[0, 1]),
+    'all of them': dict(sizes=(0, 1), kinds=(CORRECT, MISSED), labels=[2, 3]),
+}
+
+
+def set_filters(page, sizes=(0, 1, 2), kinds=(CORRECT, WRONG, MISSED), labels=None):
+    page.get_by_role('button', name='Reset', exact=True).click()
+    for name, kept in (('size', sizes), ('kind', kinds)):
+        for value in range(3):
+            if value not in kept:
+                page.locator(f'input[name={name}][value="{value}"]').uncheck()
+    options = {None: '', (3,): f'c:{MARKUP}', (0, 1): 's:animals <i>', (2, 3): 's:things'}
+    page.locator('#class-filter').select_option(options[labels and tuple(labels)])
+
+
+def test_each_filter_shows_what_numpy_finds(open_report, soft, single_report):
+    page = open_report(single_report)
+    weights = np.rint(np.nan_to_num(soft.outcomes.weights[LAYER]) * 254)
+    for name, chosen in FILTERS.items():
+        set_filters(page, **chosen)
+        for expert in (0, 3):
+            choose_expert(page, expert)
+            rows = expected_rows(soft, LAYER, expert, **chosen)
+            shown = shown_rows(page)
+            assert counts(page) == (len(shown), len(rows)), name
+            assert set(shown) <= set(rows.tolist()), name
+            if not len(rows):
+                continue
+            # Weights of half octaves; the page chooses where the first one begins.
+            sizes = chart_values(page, 'size')
+            log = np.floor(2 * np.log2(soft.outcomes.size)).astype(int)
+            own = np.bincount(log[rows] - log.min(), weights[rows, expert], len(sizes))
+            np.testing.assert_allclose(sizes, own / own.sum(), atol=1e-6)
+    set_filters(page)
+    assert counts(page)[1] == len(expected_rows(soft, LAYER, 3))
+
+
+def test_nothing_left_says_so_and_offers_to_reset(open_report, soft, single_report):
+    page = open_report(single_report)
+    before = counts(page)
+    for value in range(3):
+        page.locator(f'input[name=kind][value="{value}"]').uncheck()
+    assert counts(page) == (0, 0)
+    assert page.get_by_text('matches these filters').is_visible()
+    assert page.locator('[data-chart=class]').inner_text().endswith('Nothing to count.')
+    page.get_by_role('button', name='Reset the filters').click()
+    page.locator('.tile').first.wait_for()
+    assert counts(page) == before
+    assert len(chart_values(page, 'level')) == 5
+
+
+def test_more_crops_on_request(open_report, soft, double_report):
+    page = open_report(double_report)
+    first = counts(page)
+    assert first[0] == 24
+    page.locator('.run').first.get_by_role('button', name='Show more').click()
+    shown, matching = counts(page)
+    assert shown == min(48, matching) == len(shown_rows(page))
+    assert page.evaluate('document.activeElement.dataset.row') == str(shown_rows(page)[24])
+
+
+# The whole image -----------------------------------------------------------------------------
+
+
+def test_a_click_opens_the_image_with_all_its_boxes(open_report, soft, single_report):
+    page = open_report(single_report)
+    outcomes = soft.outcomes
+    for index in (0, 5):
+        row = shown_rows(page)[index]
+        page.locator('.tile').nth(index).click()
+        dialog = page.get_by_role('dialog')
+        dialog.wait_for()
+        image = int(outcomes.image[row])
+        rows = np.flatnonzero(outcomes.image == image)
+        assert dialog.get_by_role('heading', name=f'Image {image}', exact=True).is_visible()
+        boxes = dialog.locator('.box')
+        assert boxes.count() == dialog.locator('.entry').count() == len(rows)
+        assert dialog.locator('.box.missed').count() == (outcomes.kind[rows] == MISSED).sum()
+        # Where the boxes lie on the image, and whose number they carry.
+        frame = dialog.locator('.stage img').bounding_box()
+        scale = frame['width'] / soft.width
+        assert frame['height'] == pytest.approx(soft.height * scale, abs=1)
+        for row in rows:
+            box = dialog.locator(f'.box[data-row="{row}"]')
+            place, (x1, y1, x2, y2) = box.bounding_box(), outcomes.box[row]
+            assert place['x'] - frame['x'] == pytest.approx(x1 * scale, abs=3)
+            assert place['y'] - frame['y'] == pytest.approx(y1 * scale, abs=3)
+            assert place['width'] == pytest.approx((x2 - x1) * scale, abs=4)
+            assert place['height'] == pytest.approx((y2 - y1) * scale, abs=4)
+            weights = outcomes.weights[LAYER][row]
+            if np.isnan(weights).any():
+                assert box.inner_text() == '–'
+                continue
+            assert box.inner_text() == str(weights.argmax())
+            text = dialog.locator(f'.entry[data-row="{row}"]').inner_text()
+            said = dict(re.findall(r'expert (\d+): ([\d.]+)', text))
+            assert {int(e) for e in said} == set(np.flatnonzero(np.rint(weights * 254)).tolist())
+            for expert, weight in said.items():
+                assert float(weight) == pytest.approx(weights[int(expert)], abs=0.5 / 254 + 0.006)
+        page.keyboard.press('Escape')
+        dialog.wait_for(state='hidden')
+        wait_for_focus(page, shown_rows(page)[index])
+
+
+def test_names_with_markup_are_text(open_report, single_report):
+    html = single_report.read_text()
+    assert MARKUP not in html
+    assert '<b>bold' not in html
+    page = open_report(single_report)
+    assert page.evaluate('window.broken') is None
+    names = page.locator('#class-filter option').all_inner_texts()
+    assert set(CLASSES) | set(SUPERCLASSES) <= set(names)
+    chart_values(page, 'class')
+    labels = page.locator('[data-chart=class] .ytick text').all_text_contents()
+    assert labels[1:3] == list(CLASSES[1:3])
+    assert labels[3].startswith('</script><scr')
+
+
+def test_tables_show_the_associations_and_interventions(open_report, soft, single_report):
+    page = open_report(single_report)
+    level = soft.experts['layers'][LAYER]['associations']['objects']['level']
+    row = page.locator('.associations tr', has_text='pyramid level').first
+    assert f'{level["mi"]:.3f}' in row.inner_text()
+    assert '≤ 0.001' in row.inner_text()
+    table = page.locator('.interventions table')
+    mine = [i for i in soft.experts['interventions'] if i['layer'] in (LAYER, 'all')]
+    assert table.locator('tbody tr').count() == len(mine) + 1
+    change = mine[0]['metrics']['AP'] - soft.experts['metrics']['AP']
+    text = table.locator('tr', has_text='only expert 0').inner_text()
+    assert f'−{abs(change):.3f}' in text
+
+
+def test_heat_maps_hold_the_conditional_shares(open_report, soft, single_report):
+    page = open_report(single_report)
+    level = soft.experts['layers'][LAYER]['associations']['objects']['level']
+    card = '[data-chart=heat][data-attribute=level]'
+    page.locator(card).scroll_into_view_if_needed()
+    read = f'document.querySelector("{card} .chart").data?.[0].z.map(row => Array.from(row))'
+    page.wait_for_function(f'() => {read}')
+    np.testing.assert_allclose(page.evaluate(read), level['bin_given_expert'], atol=1e-5)
+    page.locator('select.direction').select_option('bin')
+    page.locator(card).scroll_into_view_if_needed()
+    page.wait_for_function(f'() => Math.abs({read}[0].reduce((a, b) => a + b) - 1) < 1e-5')
+    np.testing.assert_allclose(page.evaluate(read), level['expert_given_bin'], atol=1e-5)
+
+
+# Keys ----------------------------------------------------------------------------------------
+
+
+def tab_until(page, test, limit=60):
+    """Press Tab until a JavaScript test of the focused element holds."""
+    for _ in range(limit):
+        page.keyboard.press('Tab')
+        if page.evaluate(f'(e => {test})(document.activeElement)'):
+            return
+    raise AssertionError(f'Tab does not reach {test}')
+
+
+def test_everything_can_be_reached_by_keys(open_report, soft, single_report):
+    page = open_report(single_report)
+    tab_until(page, 'e.name === "size" && e.value === "0"')
+    page.keyboard.press('Space')
+    tab_until(page, 'e.id === "class-filter"')
+    page.keyboard.press('ArrowDown')
+    page.keyboard.press('Enter')
+    assert page.locator('#class-filter').input_value() == 's:animals <i>'
+    tab_until(page, 'e.classList.contains("expert")')
+    page.keyboard.press('Home')
+    page.keyboard.press('ArrowRight')
+    assert chosen_expert(page) == 1
+    rows = expected_rows(soft, LAYER, 1, sizes=(1, 2), labels=[0, 1])
+    assert counts(page)[1] == len(rows) > 0
+    # Focus can be seen.
+    style = page.evaluate('getComputedStyle(document.activeElement).outlineStyle')
+    assert style == 'solid'
+
+    tab_until(page, 'e.classList.contains("tile")')
+    shown = shown_rows(page)
+    focused = 'document.activeElement.dataset.row'
+    assert page.evaluate(focused) == str(shown[0])
+    page.keyboard.press('ArrowRight')
+    page.keyboard.press('ArrowRight')
+    assert page.evaluate(focused) == str(shown[2])
+    page.keyboard.press('End')
+    assert page.evaluate(focused) == str(shown[-1])
+    page.keyboard.press('Home')
+    page.keyboard.press('ArrowDown')
+    below = int(page.evaluate(focused))
+    place = page.locator(f'.tile[data-row="{below}"]').bounding_box()
+    first = page.locator('.tile').first.bounding_box()
+    assert place['x'] == pytest.approx(first['x'], abs=1)
+    assert place['y'] > first['y']
+    page.keyboard.press('ArrowUp')
+    assert page.evaluate(focused) == str(shown[0])
+
+    page.keyboard.press('Enter')
+    page.get_by_role('dialog').wait_for()
+    title = page.locator('#viewer-title')
+    assert title.inner_text() == f'Image {soft.outcomes.image[shown[0]]}'
+    page.keyboard.press('ArrowRight')
+    assert title.inner_text() == f'Image {soft.outcomes.image[shown[1]]}'
+    tab_until(page, 'e.classList.contains("entry")')
+    assert page.locator('.box.pointed').count() == 1
+    page.keyboard.press('Escape')
+    page.get_by_role('dialog').wait_for(state='hidden')
+    wait_for_focus(page, shown[1])
+
+
+def test_controls_have_roles_and_names(open_report, single_report):
+    page = open_report(single_report)
+    assert page.get_by_role('form', name='Filters').count() == 1
+    assert page.get_by_role('combobox', name='Layer').count() == 1
+    group = page.get_by_role('radiogroup', name='Expert')
+    assert group.get_by_role('radio').count() == 4
+    assert group.get_by_role('radio', checked=True).count() == 1
+    assert page.get_by_role('checkbox', name='Missed').is_checked()
+    row = shown_rows(page)[0]
+    name = page.locator(f'.tile[data-row="{row}"]').get_attribute('aria-label')
+    assert 'weight' in name
+    assert page.locator('[role=img][aria-label*="weight"]').count() >= 1
+
+
+# Widths, two runs, classifiers ---------------------------------------------------------------
+
+
+def assert_no_horizontal_scroll(page):
+    page.evaluate("""async () => {
+        for (let y = 0; y < document.body.scrollHeight; y += 300) {
+            scrollTo(0, y);
+            await new Promise(resolve => setTimeout(resolve, 30));
+        }
+    }""")
+    for element in ('document.documentElement', 'document.body'):
+        assert page.evaluate(f'{element}.scrollWidth <= innerWidth'), element
+
+
+@pytest.mark.parametrize('report', ['single_report', 'double_report', 'classifier_report'])
+def test_a_narrow_screen_needs_no_horizontal_scrolling(open_report, request, report):
+    page = open_report(request.getfixturevalue(report), width=400, height=800)
+    assert_no_horizontal_scroll(page)
+    page.locator('.tile').first.click()
+    dialog = page.get_by_role('dialog')
+    dialog.wait_for()
+    assert dialog.evaluate('d => d.scrollWidth <= d.clientWidth')
+    frame = dialog.locator('.stage img').bounding_box()
+    assert frame['x'] >= 0
+    assert frame['x'] + frame['width'] <= 400
+
+
+def test_two_runs_stand_side_by_side_with_shared_filters(open_report, soft, hard, double_report):
+    page = open_report(double_report)
+    sections = page.locator('.run')
+    assert sections.count() == 2
+    for i, run in enumerate((soft, hard)):
+        assert run.experts['run']['config'] in sections.nth(i).locator('h2').inner_text()
+    left, right = (sections.nth(i).bounding_box() for i in range(2))
+    assert left['x'] + left['width'] <= right['x']
+    assert abs(left['y'] - right['y']) < 1
+    # Experts of their own ...
+    choose_expert(page, 2, run=0)
+    choose_expert(page, 11, run=1)
+    assert (chosen_expert(page, 0), chosen_expert(page, 1)) == (2, 11)
+    # ... and common filters.
+    page.locator('input[name=size][value="2"]').uncheck()
+    page.locator('input[name=kind][value="1"]').uncheck()
+    for i, (run, expert) in enumerate(((soft, 2), (hard, 11))):
+        rows = expected_rows(run, LAYER, expert, sizes=(0, 1), kinds=(CORRECT, MISSED))
+        assert counts(page, i)[1] == len(rows)
+    page.locator('#class-filter').select_option('c:dog')  # which only the second run has
+    assert counts(page, 0) == (0, 0)
+    rows = expected_rows(hard, LAYER, 11, sizes=(0, 1), kinds=(CORRECT, MISSED), labels=[1])
+    assert counts(page, 1)[1] == len(rows)
+
+
+def test_two_runs_are_stacked_on_a_narrow_screen(open_report, double_report):
+    page = open_report(double_report, width=400, height=800)
+    above, below = (page.locator('.run').nth(i).bounding_box() for i in range(2))
+    assert above['y'] + above['height'] <= below['y']
+    assert above['x'] == below['x']
+
+
+def test_a_classifier_has_no_sizes_and_no_levels(open_report, classifier, classifier_report):
+    page = open_report(classifier_report)
+    assert page.locator('input[name=size]').count() == 0
+    for chart in ('size', 'level'):
+        assert not page.locator(f'[data-chart={chart}]').is_visible()
+    expert, layer = chosen_expert(page), 'backbone.layer3'
+    assert counts(page)[1] == len(expected_rows(classifier, layer, expert))
+    page.locator('input[name=kind][value="0"]').uncheck()
+    rows = expected_rows(classifier, layer, expert, kinds=(WRONG,))
+    assert counts(page)[1] == len(rows) > 0
+    # Of 100 classes the chart names twelve and adds up the others in words.
+    values = chart_values(page, 'class', axis='x')
+    assert len(values) == 12
+    note = page.locator('[data-chart=class] .note').inner_text()
+    assert note.startswith('88 other classes: ')
+    assert int(re.search(r'(\d+) % of the weight', note).group(1)) == round(100 * (1 - sum(values)))
+    page.locator('.tile').first.click()
+    page.get_by_role('dialog').wait_for()
+    assert page.locator('.box').count() == 0
+    assert page.locator('.entry').count() == 1
+
+
+def test_one_layer_of_64_experts(open_report, tmp_path):
+    run = detection_run(layers=(('router', 64),), num_images=10)
+    run.experts['interventions'] = []
+    run.experts['history'] = None
+    run.experts['layers']['router']['associations'] = {}
+    page = open_report(make_report(tmp_path, run), width=400, height=800)
+    assert page.locator('.expert').count() == 64
+    for expert in (0, 63):
+        choose_expert(page, expert)
+        assert counts(page)[1] == len(expected_rows(run, 'router', expert))
+    assert not page.locator('.interventions').is_visible()
+    assert not page.locator('.associations').is_visible()
+    assert_no_horizontal_scroll(page)
+
+
+def test_dark_screens(open_report, single_report):
+    page = open_report(single_report, color_scheme='dark')
+    background = page.evaluate('getComputedStyle(document.body).backgroundColor')
+    assert all(int(channel) < 60 for channel in re.findall(r'\d+', background))
+
+
+# Without a browser ---------------------------------------------------------------------------
+
+
+def test_names_cannot_end_the_script_that_holds_them(single_report):
+    html = single_report.read_text()
+    data = re.search(r'<script type="application/json" id="payload-0">(.*?)</script>', html, re.S)
+    assert '<' not in data.group(1)
+    assert data.group(1).rstrip().endswith('}')
+
+
+def test_nothing_in_the_file_is_loaded_from_elsewhere(single_report):
+    html = single_report.read_text()
+    before_data = html[: html.index('id="payload-0"')]
+    assert not re.search(r'(src|href)="?(https?:)?//', before_data)
+    assert "default-src 'none'" in before_data
+
+
+@pytest.mark.parametrize('number', [0, 3])
+def test_one_or_two_runs(tmp_path, number):
+    with pytest.raises(ConfigError, match='one run or two'):
+        write_report([{}] * number, tmp_path / 'report.html')
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,135 @@
+"""The tables, read back with the csv module."""
+
+import csv
+import json
+
+import pytest
+from synthetic import make_experts
+
+from mmdet_moe.analysis.report.tables import write_tables
+
+
+def read(folder):
+    tables = {}
+    for path in folder.iterdir():
+        with path.open(encoding='utf-8', newline='') as file:
+            tables[path.stem] = list(csv.DictReader(file))
+    return tables
+
+
+def same(text, value):
+    """Whether a field holds a value: exactly, not about."""
+    if value is None or isinstance(value, str):
+        return text == (value or '')
+    return type(value)(float(text)) == value
+
+
+@pytest.fixture
+def experts():
+    names = ['person', 'a, "quoted"\nname', 'Zebra – größer', '']
+    return make_experts(classes=names, superclasses=True, num_levels=3)
+
+
+@pytest.fixture
+def tables(experts, tmp_path):
+    paths = write_tables(experts, tmp_path / 'a' / 'tables')
+    assert sorted(path.name for path in paths) == [
+        'association_counts.csv',
+        'associations.csv',
+        'coactivation.csv',
+        'experts.csv',
+        'interventions.csv',
+        'layers.csv',
+    ]
+    assert sorted(paths) == sorted((tmp_path / 'a' / 'tables').iterdir())  # nothing temporary
+    return read(tmp_path / 'a' / 'tables')
+
+
+def test_layers_and_experts(experts, tables):
+    assert [row['layer'] for row in tables['layers']] == list(experts['layers'])
+    for row in tables['layers']:
+        layer = experts['layers'][row['layer']]
+        for key in ('num_experts', 'top_k', 'granularity', 'num_decisions', 'load_cv2'):
+            assert same(row[key], layer[key])
+        for key in ('usage_entropy', 'decision_entropy', 'mi_input'):
+            assert same(row[key], layer[key])
+        assert row['dead_experts'] == '1'
+        assert row['collapsed'] == 'False'
+    assert len(tables['experts']) == 2 * 4
+    for row in tables['experts']:
+        layer, e = experts['layers'][row['layer']], int(row['expert'])
+        assert same(row['load'], layer['load'][e])
+        assert same(row['importance'], layer['importance'][e])
+        assert row['dead'] == str(e == 1)
+    assert len(tables['coactivation']) == 2 * 4 * 4
+    for row in tables['coactivation']:
+        matrix = experts['layers'][row['layer']]['coactivation']
+        assert same(row['share'], matrix[int(row['expert'])][int(row['other_expert'])])
+
+
+def test_associations(experts, tables):
+    known = {
+        (layer, source, attribute): association
+        for layer, content in experts['layers'].items()
+        for source, attributes in content['associations'].items()
+        for attribute, association in attributes.items()
+    }
+    rows = {(r['layer'], r['source'], r['attribute']): r for r in tables['associations']}
+    assert rows.keys() == known.keys()
+    for where, row in rows.items():
+        for key in ('mi', 'chance', 'p_value', 'permutations', 'num_units', 'mi_max'):
+            assert same(row[key], known[where][key])
+
+    rows = tables['association_counts']
+    assert len(rows) == sum(4 * len(a.get('bins', ())) for a in known.values())
+    place = {}
+    for row in rows:
+        where = row['layer'], row['source'], row['attribute']
+        # The expert changes fastest, then the bin: so bins of equal names are told apart, too.
+        b, e = divmod(place.setdefault(where, 0), 4)
+        place[where] += 1
+        association = known[where]
+        assert row['expert'] == str(e)
+        assert row['bin'] == association['bins'][b]
+        assert same(row['count'], association['counts'][b][e])
+        assert same(row['bin_given_expert'], association['bin_given_expert'][b][e])
+        assert same(row['expert_given_bin'], association['expert_given_bin'][b][e])
+        edges = association['edges']
+        assert same(row['lower_edge'], edges and edges[b])
+        assert same(row['upper_edge'], edges and edges[b + 1])
+        assert row['unit'] == ('px' if row['attribute'] == 'size' else '')
+
+
+def test_interventions(experts, tables):
+    rows = iter(tables['interventions'])
+    before = {'layer': 'all', 'kind': 'unchanged', 'expert': None, 'metrics': experts['metrics']}
+    for entry in [before, *experts['interventions']]:
+        flat = {(key, ''): v for key, v in entry['metrics'].items() if key != 'per_class'}
+        flat |= {('per_class', name): v for name, v in entry['metrics']['per_class'].items()}
+        for (metric, name), value in flat.items():
+            row = next(rows)
+            assert (row['metric'], row['class']) == (metric, name)
+            assert row['layer'] == entry['layer']
+            assert row['kind'] == entry['kind']
+            assert same(row['expert'], entry['expert'])
+            assert same(row['value'], value)
+            reference = experts['metrics'][metric]
+            reference = reference[name] if isinstance(reference, dict) else reference
+            if value is None:
+                assert row['change'] == ''
+            else:
+                assert float(row['change']) == pytest.approx(value - reference)
+    assert next(rows, None) is None
+
+
+def test_a_later_run_replaces_everything(tmp_path):
+    write_tables(make_experts(), tmp_path)
+    options = dict(task='classification', num_levels=None, num_experts=2, interventions=False)
+    experts = make_experts(layers=('backbone.layer4',), **options)
+    experts['metrics'] = {'accuracy': None, 'per_class': {}}
+    # As the dict comes from a file.
+    write_tables(json.loads(json.dumps(experts)), tmp_path)
+    tables = read(tmp_path)
+    assert {row['layer'] for row in tables['association_counts']} == {'backbone.layer4'}
+    assert [row['metric'] for row in tables['interventions']] == ['accuracy']
+    assert tables['interventions'][0]['value'] == ''

@@ -1,0 +1,159 @@
+"""AP against MMDetection's ``CocoMetric``, accuracy by hand."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from mmdet.evaluation import CocoMetric
+from test_matching import random_image
+
+from mmdet_moe.analysis.data import Objects
+from mmdet_moe.analysis.records.contents import BoxRecords
+from mmdet_moe.analysis.statistics.evaluation import ClassificationMetrics, DetectionMetrics
+
+NAMES = {
+    'AP': 'bbox_mAP',
+    'AP50': 'bbox_mAP_50',
+    'AP small': 'bbox_mAP_s',
+    'AP medium': 'bbox_mAP_m',
+    'AP large': 'bbox_mAP_l',
+}
+
+
+class Data:
+    """Ground truth of some images."""
+
+    classes = ('cat', 'dog', 'unicorn')  # no unicorns anywhere
+
+    def __init__(self, objects):
+        self._objects = objects
+
+    def objects(self, index):
+        return self._objects[index]
+
+
+def make(seed, images=12, scale=4.0):
+    rng = np.random.default_rng(seed)
+    objects, detections = [], []
+    for index in range(images):
+        image = random_image(rng, False, 0 if index == 2 else 12, 0 if index == 3 else 6)
+        boxes, scores, labels, true_boxes, true_labels, crowd = image
+        boxes, true_boxes = boxes * scale, true_boxes * scale
+        sides = true_boxes[:, 2:] - true_boxes[:, :2]
+        # As of a mask: smaller than the box.
+        areas = sides.prod(1) * rng.uniform(0.5, 1, len(sides)).astype(np.float32)
+        objects.append(Objects(true_boxes, true_labels, areas, crowd))
+        detections.append((boxes, scores, labels))
+    return Data(objects), detections
+
+
+def by_mmdetection(data, detections, tmp_path):
+    annotations = []
+    for index in range(len(detections)):
+        truth = data.objects(index)
+        for box, label, area, crowd in zip(
+            truth.boxes, truth.labels, truth.areas, truth.crowd, strict=True
+        ):
+            annotations.append(
+                {
+                    'id': len(annotations) + 1, 'image_id': index + 100,
+                    'category_id': 5 + int(label), 'area': float(area), 'iscrowd': int(crowd),
+                    'bbox': [float(v) for v in (*box[:2], *(box[2:] - box[:2]))],
+                }
+            )  # fmt: skip
+    content = {
+        'images': [
+            {'id': i + 100, 'width': 640, 'height': 640, 'file_name': f'{i}.jpg'}
+            for i in range(len(detections))
+        ],
+        'categories': [{'id': 5 + i, 'name': name} for i, name in enumerate(data.classes)],
+        'annotations': annotations,
+    }
+    (tmp_path / 'truth.json').write_text(json.dumps(content))
+    metric = CocoMetric(str(tmp_path / 'truth.json'), 'bbox', classwise=True)
+    metric.dataset_meta = {'classes': data.classes}
+    for index, (boxes, scores, labels) in enumerate(detections):
+        instances = {
+            'bboxes': torch.from_numpy(boxes),
+            'scores': torch.from_numpy(scores),
+            'labels': torch.from_numpy(labels),
+        }
+        sample = {'img_id': index + 100, 'ori_shape': (640, 640), 'pred_instances': instances}
+        metric.process({}, [sample])
+    return metric.evaluate(len(detections))
+
+
+def columns(detections):
+    image = np.repeat(np.arange(len(detections)), [len(d[0]) for d in detections])
+    return BoxRecords(image, *(np.concatenate(part) for part in zip(*detections, strict=True)))
+
+
+@pytest.mark.parametrize('seed', range(3))
+def test_ap_is_that_of_mmdetection(seed, tmp_path):
+    data, detections = make(seed, scale=(4.0, 4.0, 2.0)[seed])
+    expected = by_mmdetection(data, detections, tmp_path)
+    found = DetectionMetrics(data, len(detections))(columns(detections))
+    assert set(found) == {*NAMES, 'per_class'}
+    for name, key in NAMES.items():
+        value = expected[f'coco/{key}']
+        if value < 0:
+            assert found[name] is None
+        else:
+            assert round(found[name], 3) == pytest.approx(value, abs=1e-9)
+    assert 0 < found['AP'] < found['AP50'] < 1
+    for name in ('cat', 'dog'):
+        value = expected[f'coco/{name}_precision']
+        assert round(found['per_class'][name], 3) == pytest.approx(value, abs=1e-9)
+    assert found['per_class']['unicorn'] is None
+
+
+def test_only_the_first_images_count(tmp_path):
+    data, detections = make(4)
+    expected = by_mmdetection(data, detections[:5], tmp_path)
+    found = DetectionMetrics(data, 5)(columns(detections[:5]))
+    assert round(found['AP'], 3) == pytest.approx(expected['coco/bbox_mAP'], abs=1e-9)
+
+
+def test_no_detections():
+    data, _ = make(5)
+    metrics = DetectionMetrics(data, 12)
+    found = metrics(BoxRecords(np.zeros(0, int), np.zeros((0, 4)), np.zeros(0), np.zeros(0, int)))
+    assert {found[name] for name in NAMES} == {0.0}
+    assert found['per_class'] == {'cat': 0.0, 'dog': 0.0, 'unicorn': None}
+
+
+def test_no_objects():
+    nothing = Objects(
+        np.zeros((0, 4), np.float32), np.zeros(0, int), np.zeros(0), np.zeros(0, bool)
+    )
+    _, detections = make(6)
+    nothing_found = [tuple(part[:0] for part in detections[0])]
+    for given in (columns(detections), columns(nothing_found)):
+        found = DetectionMetrics(Data([nothing] * 12), 12)(given)
+        assert found == {**dict.fromkeys(NAMES), 'per_class': dict.fromkeys(Data.classes)}
+
+
+def test_evaluations_do_not_change_each_other():
+    data, detections = make(7)
+    metrics = DetectionMetrics(data, 12)
+    found = columns(detections)
+    first = metrics(found)
+    assert metrics(replace(found, score=1 - found.score)) != first
+    assert metrics(found) == first
+
+
+def test_perfect_detections():
+    data, _ = make(8)
+    boxes = [data.objects(i).boxes[~data.objects(i).crowd] for i in range(12)]
+    labels = [data.objects(i).labels[~data.objects(i).crowd] for i in range(12)]
+    detections = [(b, np.ones(len(b), np.float32), la) for b, la in zip(boxes, labels, strict=True)]
+    found = DetectionMetrics(data, 12)(columns(detections))
+    assert found['AP'] == found['AP50'] == found['per_class']['cat'] == pytest.approx(1)
+
+
+def test_accuracy():
+    metrics = ClassificationMetrics(['a', 'b', 'c'], np.array([0, 1, 0, 0]))
+    found = metrics(np.array([0, 1, 1, 0]))
+    assert found == {'accuracy': 0.75, 'per_class': {'a': 2 / 3, 'b': 1.0, 'c': None}}
