@@ -51,8 +51,9 @@ class ExpertReportHook(Hook):
 def _generators_kept() -> Iterator[None]:
     """Leave the states of the random number generators as they were."""
     python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 (the models use it)
+    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
     try:
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(devices):
             yield
     finally:
         random.setstate(python)
