@@ -133,8 +133,10 @@ class MoELayer(BaseModule):
         self.replaces: str | None = None
         #: Siblings that together are one expert, see :mod:`mmdet_moe.moe.surgery`.
         self.siblings: tuple[str, ...] = ()
-        #: Whether its experts are narrower than the dense module, and take parts of its weights.
-        self.is_narrow = False
+        #: How wide its experts are inside, relative to the dense module; narrow ones take parts of
+        #: its weights.
+        self.width = 1.0
+        self._dense: tuple[nn.Module, ...] = ()
         self._latest = _Calls()
         self._norms_checked = False
         self.register_load_state_dict_pre_hook(_upcycle_same_place)
@@ -158,6 +160,15 @@ class MoELayer(BaseModule):
         first = {scope + name: value for name, value in self.experts.entries().items()}
         for module in self.shared or ():
             module.load_state_dict(first)
+
+    @property
+    def dense(self) -> nn.Module | None:
+        """What stood here before, on the ``meta`` device; None if that is not known."""
+        return self._dense[0] if self._dense else None
+
+    def stand_for(self, dense: nn.Module) -> None:
+        """Say what stood here before; it goes to the ``meta`` device, where it costs nothing."""
+        self._dense = (dense.to('meta'),)  # in a tuple, so that it is no part of the layer
 
     @property
     def routing(self) -> Routing:
@@ -190,12 +201,16 @@ class MoELayer(BaseModule):
             self.experts,
             self.upcycle_noise,
             num_shared=len(self.shared or ()),
-            narrow=self.is_narrow,
+            narrow=self.width != 1,
         )
 
     def begin(self) -> None:
         """A forward pass of the model begins, in which the layer may be called several times."""
         self._latest = _Calls(is_open=True)
+
+    def forget(self) -> None:
+        """Forget the latest forward pass, as if there had been none."""
+        self._latest = _Calls()
 
     def end(self) -> None:
         """It ends: what all calls decided together is told to the constraint."""
