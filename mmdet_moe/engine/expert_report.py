@@ -31,9 +31,9 @@ class ExpertReportHook(Hook):
         model = unwrapped_model(runner)
         if not is_main_process() or not find_moe_layers(model):
             return
-        size = image_size(runner.cfg)
-        heading = f'Experts (FLOPs of one image of {size[0]}×{size[1]} pixels)'
         try:
+            size = image_size(runner.cfg)
+            heading = f'Experts (FLOPs of one image of {size[0]}×{size[1]} pixels)'
             if is_model_wrapper(runner.model) and not isinstance(
                 runner.model, DistributedDataParallel
             ):
