@@ -12,9 +12,7 @@ digits = dict(
     data_root='{{$DIGIT_SCENES_ROOT:data/digit-scenes}}',
     metainfo=dict(classes=('0', '1', '2', '3', '4', '5', '6', '7', '8', '9')),
 )
-fashion = dict(
-    type='CocoDataset', data_root={{_base_.data_root}}, metainfo={{_base_.metainfo}}
-)
+fashion = dict(type='CocoDataset', data_root={{_base_.data_root}}, metainfo={{_base_.metainfo}})
 names = ('digits', 'fashion')
 train = dict(
     ann_file='annotations/instances_train2017.json',
