@@ -25,6 +25,23 @@ class NonFiniteRouterError(UserError, FloatingPointError):
 
 
 @contextmanager
+def explained(message: str) -> Iterator[None]:
+    """What goes wrong in the body becomes a :class:`ConfigError`, with its own message at the end.
+
+    Errors that say enough already, and lack of memory, stay what they are.
+    """
+    try:
+        yield
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:  # of any kind: the body is the user's
+        if 'OutOfMemory' in type(error).__name__:
+            raise
+        reason = ' '.join(f'{type(error).__name__}: {error}'.split())
+        raise ConfigError(f'{message} ({reason})') from error
+
+
+@contextmanager
 def exit_on_user_error() -> Iterator[None]:
     """Print a :class:`UserError` of the body as one line and exit with status 2."""
     try:

@@ -1,10 +1,11 @@
 """What an environment lacks: mmcv's compiled ops, and our configs under the name of the package.
 
-:func:`install` makes two things lazily possible by finders in ``sys.meta_path``:
+:func:`install` makes three things lazily possible by finders in ``sys.meta_path``:
 
 - ``mmcv._ext`` can be imported where mmcv was installed without its compiled ops, because
   MMDetection cannot even be imported then. A compiled mmcv always wins.
 - ``_base_ = 'mmdet_moe::...'`` in any config of MMEngine names one of our configs.
+- MMDetection's ``SSDHead`` can predict (open-mmlab/mmdetection#11063).
 
 An installation lets every Python program import :mod:`mmdet_moe` (``mmdet_moe.pth``), so that the
 toolboxes' own tools have both. Hence nothing but what Python itself loads is imported here.
@@ -16,6 +17,7 @@ __all__ = ['install']
 
 EXT_NAME = 'mmcv._ext'
 CONFIG_NAME = 'mmengine.config.config'
+SSD_NAME = 'mmdet.models.dense_heads.ssd_head'
 
 
 class _MmcvExtFinder:
@@ -29,19 +31,19 @@ class _MmcvExtFinder:
         return spec_from_file_location(fullname, f'{__path__[0]}/mmcv_ext.py')
 
 
-class _ConfigFinder:
-    """Finds MMEngine's config module as others do, and has it completed once it is executed."""
+class _CompletingFinder(dict):
+    """Finds modules as others do, and has them completed once they are executed: how, by name."""
 
     def find_spec(self, fullname, path=None, target=None):
-        if fullname != CONFIG_NAME:
+        if fullname not in self:
             return None
         from importlib.util import find_spec
 
-        sys.meta_path.remove(self)
+        complete = self.pop(fullname)
         spec = find_spec(fullname)
         if spec is not None:
             execute = spec.loader.exec_module
-            spec.loader.exec_module = lambda module: (execute(module), _add_configs(module))
+            spec.loader.exec_module = lambda module: (execute(module), complete(module))
         return spec
 
 
@@ -51,7 +53,22 @@ def _add_configs(module) -> None:
     add_to(module.Config)
 
 
-_MMCV_FINDER, _CONFIG_FINDER = _MmcvExtFinder(), _ConfigFinder()
+def _add_loss(module) -> None:
+    """Every head of MMDetection asks its ``loss_cls`` before it predicts, and SSD's has none."""
+    from functools import wraps
+
+    theirs = module.SSDHead.__init__
+
+    @wraps(theirs)
+    def __init__(self, *args, **kwargs):
+        theirs(self, *args, **kwargs)
+        if not hasattr(self, 'loss_cls'):
+            self.loss_cls = None
+
+    module.SSDHead.__init__ = __init__
+
+
+_MMCV_FINDER = _MmcvExtFinder()
 
 
 def install() -> None:
@@ -60,7 +77,10 @@ def install() -> None:
         return
     # Python asks it only after its ordinary finders found nothing.
     sys.meta_path.append(_MMCV_FINDER)
-    if CONFIG_NAME in sys.modules:
-        _add_configs(sys.modules[CONFIG_NAME])
-    else:
-        sys.meta_path.insert(0, _CONFIG_FINDER)
+    completing = _CompletingFinder()
+    for name, complete in ((CONFIG_NAME, _add_configs), (SSD_NAME, _add_loss)):
+        if name in sys.modules:
+            complete(sys.modules[name])
+        else:
+            completing[name] = complete
+    sys.meta_path.insert(0, completing)

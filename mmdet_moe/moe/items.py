@@ -3,15 +3,17 @@
 Images and patches of images are in :mod:`mmdet_moe.moe.patches`.
 """
 
+import weakref
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mmdet_moe.errors import ConfigError
+from mmdet_moe.moe.receptive_field import check_tokenwise
 
 if TYPE_CHECKING:
     from mmdet_moe.moe.layer import MoELayer
@@ -58,6 +60,14 @@ class Items(ABC):
     @abstractmethod
     def pool(self, x: Tensor) -> Tensor:
         """The mean of each item of an input, for the router: (N · items, C), at least float32."""
+
+    def pooled(self, x: Tensor) -> Tensor:
+        """:meth:`pool` of an input, computed once: the logits and their noise both ask for it."""
+        of, values = self.__dict__.get('_pooled', (None, None))
+        if of is None or of() is not x:
+            values = self.pool(x)
+            self.__dict__['_pooled'] = (weakref.ref(x), values)
+        return values
 
     @abstractmethod
     def crop(self, x: Tensor) -> Tensor:
@@ -214,6 +224,8 @@ class Tokens(Items):
                 f'decision_weight={layer.decision_weight!r} is about feature maps, which '
                 "granularity='token' has not; use decision_weight='uniform'"
             )
+        if isinstance(layer.experts, nn.ModuleList):
+            check_tokenwise(layer.experts[0], layer.router.in_channels)
 
     @classmethod
     def divide(cls, layer: 'MoELayer', x: Tensor) -> 'Tokens':

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,9 +13,15 @@ from mmengine.model import BaseModule
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from mmdet_moe.errors import ConfigError, NonFiniteRouterError, ReplacedAttributeError
+from mmdet_moe.errors import (
+    ConfigError,
+    NonFiniteRouterError,
+    ReplacedAttributeError,
+    explained,
+)
 from mmdet_moe.moe.build import build_experts, build_router
 from mmdet_moe.moe.capacity import overflow
+from mmdet_moe.moe.constraints import in_backward
 from mmdet_moe.moe.dispatcher import Dispatcher, unpack
 from mmdet_moe.moe.experts import Experts, upcycle
 from mmdet_moe.moe.granularity import GRANULARITIES
@@ -113,6 +120,7 @@ class MoELayer(BaseModule):
         self.batch_dim = batch_dim
         self.name = type(self).__name__
         self.router = build_router(router, in_channels, num_experts, top_k)
+        self.num_experts, self.top_k = self.router.num_experts, self.router.top_k
         self.experts = build_experts(expert, num_experts)
         self.shared = nn.ModuleList(shared) if shared else None
         self.shortcut = shortcut
@@ -125,8 +133,10 @@ class MoELayer(BaseModule):
         self.replaces: str | None = None
         #: Siblings that together are one expert, see :mod:`mmdet_moe.moe.surgery`.
         self.siblings: tuple[str, ...] = ()
-        #: Whether its experts are narrower than the dense module, and take parts of its weights.
-        self.is_narrow = False
+        #: How wide its experts are inside, relative to the dense module; narrow ones take parts of
+        #: its weights.
+        self.width = 1.0
+        self._dense: tuple[nn.Module, ...] = ()
         self._latest = _Calls()
         self._norms_checked = False
         self.register_load_state_dict_pre_hook(_upcycle_same_place)
@@ -152,14 +162,13 @@ class MoELayer(BaseModule):
             module.load_state_dict(first)
 
     @property
-    def num_experts(self) -> int:
-        """E."""
-        return self.router.num_experts
+    def dense(self) -> nn.Module | None:
+        """What stood here before, on the ``meta`` device; None if that is not known."""
+        return self._dense[0] if self._dense else None
 
-    @property
-    def top_k(self) -> int:
-        """k."""
-        return self.router.top_k
+    def stand_for(self, dense: nn.Module) -> None:
+        """Say what stood here before; it goes to the ``meta`` device, where it costs nothing."""
+        self._dense = (dense.to('meta'),)  # in a tuple, so that it is no part of the layer
 
     @property
     def routing(self) -> Routing:
@@ -192,12 +201,16 @@ class MoELayer(BaseModule):
             self.experts,
             self.upcycle_noise,
             num_shared=len(self.shared or ()),
-            narrow=self.is_narrow,
+            narrow=self.width != 1,
         )
 
     def begin(self) -> None:
         """A forward pass of the model begins, in which the layer may be called several times."""
         self._latest = _Calls(is_open=True)
+
+    def forget(self) -> None:
+        """Forget the latest forward pass, as if there had been none."""
+        self._latest = _Calls()
 
     def end(self) -> None:
         """It ends: what all calls decided together is told to the constraint."""
@@ -205,7 +218,7 @@ class MoELayer(BaseModule):
         self._update_constraint()
 
     def forward(
-        self, x: Tensor | Sequence[Tensor], *args: Any, **kwargs: Any
+        self, x: Tensor | Sequence[Tensor] | None = None, *args: Any, **kwargs: Any
     ) -> Tensor | list[Tensor] | Any:
         """Compute the layer.
 
@@ -227,10 +240,13 @@ class MoELayer(BaseModule):
         if self.training and not self._norms_checked:
             self._check_norms()
         single = isinstance(x, Tensor)
-        if not single and self.replaces:
+        if not single and (self.replaces or x is None):
+            given = f'a {type(x).__name__}, which is more than one item'
+            if x is None:
+                given = 'keywords alone, which do not say what its input is'
             raise ConfigError(
-                f'MoE layer "{self.name}" ({self.replaces}) is called with a '
-                f'{type(x).__name__}, which is more than one item; choose a path inside of it'
+                f'MoE layer "{self.name}" ({self.replaces}) is called with {given}; choose a path '
+                'inside of it'
             )
         maps = [x] if single else list(x)
         if self.batch_dim:
@@ -238,7 +254,11 @@ class MoELayer(BaseModule):
         kind = GRANULARITIES[self.granularity]
         items = [kind.divide(self, m) for m in maps]
         maps = [kind.prepare(m) for m in maps]
-        routing = self.router(maps, items)
+        try:
+            routing = self.router(maps, items)
+        except RuntimeError:
+            self._check_channels(maps, items)
+            raise
         self._check_finite(routing)
         if self.training and self.capacity_factor is not None:
             routing.dropped = overflow(routing, self.capacity_factor)
@@ -259,6 +279,8 @@ class MoELayer(BaseModule):
         return outputs[0] if single else outputs
 
     def _remember(self, routing: Routing, items: list[Items]) -> None:
+        if in_backward():  # an activation checkpoint computes again what has been counted
+            return
         latest = self._latest
         if not latest.is_open:  # a call by itself is a forward pass by itself
             latest.clear()
@@ -329,7 +351,8 @@ class MoELayer(BaseModule):
         others = (args, kwargs)
         if args or kwargs:
             others = tree_map(lambda other: self._as_items(other, x, items), others)
-        output = self.run_experts(items.crop(x), dispatcher, *others[0], **others[1])
+        with self._tokens_explained() if self.granularity == 'token' else nullcontext():
+            output = self.run_experts(items.crop(x), dispatcher, *others[0], **others[1])
         if torch.is_grad_enabled() and self.experts.separate_parameters and not dispatcher.is_whole:
             used |= dispatcher.used_experts()
         y, rebuild = unpack(output)
@@ -363,6 +386,8 @@ class MoELayer(BaseModule):
         Distributed data parallel waits for a gradient of every parameter; and a weight's gradient
         should be 0, not missing, whether or not another rank used its expert.
         """
+        if not self.experts.separate_parameters and self.num_experts > 1:
+            return output
         y, rebuild = unpack(output)
         if self.num_experts == 1:
             # There is no choice, and so nothing that the router could learn from the task. A copy,
@@ -385,6 +410,22 @@ class MoELayer(BaseModule):
                         'GN, and no sync_bn'
                     )
         self._norms_checked = True
+
+    def _check_channels(self, maps: list[Tensor], items: list[Items]) -> None:
+        expected = self.router.in_channels
+        for x, of_map in zip(maps, items, strict=True):
+            if (found := of_map.pool(x).shape[1]) != expected:
+                raise ConfigError(
+                    f'MoE layer "{self.name}" is given inputs {tuple(x.shape)} of {found} '
+                    f'channels, but its router expects {expected}; set in_channels={found}'
+                )
+
+    def _tokens_explained(self) -> AbstractContextManager:
+        return explained(
+            f'The experts of MoE layer "{self.name}"{f" ({self.replaces})" if self.replaces else ""}'
+            " cannot compute single tokens, as granularity='token' has them do; choose a layer "
+            "inside that looks at one token at a time, such as an FFN, or granularity='image'"
+        )
 
     def _check_finite(self, routing: Routing) -> None:
         # The weights as well: the noise has parameters of its own. A sum is finite if all is.

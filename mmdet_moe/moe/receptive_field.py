@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from mmdet_moe.errors import ConfigError
+from mmdet_moe.moe.dispatcher import unpack
 
 _SIDES = (16, 32, 64, 128, 256)
 #: Of the axis that is not measured: a small one costs little, large kernels need a large one.
@@ -47,6 +48,32 @@ def receptive_field(module: nn.Module, in_channels: int) -> tuple[int, int]:
             'made of convolutions, pointwise layers and batch norm'
         )
     return max(r for r, _ in axes), max(s for _, s in axes)
+
+
+def check_tokenwise(module: nn.Module, in_channels: int) -> None:
+    """Refuse an expert on single tokens that computes one of several.
+
+    Args:
+        module: From tokens (T, C) to (T, C'). One that takes more than them, or has no values, is
+            let pass: its first call will tell.
+        in_channels: C.
+
+    Raises:
+        ConfigError: If a NaN in one token reaches another one.
+    """
+    x = torch.ones(3, in_channels, dtype=torch.float64)
+    x[1] = torch.nan
+    try:
+        with torch.no_grad():
+            y, _ = unpack(probe_of(module)(x))
+    except Exception:  # of any kind: the module is the user's
+        return
+    if len(y) != len(x) or y[[0, 2]].isnan().any():
+        raise ConfigError(
+            f"granularity='token' needs experts that look at one token at a time, and "
+            f'{type(module).__name__} mixes them; choose a layer inside that does not, such as an '
+            "FFN, or granularity='image'"
+        )
 
 
 def probe_of(module: nn.Module) -> nn.Module:

@@ -219,8 +219,6 @@ def build_single(head, backbone=None, neck=None, train_cfg=True, **test_cfg):
             beta=6,
         )
     model = MODELS.build(config).eval()
-    if head == 'ssd':  # MMDetection's own cannot predict without (open-mmlab/mmdetection#11063)
-        model.bbox_head.loss_cls = None
     return model
 
 

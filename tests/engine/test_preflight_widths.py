@@ -56,6 +56,7 @@ RESNETS = (
     ('type_', 'depth', 'options'),
     [
         *((type_, depth, options) for type_, options in RESNETS for depth in (18, 34, 50)),
+        ('mmdet_moe.WithExperts', 18, {'of': 'ResNet', 'experts': [{'at': 'layer4'}]}),
         ('ResNet', 50, {'expansion': 2}),
     ],
 )

@@ -24,7 +24,9 @@ from zoo_cases import (
 
 import mmdet_moe
 from mmdet_moe import moe
+from mmdet_moe.engine.dry_run import dry_run
 from mmdet_moe.errors import ConfigError
+from mmdet_moe.moe.flops import counting
 
 CONFIGS = sorted((Path(mmdet_moe.__file__).parents[1] / 'configs' / 'zoo').glob('*.py'))
 
@@ -189,6 +191,21 @@ def test_a_config_of_the_zoo_takes_eight_lines_and_trains(path, tmp_path):
     run_one_iteration(shrink(Config.fromfile(path), case), case, tmp_path)
 
 
+@all_cases
+def test_report_knows_what_the_dense_model_costs(case):
+    """FLOPs and parameters, against the dense model itself."""
+    dense, model = build_pair(case)
+    model.load_state_dict(dense.state_dict(), strict=False)
+    run, run_dense = (dry_run(m, case.toolbox, (SIZE, SIZE), num_images=1) for m in (model, dense))
+    with counting(dense) as counter:
+        run_dense()
+    report = moe.report_of(model, run)
+    assert len(report.rows) == len(moe.find_moe_layers(model))
+    assert report.whole.dense == sum(p.numel() for p in dense.parameters())
+    assert report.whole.dense_flops == counter.get_total_flops()
+    assert report.whole.flops > report.whole.dense_flops
+
+
 def run_one_iteration(config: Config, case, work_dir):
     """Train on one batch; every layer is balanced, and its router changes."""
     config = copy.deepcopy(config)
@@ -236,10 +253,17 @@ def run_one_iteration(config: Config, case, work_dir):
         ('faster_rcnn', 'roi_head.bbox_head.shared_fcs', 'uses what comes out between'),
         ('faster_rcnn', 'neck', 'called with a tuple'),
         ('ssd', 'backbone.features', 'iterates over'),
+        # Runs in parallel.
+        ('retinanet', 'neck.lateral_convs', 'layer 2 of 3.*not run one after the other.*channels'),
+        # They look at several tokens at once, as none does that is called with one.
+        ('detr', 'encoder.layers.*', 'single tokens.*AssertionError'),
+        ('swin', 'backbone.stages.*.blocks.*', 'single tokens.*ValueError'),
+        ('detr', 'encoder.layers.*.self_attn', 'called with keywords alone'),
     ],
 )
 def test_what_cannot_work_is_refused_with_the_reason(name, at, reason):
-    granularity = 'token' if at.endswith('fcs') else 'image'
+    is_tokens = any(part in at for part in ('fcs', 'encoder', 'blocks'))
+    granularity = 'token' if is_tokens else 'image'
     entry = {'at': at, **FOUR, 'granularity': granularity}
     case = dataclasses.replace(CASES[name], experts=(entry,))
     with pytest.raises(ConfigError, match=reason):

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from mmdet.models import SSDHead
 from mmdet.structures import DetDataSample
 from mmdet.structures.mask import BitmapMasks
 from mmengine.config import Config, ConfigDict
@@ -22,9 +21,6 @@ from mmengine.structures import InstanceData
 from mmpretrain.structures import DataSample
 
 from mmdet_moe.registry import DATASETS
-
-# MMDetection's SSDHead cannot predict without it (open-mmlab/mmdetection#11063).
-SSDHead.loss_cls = None
 
 NUM_CLASSES = 3
 SIZE = 64

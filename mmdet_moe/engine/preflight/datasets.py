@@ -3,13 +3,14 @@
 import inspect
 import os.path as osp
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from mmengine.config import Config
 from mmengine.registry import DATASETS, DefaultScope, Registry
 
+from mmdet_moe.datasets.joint import joint_classes
 from mmdet_moe.errors import ConfigError
 
 GET_DATA = (
@@ -81,16 +82,24 @@ def datasets_of(
             new_classes = (getattr(cls, 'METAINFO', None) or {}).get('classes')
         yield from datasets_of(cfg, node['dataset'], f'{field}.dataset', new_classes)
     elif 'datasets' in node:
-        for index, item in enumerate(node['datasets']):
-            yield from datasets_of(cfg, item, f'{field}.datasets[{index}]', new_classes)
+        parts = [
+            list(datasets_of(cfg, item, f'{field}.datasets[{index}]', new_classes))
+            for index, item in enumerate(node['datasets'])
+        ]
+        found = [dataset for part in parts for dataset in part]
+        if new_classes is None and getattr(cls, 'joins_classes', False):
+            joined = joint_classes([d.new_classes or classes_of(d) or () for d in found])
+            found = [replace(dataset, new_classes=joined) for dataset in found]
+        yield from found
     else:
         yield Dataset(field, node, cls, new_classes)
 
 
-def class_of(cfg: Config, type_: Any, registry: Registry = DATASETS) -> type | None:
-    """The class behind a config's ``type``; None for an unknown name, which the builder reports."""
+def class_of(cfg: Config, type_: Any, registry: Registry = DATASETS) -> Any:
+    """The class, or function, behind a config's ``type``; None for an unknown name, which the
+    builder reports."""
     if not isinstance(type_, str):
-        return type_ if inspect.isclass(type_) else None
+        return type_ if callable(type_) else None
     scope = cfg.get('default_scope') or 'mmengine'
     with DefaultScope.overwrite_default_scope(scope):
         try:
@@ -98,7 +107,7 @@ def class_of(cfg: Config, type_: Any, registry: Registry = DATASETS) -> type | N
                 found = of_scope.get(type_)
         except RuntimeError:  # MMEngine's answer to an unknown name with a dot
             return None
-    return found if inspect.isclass(found) else None
+    return found
 
 
 def inherits(cls: type | None, module: str, name: str, *methods: str) -> bool:

@@ -19,9 +19,11 @@ _RESNETS = (
     'mmpretrain.models.backbones.resnet.ResNetV1c',
     'mmpretrain.models.backbones.resnet.ResNetV1d',
     'mmpretrain.models.backbones.resnet_cifar.ResNet_CIFAR',
-    'mmdet_moe.models.backbones.moe_resnet.MoEResNet',
+    'mmdet_moe.models.presets.moe_resnet',
     'mmdet_moe.models.backbones.moe_resnet_cifar.MoEResNet_CIFAR',
 )
+# Keeps what a part takes and gives.
+_WITH_EXPERTS = 'mmdet_moe.models.with_experts.with_experts'
 _EXPANSIONS = {18: 1, 34: 1, 50: 4, 101: 4, 152: 4}
 
 
@@ -91,9 +93,15 @@ def check_widths(cfg: Config, grey: Dataset | None = None) -> None:
 
 
 def _name(cfg: Config, part: Any) -> str | None:
-    """The full name of the class of a part of the model; None for an unknown one."""
-    cls = class_of(cfg, part.get('type'), MODELS) if isinstance(part, Mapping) else None
-    return f'{cls.__module__}.{cls.__name__}' if cls is not None else None
+    """The full name of what makes a part of the model, without experts; None if unknown."""
+    if not isinstance(part, Mapping):
+        return None
+    for key in ('type', 'of'):
+        cls = class_of(cfg, part.get(key), MODELS)
+        name = f'{cls.__module__}.{cls.__name__}' if cls is not None else None
+        if name != _WITH_EXPERTS:
+            break
+    return name
 
 
 def _check_images(

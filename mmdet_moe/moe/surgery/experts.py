@@ -80,10 +80,13 @@ def plain_conv(module: nn.Module) -> tuple[nn.Conv2d | None, str]:
 def find_in_channels(module: nn.Module) -> int:
     """The channels that a module takes: those of the first of its layers that says so.
 
+    A layer with weights of its own knows better than what only holds others (MobileNetV2 overwrites
+    its ``in_channels`` with those of its last convolution).
+
     Raises:
         ConfigError: If none does.
     """
-    for part in module.modules():
+    for part in sorted(module.modules(), key=lambda part: not _own(part)):
         for name in ('in_channels', 'in_features', 'num_features', 'num_channels'):
             if isinstance(getattr(part, name, None), int):
                 return getattr(part, name)

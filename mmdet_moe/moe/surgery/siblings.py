@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from mmdet_moe.errors import ConfigError
+from mmdet_moe.errors import ConfigError, explained
 from mmdet_moe.moe.layer import MoELayer
 
 
@@ -22,10 +22,12 @@ class Chain(nn.Module):
 
     Args:
         siblings: The modules by their names; each maps what the one before it returns.
+        path: Theirs, for messages.
     """
 
-    def __init__(self, siblings: dict[str, nn.Module]) -> None:
+    def __init__(self, siblings: dict[str, nn.Module], path: str) -> None:
         super().__init__()
+        self.path = path
         for name, module in siblings.items():
             self.add_module(name, module)
 
@@ -38,9 +40,20 @@ class Chain(nn.Module):
         return steps
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, ...) to (N, ...)."""
-        for step in self.steps:
-            x = step(x)
+        """(N, ...) to (N, ...).
+
+        Raises:
+            ConfigError: If a step cannot compute what the one before it returns.
+        """
+        first, *others = self.steps
+        x = first(x)
+        for number, step in enumerate(others, 2):
+            with explained(
+                f'"{self.path}": layer {number} of {len(others) + 1} cannot compute what the one '
+                'before it returns, so probably they do not run one after the other; give each '
+                "an entry of its own, as with '.*'"
+            ):
+                x = step(x)
         return x
 
 

@@ -321,6 +321,55 @@ def test_uses_that_experts_cannot_serve(inner, call, message):
         model(torch.randn(3, 6))
 
 
+class Says(nn.Sequential):
+    """As MMDetection's MobileNetV2, whose ``in_channels`` end as those of its last convolution."""
+
+    def __init__(self, *layers):
+        super().__init__(*layers)
+        self.in_channels = 1280
+
+
+def test_channels_are_those_of_the_first_layer_with_weights():
+    model = nn.Sequential(Says(nn.ReLU(), conv(3, 8), conv(8, 4)))
+    add_experts(model, {'0': {}})
+    assert model[0].router.in_channels == 3
+    assert model(torch.randn(2, 3, 4, 4)).shape == (2, 4, 4, 4)
+
+
+@pytest.mark.parametrize('granularity', ['image', 'token'])
+def test_an_input_of_other_channels_than_the_router_expects(granularity):
+    """Nothing tells the channels of what the shuffle makes a layer's input of."""
+    is_map = granularity == 'image'
+    layer = nn.Sequential(nn.PixelShuffle(2), conv(2, 4)) if is_map else FFN()
+    options = {'granularity': granularity, 'in_channels': None if is_map else 5}
+    model = nn.Sequential(OrderedDict(a=layer))
+    add_experts(model, {'a': options})
+    x = torch.randn(3, 8, 4, 4) if is_map else torch.randn(3, 7, 6)
+    found, expected = (8, 2) if is_map else (6, 5)
+    message = f'"a" .* of {found} channels, .* expects {expected}; set in_channels={found}'
+    with pytest.raises(ConfigError, match=message):
+        model(x)
+    model = nn.Sequential(OrderedDict(a=layer))
+    add_experts(model, {'a': {**options, 'in_channels': found}})
+    assert model(x).isfinite().all()
+
+
+class Blend(nn.Module):
+    """Computes vectors of vectors, each of all."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(6, 6)
+
+    def forward(self, x):
+        return self.fc(x) * x.softmax(0)
+
+
+def test_experts_on_tokens_look_at_one_at_a_time():
+    with pytest.raises(ConfigError, match='"a": granularity=.token. needs .* Blend mixes them'):
+        add_experts(nn.Sequential(OrderedDict(a=Blend())), {'a': {'granularity': 'token'}})
+
+
 def test_settings_of_the_dense_layer_can_be_read():
     model = Wrapper(nn.Linear(6, 5))
     add_experts(model, {'inner': {}})
@@ -388,7 +437,7 @@ def test_equal_width_costs_what_the_dense_layer_does():
     """k active experts against the dense stage; a dense checkpoint loads in parts."""
     dense = torchvision.models.resnet18(num_classes=7).eval()
     moe, report = changed(dense, {'layer4': {'width': 'equal'}, 'layer3': {'width': 0.5}})
-    (equal, half) = report.rows
+    (half, equal) = report.rows
     assert equal.active == pytest.approx(equal.dense, rel=0.1)
     assert half.width == 0.5
     expert = moe.layer3.experts[0]
@@ -445,20 +494,50 @@ def test_one_expert_is_the_dense_layer():
     assert not moe[0].router.fc.weight.grad.any()
 
 
-def test_report():
-    report = changed(Head(), {'{cls_convs,cls}': {'num_experts': 3, 'shared': 1}})[1]
-    row = report.rows[0]
-    dense = 2 * (4 * 4 * 9 + 4) + 4 * 5 * 9 + 5
-    router = 4 * 3 + 3 + 4 * 3  # weights, bias, noise
-    assert row.dense == dense
-    assert row.active == 3 * dense + router
-    assert row.total == 4 * dense + router
-    assert '{cls_convs,cls}' in str(report)
-
-
 def test_layers_know_their_names():
     model = Head()
     add_experts(model, {'cls_convs': {}, 'reg': {}})
     layers = find_moe_layers(model)
     assert sorted(layers) == ['cls_convs_moe', 'reg']
     assert all(isinstance(layer, MoELayer) and layer.name == n for n, layer in layers.items())
+
+
+class Checkpointed(nn.Module):
+    """Computes its convolution again in the backward pass."""
+
+    def __init__(self):
+        super().__init__()
+        self.before, self.conv = conv(3, 4), conv(4, 4)
+        self.is_on, self.reentrant = False, False
+
+    def forward(self, x):
+        x = self.before(x)
+        if self.is_on:
+            return torch.utils.checkpoint.checkpoint(self.conv, x, use_reentrant=self.reentrant)
+        return self.conv(x)
+
+
+@pytest.mark.parametrize('reentrant', [False, True])
+@pytest.mark.parametrize('kind', ['RelativeImportanceConstraint', 'BiasBalancing', None])
+def test_activation_checkpoint(kind, reentrant):
+    """The same gradients and the same state as without, over several steps; noise included."""
+    router = {'init_std': 3.0}
+    if kind is not None:
+        # So little that another choice after every step is the rule.
+        least = {'threshold': 0.0} if kind.startswith('Relative') else {'update_rate': 0.3}
+        router['constraint'] = {'type': f'mmdet_moe.{kind}', **least}
+    plain = Checkpointed()
+    add_experts(plain, {'conv': {'router': router, 'expert_init': 'independent'}})
+    checkpointed = copy.deepcopy(plain)
+    checkpointed.is_on, checkpointed.reentrant = True, reentrant
+    for step in range(4):
+        for model in (plain, checkpointed):
+            torch.manual_seed(step)
+            x = torch.randn(6, 3, 5, 5)
+            model.zero_grad()
+            model(x).square().sum().backward()
+        assert torch.equal(plain.conv.routing.expert_ids, checkpointed.conv.routing.expert_ids)
+        for (name, a), b in zip(plain.named_parameters(), checkpointed.parameters(), strict=True):
+            torch.testing.assert_close(a.grad, b.grad, msg=name)
+        for a, b in zip(plain.buffers(), checkpointed.buffers(), strict=True):
+            assert torch.equal(a, b)
