@@ -32,7 +32,7 @@ CONFIGS = sorted((Path(mmdet_moe.__file__).parents[1] / 'configs' / 'zoo').glob(
 
 
 def all_cases(test):
-    """Four tests on every model; the samples of a quarter each take every model once."""
+    """On every model; the samples of the tests take turns, so that none is left out."""
     return pytest.mark.sweep(keep=1 / 4)(
         pytest.mark.parametrize('case', CASES.values(), ids=CASES)(test)
     )
