@@ -1,5 +1,6 @@
 # make demo   environment, data, training of a dense and an MoE RetinaNet, one table
-# make test   the same environment, then the whole test suite
+# make test   the same environment, then the test suite, with a fixed sample of each sweep (pytest.mark.sweep)
+# make test-all   the same with every case of the sweeps (pytest --all)
 # make lint   ruff
 #
 # VENV=DIR puts the environment elsewhere; PYTHON=python3.12 makes it of another interpreter.
@@ -9,13 +10,16 @@ PYTHON ?= python3
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.mmdet_moe-installed
 
-.PHONY: demo test lint install
+.PHONY: demo test test-all lint install
 
 demo: $(STAMP)
 	$(PY) tools/demo.py
 
 test: $(STAMP)
 	$(PY) -m pytest -n 2 --dist loadfile
+
+test-all: $(STAMP)
+	$(PY) -m pytest -n 2 --dist loadfile --all
 
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .

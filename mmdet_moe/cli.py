@@ -27,6 +27,7 @@ from mmdet_moe.compat.distributed import (
     local_rank,
 )
 from mmdet_moe.compat.malloc import keep_large_blocks
+from mmdet_moe.engine.expert_report import ExpertReportHook
 from mmdet_moe.engine.explain import explain, in_one_line
 from mmdet_moe.engine.finished_run import FinishedRunHook
 from mmdet_moe.engine.image_errors import ImageErrorHook
@@ -474,6 +475,7 @@ def _prepare_training(args: argparse.Namespace) -> Runner:
     _check(cfg, 'train')
     runner = _build_runner(cfg)
     runner.register_hook(FinishedRunHook())
+    runner.register_hook(ExpertReportHook())
     return runner
 
 

@@ -1,5 +1,9 @@
 """What all tests share."""
 
+import math
+import zlib
+from collections import Counter, defaultdict
+
 import pytest
 import torch
 from local_server import Server
@@ -12,6 +16,50 @@ from mmdet_moe.datasets.digit_scenes import generate
 
 # The tensors are small: threads cost more than they gain.
 torch.set_num_threads(1)
+
+
+def pytest_addoption(parser):
+    parser.addoption('--all', action='store_true', help='every case of a sweep, not a sample')
+
+
+def pytest_configure(config):
+    config.addinivalue_line(
+        'markers',
+        'sweep(keep, each=()): many cases of the same thing, of which a share ``keep``, the same '
+        'one every time, is run without --all; so for each value of the fixtures named ``each``',
+    )
+
+
+@pytest.hookimpl(trylast=True)  # what -k and -m leave
+def pytest_collection_modifyitems(config, items):
+    sweeps, seen = defaultdict(list), defaultdict(Counter)
+    for item in items:
+        marker = item.get_closest_marker('sweep')
+        if marker and not config.getoption('--all'):
+            each = tuple(item.callspec.params[name] for name in marker.kwargs.get('each', ()))
+            sweeps[item.parent, item.originalname, each].append(item)
+    dropped = []
+    for (file, *_), cases in sweeps.items():
+        share = cases[0].get_closest_marker('sweep').kwargs['keep']
+        dropped += left_out(cases, share, seen[file])
+    if dropped:
+        config.hook.pytest_deselected(items=dropped)
+        unwanted = set(dropped)
+        items[:] = [item for item in items if item not in unwanted]
+
+
+def left_out(cases, share, seen):
+    """The cases that are not in the sample, which holds at least one.
+
+    The sample takes in turn the case whose values were ``seen`` least in the file's samples, so
+    that every value has its turn; where several are, a hash of their names decides.
+    """
+    rest = sorted(cases, key=lambda case: zlib.crc32(case.nodeid.encode()))
+    for _ in range(math.ceil(share * len(cases))):
+        best = min(rest, key=lambda case: sum(seen[v] for v in case.callspec.indices.items()))
+        seen.update(best.callspec.indices.items())
+        rest.remove(best)
+    return rest
 
 
 @pytest.fixture(autouse=True)

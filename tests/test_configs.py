@@ -34,6 +34,7 @@ BALANCING = {
     'hard': (None, moe.RelativeImportanceConstraint),
     'loss_free': (None, moe.BiasBalancing),
     'switch': ('SwitchLoss', None),
+    'damex': ('DatasetLoss', None),
     'neck': ('ImportanceLoss', None),
     'backbone': ('KLLoss', None),
     'unbalanced': (None, None),

@@ -1,12 +1,17 @@
 """The examples of the documentation run as they stand."""
 
 import re
+from dataclasses import fields
 from pathlib import Path
 
 import torch
+from mmengine.config import Config
+from mmengine.hub import get_config
 
 import mmdet_moe
-from mmdet_moe.moe import MoELayer, Routing
+from mmdet_moe.engine.dry_run import build_model
+from mmdet_moe.moe import MoELayer, Routing, add_experts, find_moe_layers
+from mmdet_moe.moe.surgery import Entry
 
 ROOT = Path(mmdet_moe.__file__).parents[1]
 
@@ -15,8 +20,64 @@ def examples(page):
     return re.findall(r'```python\n(.*?)```', (ROOT / page).read_text(), re.DOTALL)
 
 
+def layers_of(config, path, at):
+    """Of the model that a config describes, those below ``at``; they and no others are there."""
+    path.write_text(config)
+    cfg = Config.fromfile(path)
+    cfg.setdefault('default_scope', 'mmdet')  # which the whole config has
+    layers = find_moe_layers(build_model(cfg))
+    assert layers
+    assert all(name.startswith(at) for name in layers)
+    hooks = [hook['type'].split('.')[-1] for hook in cfg.custom_hooks]
+    assert 'ExpertUtilizationHook' in hooks
+    constraint = any(layer.router.constraint is not None for layer in layers.values())
+    assert ('BalancingLossHook' in hooks) != constraint
+    return list(layers.values())
+
+
+def test_readme(tmp_path, capsys):
+    config, plain = examples('README.md')[:2]
+    stage, subnet = layers_of(config, tmp_path / 'c.py', ('backbone.layer4', 'bbox_head'))
+    assert (stage.num_experts, stage.top_k, stage.width) == (4, 2, 1)
+    assert 0.5 < subnet.width < 0.75
+    scope = {}
+    exec(plain, scope)
+    assert scope['loss'].requires_grad
+    assert 'layer3.0.conv1  Conv2d' in capsys.readouterr().out
+
+
+def test_experts(tmp_path, capsys):
+    first, paths, plain, hooks, pure = examples('docs/experts.md')
+    layers = layers_of(first, tmp_path / 'a.py', ('backbone.layer4', 'neck.fpn_convs.'))
+    assert [layer.granularity for layer in layers] == ['image', *['patch'] * 5]
+    assert len(layers_of(hooks, tmp_path / 'b.py', 'neck.out_convs.')) == 3
+    assert layers_of(pure, tmp_path / 'c.py', 'backbone.layer4')[0].num_experts == 8
+    exec(plain, {})
+    assert 'layer4          Sequential  3  2' in capsys.readouterr().out
+    scope = {}
+    exec(paths, scope)
+    dense = get_config('mmdet::retinanet/retinanet_r50_fpn_1x_coco.py')
+    found = []
+    for entry in scope['experts']:
+        model = build_model(dense)
+        add_experts(model, [entry])
+        found.append(sorted(find_moe_layers(model)))
+    convs = [f'{block}.conv{i}' for block in found[1] for i in (1, 2, 3)]
+    assert found[0] == ['backbone.layer4']
+    assert found[1] == [f'backbone.layer4.{i}' for i in range(3)]
+    assert len(found[2]) == 16
+    assert found[3] == sorted([*convs, 'backbone.layer4.0.downsample.0'])
+    assert found[4:] == [['bbox_head.cls_moe'], ['bbox_head.cls_convs_moe']]
+
+
+def test_every_option_is_in_the_table():
+    table = (ROOT / 'docs' / 'experts.md').read_text().split('## Options')[1].split('**Tokens')[0]
+    cells = [row.split('|')[1] for row in table.splitlines() if row.startswith('| `')]
+    assert set(re.findall(r'`(\w+)`', ''.join(cells))) == {f.name for f in fields(Entry)}
+
+
 def test_extending(capsys):
-    use, granularity, experts, loss, constraint, router = examples('docs/extending.md')
+    use, granularity, experts, loss, sources, constraint, router = examples('docs/extending.md')
     exec(use, {})
     assert 'tensor' in capsys.readouterr().out
     exec(granularity, {})
@@ -24,7 +85,7 @@ def test_extending(capsys):
     scope = {}
     exec(experts, scope)
     check_scale_experts(scope['layer'])
-    for code in (loss, constraint, router):
+    for code in (loss, sources, constraint, router):
         exec(code, {'__name__': 'example'})
 
     kwargs = dict(num_experts=3, top_k=1, in_channels=4)

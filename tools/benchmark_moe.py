@@ -5,6 +5,7 @@ suites:
   conv       convolutions as experts: against other ways, and against dense convolutions
   scaling    the cost grows with k, and not with E
   retinanet  a training iteration of the MoE RetinaNet: against dense ones
+  overhead   one expert against the dense layer; what a layer costs besides its experts
   analysis   the statistics of tools/analyze_experts.py: against a plain test of the same images
   explorer   size and loading time of the report for a large data set (only if asked for; Chromium)
   auto       how good the choice of ConvExperts(impl='auto') is (only if asked for)
@@ -47,6 +48,7 @@ class Sizes:
         conv: Shapes of the suite ``conv``.
         scaling: Those of the suite ``scaling``, which differ in E.
         image_size: Height and width in the suite ``retinanet``.
+        batch: Images of the suite ``overhead``.
         analysis: Images of the suite ``analysis``.
         explorer: Images of the suite ``explorer``.
         auto: How many shapes the suite ``auto`` draws.
@@ -63,6 +65,7 @@ class Sizes:
     )
     scaling: tuple[ConvShape, ...] = tuple(ConvShape(64, 64, 32, e) for e in (4, 8, 16, 32, 64))
     image_size: int = 256
+    batch: int = 8
     analysis: int = 96
     explorer: int = 5000
     auto: int = 60
@@ -88,11 +91,12 @@ SUITES: dict[str, Callable[[Benchmark, Sizes], None]] = {
     'conv': lambda b, sizes: run_conv(b, sizes.conv),
     'scaling': lambda b, sizes: run_scaling(b, sizes.scaling),
     'retinanet': _late('retinanet', 'image_size'),
+    'overhead': _late('overhead', 'batch'),
     'analysis': _late('statistics', 'analysis'),
     'explorer': _late('explorer', 'explorer'),
     'auto': lambda b, sizes: run_auto(b, sizes.auto),
 }
-DEFAULT_SUITES = ('ops', 'conv', 'scaling', 'retinanet', 'analysis')
+DEFAULT_SUITES = ('ops', 'conv', 'scaling', 'retinanet', 'overhead', 'analysis')
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -1,4 +1,4 @@
-"""Train a dense and an MoE RetinaNet on digit scenes, compare them, and look at the experts.
+"""Train a dense and two MoE RetinaNets on digit scenes, compare them, and look at the experts.
 
 This is what ``make demo`` runs. Finished parts are reused: a second run is immediate, an
 interrupted one goes on. ``--fresh`` starts anew.
@@ -34,7 +34,11 @@ from research.runs import (
 
 PRETRAINING = 'retinanet_pretrain_digits'
 NUM_PICTURES = 4
-RUNS = {'dense': 'retinanet_dense_digits', 'MoE, soft': 'retinanet_moe_soft_digits'}
+RUNS = {
+    'dense': 'retinanet_dense_digits',
+    'MoE, soft': 'retinanet_moe_soft_digits',
+    'MoE, equal cost': 'retinanet_moe_equal_digits',
+}
 # A pipe has no width, and the table has nine columns.
 console = Console(width=None if sys.stdout.isatty() else 130)
 
@@ -61,23 +65,23 @@ def run_demo(args: argparse.Namespace) -> None:
     start = time.time()
     if args.fresh:
         shutil.rmtree(args.work_dir, ignore_errors=True)
-    console.rule('1/5 data')
+    console.rule('1/6 data')
     try:
         digit_scenes.generate(
             args.data, num_train=args.images, num_val=max(1, args.images // 5), size=256, seed=0
         )
     except ConfigError as error:
         raise ConfigError(f'{error} (here: choose another folder with --data)') from error
-    console.rule('2/5 pretraining of a dense RetinaNet, the common start')
+    console.rule('2/6 pretraining of a dense RetinaNet, the common start')
     run_once(args, PRETRAINING)
     pretrained = latest_checkpoint(args.work_dir / PRETRAINING)
     results = {}
     for i, (name, config) in enumerate(RUNS.items(), start=3):
-        console.rule(f'{i}/5 {name}: trained on from there')
+        console.rule(f'{i}/6 {name}: trained on from there')
         results[name] = run_once(args, config, f'load_from={pretrained}')
     console.print(result_table(results))
     moe = args.work_dir / RUNS['MoE, soft']
-    console.rule('5/5 what the experts of the MoE learned')
+    console.rule('6/6 what the experts of the MoE learned')
     reused = (moe / 'experts' / EXPERTS_FILE).exists()
     folder, experts = analyse(moe)
     if reused:

@@ -17,7 +17,7 @@ from mmengine.config import DictAction
 
 from mmdet_moe.cli import load_config
 from mmdet_moe.engine.dry_run import build_model, dry_run, image_size
-from mmdet_moe.errors import exit_on_user_error
+from mmdet_moe.errors import ConfigError, exit_on_user_error
 from mmdet_moe.moe.surgery.paths import find_places
 from mmdet_moe.moe.surgery.survey import survey, table
 
@@ -53,7 +53,10 @@ def list_layers(args: argparse.Namespace) -> str:
         else [path for place in find_places(model, args.at) for path in place.paths]
     )
     run = dry_run(model, cfg.default_scope, tuple(args.shape or image_size(cfg)))
-    return table(survey(model, run, places, args.depth))
+    try:
+        return table(survey(model, run, places, args.depth))
+    except ConfigError as error:
+        raise ConfigError(f'{error}; give another --shape') from error
 
 
 if __name__ == '__main__':

@@ -77,6 +77,15 @@ class AnalysisData:
         return None if clusters is None else _distinct(list(clusters))
 
     @cached_property
+    def sources(self) -> tuple[list[str], np.ndarray] | None:
+        """Names of the data sets that are joined in this one, and int64 (len,), each image's."""
+        ends = getattr(self.dataset, 'cumulative_sizes', None)
+        if ends is None:
+            return None
+        names = self.dataset.metainfo.get('sources') or map(str, range(len(ends)))
+        return list(names), np.searchsorted(ends, np.arange(len(self)), side='right')
+
+    @cached_property
     def superclasses(self) -> dict[str, list[int]] | None:
         """Groups of classes, see :func:`~mmdet_moe.analysis.superclasses.superclasses`."""
         return superclasses(self.classes, self._coco_file)

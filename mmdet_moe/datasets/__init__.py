@@ -1,12 +1,14 @@
 """Data sets that the configs run on: generated ones, and COCO, CIFAR and Fashion-MNIST.
 
-:mod:`mmdet_moe.datasets.rotated_pairs` makes a task of its own of any images, and is registered.
+:mod:`mmdet_moe.datasets.rotated_pairs` makes a task of its own of any images, and
+:mod:`mmdet_moe.datasets.joint` one data set of several; both are registered.
 What :mod:`mmdet_moe.datasets.digit_scenes` writes and what :mod:`mmdet_moe.datasets.download` and
 :mod:`mmdet_moe.datasets.fashion_mnist` fetch have the layouts that MMDetection's ``CocoDataset``
 and MMPretrain's ``CIFAR10``, ``CIFAR100`` and ``FashionMNIST`` read. ``tools/prepare_data.py`` is
 the command line of all that lies on the disk.
 """
 
+from mmdet_moe.datasets.joint import JointDataset
 from mmdet_moe.datasets.rotated_pairs import RotatedPairs
 
-__all__ = ['RotatedPairs']
+__all__ = ['JointDataset', 'RotatedPairs']

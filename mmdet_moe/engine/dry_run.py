@@ -32,24 +32,32 @@ def image_size(cfg: Config) -> tuple[int, int]:
     which takes any."""
     size: Any = 320
     if cfg.default_scope == 'mmpretrain':
-        pipeline = cfg.get('train_pipeline', [])
+        dataset = cfg.get('train_dataloader', {}).get('dataset', {})
+        pipeline = dataset.get('pipeline') or cfg.get('train_pipeline', [])
         sizes = [t.get('crop_size', t.get('scale')) for t in pipeline]
         size = next((s for s in reversed(sizes) if s), 224)
     return (size, size) if isinstance(size, int) else tuple(size)[:2]
 
 
-def dry_run(model: nn.Module, scope: str, size: tuple[int, int]) -> Callable[[], Any]:
-    """A function that sends two blank images through a detector or a classifier.
+def dry_run(
+    model: nn.Module, scope: str, size: tuple[int, int], num_images: int = 2
+) -> Callable[[], Any]:
+    """A function that sends blank images through a detector or a classifier.
 
     Args:
         model: Its data preprocessor is passed by.
         scope: ``'mmdet'`` or ``'mmpretrain'``.
         size: (H, W).
+        num_images: N.
 
     Returns:
         It raises a ConfigError if the model does not run.
     """
-    images = torch.zeros(2, 3, *size)
+    widths = (getattr(part, 'in_channels', None) for part in model.modules())
+    is_grey = next((width for width in widths if isinstance(width, int)), None) == 1
+    images = torch.zeros(num_images, 1 if is_grey else 3, *size)
+    if (parameter := next(model.parameters(), None)) is not None:
+        images = images.to(parameter)
     samples = None
     if scope == 'mmdet':
         from mmdet.structures import DetDataSample
@@ -63,7 +71,7 @@ def dry_run(model: nn.Module, scope: str, size: tuple[int, int]) -> Callable[[],
         except Exception as error:  # of any kind, out of the model's own code
             raise ConfigError(
                 f'the model does not run on images of {size[0]}×{size[1]} pixels '
-                f'({in_one_line(error)}); give another --shape'
+                f'({in_one_line(error)})'
             ) from error
 
     return run

@@ -45,6 +45,6 @@ def with_experts(
             f"model.of={of!r} must be the type of the dense model, such as 'RetinaNet'"
         )
     model = MMENGINE_MODELS.build({**dense, 'type': of})
-    model.moe_report = add_experts(model, experts, router)
+    add_experts(model, experts, router)
     count_positives(model)
     return model

@@ -23,6 +23,7 @@ from mmdet_moe.moe.layer import (
 )
 from mmdet_moe.moe.losses import (
     BalancingLoss,
+    DatasetLoss,
     EntropyLoss,
     ImportanceLoss,
     KLLoss,
@@ -32,7 +33,7 @@ from mmdet_moe.moe.losses import (
 )
 from mmdet_moe.moe.routers import ConvGAPRouter, GAPRouter, Router
 from mmdet_moe.moe.routing import Routing
-from mmdet_moe.moe.surgery import Report, add_experts
+from mmdet_moe.moe.surgery import Report, add_experts, report_of
 from mmdet_moe.moe.utilization import Utilization, UtilizationReport
 
 __all__ = [
@@ -42,6 +43,7 @@ __all__ = [
     'Constraint',
     'ConvExperts',
     'ConvGAPRouter',
+    'DatasetLoss',
     'EntropyLoss',
     'Experts',
     'GAPRouter',
@@ -65,5 +67,6 @@ __all__ = [
     'add_experts',
     'count_parameters',
     'find_moe_layers',
+    'report_of',
     'upcycle',
 ]

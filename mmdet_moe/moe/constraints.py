@@ -6,6 +6,7 @@ with sums over all ranks.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -16,11 +17,16 @@ from mmdet_moe.moe.routing import Routing
 from mmdet_moe.registry import MODELS
 
 
+def in_backward() -> bool:
+    """Whether a backward pass runs, in which an activation checkpoint computes something again."""
+    return torch._C._current_graph_task_id() != -1
+
+
 class Constraint(nn.Module, ABC):
     """Base class. Subclasses say what :meth:`select` does and what :meth:`update` remembers.
 
-    The state changes with every training forward pass. Do not put a layer with a constraint inside
-    an activation checkpoint, which would run the forward pass again with the changed state.
+    The state changes with every training forward pass. An activation checkpoint computes a part of
+    the pass again, when it has changed: :meth:`remembered` gives what the pass itself went by.
 
     Args:
         num_experts: E; filled in by the router.
@@ -32,6 +38,13 @@ class Constraint(nn.Module, ABC):
     def __init__(self, num_experts: int) -> None:
         super().__init__()
         self.num_experts = num_experts
+        self._went_by: Tensor | None = None
+
+    def remembered(self, state: Callable[[], Tensor]) -> Tensor:
+        """What a decision goes by: ``state()``, or in a backward pass what it was before it."""
+        if self._went_by is None or not in_backward():
+            self._went_by = state()
+        return self._went_by
 
     @abstractmethod
     def select(self, logits: Tensor, training: bool) -> Tensor:
@@ -75,7 +88,7 @@ class _HardConstraint(Constraint):
     def select(self, logits: Tensor, training: bool) -> Tensor:
         if not training:
             return logits
-        return logits.masked_fill(self.masked(), float('-inf'))
+        return logits.masked_fill(self.remembered(self.masked), float('-inf'))
 
     def extra_repr(self) -> str:
         return f'threshold={self.threshold}'
@@ -170,7 +183,8 @@ class BiasBalancing(Constraint):
         self.register_buffer('bias', torch.zeros(num_experts))
 
     def select(self, logits: Tensor, training: bool) -> Tensor:
-        values = logits.softmax(dim=-1) + self.bias.to(logits.dtype)
+        bias = self.remembered(self.bias.clone) if training else self.bias
+        values = logits.softmax(dim=-1) + bias.to(logits.dtype)
         # No bias brings back an expert that is not there.
         return values.masked_fill(torch.isneginf(logits), float('-inf'))
 

@@ -1,41 +1,57 @@
 """Floating-point operations of a module, counted by PyTorch while it runs."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from mmdet_moe.moe.experts import ConvExperts
 
 
-@torch.no_grad()
-def count_flops(module: nn.Module, x: Tensor) -> int:
+def count_flops(module: nn.Module, *args: Any, **kwargs: Any) -> int:
     """FLOPs of one forward pass in eval mode, a multiplication and an addition counted as two.
 
-    Sparse experts count as far as items are sent to them: one image gives the *active* FLOPs of a
-    model that routes images. They do not depend on the device: k experts that are convolutions
-    count as k, also where mixing their kernels first makes one of them. On the ``meta`` device
-    nothing is computed; a router needs real values.
+    On the ``meta`` device nothing is computed; a router needs real values.
 
     Args:
         module: Left as it was, but for what it remembers of its latest forward pass.
-        x: Its input.
+        *args, **kwargs: Its inputs.
     """
-    modes = {part: part.training for part in module.modules()}
+    with counting(module) as counter:
+        module(*args, **kwargs)
+    return counter.get_total_flops()
+
+
+@contextmanager
+def counting(model: nn.Module) -> Iterator['FlopCounter']:
+    """Count the FLOPs of what a model computes inside of the ``with``, in eval mode.
+
+    Sparse experts count as far as items are sent to them: one image gives the *active* FLOPs of a
+    model that routes images. They do not depend on the device: k experts that are convolutions
+    count as k, also where mixing their kernels first makes one of them.
+    """
+    modes = {part: part.training for part in model.modules()}
     impls = {part: part.impl for part in modes if isinstance(part, ConvExperts)}
-    module.eval()
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    model.eval()
     try:
         for experts in impls:
             experts.impl = 'subbatches'
-        with FlopCounter() as counter:
-            module(x)
+        # PyTorch's counter hooks into gradients, and fails where a parameter is an input.
+        for parameter in trainable:
+            parameter.requires_grad_(False)
+        with torch.no_grad(), FlopCounter() as counter:
+            yield counter
     finally:
+        for parameter in trainable:
+            parameter.requires_grad_(True)
         for part, training in modes.items():
             part.training = training
         for experts, impl in impls.items():
             experts.impl = impl
-    return counter.get_total_flops()
 
 
 class FlopCounter(FlopCounterMode):

@@ -3,6 +3,7 @@
 Images and patches of images are in :mod:`mmdet_moe.moe.patches`.
 """
 
+import weakref
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from math import prod
@@ -59,6 +60,14 @@ class Items(ABC):
     @abstractmethod
     def pool(self, x: Tensor) -> Tensor:
         """The mean of each item of an input, for the router: (N · items, C), at least float32."""
+
+    def pooled(self, x: Tensor) -> Tensor:
+        """:meth:`pool` of an input, computed once: the logits and their noise both ask for it."""
+        of, values = self.__dict__.get('_pooled', (None, None))
+        if of is None or of() is not x:
+            values = self.pool(x)
+            self.__dict__['_pooled'] = (weakref.ref(x), values)
+        return values
 
     @abstractmethod
     def crop(self, x: Tensor) -> Tensor:

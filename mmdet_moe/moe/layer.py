@@ -21,6 +21,7 @@ from mmdet_moe.errors import (
 )
 from mmdet_moe.moe.build import build_experts, build_router
 from mmdet_moe.moe.capacity import overflow
+from mmdet_moe.moe.constraints import in_backward
 from mmdet_moe.moe.dispatcher import Dispatcher, unpack
 from mmdet_moe.moe.experts import Experts, upcycle
 from mmdet_moe.moe.granularity import GRANULARITIES
@@ -119,6 +120,7 @@ class MoELayer(BaseModule):
         self.batch_dim = batch_dim
         self.name = type(self).__name__
         self.router = build_router(router, in_channels, num_experts, top_k)
+        self.num_experts, self.top_k = self.router.num_experts, self.router.top_k
         self.experts = build_experts(expert, num_experts)
         self.shared = nn.ModuleList(shared) if shared else None
         self.shortcut = shortcut
@@ -131,8 +133,10 @@ class MoELayer(BaseModule):
         self.replaces: str | None = None
         #: Siblings that together are one expert, see :mod:`mmdet_moe.moe.surgery`.
         self.siblings: tuple[str, ...] = ()
-        #: Whether its experts are narrower than the dense module, and take parts of its weights.
-        self.is_narrow = False
+        #: How wide its experts are inside, relative to the dense module; narrow ones take parts of
+        #: its weights.
+        self.width = 1.0
+        self._dense: tuple[nn.Module, ...] = ()
         self._latest = _Calls()
         self._norms_checked = False
         self.register_load_state_dict_pre_hook(_upcycle_same_place)
@@ -158,14 +162,13 @@ class MoELayer(BaseModule):
             module.load_state_dict(first)
 
     @property
-    def num_experts(self) -> int:
-        """E."""
-        return self.router.num_experts
+    def dense(self) -> nn.Module | None:
+        """What stood here before, on the ``meta`` device; None if that is not known."""
+        return self._dense[0] if self._dense else None
 
-    @property
-    def top_k(self) -> int:
-        """k."""
-        return self.router.top_k
+    def stand_for(self, dense: nn.Module) -> None:
+        """Say what stood here before; it goes to the ``meta`` device, where it costs nothing."""
+        self._dense = (dense.to('meta'),)  # in a tuple, so that it is no part of the layer
 
     @property
     def routing(self) -> Routing:
@@ -198,12 +201,16 @@ class MoELayer(BaseModule):
             self.experts,
             self.upcycle_noise,
             num_shared=len(self.shared or ()),
-            narrow=self.is_narrow,
+            narrow=self.width != 1,
         )
 
     def begin(self) -> None:
         """A forward pass of the model begins, in which the layer may be called several times."""
         self._latest = _Calls(is_open=True)
+
+    def forget(self) -> None:
+        """Forget the latest forward pass, as if there had been none."""
+        self._latest = _Calls()
 
     def end(self) -> None:
         """It ends: what all calls decided together is told to the constraint."""
@@ -272,6 +279,8 @@ class MoELayer(BaseModule):
         return outputs[0] if single else outputs
 
     def _remember(self, routing: Routing, items: list[Items]) -> None:
+        if in_backward():  # an activation checkpoint computes again what has been counted
+            return
         latest = self._latest
         if not latest.is_open:  # a call by itself is a forward pass by itself
             latest.clear()
@@ -377,6 +386,8 @@ class MoELayer(BaseModule):
         Distributed data parallel waits for a gradient of every parameter; and a weight's gradient
         should be 0, not missing, whether or not another rank used its expert.
         """
+        if not self.experts.separate_parameters and self.num_experts > 1:
+            return output
         y, rebuild = unpack(output)
         if self.num_experts == 1:
             # There is no choice, and so nothing that the router could learn from the task. A copy,

@@ -6,6 +6,7 @@ each decision with its ``decision_weights``; with uniform ones the formulas are 
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +32,8 @@ class BalancingLoss(nn.Module, ABC):
 
     #: Whether the loss keeps all experts in use by itself.
     balances = True
+    #: Whether it reads :attr:`Routing.sources`.
+    needs_sources = False
 
     def __init__(self, weight: float) -> None:
         super().__init__()
@@ -168,3 +171,71 @@ class EntropyLoss(BalancingLoss):
         mean = _mean_over_items(p, routing)
         # The sum is 1, or 0 for a batch in which no decision counts.
         return mean.detach().sum() * math.log(routing.num_experts) - entropy(mean)
+
+
+@MODELS.register_module()
+class DatasetLoss(BalancingLoss):
+    """``mean_x −log sum_{e in S(x)} p_e(x)``: S(x) are the experts of the data set of x's image.
+
+    The cross-entropy of the router's probabilities (softmax over all E logits) against the data
+    set; with one expert for each it is DAMEX's (arXiv 2311.04894). It keeps all experts in use as
+    long as no data set has more of them than the k that are chosen.
+
+    Args:
+        weight: λ.
+        sources: How many data sets D there are: experts ``⌈dE/D⌉ … ⌈(d+1)E/D⌉ − 1`` are those of
+            data set d, or expert d mod E where there are more data sets than experts. Or a list
+            with the expert, or the experts, of each.
+
+    Raises:
+        ConfigError: For no data set, or one without experts; in the first iteration for an expert
+            that the layer, or an image of a data set that ``sources`` does not have.
+    """
+
+    needs_sources = True
+
+    def __init__(
+        self, weight: float = 0.1, sources: int | Sequence[int | Sequence[int]] = 2
+    ) -> None:
+        super().__init__(weight)
+        if not isinstance(sources, int):
+            sources = [[of] if isinstance(of, int) else list(of) for of in sources]
+        if (sources < 1) if isinstance(sources, int) else not (sources and all(sources)):
+            raise ConfigError(
+                f'DatasetLoss: sources={sources} must be the number of data sets, at least 1, or a '
+                'list with at least one expert for each of them'
+            )
+        self.sources = sources
+
+    def experts_of(self, num_experts: int) -> list[list[int]]:
+        """The experts of each data set, of E."""
+        if not isinstance(self.sources, int):
+            return self.sources
+        if self.sources > num_experts:
+            return [[d % num_experts] for d in range(self.sources)]
+        experts = range(num_experts)
+        return [
+            [e for e in experts if e * self.sources // num_experts == d]
+            for d in range(self.sources)
+        ]
+
+    def compute(self, routing: Routing) -> Tensor:
+        if routing.sources is None:
+            raise ConfigError(
+                'DatasetLoss: nobody has told the routing the data sets of its images; set '
+                'routing.sources to the number of the data set of each image'
+            )
+        experts_of = self.experts_of(routing.num_experts)
+        known = max(max(experts) for experts in experts_of) < routing.num_experts
+        if not known or max(routing.sources, default=0) >= len(experts_of):
+            raise ConfigError(
+                f'DatasetLoss: sources={self.sources} does not fit a layer of '
+                f'{routing.num_experts} experts and images of data set '
+                f'{max(routing.sources, default=0)}, all counted from 0'
+            )
+        others_DE = torch.ones(len(experts_of), routing.num_experts, dtype=torch.bool)
+        for d, experts in enumerate(experts_of):
+            others_DE[d, experts] = False
+        others_NE = others_DE[list(routing.sources)].to(routing.logits.device)
+        own_TE = routing.logits.masked_fill(others_NE[routing.image_ids], float('-inf'))
+        return _mean_over_items(routing.logits.logsumexp(-1) - own_TE.logsumexp(-1), routing)

@@ -14,6 +14,7 @@ from mmdet_moe.errors import ConfigError
 from mmdet_moe.moe.constraints import Constraint
 from mmdet_moe.moe.items import Items
 from mmdet_moe.moe.patches import PatchGrid
+from mmdet_moe.moe.precision import no_autocast
 from mmdet_moe.moe.routing import Routing
 from mmdet_moe.registry import MODELS, build
 
@@ -160,16 +161,16 @@ class Router(nn.Module, ABC):
             )
         if items is None:
             items = [PatchGrid(tuple(level.shape[-2:])) for level in maps]
-        with torch.autocast(maps[0].device.type, enabled=False):
-            logits = torch.cat(
-                [self.compute_logits(m, p) for m, p in zip(maps, items, strict=True)]
-            )
+        with no_autocast(maps[0].device.type):
+            logits = _cat([self.compute_logits(m, p) for m, p in zip(maps, items, strict=True)])
             noisy = logits
-            if self.training and self.noise_fc is not None:
-                pooled = torch.cat([p.pool(m) for m, p in zip(maps, items, strict=True)])
+            if not self.training or self.num_experts == 1:
+                pass  # noise changes nothing where there is no choice
+            elif self.noise_fc is not None:
+                pooled = _cat([p.pooled(m) for m, p in zip(maps, items, strict=True)])
                 scale = F.softplus(linear(self.noise_fc, pooled) + 0.01)
                 noisy = logits + torch.randn_like(logits) * scale
-            elif self.training and self.noise == 'uniform':
+            elif self.noise == 'uniform':
                 noisy = logits + torch.rand_like(logits)
             expert_ids, weights = self.choose(noisy, self.training)
             gates = self.gates(noisy, expert_ids, weights)
@@ -194,11 +195,16 @@ class Router(nn.Module, ABC):
             ``expert_ids`` (T, K) int64 and ``weights`` (T, K) of the dtype of ``logits``. Where a
             constraint leaves fewer than k experts, the surplus weights are exactly 0.
         """
-        selection = logits if self.constraint is None else self.constraint.select(logits, training)
-        expert_ids = selection.topk(self.top_k, dim=-1).indices
-        allowed = logits.masked_fill(torch.isneginf(selection), float('-inf'))
+        if self.constraint is None:
+            chosen, expert_ids = logits.topk(self.top_k, dim=-1)
+            allowed = logits
+        else:
+            selection = self.constraint.select(logits, training)
+            expert_ids = selection.topk(self.top_k, dim=-1).indices
+            allowed = logits.masked_fill(torch.isneginf(selection), float('-inf'))
+            chosen = allowed.gather(1, expert_ids)
         if self.softmax == 'over_chosen':
-            return expert_ids, allowed.gather(1, expert_ids).softmax(dim=-1)
+            return expert_ids, chosen.softmax(dim=-1)
         return expert_ids, allowed.softmax(dim=-1).gather(1, expert_ids)
 
     def gates(self, logits: Tensor, expert_ids: Tensor, weights: Tensor) -> Tensor | None:
@@ -223,6 +229,10 @@ class Router(nn.Module, ABC):
 @cache
 def _warn_once(text: str) -> None:
     print_log(text, logger='current', level=logging.WARNING)
+
+
+def _cat(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def linear(fc: nn.Linear, x: Tensor) -> Tensor:
@@ -271,7 +281,7 @@ class GAPRouter(_PooledRouter):
         self.fc = self._build_fc(in_channels)
 
     def compute_logits(self, x: Tensor, items: Items) -> Tensor:
-        return linear(self.fc, items.pool(x))
+        return linear(self.fc, items.pooled(x))
 
 
 @MODELS.register_module()

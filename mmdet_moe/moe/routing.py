@@ -36,6 +36,8 @@ class Routing:
         gates: (T, K), of either sign, what the experts' outputs are multiplied with where that is
             not the weights (:meth:`mmdet_moe.moe.Router.gates`); 0 where the weight is. Importance,
             load and everything else that asks who was chosen goes by the weights.
+        sources: The number of the data set that each of the N images comes from; None until
+            somebody has said so, which :class:`~mmdet_moe.moe.DatasetLoss` needs.
     """
 
     expert_ids: Tensor
@@ -46,6 +48,7 @@ class Routing:
     decision_weights: Tensor | None = None
     dropped: Tensor | None = None
     gates: Tensor | None = None
+    sources: tuple[int, ...] | None = None
 
     @classmethod
     def cat(cls, calls: Sequence['Routing']) -> 'Routing':
@@ -138,6 +141,8 @@ class Routing:
 
     def level(self, index: int) -> tuple[Tensor, Tensor]:
         """``expert_ids`` of one level's items, and their factors, 0 where a route is dropped."""
+        if len(self.items_per_level) == 1 and self.dropped is None:
+            return self.expert_ids, self.factors
         start = sum(self.items_per_level[:index])
         items = slice(start, start + self.items_per_level[index])
         factors = self.factors[items]

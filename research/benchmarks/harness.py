@@ -276,7 +276,7 @@ class Benchmark:
             (at_least, figure >= at_least) if at_most is None else (at_most, figure <= at_most)
         )
         # Three decimals, so that 1.104x is not printed as a missed 1.10x.
-        shown = f'{figure:.3f}x' if unit == 'x' else f'{round(figure, 1):g}{unit}'
+        shown = f'{figure:.3f}x' if unit == 'x' else f'{figure:.3g}{unit}'
         outcome = ('met' if met else 'missed') + f' ({shown}{", " if detail else ""}{detail})'
         self.console.print(f'target: {text}: {outcome}', markup=False, soft_wrap=True)
         result = {'text': text, 'met': met, 'figure': figure, 'limit': limit, 'detail': detail}

@@ -7,6 +7,7 @@ from statistics import fmean, variance
 import pytest
 import torch
 from mmengine.hooks import Hook
+from mmengine.structures import BaseDataElement
 
 from mmdet_moe.engine import BalancingLossHook
 from mmdet_moe.errors import ConfigError
@@ -165,4 +166,20 @@ def test_frozen_layer_is_refused(make_runner, toy_model):
         model, [{'type': 'mmdet_moe.BalancingLossHook', 'loss': {'type': 'mmdet_moe.KLLoss'}}]
     )
     with pytest.raises(ConfigError, match='MoE layer "stem" is frozen'):
+        runner.train()
+
+
+def test_data_sets_of_inputs_that_are_no_images(make_runner, toy_model):
+    """Such as RoIs: hundreds of them have not the sources of 2 images."""
+
+    class OfTwo(toy_model):
+        def forward(self, inputs, targets, mode='tensor', data_samples=None):
+            return super().forward(inputs, targets, mode)
+
+        def train_step(self, data, optim_wrapper):
+            samples = [BaseDataElement(metainfo={'dataset_source': i}) for i in range(2)]
+            return super().train_step({**data, 'data_samples': samples}, optim_wrapper)
+
+    runner = make_runner(OfTwo(), [hook({'type': 'mmdet_moe.DatasetLoss'})])
+    with pytest.raises(ConfigError, match=r'"stem" decides on 4 inputs .* not on the 2 images'):
         runner.train()

@@ -68,6 +68,7 @@ def test_shape_of_the_papers_experts(num_experts, top_k):
     assert [tuple(y.shape) for y in model(x)] == [(3, 512, 2, 2)]
 
 
+@pytest.mark.sweep(keep=1 / 3)
 @pytest.mark.parametrize(('depth', 'channels'), [
     (18, (64, 64, 128, 256)), (34, (64, 64, 128, 256)), (50, (64, 256, 512, 1024)),
 ])  # fmt: skip

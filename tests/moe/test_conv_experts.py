@@ -24,8 +24,8 @@ GEOMETRIES = [
 ]
 
 
-def build(impl, **options):
-    return ConvExperts(4, 6, num_experts=E, impl=impl, **(options or GEOMETRIES[0])).double()
+def build(impl, channels=(4, 6), **options):
+    return ConvExperts(*channels, num_experts=E, impl=impl, **(options or GEOMETRIES[0])).double()
 
 
 def routes(num_items, k, drop=0.0):
@@ -60,12 +60,13 @@ def test_against_every_expert_on_every_item(impl, geometry, k, drop):
     torch.testing.assert_close(y, dense(experts, x, ids, weights, conv))
 
 
+@pytest.mark.sweep(keep=1 / 2)
 @pytest.mark.parametrize('impl', IMPLS)
 @pytest.mark.parametrize('geometry', GEOMETRIES, ids=str)
 def test_gradients_by_finite_differences(impl, geometry):
     """For the input, the weights, the kernels and the biases; expert 3 is not used."""
-    experts = build(impl, **geometry)
-    x = torch.randn(3, 4, 5, 5, dtype=torch.float64, requires_grad=True)
+    experts = build(impl, (2, 4), **geometry)
+    x = torch.randn(3, 2, 5, 5, dtype=torch.float64, requires_grad=True)
     ids = torch.tensor([[0, 1], [2, 0], [1, 2]])
     weights = torch.tensor([[0.3, 0.7], [1.0, 0.5], [0.6, 0.4]]).double().requires_grad_()
     names, parameters = zip(*experts.named_parameters(), strict=True)

@@ -22,6 +22,7 @@ LOSSES = {
     'z': moe.RouterZLoss(1.0),
     'batch entropy': moe.EntropyLoss(1.0, over='batch'),
     'item entropy': moe.EntropyLoss(1.0, over='item'),
+    'data sets': moe.DatasetLoss(1.0, sources=2),
 }
 CONSTRAINTS = {
     'relative': moe.RelativeImportanceConstraint,
@@ -63,6 +64,7 @@ def play(rank, world_size):
         model = wrap(layer)
         y = model(part(data[0]))
         layer.weigh_decisions(part(counts))
+        layer.routing.sources = tuple(part(torch.tensor([0, 1, 1, 0, 0, 0, 0, 1])).tolist())
         balancing = loss(layer.routing)
         (y.square().mean() + balancing).backward()
         results[name] = {'loss': balancing.detach(), **gradients(layer)}

@@ -9,6 +9,7 @@ from torch.autograd import gradcheck
 
 from mmdet_moe.errors import ConfigError
 from mmdet_moe.moe import (
+    DatasetLoss,
     EntropyLoss,
     GAPRouter,
     ImportanceLoss,
@@ -34,6 +35,7 @@ def routing_of(logits, k, softmax='over_chosen', decision=None):
         items_per_level=(len(logits),),
         num_images=len(logits),
         decision_weights=logits.new_ones(len(logits)) if decision is None else decision,
+        sources=tuple(2 * i // len(logits) for i in range(len(logits))),
     )
 
 
@@ -116,6 +118,19 @@ def item_entropy_formula(routing):
     return mean_over_items(entropies, routing.decision_weights.tolist())
 
 
+#: The experts of either of two data sets, by the number of experts.
+HALVES = {1: ([0], [0]), 3: ([0, 1], [2]), 4: ([0, 1], [2, 3])}
+
+
+def dataset_formula(routing):
+    halves = HALVES[routing.num_experts]
+    surprise = [
+        -math.log(sum(row[e] for e in halves[source]))
+        for row, source in zip(probabilities(routing), routing.sources, strict=True)
+    ]
+    return mean_over_items(surprise, routing.decision_weights.tolist())
+
+
 LOSSES = {
     'importance': (ImportanceLoss(1.0), importance_formula),
     'kl': (KLLoss(1.0), kl_formula),
@@ -124,6 +139,7 @@ LOSSES = {
     'z': (RouterZLoss(1.0), z_formula),
     'batch entropy': (EntropyLoss(1.0, over='batch'), batch_entropy_formula),
     'item entropy': (EntropyLoss(1.0, over='item'), item_entropy_formula),
+    'data sets': (DatasetLoss(1.0, sources=2), dataset_formula),
 }
 CASES = {  # items, experts, k, softmax
     'usual': (12, 4, 2, 'over_chosen'),
@@ -295,3 +311,34 @@ def test_entropy_of_a_batch_that_counts_nothing_is_zero(over):
     routing = GAPRouter(2, 3, 2, noise=False)(torch.randn(4, 2, 4, 4))
     routing.decision_weights = torch.zeros(4)
     assert EntropyLoss(over=over)(routing) == 0
+
+
+def test_one_expert_for_each_data_set_is_cross_entropy():
+    """DAMEX: of three images on two levels, each with two items."""
+    logits = torch.randn(12, 3).double()
+    routing = routing_of(logits, 1, 'over_all')
+    routing.items_per_level, routing.num_images, routing.sources = (6, 6), 3, (2, 0, 1)
+    expected = torch.nn.functional.cross_entropy(logits, torch.tensor([2, 2, 0, 0, 1, 1] * 2))
+    for sources in (3, (0, 1, 2)):
+        assert DatasetLoss(1.0, sources)(routing).item() == pytest.approx(expected.item())
+
+
+def test_more_data_sets_than_experts_share_them():
+    assert DatasetLoss(sources=5).experts_of(2) == [[0], [1], [0], [1], [0]]
+    assert DatasetLoss(sources=[1, (0, 2)]).experts_of(3) == [[1], [0, 2]]
+
+
+@pytest.mark.parametrize('sources', [0, (), ((0,), ())])
+def test_data_sets_without_experts_are_refused(sources):
+    with pytest.raises(ConfigError, match=r'DatasetLoss: sources=.* must be the number'):
+        DatasetLoss(sources=sources)
+
+
+def test_data_sets_that_do_not_fit_are_refused():
+    routing = routing_of(torch.randn(4, 3), 2)
+    for sources in (1, (0, 3)):  # the images are of two; there are experts 0 to 2
+        with pytest.raises(ConfigError, match='does not fit a layer of 3 experts and images of'):
+            DatasetLoss(sources=sources)(routing)
+    routing.sources = None
+    with pytest.raises(ConfigError, match=r'set routing\.sources to the number of the data set'):
+        DatasetLoss()(routing)

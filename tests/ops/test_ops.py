@@ -5,6 +5,7 @@ import torch
 
 FLOATS = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 ANY = [*FLOATS, torch.int64, torch.uint8, torch.bool, torch.complex64]
+sweep = pytest.mark.sweep(keep=1 / 8, each=('ops', 'device'))
 # Around the sizes of vector registers, blocks and stretches of the kernels.
 WIDTHS = [
     (),
@@ -149,6 +150,7 @@ def test_rows_without_values(ops, device):
     assert torch.equal(grad_weights, torch.zeros_like(weights))
 
 
+@sweep
 @pytest.mark.parametrize('drop', [0.0, 0.4])
 @pytest.mark.parametrize('dtype', ANY, ids=str)
 @pytest.mark.parametrize('trailing', WIDTHS, ids=str)
@@ -162,6 +164,7 @@ def test_dispatch_copies_rows(ops, device, dtype, trailing, drop):
         assert torch.equal(row, x[route // 2])
 
 
+@sweep
 @pytest.mark.parametrize('dtype', FLOATS, ids=str)
 @pytest.mark.parametrize('k', [1, 2, 3, 20])
 @pytest.mark.parametrize('trailing', WIDTHS, ids=str)
@@ -178,6 +181,7 @@ def test_gradient_of_dispatch_is_the_sum(ops, device, dtype, k, trailing):
     torch.testing.assert_close(result.cpu().double(), expected, rtol=eps, atol=eps * 10)
 
 
+@sweep
 @pytest.mark.parametrize('drop', [0.0, 0.4])
 @pytest.mark.parametrize('dtype', FLOATS, ids=str)
 @pytest.mark.parametrize('k', [1, 2, 3, 20])
@@ -212,7 +216,7 @@ def test_combine_and_its_gradients(ops, device, dtype, k, trailing, drop):
 @pytest.mark.parametrize('width', [1000, 1024, 1 << 19])
 def test_rows_larger_than_the_caches(ops, device, dtype, width):
     """Above 16 MiB the CPU kernels store past the caches."""
-    k, num_items = 2, (12 << 20) // width
+    k, num_items = 2, (20 << 20) // dtype.itemsize // width
     ids = random_ids(num_items, k, 4, drop=0.1)
     order, inverse = routes_on(device, ops, ids, 4)
     x = torch.randn(num_items, width, device=device).to(dtype)

@@ -74,7 +74,7 @@ def test_swin(main, capsys):
     ('arguments', 'message'),
     [
         (['--at', 'backbone.layer9'], 'at='),
-        (['--shape', '0', '32'], '0×32 pixels'),
+        (['--shape', '0', '32'], '; give another --shape'),
         (['--cfg-options', 'model.type=NoSuchClassifier'], 'cannot be built'),
     ],
 )

@@ -16,6 +16,7 @@ from mmengine.runner.checkpoint import _load_checkpoint as read_checkpoint
 
 import mmdet_moe
 from mmdet_moe import cli
+from mmdet_moe.engine.expert_report import ExpertReportHook
 
 ROOT = Path(mmdet_moe.__file__).parents[1]
 DEMO = ROOT / 'configs' / 'demo'
@@ -148,6 +149,7 @@ def test_mistakes_are_one_sentence(run, capsys):
         (hard, f'{head}.router.constraint.threshold=-1', ('threshold=-1',)),
         (soft, 'custom_hooks.1.layers=backbone.*', ('backbone.*', 'bbox_head.cls_moe')),
         (soft, f'{head}.moe_branches=[]', ('moe_branches',)),
+        (soft, 'custom_hooks.1.loss.type=mmdet_moe.DatasetLoss', ('`dataset_source`', 'Joint')),
     ]:
         sentence = failure(capsys, run, config, 'mistake', 1, option)
         for fragment in fragments:
@@ -181,6 +183,25 @@ def test_nan_names_layer_and_iteration(run, capsys):
     )  # fmt: skip
     assert 'bbox_head.cls_moe' in sentence
     assert 'iteration 2' in sentence
+
+
+@pytest.mark.parametrize(
+    ('config', 'options'),
+    [('soft', ['model.bbox_head.router.noise=True']), ('hard', [])],  # noise, and a constraint
+)
+def test_the_log_says_what_became_experts(run, monkeypatch, config, options):
+    """The same training as without, bit for bit."""
+    config = f'retinanet_moe_{config}_digits'
+    reported = run(config, 'w', 2, *options)
+    log = ''.join(file.read_text() for file in Path('w').glob('*/*.log'))
+    heading, _, row = log[log.index('Experts (FLOPs of one image') :].splitlines()[:3]
+    assert '320×320' in heading
+    assert row.startswith('bbox_head.cls_moe  {cls_convs,retina_cls}  4  2')
+    monkeypatch.setattr(ExpertReportHook, 'before_train', lambda *_: None)
+    silent = run(config, 's', 2, *options)
+    assert 'Experts (' not in ''.join(file.read_text() for file in Path('s').glob('*/*.log'))
+    for name, value in reported['state_dict'].items():
+        assert torch.equal(value, silent['state_dict'][name]), name
 
 
 def test_no_balancing_is_warned_about(run):

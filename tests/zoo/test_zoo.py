@@ -24,10 +24,18 @@ from zoo_cases import (
 
 import mmdet_moe
 from mmdet_moe import moe
+from mmdet_moe.engine.dry_run import dry_run
 from mmdet_moe.errors import ConfigError
+from mmdet_moe.moe.flops import counting
 
 CONFIGS = sorted((Path(mmdet_moe.__file__).parents[1] / 'configs' / 'zoo').glob('*.py'))
-all_cases = pytest.mark.parametrize('case', CASES.values(), ids=CASES)
+
+
+def all_cases(test):
+    """On every model; the samples of the tests take turns, so that none is left out."""
+    return pytest.mark.sweep(keep=1 / 4)(
+        pytest.mark.parametrize('case', CASES.values(), ids=CASES)(test)
+    )
 
 
 def build_pair(case, **options):
@@ -198,6 +206,21 @@ def test_a_config_of_the_zoo_takes_eight_lines_and_trains(path, tmp_path):
     case = next(case for case in CASES.values() if case.config.split('/')[0] in text)
     assert len(text.splitlines()) <= 8
     run_one_iteration(shrink(Config.fromfile(path), case), case, tmp_path)
+
+
+@all_cases
+def test_report_knows_what_the_dense_model_costs(case):
+    """FLOPs and parameters, against the dense model itself."""
+    dense, model = build_pair(case)
+    model.load_state_dict(dense.state_dict(), strict=False)
+    run, run_dense = (dry_run(m, case.toolbox, (SIZE, SIZE), num_images=1) for m in (model, dense))
+    with counting(dense) as counter:
+        run_dense()
+    report = moe.report_of(model, run)
+    assert len(report.rows) == len(moe.find_moe_layers(model))
+    assert report.whole.dense == sum(p.numel() for p in dense.parameters())
+    assert report.whole.dense_flops == counter.get_total_flops()
+    assert report.whole.flops > report.whole.dense_flops
 
 
 def run_one_iteration(config: Config, case, work_dir):

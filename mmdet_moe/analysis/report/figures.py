@@ -15,6 +15,7 @@ interventions on all layers at once); <source> is ``decisions``, ``objects`` or 
 ``<source>_class``               who sees which class, sorted by the main expert
 ``<source>_superclass``          who sees which super-class
 ``<source>_cluster``             who sees which hidden cluster of the data
+``<source>_dataset``             who sees which of the data sets that are joined
 ``<source>_level``               who works on which pyramid level
 ``<source>_position``            who sees which part of the image
 ===============================  =================================================================
@@ -630,6 +631,7 @@ _FIGURES: dict[str, dict[str, Callable[[str, str, dict], Figure]]] = {
     'class': {'class': _class},
     'superclass': {'superclass': _in_order('which super-class of the {}')},
     'cluster': {'cluster': _in_order('the {} of which hidden cluster')},
+    'dataset': {'dataset': _in_order('the {} of which data set')},
     'level': {'level': _level},
     'position': {'position': _position},
 }

@@ -38,6 +38,7 @@ _SIZES = ('size', 'size_coco')
 _NOT_A_SPECIALITY = ('image',)
 _NAMES = {
     'cluster': 'hidden cluster',
+    'dataset': 'data set',
     'level': 'pyramid level',
     'size': 'object size',
     'size_coco': 'object size (small, medium, large)',

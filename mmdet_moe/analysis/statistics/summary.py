@@ -108,12 +108,14 @@ class _LayerSummary:
         self.score_thr = score_thr
         self.decisions = LayerStatistics(num_experts)
         self.group_of = _group_of(data)
+        self.source_of = data.sources[1] if data.sources else None
         self.bins = {
             'size': SIZES,
             'size_coco': COCO_SIZES,
             'class': Bins(data.classes),
             'superclass': Bins(list(data.superclasses)) if data.superclasses else None,
             'cluster': Bins(data.clusters) if data.clusters else None,
+            'dataset': Bins(data.sources[0]) if data.sources else None,
             'level': level_bins(MAX_LEVELS),
             'position': POSITIONS,
         }
@@ -123,12 +125,17 @@ class _LayerSummary:
     def add(self, records: DetectorRecords | ClassifierRecords, layer: LayerRecords) -> None:
         """One file of records."""
         links = layer.links
-        self.decisions.add(layer.decisions)
+        made = layer.decisions
+        self.decisions.add(made)
+        if self.source_of is not None:
+            ones = np.ones(len(made.unit))
+            self._count('decisions', self._of_images(made.image), made.unit, ones, made.weights)
         behind = (links.unit, links.share, links.weights)
         if isinstance(records, ClassifierRecords):
             bins = self._of_classes(records.classes.label[links.owner])
             if self.bins['cluster'] is not None:
                 bins['cluster'] = records.classes.cluster[links.owner]
+            bins |= self._of_images(records.images.index[links.owner])
             self._count('objects', bins, *behind)
             return
         objects, found = records.objects, records.detections
@@ -150,6 +157,9 @@ class _LayerSummary:
             bins['superclass'] = self.group_of[label]
         return bins
 
+    def _of_images(self, image: np.ndarray) -> dict[str, np.ndarray]:
+        return {} if self.source_of is None else {'dataset': self.source_of[image]}
+
     def _of_boxes(
         self, boxes: np.ndarray, image: np.ndarray, level: np.ndarray, images: ImageRecords
     ) -> dict[str, np.ndarray]:
@@ -157,7 +167,7 @@ class _LayerSummary:
         height, width = images.size[np.searchsorted(images.index, image)].astype(np.float64).T
         x, y = (boxes[:, :2] + boxes[:, 2:]).T / 2
         self._levels = max(self._levels, int(level.max(initial=-1)) + 1)
-        return {
+        return self._of_images(image) | {
             'size': size_bin(size),
             'size_coco': coco_size_bin(size),
             'position': position_bin(x / width, y / height),

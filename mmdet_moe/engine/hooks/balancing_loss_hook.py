@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from fnmatch import fnmatch
 
+import torch
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
 from torch import Tensor, nn
@@ -22,13 +23,17 @@ class BalancingLossHook(Hook):
 
     Args:
         loss: Config of one :class:`~mmdet_moe.moe.BalancingLoss`, or a list of them. With several,
-            each entry also carries the name of its loss, and a number if a name repeats.
+            each entry also carries the name of its loss, and a number if a name repeats. Those of
+            several data sets (:class:`~mmdet_moe.moe.DatasetLoss`) get the image's from
+            ``dataset_source`` in the metainfo of its data sample, which
+            :class:`~mmdet_moe.datasets.JointDataset` puts there.
         layers: Glob patterns of the names of the MoE layers (``'backbone.*'``) that pay; all by
             default.
 
     Raises:
         ConfigError: For an empty list, and at the start of training if no MoE layer matches, or
-            if one that matches is frozen.
+            if one that matches is frozen; in the first iteration if a loss needs the data set of
+            an image that does not tell it.
     """
 
     def __init__(self, loss: dict | Sequence[dict], layers: str | Sequence[str] = '*') -> None:
@@ -93,11 +98,38 @@ class _AddLosses:
             return None
         for name in self.layer_names:
             routing = model.get_submodule(name).routing
+            if torch.is_grad_enabled() and not routing.logits.requires_grad:
+                raise ConfigError(
+                    f'BalancingLossHook: the decisions of MoE layer "{name}" were made without a '
+                    'gradient, as inside a reentrant activation checkpoint (with_cp=True), so that '
+                    'its loss would do nothing; set with_cp=False there, or choose a layer that '
+                    'holds the checkpoint (a whole stage)'
+                )
+            if any(loss.needs_sources for loss in self.losses):
+                samples = kwargs.get('data_samples', (*args, None)[1:2])
+                routing.sources = _sources(samples, name, routing.num_images)
             key = 'loss_moe_' + name.replace('.', '_')
             for loss in self.losses:
                 suffix = f'_{type(loss).__name__}' if len(self.losses) > 1 else ''
                 output[_free_key(output, key + suffix)] = loss(routing)
         return output
+
+
+def _sources(samples: object, name: str, num_images: int) -> tuple[int, ...]:
+    """The data set of each image of a batch."""
+    found = [sample.metainfo.get('dataset_source') for sample in samples or ()]
+    if not found or None in found:
+        raise ConfigError(
+            'BalancingLossHook: DatasetLoss needs `dataset_source` in the metainfo of every data '
+            'sample; join the data sets by mmdet_moe.JointDataset'
+        )
+    if len(found) != num_images:
+        raise ConfigError(
+            f'BalancingLossHook: MoE layer "{name}" decides on {num_images} inputs of its own and '
+            f'not on the {len(found)} images, so that DatasetLoss cannot tell their data sets; '
+            'leave it out with layers=[...]'
+        )
+    return tuple(map(int, found))
 
 
 def _free_key(output: dict, key: str) -> str:

@@ -3,13 +3,14 @@
 import inspect
 import os.path as osp
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from mmengine.config import Config
 from mmengine.registry import DATASETS, DefaultScope, Registry
 
+from mmdet_moe.datasets.joint import joint_classes
 from mmdet_moe.errors import ConfigError
 
 GET_DATA = (
@@ -81,8 +82,15 @@ def datasets_of(
             new_classes = (getattr(cls, 'METAINFO', None) or {}).get('classes')
         yield from datasets_of(cfg, node['dataset'], f'{field}.dataset', new_classes)
     elif 'datasets' in node:
-        for index, item in enumerate(node['datasets']):
-            yield from datasets_of(cfg, item, f'{field}.datasets[{index}]', new_classes)
+        parts = [
+            list(datasets_of(cfg, item, f'{field}.datasets[{index}]', new_classes))
+            for index, item in enumerate(node['datasets'])
+        ]
+        found = [dataset for part in parts for dataset in part]
+        if new_classes is None and getattr(cls, 'joins_classes', False):
+            joined = joint_classes([d.new_classes or classes_of(d) or () for d in found])
+            found = [replace(dataset, new_classes=joined) for dataset in found]
+        yield from found
     else:
         yield Dataset(field, node, cls, new_classes)
 

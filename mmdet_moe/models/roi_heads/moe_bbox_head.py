@@ -4,7 +4,7 @@ import copy
 from typing import Any
 
 from mmdet.models.roi_heads.bbox_heads import Shared2FCBBoxHead
-from torch import Tensor
+from torch import Tensor, nn
 
 from mmdet_moe.models.presets import split_options
 from mmdet_moe.moe import MLPExperts, MoELayer
@@ -45,7 +45,8 @@ class MoEShared2FCBBoxHead(Shared2FCBBoxHead):
         )
         layer = MoELayer(experts, in_channels=self.in_channels, **options)
         # In place of the dense layers: checkpoints of a dense head find it under their name.
-        install(self, [Site(layer, self, SHARED, {}, copy.deepcopy(self.shared_fcs).to('meta'))])
+        layer.stand_for(SharedFCs(*copy.deepcopy(self.shared_fcs)))
+        install(self, [Site(layer, self, SHARED, {})])
 
     def forward(self, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """Predict for all RoIs.
@@ -63,3 +64,10 @@ class MoEShared2FCBBoxHead(Shared2FCBBoxHead):
         cls_score = self.fc_cls(x) if self.with_cls else None
         bbox_pred = self.fc_reg(x) if self.with_reg else None
         return cls_score, bbox_pred
+
+
+class SharedFCs(nn.Sequential):
+    """The two layers but for their ReLUs, which cost nothing and hold nothing."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.flatten(1))

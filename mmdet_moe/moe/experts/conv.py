@@ -16,7 +16,8 @@ from mmdet_moe.errors import ConfigError
 from mmdet_moe.moe.dispatcher import Dispatcher
 from mmdet_moe.moe.experts.base import StackedExperts
 from mmdet_moe.moe.experts.conv_cost import cheapest
-from mmdet_moe.moe.experts.linear import autocast, grouped_linear
+from mmdet_moe.moe.experts.linear import grouped_linear
+from mmdet_moe.moe.precision import autocast, no_autocast
 from mmdet_moe.registry import MODELS
 
 IMPLS = ('auto', 'subbatches', 'grouped', 'views')
@@ -158,7 +159,7 @@ class ConvExperts(StackedExperts):
             y_R = grouped_linear(rows_R, self.weight.flatten(2), self.bias, dispatcher)
             return dispatcher.combine(y_R)[:, :, None, None]
         weights = self.weight.unbind(0)
-        biases = [None] * self.num_experts if self.bias is None else self.bias.unbind(0)
+        biases = [None] * len(weights) if self.bias is None else self.bias.unbind(0)
         experts = [
             partial(self._convolve, weight=weight, bias=bias, groups=self.groups)
             for weight, bias in zip(weights, biases, strict=True)
@@ -178,11 +179,9 @@ class ConvExperts(StackedExperts):
         num_items = x_T.shape[0]
         if num_items == 0:
             return self._subbatches(x_T, dispatcher)
-        with torch.autocast(x_T.device.type, enabled=False):
-            kernels = self._mixed_kernels(dispatcher)
-            biases = (
-                None if self.bias is None else (self._mixture(dispatcher) @ self.bias).flatten()
-            )
+        with no_autocast(x_T.device.type):
+            kernels = self._mixed(self.weight, dispatcher).flatten(0, 1)
+            biases = None if self.bias is None else self._mixed(self.bias, dispatcher).flatten()
         # All items side by side as the channels of one image.
         wide = x_T.reshape(1, -1, *x_T.shape[2:])
         y = self._convolve(wide, kernels, biases, self.groups * num_items)
@@ -193,27 +192,18 @@ class ConvExperts(StackedExperts):
             return self._subbatches(x_T, dispatcher)
         x_T, dtype = autocast(x_T), autocast(self.weight[:0]).dtype
         geometry = (self.stride, self.padding, self.dilation, self.groups)
-        with torch.autocast(x_T.device.type, enabled=False):
-            biases = (
-                None if self.bias is None else (self._mixture(dispatcher) @ self.bias).to(dtype)
-            )
+        with no_autocast(x_T.device.type):
+            biases = None if self.bias is None else self._mixed(self.bias, dispatcher).to(dtype)
             weights = dispatcher.weights.to(self.weight.dtype)
             return _ConvolveViews.apply(
                 x_T, self.weight, weights, biases, dispatcher.expert_ids.tolist(), dtype, geometry
             )
 
-    def _mixed_kernels(self, dispatcher: Dispatcher) -> Tensor:
-        """The kernels of all items, one after the other: (T · C', C / groups, h, w)."""
-        weights = dispatcher.weights.to(self.weight.dtype)
-        mixed = _MixKernels.apply(self.weight.flatten(1), weights, dispatcher.expert_ids)
-        return mixed.view(-1, *self.weight.shape[2:])
-
-    def _mixture(self, dispatcher: Dispatcher) -> Tensor:
-        """(T, E): each item's weights, 0 for the experts that it does not go to."""
-        weights = dispatcher.weights.to(self.weight.dtype)
-        weights = weights.masked_fill(weights == 0, 0)  # no choice, hence no gradient
-        empty = weights.new_zeros(len(weights), self.num_experts)
-        return empty.scatter_add(1, dispatcher.expert_ids, weights)
+    def _mixed(self, stacked: Tensor, dispatcher: Dispatcher) -> Tensor:
+        """The mixture of kernels, or of biases, of each item: (E, ...) to (T, ...)."""
+        weights = dispatcher.weights.to(stacked.dtype)
+        mixed = _MixKernels.apply(stacked.flatten(1), weights, dispatcher.expert_ids)
+        return mixed.unflatten(1, stacked.shape[1:])
 
     def extra_repr(self) -> str:
         options = ', '.join(f'{k}={v}' for k, v in self._options.items())

@@ -9,7 +9,7 @@ changed. Another machine scales all of them alike, roughly; only their ratios de
 """
 
 import math
-from itertools import pairwise
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -62,29 +62,37 @@ def cheapest(experts: 'ConvExperts', x_T: Tensor, dispatcher: Dispatcher) -> str
         x_T: Their input, (T, C, H, W).
         dispatcher: Where the items go.
     """
-    if x_T.device.type != 'cpu' or x_T.shape[0] == 0:
-        return 'subbatches'
-    trains = torch.is_grad_enabled() and (x_T.requires_grad or experts.weight.requires_grad)
-    costs = {
-        way: sum(_COSTS[way][name][trains] * amount for name, amount in amounts.items())
-        for way, amounts in _amounts(experts, x_T, dispatcher).items()
-    }
-    if x_T.shape[0] * experts.weight[0].nbytes > _MOST_MIXED_BYTES:
-        del costs['grouped']
-    return min(costs, key=costs.__getitem__)
-
-
-def _amounts(
-    experts: 'ConvExperts', x_T: Tensor, dispatcher: Dispatcher
-) -> dict[str, dict[str, float]]:
-    """How much of each cost there is."""
     num_items = x_T.shape[0]
-    num_rows, k, num_experts = dispatcher.bounds[-1], dispatcher.top_k, experts.num_experts
-    used = sum(stop > start for start, stop in pairwise(dispatcher.bounds))
-    kernel = experts.weight[0].numel() / 1e6
-    pixels = math.prod(experts.output_size(x_T.shape[2:]))
+    if x_T.device.type != 'cpu' or num_items == 0:
+        return 'subbatches'
+    return _cheapest(
+        torch.is_grad_enabled() and (x_T.requires_grad or experts.weight.requires_grad),
+        num_items,
+        dispatcher.bounds[-1],
+        dispatcher.top_k,
+        dispatcher.num_experts,
+        len(dispatcher.used_experts()),
+        tuple(experts.weight.shape[1:]),
+        experts.weight.element_size(),
+        math.prod(experts.output_size(x_T.shape[2:])),
+    )
+
+
+@lru_cache(maxsize=1024)  # a model repeats its few shapes, and this takes as long as it saves
+def _cheapest(
+    trains: bool,
+    num_items: int,
+    num_rows: int,
+    k: int,
+    num_experts: int,
+    used: int,
+    kernel_shape: tuple[int, ...],
+    kernel_bytes: int,
+    pixels: int,
+) -> str:
+    kernel = math.prod(kernel_shape) / 1e6
     gflop = 2e-3 * kernel * pixels  # of one item and one expert
-    output = experts.weight.shape[1] * pixels / 1e6
+    output = kernel_shape[0] * pixels / 1e6
     mixed = {
         'call': 1,
         'item': num_items,
@@ -93,7 +101,7 @@ def _amounts(
         'mixing': num_items * k * kernel,
         'item_pixel': num_items * output,
     }
-    return {
+    amounts = {
         'subbatches': {
             'call': 1,
             'expert': used,
@@ -104,3 +112,10 @@ def _amounts(
         'grouped': {**mixed, 'unmixing': num_items * num_experts * kernel},
         'views': mixed,
     }
+    costs = {
+        way: sum(_COSTS[way][name][trains] * amount for name, amount in of_way.items())
+        for way, of_way in amounts.items()
+    }
+    if num_items * 1e6 * kernel * kernel_bytes > _MOST_MIXED_BYTES:
+        del costs['grouped']
+    return min(costs, key=costs.__getitem__)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from mmdet_moe.errors import ConfigError
 from mmdet_moe.moe.dispatcher import Dispatcher
 from mmdet_moe.moe.experts.base import StackedExperts
+from mmdet_moe.moe.precision import autocast
 from mmdet_moe.registry import MODELS, build
 
 
@@ -168,14 +169,6 @@ def grouped_linear(
     """
     y_R = _grouped_product(autocast(x_R), autocast(weight), dispatcher)
     return y_R if bias is None else _AddBias.apply(y_R, bias.to(y_R.dtype), dispatcher.bounds)
-
-
-def autocast(x: Tensor) -> Tensor:
-    """As autocast casts what goes into a matrix product; it does not know all of ours."""
-    device = x.device.type
-    if x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
-        return x
-    return x.to(torch.get_autocast_dtype(device))
 
 
 def _grouped_product(x_R: Tensor, weight: Tensor, dispatcher: Dispatcher) -> Tensor:

@@ -14,7 +14,6 @@ import torch
 from torch import nn
 
 from mmdet_moe.errors import ConfigError
-from mmdet_moe.moe.experts import ModuleExperts
 from mmdet_moe.moe.layer import MoELayer
 from mmdet_moe.moe.surgery.experts import (
     begins_in_place,
@@ -25,11 +24,11 @@ from mmdet_moe.moe.surgery.experts import (
 )
 from mmdet_moe.moe.surgery.initialisation import DenseInit, Site
 from mmdet_moe.moe.surgery.paths import Place, find_places
-from mmdet_moe.moe.surgery.report import Report, Row
+from mmdet_moe.moe.surgery.report import Report, report_of
 from mmdet_moe.moe.surgery.siblings import Chain, placeholders
 from mmdet_moe.moe.surgery.width import equal_width, narrow
 
-__all__ = ['Entry', 'Report', 'Site', 'add_experts', 'install']
+__all__ = ['Entry', 'Report', 'Site', 'add_experts', 'install', 'report_of']
 
 EQUAL = 'equal'
 #: Attributes of a model that was changed.
@@ -91,7 +90,7 @@ def add_experts(
         router: Config of the router of all entries without one of their own.
 
     Returns:
-        What became experts, to be printed.
+        All MoE layers of the model, to be printed.
 
     Raises:
         ConfigError: If a path names no module, or one that cannot become experts, with the reason;
@@ -104,13 +103,9 @@ def add_experts(
         (entry, place) for entry in entries for place in find_places(model, entry.at, entry.every)
     ]
     _check_places(model, [place for _, place in places])
-    sites, rows = [], []
-    for entry, place in places:
-        site, row = _build(model, entry, place)
-        sites.append(site)
-        rows.append(row)
+    sites = [_build(model, entry, place) for entry, place in places]
     install(model, sites)  # nothing can fail any more
-    return Report(rows)
+    return report_of(model)
 
 
 def install(model: nn.Module, sites: Sequence[Site]) -> None:
@@ -204,7 +199,7 @@ def _take(model: nn.Module, place: Place) -> nn.Module:
     return copy.deepcopy(modules[0])
 
 
-def _build(model: nn.Module, entry: Entry, place: Place) -> tuple[Site, Row]:
+def _build(model: nn.Module, entry: Entry, place: Place) -> Site:
     module = _take(model, place)
     parameters = list(module.parameters())
     if not parameters:
@@ -237,11 +232,9 @@ def _build(model: nn.Module, entry: Entry, place: Place) -> tuple[Site, Row]:
     layer.name = f'{place.parent}.{name}' if place.parent else name
     if not layer.siblings:
         layer.replaces = type(module).__name__
-    layer.is_narrow = factor != 1
-    stacked = not isinstance(layer.experts, ModuleExperts)
-    twin = copy.deepcopy(module).to('meta') if stacked else None
-    site = Site(layer, model.get_submodule(place.parent), name, stand_ins, twin)
-    return site, Row.of(str(place), module, layer, factor)
+    layer.width = factor
+    layer.stand_for(module)
+    return Site(layer, model.get_submodule(place.parent), name, stand_ins)
 
 
 def _make_layer(module: nn.Module, entry: Entry) -> tuple[MoELayer, float]:

@@ -30,14 +30,12 @@ class Site:
         parent: The module that holds it.
         name: Its name there.
         stand_ins: What stands where the siblings of a group stood, by name.
-        twin: The dense module on the ``meta`` device, of experts that are stacked.
     """
 
     layer: MoELayer
     parent: nn.Module
     name: str
     stand_ins: dict[str, nn.Module]
-    twin: nn.Module | None = None
 
     @contextmanager
     def dense(self, e: int) -> Iterator[None]:
@@ -47,7 +45,8 @@ class Site:
             module = experts[e]
         else:
             parameter = next(experts.parameters())
-            module = copy.deepcopy(self.twin).to_empty(device=parameter.device).to(parameter.dtype)
+            dense = copy.deepcopy(self.layer.dense)
+            module = dense.to_empty(device=parameter.device).to(parameter.dtype)
             scope = experts.dense_scope
             module.load_state_dict({scope + n: v[e] for n, v in experts.state_dict().items()})
         children = self.parent._modules
@@ -62,7 +61,7 @@ class Site:
         finally:
             children.clear()
             children.update(before)
-        if self.twin is not None:
+        if not isinstance(experts, ModuleExperts):
             experts.set_expert(e, module.get_submodule(experts.dense_scope.rstrip('.')))
 
 

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from mmdet_moe.errors import ConfigError
-from mmdet_moe.moe.flops import FlopCounter
+from mmdet_moe.moe.flops import counting
 from mmdet_moe.moe.receptive_field import probe_of, receptive_field
 from mmdet_moe.moe.surgery.experts import begins_in_place, find_in_channels, sharers
+from mmdet_moe.moe.surgery.report import in_columns
 
 
 @dataclass
@@ -72,20 +73,12 @@ def survey(
         module.register_forward_hook(_note(infos[path]), with_kwargs=True)
         for path, module in found.items()
     ]
-    modes = {part: part.training for part in model.modules()}
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    model.eval()
     try:
-        # PyTorch's counter hooks into gradients, and fails where a parameter is an input.
-        nn.ParameterList(trainable).requires_grad_(False)
-        with torch.no_grad(), FlopCounter() as counter:
+        with counting(model) as counter:
             run()
     finally:
-        nn.ParameterList(trainable).requires_grad_(True)
         for hook in hooks:
             hook.remove()
-        for part, training in modes.items():
-            part.training = training
     flops = counter.by_module(model)
     alike: dict[str, tuple] = {}
     for path, info in infos.items():
@@ -133,11 +126,7 @@ def table(infos: Sequence[LayerInfo]) -> str:
                 f'not: {info.obstacle}' if info.obstacle else ', '.join(info.granularities),
             )
         )
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return '\n'.join(
-        '  '.join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-        for line in lines
-    )
+    return in_columns(lines)
 
 
 def _is_wrapped(info: LayerInfo, around: LayerInfo) -> bool:

@@ -44,6 +44,7 @@ OPTIONS = {
 }
 
 
+@pytest.mark.sweep(keep=1 / 3)
 @pytest.mark.parametrize('name', NAMES)
 @pytest.mark.parametrize('option', OPTIONS)
 def test_predictions_with_other_thresholds(name, option, make):

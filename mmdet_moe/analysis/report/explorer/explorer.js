@@ -200,7 +200,7 @@
 
   const COLUMNS = ['image', 'box', 'label', 'true_label', 'score', 'kind', 'size', 'level'];
   const ATTRIBUTES = {
-    class: 'class', superclass: 'superclass', cluster: 'hidden cluster', level: 'pyramid level', size: 'object size', size_coco: 'COCO size', position: 'position in the image', image: 'image',
+    class: 'class', superclass: 'superclass', cluster: 'hidden cluster', dataset: 'data set', level: 'pyramid level', size: 'object size', size_coco: 'COCO size', position: 'position in the image', image: 'image',
   };
   const SOURCES = ['objects', 'detections', 'decisions'];
 

@@ -1,0 +1,91 @@
+"""What an MoE layer costs besides its experts: with one expert, and with tiny ones."""
+
+import copy
+
+import torch
+import torchvision
+from torch import nn
+
+from mmdet_moe.moe import add_experts
+from research.benchmarks.harness import FORWARD, PASSES, Benchmark, Computation
+
+HARD = {'constraint': {'type': 'mmdet_moe.RelativeImportanceConstraint'}}
+
+
+class _Holder(nn.Module):
+    """A model of one layer."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x)
+
+
+def run_overhead(bench: Benchmark, batch: int) -> None:
+    """One expert in the place of a stage, then layers that compute next to nothing."""
+    stage = torchvision.models.resnet18().layer3
+    _one_expert(
+        bench, stage, bench.tensor(batch, 128, 16, 16), f'stage 3 of a ResNet-18, N={batch}'
+    )
+    maps, tokens = bench.tensor(batch, 16, 4, 4), bench.tensor(batch, 8, 16)
+    conv = nn.Conv2d(16, 16, 1)
+    for name, layer, x, options in (
+        ('convolutions', conv, maps, {}),
+        ('convolutions, hard constraint', conv, maps, {'router': HARD}),
+        ('modules', nn.Sequential(conv, nn.ReLU()), maps, {}),
+        ('linear layers for tokens', nn.Linear(16, 16), tokens, {'granularity': 'token'}),
+    ):
+        _fixed_cost(bench, name, layer, x, options)
+
+
+def _model(layer: nn.Module, bench: Benchmark, **options) -> nn.Module:
+    model = _Holder(copy.deepcopy(layer)).to(bench.device, bench.dtype)
+    if options:
+        add_experts(model, {'layer': options})
+    return model.train()
+
+
+def _one_expert(bench: Benchmark, stage: nn.Module, x: torch.Tensor, what: str) -> None:
+    dense, moe = _model(stage, bench), _model(stage, bench, num_experts=1, top_k=1)
+    inputs = {'x': x}
+    rows = [
+        Computation('dense', lambda: dense(x), inputs),
+        Computation('MoE, E = 1', lambda: moe(x), inputs),
+    ]
+    for pass_ in PASSES:
+        expected = rows[0].run(pass_)
+        comparison = bench.compare(
+            f'one expert, {pass_}; {what}', [r.row(pass_, expected) for r in rows], baseline='dense'
+        )
+        bench.target(
+            f'{pass_}: an MoE layer with E = 1 costs at most 3 % more than the dense stage',
+            comparison.ratio('MoE, E = 1', 'dense'),
+            at_most=1.03,
+        )
+
+
+def _fixed_cost(
+    bench: Benchmark, name: str, layer: nn.Module, x: torch.Tensor, options: dict
+) -> None:
+    """The time that is left when what k dense layers would take is taken away."""
+    dense = _model(layer, bench)
+    moe = _model(layer, bench, num_experts=4, top_k=2, **options)
+    twice = torch.cat([x, x]).detach().requires_grad_()
+    rows = [
+        Computation('dense, 2 N items', lambda: dense(twice), {'x': twice}),
+        Computation('MoE, E = 4, k = 2', lambda: moe(x), {'x': x}),
+    ]
+    for pass_ in PASSES:
+        comparison = bench.compare(
+            f'{name}, {pass_}; {tuple(x.shape)}', [r.row(pass_) for r in rows]
+        )
+        cost = comparison.seconds(rows[1].name) - comparison.seconds(rows[0].name)
+        if pass_ == FORWARD:
+            bench.target(
+                f'{name}: at most 0.3 ms besides the experts, per layer and forward (training)',
+                1e3 * cost,
+                at_most=0.3,
+                unit=' ms',
+            )
