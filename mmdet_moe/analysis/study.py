@@ -5,6 +5,7 @@
    changed layer comes before them.
 """
 
+import json
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import asdict
@@ -18,6 +19,7 @@ from torch import nn
 
 from mmdet_moe.analysis.attribution import Tracer, replaced
 from mmdet_moe.analysis.data import AnalysisData
+from mmdet_moe.analysis.files import write_file
 from mmdet_moe.analysis.interventions import (
     ALL,
     Intervention,
@@ -77,10 +79,8 @@ class Study:
         self.data = data
         self.score_thr = score_thr
         self.tracer = Tracer(model)
-        with self.tracer:
-            results = self.tracer.predict(next(self._batches(0, num_workers=0)))
-        self.left_out = self.tracer.leave_out_unknown(len(results))
         self.layers = self.tracer.layers
+        self.left_out = self._leave_out(folder / 'left_out.json', {**plan, 'format': RECORD_FORMAT})
         plan = {**plan, 'format': RECORD_FORMAT, 'layers': list(self.layers), 'images': len(data)}
         of_pass, of_intervention = (
             (DetectorRecords, BoxRecords) if self.is_detector else (ClassifierRecords, np.ndarray)
@@ -89,6 +89,20 @@ class Study:
         self.interventions = interventions_on(self.layers)
         plan['interventions'] = [asdict(intervention) for intervention in self.interventions]
         self.changed = RecordFiles(list[of_intervention], folder / 'interventions', plan, overwrite)
+
+    def _leave_out(self, path: Path, plan: dict) -> dict[str, str]:
+        """Take out layers whose decisions belong to no known image; told by one batch, and kept."""
+        kept = json.loads(path.read_text()) if path.exists() else {}
+        if kept.get('plan') == plan:
+            for name in kept['left_out']:
+                del self.layers[name]
+            return kept['left_out']
+        with self.tracer:
+            results = self.tracer.predict(next(self._batches(0, num_workers=0)))
+        left_out = self.tracer.leave_out_unknown(len(results))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_file(path, json.dumps({'plan': plan, 'left_out': left_out}).encode())
+        return left_out
 
     @property
     def is_detector(self) -> bool:

@@ -579,7 +579,7 @@ def test_error_in_the_middle(detector, tmp_path):
     """What is no mistake of the user is raised; the records are as after an interruption."""
     out = tmp_path / 'out'
     with pytest.MonkeyPatch.context() as patch:
-        stop_at(patch, SingleStageDetector, 'predict', 3, ZeroDivisionError())
+        stop_at(patch, SingleStageDetector, 'predict', 4, ZeroDivisionError())
         with pytest.raises(ZeroDivisionError):
             detector(out, '--no-interventions')
     with pytest.MonkeyPatch.context() as patch:
