@@ -49,8 +49,8 @@ class Entry:
         in_channels: Channels of the input, where they cannot be told.
         width: How wide an expert is inside. None: as the dense module. A factor above 0.
             ``'equal'``: as makes the k active experts, and the shared ones, cost what the dense
-            module does. Each narrow expert starts with a part of the dense module's channels, unless
-            ``expert_init='independent'``.
+            module does. Each narrow expert starts with a part of the dense module's channels,
+            unless ``expert_init='independent'``.
         shared: How many dense experts stand beside them, which every item passes.
         residual: Add a shortcut around the experts.
         impl: How convolutions are evaluated, see :class:`~mmdet_moe.moe.ConvExperts`.
