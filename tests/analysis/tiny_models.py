@@ -218,8 +218,7 @@ def build_single(head, backbone=None, neck=None, train_cfg=True, **test_cfg):
             alpha=1,
             beta=6,
         )
-    model = MODELS.build(config).eval()
-    return model
+    return MODELS.build(config).eval()
 
 
 def build_faster(moe=None, neck=None, **head):

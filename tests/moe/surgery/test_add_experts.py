@@ -366,7 +366,7 @@ class Blend(nn.Module):
 
 
 def test_experts_on_tokens_look_at_one_at_a_time():
-    with pytest.raises(ConfigError, match='"a": granularity=.token. needs .* Blend mixes them'):
+    with pytest.raises(ConfigError, match=r'"a": granularity=.token. needs .* Blend mixes them'):
         add_experts(nn.Sequential(OrderedDict(a=Blend())), {'a': {'granularity': 'token'}})
 
 
