@@ -36,6 +36,7 @@ BALANCING = {
     'switch': ('SwitchLoss', None),
     'damex': ('DatasetLoss', None),
     'neck': ('ImportanceLoss', None),
+    'equal': ('ImportanceLoss', None),
     'backbone': ('KLLoss', None),
     'unbalanced': (None, None),
 }

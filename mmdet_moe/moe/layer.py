@@ -82,7 +82,8 @@ class MoELayer(BaseModule):
             ``T · k / E`` of the items of one forward pass; the routes with the least weight give 0
             beyond it. Default: no bound. At inference there is none, because what is predicted
             for an image must not depend on the other images of its batch. The bound is on what one
-            device computes: each rank drops by itself.
+            device computes in one call: each rank drops by itself, and so does each call of a layer
+            that is called level after level.
 
     Raises:
         ConfigError: For options out of range.
@@ -422,7 +423,8 @@ class MoELayer(BaseModule):
 
     def _tokens_explained(self) -> AbstractContextManager:
         return explained(
-            f'The experts of MoE layer "{self.name}"{f" ({self.replaces})" if self.replaces else ""}'
+            f'The experts of MoE layer "{self.name}"'
+            f'{f" ({self.replaces})" if self.replaces else ""}'
             " cannot compute single tokens, as granularity='token' has them do; choose a layer "
             "inside that looks at one token at a time, such as an FFN, or granularity='image'"
         )

@@ -112,9 +112,12 @@ class MoEResNet_CIFAR(ResNet_CIFAR):
         }
         for stage in self.moe_stages:
             if stage == 0:
-                self.conv1 = self._mix_first_conv(self.conv1)
+                layer = self._mix_first_conv(self.conv1)
             else:
-                setattr(self, self.res_layers[stage - 1], self._mix_stage(stage))
+                layer = self._mix_stage(stage)
+            name = self.res_layers[stage - 1] if stage else 'conv1'
+            layer.stand_for(getattr(self, name))
+            setattr(self, name, layer)
         self._freeze_stages()
 
     def make_res_layer(self, **kwargs) -> nn.Module:

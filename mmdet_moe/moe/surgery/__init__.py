@@ -6,11 +6,13 @@ untrained the model computes what the dense one does.
 """
 
 import copy
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
+from mmengine.logging import print_log
 from torch import nn
 
 from mmdet_moe.errors import ConfigError
@@ -47,7 +49,8 @@ class Entry:
         in_channels: Channels of the input, where they cannot be told.
         width: How wide an expert is inside. None: as the dense module. A factor above 0.
             ``'equal'``: as makes the k active experts, and the shared ones, cost what the dense
-            module does.
+            module does. Each narrow expert starts with a part of the dense module's channels,
+            unless ``expert_init='independent'``.
         shared: How many dense experts stand beside them, which every item passes.
         residual: Add a shortcut around the experts.
         impl: How convolutions are evaluated, see :class:`~mmdet_moe.moe.ConvExperts`.
@@ -233,8 +236,29 @@ def _build(model: nn.Module, entry: Entry, place: Place) -> Site:
     if not layer.siblings:
         layer.replaces = type(module).__name__
     layer.width = factor
+    if factor != 1 and entry.expert_init == 'shared':
+        _take_parts(layer, module)
     layer.stand_for(module)
+    _warn_of_scaled_outputs(layer)
     return Site(layer, model.get_submodule(place.parent), name, stand_ins)
+
+
+def _take_parts(layer: MoELayer, module: nn.Module) -> None:
+    """Narrow experts start with parts of the dense weights, as when a checkpoint is loaded."""
+    state = dict(module.state_dict())
+    layer.upcycle(state, '', '')
+    layer.load_state_dict(state, strict=False)
+
+
+def _warn_of_scaled_outputs(layer: MoELayer) -> None:
+    if layer.router.softmax == 'over_all' and layer.num_experts > 1:
+        print_log(
+            f"{layer.name}: with softmax='over_all' (the default for top_k=1) the weights of the "
+            'experts sum to less than 1 and scale what the layer gives, the prior of a focal loss '
+            "and a loaded dense model included; top_k > 1 with softmax='over_chosen' keeps them.",
+            logger='current',
+            level=logging.WARNING,
+        )
 
 
 def _make_layer(module: nn.Module, entry: Entry) -> tuple[MoELayer, float]:

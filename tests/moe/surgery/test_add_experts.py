@@ -443,15 +443,24 @@ def test_equal_width_costs_what_the_dense_layer_does():
     expert = moe.layer3.experts[0]
     assert expert[0].conv1.out_channels == 128
     assert expert[0].conv2.out_channels == 256
+    # At once, as when the dense checkpoint is loaded.
+    start = copy.deepcopy(moe.layer3.state_dict())
     missing, unexpected = moe.load_state_dict(dense.state_dict(), strict=False)
     assert not unexpected
     assert all('.router.' in key for key in missing)
+    for name, value in moe.layer3.state_dict().items():
+        assert torch.equal(value, start[name]), name
     first, last = (moe.layer3.experts[e][0].conv1.weight for e in (0, 2))
     assert torch.equal(first, dense.layer3[0].conv1.weight[:128])
     assert torch.equal(last, dense.layer3[0].conv1.weight[128:])
     torch.testing.assert_close(
         moe.layer3.experts[2][0].conv2.weight, 2 * dense.layer3[0].conv2.weight[:, 128:]
     )
+
+
+def test_scaled_outputs_are_warned_of(capfd):
+    add_experts(Head(), {'cls': {'num_experts': 3, 'top_k': 1}, 'reg': {}})
+    assert ''.join(capfd.readouterr()).count("softmax='over_all'") == 1
 
 
 def test_residual():
