@@ -116,10 +116,10 @@ UNCHANGED_BUT_SMALL = (
 @pytest.mark.parametrize(
     'name',
     [
-        'retinanet_moe_soft_coco',
-        'retinanet_moe_hard_coco',
-        'retinanet_moe_neck_coco',
-        'retinanet_moe_backbone_coco',
+        *(
+            pytest.param(f'retinanet_moe_{kind}_coco', marks=pytest.mark.sweep(keep=1 / 2))
+            for kind in ('soft', 'hard', 'neck', 'backbone')
+        ),
         'retinanet_moe_soft_finetune_coco',
         'faster_rcnn_moe_soft_coco',
     ],

@@ -43,6 +43,7 @@ def tool(monkeypatch):
         conv=(ConvShape(4, 8, 6, 4), ConvShape(6, 8, 4, 3)),
         scaling=(ConvShape(8, 8, 4, 4), ConvShape(8, 8, 4, 8)),
         image_size=32,
+        batch=2,
         analysis=4,
         explorer=6,
         auto=2,
@@ -137,6 +138,17 @@ def test_scaling(run):
     check_results(results, output)
     assert len(results['comparisons']) == len(results['targets']) == 2 * 2
     assert all(list(rows_of(c)) == ['E=4', 'E=8'] for c in results['comparisons'])
+
+
+def test_overhead(run):
+    report, output = run('overhead')
+    results = report['suites']['overhead']
+    check_results(results, output)
+    stage, layers = results['comparisons'][:2], results['comparisons'][2:]
+    assert all(list(rows_of(c)) == ['dense', 'MoE, E = 1'] for c in stage)
+    assert [list(rows_of(c)) for c in layers] == [['dense, 2 N items', 'MoE, E = 4, k = 2']] * 8
+    # Both passes of the stage, and the forward pass of each layer.
+    assert len(results['targets']) == 2 + 4
 
 
 def test_retinanet(run, monkeypatch):
@@ -295,8 +307,8 @@ def test_balanced_routing(bench):
     [
         (
             ['speed'],
-            "there is no suite 'speed'; choose from ops, conv, scaling, retinanet, analysis, "
-            'explorer, auto',
+            "there is no suite 'speed'; choose from ops, conv, scaling, retinanet, overhead, "
+            'analysis, explorer, auto',
         ),
         (['ops', '--repeats', '0'], '--repeats must be at least 1, got 0'),
         (['ops', '--threads', '-1'], '--threads must be at least 1, got -1'),

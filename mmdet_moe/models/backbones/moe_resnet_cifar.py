@@ -111,10 +111,7 @@ class MoEResNet_CIFAR(ResNet_CIFAR):
             'capacity_factor': capacity_factor,
         }
         for stage in self.moe_stages:
-            if stage == 0:
-                layer = self._mix_first_conv(self.conv1)
-            else:
-                layer = self._mix_stage(stage)
+            layer = self._mix_first_conv(self.conv1) if stage == 0 else self._mix_stage(stage)
             name = self.res_layers[stage - 1] if stage else 'conv1'
             layer.stand_for(getattr(self, name))
             setattr(self, name, layer)

@@ -113,7 +113,12 @@ CASES = {
         {'linear1.weight': (32, C), 'self_attn.in_proj_weight': (3 * C, C)},
     ),
 }
-every_case = pytest.mark.parametrize(('make', 'shape', 'widths'), CASES.values(), ids=CASES)
+
+
+def every_case(test):
+    return pytest.mark.sweep(keep=1 / 2)(
+        pytest.mark.parametrize(('make', 'shape', 'widths'), CASES.values(), ids=CASES)(test)
+    )
 
 
 @every_case
