@@ -16,10 +16,10 @@ demo: $(STAMP)
 	$(PY) tools/demo.py
 
 test: $(STAMP)
-	$(PY) -m pytest -n 2 --dist loadfile
+	$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-all: $(STAMP)
-	$(PY) -m pytest -n 2 --dist loadfile --all
+	$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder --all
 
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .

@@ -80,8 +80,11 @@ class Study:
         self.score_thr = score_thr
         self.tracer = Tracer(model)
         self.layers = self.tracer.layers
-        self.left_out = self._leave_out(folder / 'left_out.json', {**plan, 'format': RECORD_FORMAT})
-        plan = {**plan, 'format': RECORD_FORMAT, 'layers': list(self.layers), 'images': len(data)}
+        plan = {**plan, 'format': RECORD_FORMAT}
+        left_out = folder / 'left_out.json'
+        self.left_out = self._leave_out(left_out, plan)
+        content = json.dumps({'plan': plan, 'left_out': self.left_out}).encode()
+        plan = {**plan, 'layers': list(self.layers), 'images': len(data)}
         of_pass, of_intervention = (
             (DetectorRecords, BoxRecords) if self.is_detector else (ClassifierRecords, np.ndarray)
         )
@@ -89,9 +92,10 @@ class Study:
         self.interventions = interventions_on(self.layers)
         plan['interventions'] = [asdict(intervention) for intervention in self.interventions]
         self.changed = RecordFiles(list[of_intervention], folder / 'interventions', plan, overwrite)
+        write_file(left_out, content)  # the folder is that of this analysis
 
     def _leave_out(self, path: Path, plan: dict) -> dict[str, str]:
-        """Take out layers whose decisions belong to no known image; told by one batch, and kept."""
+        """Take out layers whose decisions belong to no known image; told by one batch."""
         kept = json.loads(path.read_text()) if path.exists() else {}
         if kept.get('plan') == plan:
             for name in kept['left_out']:
@@ -99,10 +103,7 @@ class Study:
             return kept['left_out']
         with self.tracer:
             results = self.tracer.predict(next(self._batches(0, num_workers=0)))
-        left_out = self.tracer.leave_out_unknown(len(results))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_file(path, json.dumps({'plan': plan, 'left_out': left_out}).encode())
-        return left_out
+        return self.tracer.leave_out_unknown(len(results))
 
     @property
     def is_detector(self) -> bool:

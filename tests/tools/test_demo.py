@@ -33,13 +33,16 @@ def test_demo_trains_both_models_and_then_reuses_them(tmp_path):
     assert 'Saving checkpoint' not in second.stdout
     for output in (first.stdout, second.stdout):
         rows = [re.split(r'\s*[│┃|]\s*', line) for line in output.splitlines()]
-        models = {row[1]: row[2:-1] for row in rows if row[1:2] in (['dense'], ['MoE, soft'])}
-        assert set(models) == {'dense', 'MoE, soft'}
-        dense, moe = (models[name] for name in ('dense', 'MoE, soft'))
-        assert all(0 <= float(value) <= 1 for value in (*dense[:5], *moe[:5]))
+        names = ('dense', 'MoE, soft', 'MoE, equal cost')
+        models = {row[1]: row[2:-1] for row in rows if row[1:2] and row[1] in names}
+        assert set(models) == set(names)
+        dense, moe, equal = (models[name] for name in names)
+        assert all(0 <= float(value) <= 1 for row in models.values() for value in row[:5])
         assert dense[6] == dense[7] == '3.34 M'
         # Head of the dense model in M: 2 · 2 · 64 · 64 · 9 + 64 · 9 · 126 = 0.22; 1 and 3 more.
         assert moe[6:] == ['3.57 M', '4.01 M']
+        # An expert with 32 channels inside instead of 64: 2 · (64 + 32) · 32 · 9 + 32 · 9 · 126.
+        assert equal[6:] == ['3.31 M', '3.49 M']
         assert re.search(r'- bbox_head\.cls_moe: .*experts', output)
         assert 'retinanet_moe_soft_digits/experts/report.html' in output.replace('\n', '')
     assert (tmp_path / 'runs' / 'overview.png').stat().st_size > 10_000
