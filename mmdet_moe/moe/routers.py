@@ -161,11 +161,13 @@ class Router(nn.Module, ABC):
             )
         if items is None:
             items = [PatchGrid(tuple(level.shape[-2:])) for level in maps]
+        if self.num_experts == 1 and type(self).gates is Router.gates:
+            return _no_choice(maps, items)
         with no_autocast(maps[0].device.type):
             logits = _cat([self.compute_logits(m, p) for m, p in zip(maps, items, strict=True)])
             noisy = logits
-            if not self.training or self.num_experts == 1:
-                pass  # noise changes nothing where there is no choice
+            if not self.training:
+                pass
             elif self.noise_fc is not None:
                 pooled = _cat([p.pooled(m) for m, p in zip(maps, items, strict=True)])
                 scale = F.softplus(linear(self.noise_fc, pooled) + 0.01)
@@ -229,6 +231,22 @@ class Router(nn.Module, ABC):
 @cache
 def _warn_once(text: str) -> None:
     print_log(text, logger='current', level=logging.WARNING)
+
+
+def _no_choice(maps: list[Tensor], items: Sequence[Items]) -> Routing:
+    """The routing to the only expert, whose weight is 1 whatever its logit: none is computed."""
+    num_images = maps[0].shape[0]
+    per_level = tuple(num_images * len(p) for p in items)
+    dtype = torch.promote_types(maps[0].dtype, torch.float32)
+    weights = torch.ones(sum(per_level), 1, dtype=dtype, device=maps[0].device)
+    return Routing(
+        expert_ids=torch.zeros_like(weights, dtype=torch.int64),
+        weights=weights,
+        logits=torch.zeros_like(weights),
+        items_per_level=per_level,
+        num_images=num_images,
+        decision_weights=weights[:, 0],
+    )
 
 
 def _cat(parts: list[Tensor]) -> Tensor:

@@ -98,7 +98,8 @@ class _AddLosses:
             return None
         for name in self.layer_names:
             routing = model.get_submodule(name).routing
-            if torch.is_grad_enabled() and not routing.logits.requires_grad:
+            has_choice = routing.num_experts > 1
+            if has_choice and torch.is_grad_enabled() and not routing.logits.requires_grad:
                 raise ConfigError(
                     f'BalancingLossHook: the decisions of MoE layer "{name}" were made without a '
                     'gradient, as inside a reentrant activation checkpoint (with_cp=True), so that '
