@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-import importlib.util
 import math
 from pathlib import Path
 
@@ -195,11 +194,6 @@ def test_an_iteration_of_the_runner(case, tmp_path):
     run_one_iteration(config, case, tmp_path)
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec('mmdet_moe.compat.configs') is None,
-    reason="configs by the package's name are not there yet",
-)
-@pytest.mark.sweep(keep=1 / 2)
 @pytest.mark.parametrize('path', CONFIGS, ids=lambda path: path.stem)
 def test_a_config_of_the_zoo_takes_eight_lines_and_trains(path, tmp_path):
     text = path.read_text()
