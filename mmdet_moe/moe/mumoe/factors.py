@@ -211,7 +211,7 @@ class TRFactors(Factors):
 
     @staticmethod
     def shapes(dims: tuple[int, ...], rank: int | Sequence[int]) -> list[tuple[int, ...]]:
-        ranks = [rank] * len(dims) if isinstance(rank, int) else list(rank)
+        ranks = list(rank) if isinstance(rank, (list, tuple)) else [rank] * len(dims)
         for value in ranks:
             check_integer('TRMuMoE', 'rank', value, 1)
         if len(ranks) != len(dims):
