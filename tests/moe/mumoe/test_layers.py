@@ -370,9 +370,9 @@ def test_unknown_factorisation():
 
 def test_bad_inputs():
     layer = make()
-    with pytest.raises(ConfigError, match='takes inputs of 3 features, got .*in_features=5'):
+    with pytest.raises(ConfigError, match=r'takes inputs of 3 features, got .*in_features=5'):
         layer(torch.randn(2, 5))
-    with pytest.raises(ConfigError, match="single row, .* set norm='ln', or a larger batch"):
+    with pytest.raises(ConfigError, match=r"single row, .* set norm='ln', or a larger batch"):
         layer(torch.randn(1, I))
     layer.eval()(torch.randn(1, I))
     make(norm='ln')(torch.randn(1, I))
