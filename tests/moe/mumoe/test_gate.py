@@ -67,6 +67,22 @@ def test_float32_under_autocast_and_of_a_bfloat16_model(norm):
         torch.testing.assert_close(a, b, rtol=0, atol=0.03)
 
 
+def test_synchronised_batch_normalisation():
+    """As MMEngine's ``sync_bn='torch'`` converts a model."""
+    from mmengine.model import convert_sync_batchnorm
+
+    gate = make().eval()
+    for norm in gate.norms:
+        nn.init.uniform_(norm.running_var, 0.5, 2.0)
+    x = torch.randn(30, 3)
+    expected = gate(x)
+    converted = convert_sync_batchnorm(copy.deepcopy(gate), 'torch').eval()
+    assert all(isinstance(norm, nn.SyncBatchNorm) for norm in converted.norms)
+    torch.testing.assert_close(converted(x), expected)
+    assert converted.state_dict().keys() == gate.state_dict().keys()
+    torch.testing.assert_close(converted.bfloat16()(x), expected, rtol=0, atol=0.05)
+
+
 @pytest.mark.parametrize('field', ['norm', 'activation'])
 def test_unknown_options(field):
     with pytest.raises(ConfigError, match=f"{field}='x' is unknown; use one of"):
