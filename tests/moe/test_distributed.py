@@ -89,7 +89,8 @@ def play(rank, world_size):
     for norm in ('ln', 'bn'):
         torch.manual_seed(7)
         layer = moe.CPMuMoE(3, 2, (4, 3), 2, norm=norm).double()
-        wrap(layer)(part(data[0]).flatten(2).mT).square().mean().backward()
+        model = wrap(layer)
+        model(part(data[0]).flatten(2).mT).square().mean().backward()
         results[f'mumoe {norm}'] = gradients(layer)
 
     results['unused experts'] = train_with_unused_experts(wrap, part)
