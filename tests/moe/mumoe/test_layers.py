@@ -130,6 +130,20 @@ def test_training_under_autocast_learns():
     assert losses[-1] < 0.1 * losses[0]
 
 
+@pytest.mark.parametrize('kind', LINEAR)
+def test_every_level_learns(kind):
+    """Its gate starts at 0, and its experts nearly alike, but they do not stay so."""
+    layer = {'cp': CPMuMoE, 'tr': TRMuMoE}[kind](I, O, (3, 2, 2), 4)
+    optimizer = torch.optim.Adam(layer.parameters(), 0.03)
+    x = torch.randn(64, I)
+    for _ in range(30):
+        optimizer.zero_grad()
+        (layer(x) - x.abs().sum(1, keepdim=True)).square().mean().backward()
+        optimizer.step()
+    for coefficients in layer.coefficients(x):
+        assert coefficients.std(0).min() > 0.05
+
+
 @pytest.mark.parametrize('kind', ALL)
 def test_copies_and_pickles(kind):
     layer = make(kind).eval()
