@@ -10,7 +10,7 @@ from mmengine.hub import get_config
 
 import mmdet_moe
 from mmdet_moe.engine.dry_run import build_model
-from mmdet_moe.moe import MoELayer, Routing, add_experts, find_expert_layers, find_moe_layers
+from mmdet_moe.moe import MoELayer, Routing, add_experts, find_moe_layers
 from mmdet_moe.moe.surgery import Entry
 
 ROOT = Path(mmdet_moe.__file__).parents[1]
@@ -76,7 +76,7 @@ def test_mumoe(tmp_path, capsys):
     assert 'torch.Size([33, 10])' in capsys.readouterr().out
     (tmp_path / 'c.py').write_text(config)
     model = build_model(Config.fromfile(tmp_path / 'c.py'))
-    found = find_expert_layers(model)
+    found = mmdet_moe.moe.find_expert_layers(model)
     laterals = [f'neck.lateral_convs.{i}' for i in range(3)]
     assert list(found) == [*(f'backbone.layer4.{i}.conv3' for i in range(3)), *laterals]
     assert [layer.levels for layer in found.values()] == [(16, 16)] * 3 + [(64,)] * 3
