@@ -117,9 +117,9 @@ def combine(y_R: Tensor, weights_TK: Tensor, inverse_TK: Tensor) -> Tensor:
 def entmax15(x: Tensor) -> Tensor:
     """1.5-entmax along the last dimension: softmax's relative that gives exact zeros.
 
-    ``p_i = max(x_i / 2 - tau, 0)²`` with the tau for which they sum to 1, exact to rounding (Peters,
-    Niculae and Martins, "Sparse sequence-to-sequence models", ACL 2019). As of softmax, the result
-    of a row is NaN if a value is NaN or +inf, or if all are -inf; otherwise -inf gives 0.
+    ``p_i = max(x_i / 2 - tau, 0)²`` with the tau for which they sum to 1, exact to rounding
+    (Peters, Niculae and Martins, "Sparse sequence-to-sequence models", ACL 2019). As with softmax,
+    a row is NaN if one of its values is NaN or +inf, or if all are -inf; otherwise -inf gives 0.
 
     It has gradients of any order, those of the values outside the support being 0. What
     ``torch.export`` and ``torch.onnx.export`` see is plain PyTorch

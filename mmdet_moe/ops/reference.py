@@ -73,26 +73,27 @@ def entmax15(x: Tensor) -> Tensor:
 
     Standard operations alone, which every exporter knows.
     """
-    # The largest becomes 0. What is -1 or less is never in the support, and may be -inf.
-    z = ((x - x.detach().amax(-1, keepdim=True)) / 2).clamp(min=-1).contiguous()
-    threshold = _support_threshold(z.detach())
-    support = z >= threshold
-    count = support.sum(-1, keepdim=True)
-    mean = z.where(support, 0).sum(-1, keepdim=True) / count
-    squares = (z - mean).where(support, 0).square().sum(-1, keepdim=True)
-    tau = mean - ((1 - squares) / count).sqrt()
-    return (z - tau).clamp(min=0).square()
+    # The largest becomes 0. What is below -1 is never in the support, and may be -inf.
+    z = ((x - x.detach().amax(-1, keepdim=True)) / 2).clamp(min=-2).contiguous()
+    near = _threshold(z.detach())
+    # What is missing to the equation's smaller root: exact, and with the root's derivatives.
+    distances = (z - near).relu()
+    count = (distances > 0).sum(-1, keepdim=True)
+    total = distances.sum(-1, keepdim=True)
+    excess = distances.square().sum(-1, keepdim=True) - 1
+    rest = excess / (total + (total.square() - count * excess).sqrt())
+    return (z - near - rest).relu().square()
 
 
-def _support_threshold(z: Tensor) -> Tensor:
-    """The smallest value that is in the support."""
+def _threshold(z: Tensor) -> Tensor:
+    """The threshold up to rounding errors of large sums."""
     descending = z.sort(-1, descending=True).values
     count = torch.arange(1, z.shape[-1] + 1, dtype=z.dtype, device=z.device)
     mean = descending.cumsum(-1) / count
     variance = descending.square().cumsum(-1) / count - mean.square()
     tau = mean - (1 / count - variance).clamp(min=0).sqrt()
     size = (tau <= descending).sum(-1, keepdim=True)
-    return descending.gather(-1, (size - 1).clamp(min=0))  # no size at all if there are NaNs
+    return tau.gather(-1, (size - 1).clamp(min=0))  # no size at all if there are NaNs
 
 
 def entmax15_backward(grad: Tensor, p: Tensor) -> Tensor:

@@ -115,14 +115,10 @@ MMDET_MOE_INLINE void entmax15_loop(
     std::fill(p, p + n, std::numeric_limits<T>::quiet_NaN());
     return;
   }
-  // What is -1 or less is never in the support. Halves first: the difference may be too large.
-  const T half = T(0.5) * largest;
-  for (int64_t i = 0; i < n; ++i) {
-    const T shifted = T(0.5) * x[i] - half;
-    z[i] = shifted > T(-1) ? shifted : T(-1);
-  }
+  const T half = T(0.5) * largest;  // halves, because the difference may be too large
+  for (int64_t i = 0; i < n; ++i) z[i] = T(0.5) * x[i] - half;
   const int64_t length = padded(n);
-  std::fill(z + n, z + length, T(-1));
+  std::fill(z + n, z + length, -std::numeric_limits<T>::infinity());
   T tau = -1;
   for (int step = 0; step < kMostSteps; ++step) {
     const Sums sums = sums_above(z, length, tau);
