@@ -45,9 +45,12 @@ class ExpertGate(nn.Module):
         """The normalised logits of rows (T, I): (T, N) for each level, at least float32."""
         with no_autocast(x.device.type):
             x = at_least_float32(x)
+            # One product for all levels: x is read once, and its gradients need not be added.
+            weights = torch.cat(tuple(self.weights), dim=1).to(x.dtype)
+            parts = (x @ weights).split([weight.shape[1] for weight in self.weights], dim=1)
             return tuple(
-                self._normalised(x @ weight.to(x.dtype), norm)
-                for weight, norm in zip(self.weights, self.norms, strict=True)
+                self._normalised(part.contiguous(), norm)  # that of a view takes far longer
+                for part, norm in zip(parts, self.norms, strict=True)
             )
 
     def activate(self, logits: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
