@@ -1,8 +1,9 @@
 """What happens if experts are used in another way: alone, all alike, one removed, at random.
 
-An intervention replaces the decisions of routers while it is active, by a hook; it touches no
-weight and no buffer of the model. In all of them the weights of an item keep their sum, so the
-outputs keep their scale (with ``softmax='over_all'`` the weights sum to less than 1).
+An intervention replaces the decisions of a layer while it is active; it touches no weight and no
+buffer of the model. In all of them but one the weights of an item keep their sum, so the outputs
+keep their scale (with ``softmax='over_all'`` the weights sum to less than 1). ``'zeroed'`` takes
+what one expert contributes out of the sum and puts nothing in its place.
 """
 
 from collections import defaultdict
@@ -27,6 +28,8 @@ from mmdet_moe.moe.routing import Routing
 ALL = 'all'
 #: Inputs and outputs of experts that one batch may keep.
 MEMORY_BYTES = 2 << 30
+#: A layer of more experts has no interventions that are made for each expert, but ``'zeroed'``.
+MANY_EXPERTS = 32
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,9 @@ class Intervention:
         kind: ``'only'``: every item goes to one expert alone. ``'equal'``: to all E experts with
             equal weights. ``'without'``: the router chooses the k best of the other experts.
             ``'random'``: k experts drawn uniformly for each item, with the router's weights.
-        expert: Which expert, for ``'only'`` and ``'without'``.
+            ``'zeroed'``: the expert's contribution is 0, whatever its weight (arXiv 2402.12550,
+            section 4.1.2); nobody takes its place.
+        expert: Which expert, for ``'only'``, ``'without'`` and ``'zeroed'``.
     """
 
     layer: str
@@ -58,6 +63,13 @@ class Intervention:
         if self.kind == 'random':
             order = torch.rand(items, experts, generator=generator).argsort(dim=1)
             return replace(routing, expert_ids=order[:, : routing.top_k].to(device))
+        if self.kind == 'zeroed':
+            is_zero, gates = routing.expert_ids == self.expert, routing.gates
+            return replace(
+                routing,
+                weights=routing.weights.masked_fill(is_zero, 0),
+                gates=None if gates is None else gates.masked_fill(is_zero, 0),
+            )
         logits = routing.logits.clone()
         logits[:, self.expert] = float('-inf')
         ids, weights = router.choose(logits, training=False)
@@ -74,16 +86,27 @@ def _shared(routing: Routing, expert_ids: Tensor, shares_TK: Tensor) -> Routing:
     )
 
 
-def interventions_on(layers: dict[str, MoELayer]) -> list[Intervention]:
-    """All that are made on a model: every kind on each layer, and two on all layers together."""
+def interventions_on(
+    layers: dict[str, MoELayer], zeroed: dict[str, Sequence[int]] | None = None
+) -> list[Intervention]:
+    """All that are made on a model: every kind on each layer, and two on all layers together.
+
+    Layers of more than :data:`MANY_EXPERTS` experts have neither ``'only'`` nor ``'without'``.
+
+    Args:
+        layers: The model's layers by name.
+        zeroed: Which experts of a layer are zeroed, one after the other; by default all.
+    """
     found = []
     choosing = {name: layer for name, layer in layers.items() if layer.num_experts > 1}
     for name, layer in choosing.items():
-        experts = range(layer.num_experts)
+        every = range(layer.num_experts)
+        experts = every if layer.num_experts <= MANY_EXPERTS else ()
         found += [Intervention(name, 'only', e) for e in experts]
         found.append(Intervention(name, 'equal'))
         found += [Intervention(name, 'without', e) for e in experts]
         found.append(Intervention(name, 'random'))
+        found += [Intervention(name, 'zeroed', e) for e in (zeroed or {}).get(name, every)]
     if len(choosing) > 1:
         found += [Intervention(ALL, 'equal'), Intervention(ALL, 'random')]
     return found
@@ -175,13 +198,13 @@ class _Memory:
         """What is known by expert of these inputs; None if they are not remembered."""
         for known, versions, outputs in self._known[layer]:
             # The model may have changed in place what it gave to the layer.
-            is_intact = versions == _versions(known) and len(known) == len(inputs)
+            is_intact = versions == versions(known) and len(known) == len(inputs)
             if is_intact and all(map(_same, known, inputs)):
                 return outputs
         if not self._learns or not self._has_room(inputs):
             return None
         outputs = {}
-        self._known[layer].append((inputs, _versions(inputs), outputs))
+        self._known[layer].append((inputs, versions(inputs), outputs))
         return outputs
 
     def _has_room(self, kept: Any) -> bool:
@@ -194,8 +217,9 @@ class _Memory:
         return True
 
 
-def _versions(inputs: list) -> list[int]:
-    return [leaf._version for leaf in inputs if isinstance(leaf, Tensor)]
+def versions(inputs: Any) -> list[int]:
+    """What changes when a tensor in a structure is changed in place."""
+    return [leaf._version for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)]
 
 
 def _same(a: Any, b: Any) -> bool:
