@@ -64,8 +64,8 @@ class Study:
             :mod:`~mmdet_moe.analysis.records.contents`.
 
     Raises:
-        ConfigError: If the model has no MoE layer, or none that can be analysed, or the folder
-            belongs to another analysis.
+        ConfigError: If the model has no layer of experts, or none that can be analysed, or the
+            folder belongs to another analysis.
     """
 
     def __init__(

@@ -113,6 +113,7 @@ class LayerStatistics:
             'num_decisions': report.num_items,
             'load': report.load,
             'importance': report.importance,
+            'active_share': np.diag(self.coactivation()).tolist(),
             'load_cv2': report.load_cv2,
             'usage_entropy': report.usage_entropy,
             'decision_entropy': report.decision_entropy,

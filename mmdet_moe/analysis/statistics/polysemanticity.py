@@ -40,8 +40,8 @@ def polysemanticity(layer: str, metrics: dict, interventions: list[dict]) -> dic
         layer, metrics, interventions: As of :func:`class_drops`.
 
     Returns:
-        ``num_zeroed``, ``num_mattering``: how many were zeroed, and lower some class; ``mean``: over
-        the latter; and one entry for each that was zeroed: ``experts``, ``values`` (null where it
+        ``num_zeroed``, ``num_mattering``: how many were zeroed, and lower some class; ``mean``:
+        over the latter; and for each that was zeroed: ``experts``, ``values`` (null where it
         lowers no class), ``classes`` (the name of the one hit most, or null), ``drops`` (of that
         class, in 0..1).
     """
