@@ -1,9 +1,11 @@
 """Multilinear mixtures of experts in place of linear layers, 1×1 convolutions and MLPs."""
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from math import prod
 from typing import Any
 
+from mmengine.logging import print_log
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -53,6 +55,7 @@ class MuMoE(ExpertLayer):
         check_integer(type(self).__name__, 'in_features', in_features, 1)
         self.gate = ExpertGate(in_features, self.levels, norm, activation)
         self._observers: dict[int, Observer] = {}
+        self.register_load_state_dict_pre_hook(_warn_of_dense_weights)
 
     def coefficients(self, x: Tensor) -> tuple[Tensor, ...]:
         """(T, N) for each level, of rows (T, I): non-negative, with the sum 1."""
@@ -367,6 +370,17 @@ class MuMoEMLP(MuMoE):
 
     def _official_names(self) -> dict[str, str]:
         return {**super()._official_names(), 'hidden.': 'MuMoE.', 'experts.': 'MuMoE2.'}
+
+
+def _warn_of_dense_weights(layer: MuMoE, state_dict: dict, prefix: str, *_: Any) -> None:
+    mine = [key for key in state_dict if key.startswith(prefix)]
+    if layer.replaces and mine and f'{prefix}gate.weights.0' not in mine:
+        print_log(
+            f'{layer.name}: the weights of a dense {layer.replaces} cannot be loaded into the '
+            'factors of a μMoE, which keeps its own; it has to be trained',
+            logger='current',
+            level=logging.WARNING,
+        )
 
 
 def _levels(num_experts: Any) -> tuple[int, ...]:
