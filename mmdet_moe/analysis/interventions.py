@@ -229,9 +229,9 @@ class _Memory:
 
     def _outputs(self, layer: MoELayer, inputs: list) -> dict[int, Any] | None:
         """What is known by expert of these inputs; None if they are not remembered."""
-        for known, versions, outputs in self._known[layer]:
+        for known, before, outputs in self._known[layer]:
             # The model may have changed in place what it gave to the layer.
-            is_intact = versions == versions(known) and len(known) == len(inputs)
+            is_intact = before == versions(known) and len(known) == len(inputs)
             if is_intact and all(map(_same, known, inputs)):
                 return outputs
         if not self._learns or not self._has_room(inputs):

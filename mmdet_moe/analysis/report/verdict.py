@@ -303,8 +303,8 @@ def _polysemanticity(layer: dict, experts: dict) -> Iterator[str]:
     worst = math.sqrt(len(experts['run']['classes']) - 1)
     yield (
         f'class-level polysemanticity {found["mean"]:.2f} (0: one class alone hangs on each '
-        f'expert; at most {worst:.2f}), mean of the {found["num_mattering"]} of {count} experts whose '
-        f'zeroing lowers some class; expert {found["experts"][most]} costs most, '
+        f'expert; at most {worst:.2f}), mean of the {found["num_mattering"]} of {count} experts '
+        f'whose zeroing lowers some class; expert {found["experts"][most]} costs most, '
         f'{100 * found["drops"][most]:.1f} points of {metric} of class {found["classes"][most]}.'
     )
 
