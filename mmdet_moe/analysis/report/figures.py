@@ -466,7 +466,7 @@ def _usage(layer: str, content: dict) -> Figure:
     )
     names = ('load', 'importance')
     if content.get('kind') == 'factorised':
-        title = title.replace('of the load', 'of how often coefficients are above 0')
+        title = title.replace('of the load', 'of how often coefficients are above 0:')
         names = ('share of the\ncoefficients above 0', 'mean coefficient')
     figure = _titled(_noted(title, content), width, 2.6)
     axes = figure.add_subplot()

@@ -56,6 +56,6 @@ def shown_interventions(entries: list[dict], metric: str) -> list[dict]:
         return entries
     values = [(entry['metrics'] or {}).get(metric) for entry in zeroed]
     cost = np.array([np.inf if value is None else value for value in values])
-    kept = np.sort(np.argsort(cost, kind='stable')[:MAX_ZEROED])
+    kept = np.argsort(cost, kind='stable')[:MAX_ZEROED]
     others = [entry for entry in entries if entry['kind'] != 'zeroed']
     return others + [zeroed[i] for i in kept]

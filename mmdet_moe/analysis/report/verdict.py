@@ -159,7 +159,9 @@ def _speciality(layer: dict, run: dict) -> Iterator[str]:
             f'only {_number(best["num_units"], "decision")} had something to compare with: the '
             'shares are rough.'
         )
-    if layer.get('granularity') in _STILL_DEPENDENT:
+    # A token can be all that there is of an image.
+    several = layer['num_decisions'] > run.get('num_images', 0)
+    if layer.get('granularity') in _STILL_DEPENDENT and several:
         yield (
             f'one decision per {layer["granularity"]}: those of one image resemble each other, so '
             'the p-values are too small; trust the nats.'
