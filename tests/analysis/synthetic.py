@@ -4,6 +4,8 @@ import itertools
 
 import numpy as np
 
+from mmdet_moe.analysis.statistics.polysemanticity import polysemanticity
+
 #: Half octaves, as the analysis has them.
 SIZE_EDGES = [8 * 2 ** (i / 2) for i in range(-1, 14)]
 POSITIONS = [f'{y} {x}' for y in ('top', 'middle', 'bottom') for x in ('left', 'centre', 'right')]
@@ -88,9 +90,9 @@ def make_experts(
         f'group {g}': list(range(g, len(names), 3)) for g in range(min(3, len(names)))
     } or None
     base = _metrics(rng, names, detection)
-    return {
+    experts = {
         'schema': 'mmdet_moe.experts',
-        'version': 1,
+        'version': 2,
         'run': {
             'config': 'synthetic',
             'checkpoint': 'iter_400.pth',
@@ -115,6 +117,7 @@ def make_experts(
             for kind, expert in [
                 *(('only', e) for e in range(num_experts)),
                 *(('without', e) for e in range(num_experts)),
+                *(('zeroed', e) for e in range(num_experts)),
                 ('equal', None),
                 ('random', None),
             ]
@@ -125,6 +128,9 @@ def make_experts(
         'history': {name: _history(rng, num_experts) for name in layers} if history else None,
         'verdict': ['The experts of bbox_head.cls_moe divide the objects by size.'],
     }
+    for name, layer in experts['layers'].items():
+        layer['polysemanticity'] = polysemanticity(name, base, experts['interventions'])
+    return experts
 
 
 def _layer(rng, num_experts, detection, num_levels, names, groups, superclasses):
@@ -155,6 +161,7 @@ def _layer(rng, num_experts, detection, num_levels, names, groups, superclasses)
             found['level'] = association(levels, joint(rng, num_levels, num_experts, total))
         associations[source] = found
     return {
+        'kind': 'sparse',
         'num_experts': num_experts,
         'top_k': min(2, num_experts),
         'granularity': 'image',
@@ -167,6 +174,8 @@ def _layer(rng, num_experts, detection, num_levels, names, groups, superclasses)
         'mi_input': 0.4,
         'dead_experts': [1] if num_experts > 2 else [],
         'collapsed': False,
+        'active_share': np.diag(coactivation).tolist(),
+        'coactivation_experts': list(range(num_experts)),
         'coactivation': coactivation.tolist(),
         'associations': associations,
     }

@@ -28,7 +28,9 @@ model = dict(
 )
 """
 SPARSE = "num_experts=4, top_k=2, granularity='token'"
-FACTORISED = "type='mmdet_moe.{kind}', num_experts={experts}, rank={rank}, activation={activation!r}"
+FACTORISED = (
+    "type='mmdet_moe.{kind}', num_experts={experts}, rank={rank}, activation={activation!r}"
+)
 
 
 def write_classifier(folder, experts, num_images=100, steps=30):

@@ -115,8 +115,8 @@ def draw_figures(experts: dict) -> Iterator[tuple[str, str, Figure]]:
                     continue
                 for figure, draw in _FIGURES.get(attribute, {}).items():
                     yield name, f'{source}_{figure}', draw(name, things, association)
-        if (layer.get('polysemanticity') or {}).get('num_mattering'):
-            drops = class_drops(name, metrics, interventions)
+        drops = class_drops(name, metrics, interventions)
+        if any(drop.any() for drop in drops.values()):
             yield name, 'polysemanticity', _polysemanticity(name, layer, metrics, drops)
     for name in dict.fromkeys(entry['layer'] for entry in interventions):
         entries = [entry for entry in interventions if entry['layer'] == name]

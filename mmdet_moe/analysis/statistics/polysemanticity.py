@@ -26,6 +26,8 @@ def class_drops(layer: str, metrics: dict, interventions: list[dict]) -> dict[in
     def per_class(of: dict) -> np.ndarray:
         return np.array(list(of['per_class'].values()), float)  # None becomes NaN
 
+    if not metrics.get('per_class'):
+        return {}
     return {
         entry['expert']: np.nan_to_num(per_class(metrics) - per_class(entry['metrics'])).clip(min=0)
         for entry in interventions

@@ -104,6 +104,7 @@ def test_which_figures_there_are():
         *('usage', 'information', 'coactivation', 'history', 'interventions', 'decisions_level'),
         *('objects_size_given_expert', 'objects_expert_given_size', 'objects_size_coco'),
         *('objects_class', 'objects_superclass', 'objects_level', 'objects_position'),
+        'polysemanticity',
     }
     assert [name for layer, name in figures if layer == 'all'] == ['interventions']
 
@@ -117,7 +118,7 @@ def test_files(tmp_path):
     options = dict(task='classification', num_levels=None, num_experts=2, history=False)
     experts = make_experts(layers=('backbone.layer4',), **options)
     paths = write_figures(experts, tmp_path / 'figures')
-    assert len(paths) == len(set(paths)) == 2 * (5 + 1)
+    assert len(paths) == len(set(paths)) == 2 * (6 + 1)
     assert sorted(paths) == sorted(p for p in tmp_path.rglob('*') if p.is_file())
     assert {p.parent.name for p in paths} == {'backbone.layer4', 'all'}
     for path in paths:

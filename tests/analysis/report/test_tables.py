@@ -40,6 +40,7 @@ def tables(experts, tmp_path):
         'experts.csv',
         'interventions.csv',
         'layers.csv',
+        'polysemanticity.csv',
     ]
     assert sorted(paths) == sorted((tmp_path / 'a' / 'tables').iterdir())  # nothing temporary
     return read(tmp_path / 'a' / 'tables')

@@ -237,7 +237,9 @@ def test_rare_bins_are_no_examples():
 
 def test_neighbours_are_not_independent():
     found = {'objects': {'class': association(0.4, 0.01, 0.001)}}
-    assert 'p-values are too small' in said(layer(granularity='pixel', associations=found))
+    pixels = layer(granularity='pixel', associations=found)
+    assert 'p-values are too small' in said({**pixels, 'num_decisions': 90_000})
+    assert 'p-values are too small' not in said({**pixels, 'num_decisions': 500})  # one an image
     assert 'p-values are too small' not in said(layer(associations=found))
 
 

@@ -7,7 +7,7 @@ import numpy as np
 
 #: Weights travel in steps of 1 / 254; 255 stands for NaN.
 WEIGHT_STEPS, NO_WEIGHT = 254, 255
-#: Those of a layer with more experts than this are small, and travel in finer steps: so many in one.
+#: Those of a layer with more experts than this are small; they travel in so many steps for each.
 FEW_EXPERTS, FINE = 32, 257
 
 

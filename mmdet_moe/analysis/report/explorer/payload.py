@@ -40,9 +40,10 @@ def build_payload(
     """Gather everything that a report shows of one run.
 
     Of a layer with very many experts only those with the most weight are told of
-    (:mod:`~mmdet_moe.analysis.report.shown`). All outcomes are kept as columns. Where there are so many that they alone would use up the
-    budget, the outcomes of images at even distances are kept. Crops and whole images are JPEG, of a
-    choice of images (see :mod:`~mmdet_moe.analysis.report.explorer.pool`).
+    (:mod:`~mmdet_moe.analysis.report.shown`). All outcomes are kept as columns. Where there are so
+    many that they alone would use up the budget, the outcomes of images at even distances are kept.
+    Crops and whole images are JPEG, of a choice of images (see
+    :mod:`~mmdet_moe.analysis.report.explorer.pool`).
 
     Args:
         experts: The content of ``experts.json``.
