@@ -27,14 +27,15 @@ model = dict(
     experts=[dict(at='head.fc', {experts})],
 )
 """
-SPARSE = "num_experts=4, top_k=2, granularity='token'"
+SPARSE = "num_experts=4, top_k=1, granularity='token'"
 FACTORISED = (
     "type='mmdet_moe.{kind}', num_experts={experts}, rank={rank}, activation={activation!r}"
 )
 
 
 def write_classifier(folder, experts, num_images=100, steps=30):
-    """Write data, config and checkpoint into a folder; train the model for some steps.
+    """Write data, config and checkpoint into a folder; train the model for some steps,
+    and add noise to the experts.
 
     Args:
         folder: Where to.
@@ -56,6 +57,9 @@ def write_classifier(folder, experts, num_images=100, steps=30):
         optimizer.zero_grad()
         model(**data, mode='loss')['loss'].backward()
         optimizer.step()
+    with torch.no_grad():  # experts that differ: none can do the others' work
+        for parameter in model.head.fc.experts.parameters():
+            parameter += parameter.std() * torch.randn_like(parameter)
     checkpoint = folder / 'model.pth'
     torch.save({'state_dict': model.state_dict()}, checkpoint)
     return path, checkpoint, model.eval()
