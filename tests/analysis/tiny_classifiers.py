@@ -27,19 +27,20 @@ model = dict(
     experts=[dict(at='head.fc', {experts})],
 )
 """
-SPARSE = "num_experts=4, top_k=1, granularity='token'"
+SPARSE = "num_experts=4, top_k=2, granularity='token'"
 FACTORISED = (
     "type='mmdet_moe.{kind}', num_experts={experts}, rank={rank}, activation={activation!r}"
 )
 
 
-def write_classifier(folder, experts, num_images=100, steps=30):
+def write_classifier(folder, experts, num_images=100, steps=30, noise=1.0):
     """Write data, config and checkpoint into a folder; train the model for some steps,
     and add noise to the experts.
 
     Args:
         folder: Where to.
         experts: Text of the options of what becomes of ``head.fc``.
+        noise: Relative to the experts' weights.
 
     Returns:
         The paths of config and checkpoint, and the model in evaluation mode.
@@ -59,7 +60,7 @@ def write_classifier(folder, experts, num_images=100, steps=30):
         optimizer.step()
     with torch.no_grad():  # experts that differ: none can do the others' work
         for parameter in model.head.fc.experts.parameters():
-            parameter += parameter.std() * torch.randn_like(parameter)
+            parameter += noise * parameter.std() * torch.randn_like(parameter)
     checkpoint = folder / 'model.pth'
     torch.save({'state_dict': model.state_dict()}, checkpoint)
     return path, checkpoint, model.eval()

@@ -36,7 +36,9 @@ class Run:
     """A classifier and its analysis."""
 
     def __init__(self, folder, kind):
-        config, checkpoint, self.model = write_classifier(folder, KINDS[kind], IMAGES)
+        config, checkpoint, self.model = write_classifier(
+            folder, KINDS[kind], IMAGES, noise=4 if kind == 'sparse' else 1
+        )
         self.out, self.argv = folder / 'out', [str(config), str(checkpoint), '--device', 'cpu']
         self.kind, self.cfg = kind, Config.fromfile(config)
         batches = Runner.build_dataloader(self.cfg.val_dataloader)
@@ -87,8 +89,8 @@ def zeroed(model, kind, expert):
     model = copy.deepcopy(model)
     layer = model.head.fc
     if kind == 'sparse':
-        for entry in layer.experts.parameters_of(expert):
-            (entry if entry.dim() < 3 else entry[expert]).data.zero_()
+        for stacked in layer.experts.parameters():
+            stacked.data[expert] = 0
     elif kind == 'cp':
         layer.experts.factors[0].data[expert] = 0
     else:  # in the whole tensor: of several levels no factor is one expert's alone
