@@ -26,6 +26,7 @@ class Recorder(Hook):
     def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
         layers = {'stem': runner.model.stem, 'body_moe': runner.model.body['moe']}
         self.outputs.append({k: v.item() for k, v in outputs.items()})
+        layers = {k: m for k, m in layers.items() if hasattr(m, 'routing')}  # sparse ones
         self.importance.append(
             {k: layer.routing.dense_weights().sum(0).tolist() for k, layer in layers.items()}
         )

@@ -82,13 +82,33 @@ def write_figures(experts: dict, folder: Path) -> list[Path]:
     with style():
         for layer, name, figure in draw_figures(experts):
             place = folder / layer.replace('/', '_').replace('\\', '_')
-            place.mkdir(parents=True, exist_ok=True)
-            for suffix in _SUFFIXES:
-                # Not with_suffix, for the sake of dots in names.
-                path = place / f'{name}.{suffix}'
-                paths.append(write_file(path, to_bytes(figure, suffix)))
-                # Found once, the layout serves the second file as well.
-                figure.set_layout_engine('none')
+            paths += _write(figure, place, name)
+    return paths
+
+
+def write_comparison(runs: Sequence[dict], folder: Path) -> list[Path]:
+    """Write what several runs show together, :func:`draw_polysemanticity`.
+
+    Args:
+        runs: Contents of ``experts.json``.
+        folder: Where to; made if it does not exist.
+
+    Returns:
+        The files written; none if there is nothing to draw.
+    """
+    with style():
+        figure = draw_polysemanticity(runs)
+        return [] if figure is None else _write(figure, folder, 'polysemanticity')
+
+
+def _write(figure: Figure, folder: Path, name: str) -> list[Path]:
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for suffix in _SUFFIXES:
+        # Not with_suffix, for the sake of dots in names.
+        paths.append(write_file(folder / f'{name}.{suffix}', to_bytes(figure, suffix)))
+        # Found once, the layout serves the second file as well.
+        figure.set_layout_engine('none')
     return paths
 
 
