@@ -75,6 +75,7 @@ def make_experts(
     superclasses=False,
     history=True,
     interventions=True,
+    kind='sparse',
     seed=0,
 ):
     """The dict of an ``experts.json``.
@@ -129,6 +130,7 @@ def make_experts(
         'verdict': ['The experts of bbox_head.cls_moe divide the objects by size.'],
     }
     for name, layer in experts['layers'].items():
+        layer['kind'] = kind
         layer['polysemanticity'] = polysemanticity(name, base, experts['interventions'])
     return experts
 
@@ -143,6 +145,8 @@ def _layer(rng, num_experts, detection, num_levels, names, groups, superclasses)
         for key, value in association(['a', 'b'], [[1, 1], [1, 1]], mi=0.3, p_value=0.4).items()
         if key not in ('bins', 'counts', 'bin_given_expert', 'expert_given_bin', 'edges', 'unit')
     }
+    importance = rng.dirichlet(np.full(num_experts, 8.0))
+    paired = sorted(np.argsort(-importance)[:64].tolist())
     associations = {'decisions': {'image': image}}
     if num_levels:
         levels = [str(level) for level in range(num_levels)]
@@ -161,13 +165,12 @@ def _layer(rng, num_experts, detection, num_levels, names, groups, superclasses)
             found['level'] = association(levels, joint(rng, num_levels, num_experts, total))
         associations[source] = found
     return {
-        'kind': 'sparse',
         'num_experts': num_experts,
         'top_k': min(2, num_experts),
         'granularity': 'image',
         'num_decisions': 1000,
         'load': load.tolist(),
-        'importance': rng.dirichlet(np.full(num_experts, 8.0)).tolist(),
+        'importance': importance.tolist(),
         'load_cv2': 0.1,
         'usage_entropy': entropy(load),
         'decision_entropy': 0.5,
@@ -175,8 +178,8 @@ def _layer(rng, num_experts, detection, num_levels, names, groups, superclasses)
         'dead_experts': [1] if num_experts > 2 else [],
         'collapsed': False,
         'active_share': np.diag(coactivation).tolist(),
-        'coactivation_experts': list(range(num_experts)),
-        'coactivation': coactivation.tolist(),
+        'coactivation_experts': paired,
+        'coactivation': coactivation[np.ix_(paired, paired)].tolist(),
         'associations': associations,
     }
 
