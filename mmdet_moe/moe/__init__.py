@@ -6,6 +6,7 @@ from mmdet_moe.moe.constraints import (
     MeanImportanceConstraint,
     RelativeImportanceConstraint,
 )
+from mmdet_moe.moe.editing import Edit, apply_edits, edit_experts
 from mmdet_moe.moe.experts import (
     ConvExperts,
     Experts,
@@ -44,6 +45,7 @@ __all__ = [
     'ConvExperts',
     'ConvGAPRouter',
     'DatasetLoss',
+    'Edit',
     'EntropyLoss',
     'Experts',
     'GAPRouter',
@@ -65,7 +67,9 @@ __all__ = [
     'UtilizationReport',
     'VarianceLoss',
     'add_experts',
+    'apply_edits',
     'count_parameters',
+    'edit_experts',
     'find_moe_layers',
     'report_of',
     'upcycle',
