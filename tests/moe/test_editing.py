@@ -23,7 +23,7 @@ from mmdet_moe.moe import (
 )
 from mmdet_moe.moe.surgery import add_experts
 
-E, K, C, O = 3, 2, 6, 5  # experts, chosen, inputs, outputs
+E, K, C, OUT = 3, 2, 6, 5  # experts, chosen, inputs, outputs
 
 
 def moe(expert, granularity='image', **kwargs):
@@ -31,23 +31,23 @@ def moe(expert, granularity='image', **kwargs):
 
 
 def conv_module(**kwargs):
-    return ConvModule(C, O, 3, padding=1, **kwargs)
+    return ConvModule(C, OUT, 3, padding=1, **kwargs)
 
 
 #: By name: a layer, an input, and how its expert e computes what it gives for one input.
 SPARSE = {
     'linear': (
-        lambda: moe(LinearExperts(C, O, E), 'token'),
+        lambda: moe(LinearExperts(C, OUT, E), 'token'),
         (2, 4, C),
         lambda m, e, x: F.linear(x, m.weight[e], m.bias[e]),
     ),
     'linear of pixels': (
-        lambda: moe(LinearExperts(C, O, E), 'pixel'),
+        lambda: moe(LinearExperts(C, OUT, E), 'pixel'),
         (2, C, 4, 4),
         lambda m, e, x: F.conv2d(x, m.weight[e][:, :, None, None], m.bias[e]),
     ),
     'mlp': (
-        lambda: moe(MLPExperts(C, 7, O, E, activation='GELU'), 'token'),
+        lambda: moe(MLPExperts(C, 7, OUT, E, activation='GELU'), 'token'),
         (9, C),
         lambda m, e, x: F.linear(
             F.gelu(F.linear(x, m.layers[0].weight[e], m.layers[0].bias[e])),
@@ -56,23 +56,23 @@ SPARSE = {
         ),
     ),
     'conv': (
-        lambda: moe(ConvExperts(C, O, 3, E, padding=1)),
+        lambda: moe(ConvExperts(C, OUT, 3, E, padding=1)),
         (16, C, 5, 5),
         lambda m, e, x: F.conv2d(x, m.weight[e], m.bias[e], padding=1),
     ),
     'mixed kernels': (
-        lambda: moe(ConvExperts(C, O, 3, E, padding=1, impl='views')),
+        lambda: moe(ConvExperts(C, OUT, 3, E, padding=1, impl='views')),
         (16, C, 5, 5),
         lambda m, e, x: F.conv2d(x, m.weight[e], m.bias[e], padding=1),
     ),
     'patches': (
-        lambda: moe(nn.Sequential(nn.Conv2d(C, O, 1)), 'patch', grid_size=2),
+        lambda: moe(nn.Sequential(nn.Conv2d(C, OUT, 1)), 'patch', grid_size=2),
         (16, C, 6, 6),
         lambda m, e, x: m[e](x),
     ),
     'shared, shortcut': (
         lambda: moe(
-            nn.Conv2d(C, O, 1), shared=[nn.Conv2d(C, O, 1)], shortcut=nn.Conv2d(C, O, 1)
+            nn.Conv2d(C, OUT, 1), shared=[nn.Conv2d(C, OUT, 1)], shortcut=nn.Conv2d(C, OUT, 1)
         ),
         (16, C, 4, 4),
         lambda m, e, x: m[e](x),
@@ -84,11 +84,11 @@ SPARSE = {
         None,
     ),
     'layer norm': (
-        lambda: moe(nn.Sequential(nn.Linear(C, O), nn.LayerNorm(O)), 'token'),
+        lambda: moe(nn.Sequential(nn.Linear(C, OUT), nn.LayerNorm(OUT)), 'token'),
         (2, 4, C),
         None,
     ),
-    'vectors of an image': (lambda: moe(nn.Linear(C, O)), (16, C), None),
+    'vectors of an image': (lambda: moe(nn.Linear(C, OUT)), (16, C), None),
 }  # fmt: skip
 EDITS = [
     Edit('moe', 1, 2, scale=-1.5),
@@ -163,12 +163,12 @@ def test_sparse_experts(name, edit, randomise):
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize('edit', EDITS, ids=str)
 def test_precisions(edit, dtype):
-    model = nn.ModuleDict({'moe': moe(ConvExperts(C, O, 3, E), 'image')}).to(dtype)
+    model = nn.ModuleDict({'moe': moe(ConvExperts(C, OUT, 3, E), 'image')}).to(dtype)
     apply_edits(model, [edit])
 
 
 def test_edits_compose_in_order():
-    model = nn.ModuleDict({'moe': moe(LinearExperts(C, O, E), 'token')})
+    model = nn.ModuleDict({'moe': moe(LinearExperts(C, OUT, E), 'token')})
     weight, bias = model['moe'].experts.weight[1, 2].clone(), model['moe'].experts.bias[1, 2].item()
     edits = [
         Edit('moe', 1, 2, add=0.5), Edit('moe', 1, 2, scale=2), Edit('moe', 0, None, zero=True)
@@ -177,7 +177,8 @@ def test_edits_compose_in_order():
     experts = model['moe'].experts
     torch.testing.assert_close(experts.weight[1, 2], 2 * weight)
     assert experts.bias[1, 2].item() == pytest.approx(2 * (bias + 0.5))
-    assert not experts.weight[0].any() and not experts.bias[0].any()
+    assert not experts.weight[0].any()
+    assert not experts.bias[0].any()
 
 
 def test_scaling_goes_through_a_relu_and_adding_does_not():
@@ -211,20 +212,20 @@ def test_restored_after_an_exception_and_in_training():
 
 
 def test_gradients_flow_through_an_edited_model():
-    model = nn.ModuleDict({'moe': moe(LinearExperts(C, O, E), 'token')})
+    model = nn.ModuleDict({'moe': moe(LinearExperts(C, OUT, E), 'token')})
     with edit_experts(model, [Edit('moe', 0, 1, scale=2.0)]):
         model['moe'](torch.randn(8, C)).sum().backward()
     assert model['moe'].experts.weight.grad.any()
 
 
 def test_experts_by_path():
-    model = nn.Sequential(nn.Flatten(), nn.Linear(C, O))
+    model = nn.Sequential(nn.Flatten(), nn.Linear(C, OUT))
     add_experts(model, [{'at': '1', 'num_experts': E, 'top_k': K, 'granularity': 'token'}])
     (name,) = find_moe_layers(model)
     x = torch.randn(4, C)
     before = model(x)
     with edit_experts(model, [Edit(name, e, 0, add=1.0) for e in range(E)]):
-        expected = before + torch.eye(O)[0]  # the weights of the experts sum to 1
+        expected = before + torch.eye(OUT)[0]  # the weights of the experts sum to 1
         torch.testing.assert_close(model(x), expected)
 
 
@@ -241,11 +242,11 @@ def test_experts_by_path():
         (lambda: Edit('moe', 0, 1.0, scale=1), 'output=1.0 must be an integer'),
         (lambda: Edit('meo', 0, 0, scale=1), 'no layer "meo" has experts; there is moe'),
         (lambda: Edit('moe', E, 0, scale=1), 'expert=3 is out of range; it has 3 experts'),
-        (lambda: Edit('moe', 0, O, scale=1), 'output=5 is out of range; an expert has 5 outputs'),
+        (lambda: Edit('moe', 0, OUT, scale=1), 'output=5 is out of range; an expert has 5 outputs'),
     ],
 )
 def test_mistakes(edit, message):
-    model = nn.ModuleDict({'moe': moe(LinearExperts(C, O, E), 'token')})
+    model = nn.ModuleDict({'moe': moe(LinearExperts(C, OUT, E), 'token')})
     state = state_of(model)
     with pytest.raises(ConfigError, match=re.escape(message)):
         apply_edits(model, [Edit('moe', 0, 0, scale=2), edit()])
@@ -258,7 +259,7 @@ def test_a_model_without_experts():
 
 
 def tied():
-    experts = [nn.Sequential(nn.Conv2d(C, O, 1)) for _ in range(E)]
+    experts = [nn.Sequential(nn.Conv2d(C, OUT, 1)) for _ in range(E)]
     experts[2][0] = experts[1][0]
     return moe(experts)
 
@@ -267,13 +268,13 @@ def tied():
     ('layer', 'edit', 'message'),
     [
         (
-            lambda: moe(LinearExperts(C, O, E, bias=False), 'token'),
+            lambda: moe(LinearExperts(C, OUT, E, bias=False), 'token'),
             Edit('moe', 1, 0, add=1),
             'needs a bias, which its last layer, LinearExperts, has not',
         ),
         (tied, Edit('moe', 1, 0, scale=2), 'last layer, Conv2d, are used elsewhere'),
         (
-            lambda: moe(nn.Sequential(nn.ConvTranspose2d(C, O, 1))),
+            lambda: moe(nn.Sequential(nn.ConvTranspose2d(C, OUT, 1))),
             Edit('moe', 1, 0, scale=2),
             'its last layer with weights is ConvTranspose2d',
         ),
@@ -283,7 +284,7 @@ def tied():
             'Conv2d, has 4 outputs, of which it makes 1',
         ),
         (
-            lambda: moe(nn.Sequential(nn.Conv2d(C, O, 64))),
+            lambda: moe(nn.Sequential(nn.Conv2d(C, OUT, 64))),
             Edit('moe', 1, 0, scale=2),
             r'does not run on inputs \(2, 6, 32, 32\)',
         ),

@@ -1,162 +1,24 @@
-"""Expert editing: change what one expert contributes to one output (arXiv 2402.12550, section 4.3).
+"""The weights behind the outputs of one sparse expert."""
 
-A layer returns ``y = sum_n a_n c_n(x)``; an edit replaces ``c_n(x)_o`` by ``scale · c_n(x)_o``, by
-``c_n(x)_o + add`` or by 0, and leaves the decision ``a_n`` alone. It is made in the weights: an
-edited model is an ordinary one, with an ordinary checkpoint and nothing more to compute.
-"""
-
-import difflib
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd
 
-from mmdet_moe.checks import check_flag, check_integer, check_number
 from mmdet_moe.errors import ConfigError, explained
 from mmdet_moe.moe.dispatcher import Dispatcher, unpack
+from mmdet_moe.moe.editing.edit import Edit
 from mmdet_moe.moe.experts import ConvExperts, LinearExperts, MLPExperts, ModuleExperts
-from mmdet_moe.moe.layer import MoELayer, find_moe_layers
+from mmdet_moe.moe.layer import MoELayer
 
 #: Vectors, or pixels, on which it is seen whether an edit did what it says.
 _PROBES = 64
-_CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
+_NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm)
 
 
-@dataclass(frozen=True)
-class Edit:
-    """One change of what an expert contributes, before it is weighted.
-
-    Args:
-        layer: Name of the layer in the model, such as ``'head.fc'``.
-        expert: n, from 0. With several levels of experts: the index in row-major order.
-        output: o, from 0: a class of a classifier's last layer, a channel of a feature map. None:
-            all outputs.
-        scale: ``c -> scale · c``.
-        add: ``c -> c + add``.
-        zero: ``c -> 0``.
-
-    Raises:
-        ConfigError: Unless exactly one of the three is given, and all values are of their kind.
-    """
-
-    layer: str
-    expert: int
-    output: int | None
-    scale: float | None = None
-    add: float | None = None
-    zero: bool = False
-
-    def __post_init__(self) -> None:
-        check_integer('Edit', 'expert', self.expert, 0)
-        if self.output is not None:
-            check_integer('Edit', 'output', self.output, 0)
-        check_flag('Edit', 'zero', self.zero)
-        given = {
-            'scale': self.scale is not None, 'add': self.add is not None, 'zero': self.zero
-        }  # fmt: skip
-        if sum(given.values()) != 1:
-            names = ' and '.join(name for name, is_given in given.items() if is_given) or 'none'
-            raise ConfigError(
-                f'Edit of layer "{self.layer}": give exactly one of scale, add and zero=True, '
-                f'not {names}'
-            )
-        for name in ('scale', 'add'):
-            if given[name]:
-                check_number('Edit', name, getattr(self, name))
-
-    @property
-    def factor(self) -> float | None:
-        """What the contribution is multiplied with; None for ``add``."""
-        return 0.0 if self.zero else self.scale
-
-    def of(self, contribution: Tensor, dim: int) -> Tensor:
-        """The edited contribution of a given one, whose outputs lie along ``dim``."""
-        edited = contribution.clone()
-        part = edited if self.output is None else edited.select(dim, self.output)
-        part.add_(self.add) if self.factor is None else part.mul_(self.factor)
-        return edited
-
-    def __str__(self) -> str:
-        outputs = 'all outputs' if self.output is None else f'output {self.output}'
-        change = f'{self.add:+g}' if self.factor is None else f'× {self.factor:g}'
-        return f'layer "{self.layer}", expert {self.expert}, {outputs}: {change}'
-
-
-@contextmanager
-def edit_experts(model: nn.Module, edits: Iterable[Edit]) -> Iterator[nn.Module]:
-    """The model with edits, until the end of the block; then its weights are bitwise as before.
-
-    Args:
-        model: Any model with MoE layers.
-        edits: Made one after the other; several on the same expert compose.
-
-    Raises:
-        ConfigError: As :func:`apply_edits`.
-    """
-    with ExitStack() as undo:
-        _apply(model, edits, undo)
-        yield model
-
-
-def apply_edits(model: nn.Module, edits: Iterable[Edit]) -> None:
-    """Edit a model for good.
-
-    Sparse experts: a row of the expert's last linear layer, convolution or affine normalisation is
-    changed. The outcome is compared on random inputs, for what follows that layer decides whether
-    the edit is exact: after a ReLU a contribution can be scaled by what is not negative, but
-    nothing can be added to it.
-
-    Args:
-        model: As for :func:`edit_experts`; left as it was if an error is raised.
-        edits: As for :func:`edit_experts`.
-
-    Raises:
-        ConfigError: If there is no such layer, expert or output, or the expert is built in a way
-            that its weights cannot express the edit.
-    """
-    with ExitStack() as undo:
-        _apply(model, edits, undo)
-        undo.pop_all()
-
-
-@torch.no_grad()
-def _apply(model: nn.Module, edits: Iterable[Edit], undo: ExitStack) -> None:
-    edits = list(edits)
-    layers = find_moe_layers(model)
-    handles = [_find(model, layers, edit) for edit in edits]  # all are checked before any is made
-    for edit, handle in zip(edits, handles, strict=True):
-        handle.apply(edit, undo)
-
-
-def _find(model: nn.Module, layers: dict[str, MoELayer], edit: Edit) -> '_SparseExpert':
-    """What an edit is about.
-
-    Raises:
-        ConfigError: If there is no such thing in the model.
-    """
-    if edit.layer not in layers:
-        close = difflib.get_close_matches(edit.layer, list(layers), cutoff=0.4) or list(layers)[:8]
-        there = f'there is {", ".join(close)}' if close else f'{type(model).__name__} has none'
-        raise ConfigError(f'Edit: no layer "{edit.layer}" has experts; {there}')
-    layer = layers[edit.layer]
-    if edit.expert >= layer.num_experts:
-        raise ConfigError(
-            f'Edit of layer "{edit.layer}": expert={edit.expert} is out of range; it has '
-            f'{layer.num_experts} experts, from 0'
-        )
-    handle = _SparseExpert(model, layer, edit.expert)
-    if edit.output is not None and edit.output >= handle.num_outputs:
-        raise ConfigError(
-            f'Edit of layer "{edit.layer}": output={edit.output} is out of range; an expert has '
-            f'{handle.num_outputs} outputs, from 0'
-        )
-    return handle
-
-
-class _SparseExpert:
+class SparseExpert:
     """One expert of an MoE layer, and the weights behind its outputs.
 
     Args:
@@ -252,8 +114,10 @@ class _SparseExpert:
             self._contribution()
         last = next((m for m in reversed(ran) if any(True for _ in m.parameters(False))), None)
         weight = None if last is None else last._parameters.get('weight')
-        is_norm = isinstance(last, _NORMS) and weight is not None and weight.dim() == 1
-        if weight is None or not (is_norm or isinstance(last, (nn.Linear, *_CONVS))):
+        is_known = isinstance(last, nn.Linear)
+        is_known |= isinstance(last, _ConvNd) and not last.transposed
+        is_known |= isinstance(last, _NORMS) and weight is not None and weight.dim() == 1
+        if weight is None or not is_known:
             raise ConfigError(
                 f'{self._where}: its last layer with weights is '
                 f'{"none" if last is None else type(last).__name__}, and has to be a linear layer, '
