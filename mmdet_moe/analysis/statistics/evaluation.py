@@ -54,8 +54,12 @@ class DetectionMetrics:
         with contextlib.redirect_stdout(io.StringIO()):
             self._truth.createIndex()
 
-    def __call__(self, found: BoxRecords) -> dict:
+    def __call__(self, found: BoxRecords, images: np.ndarray | None = None) -> dict:
         """Evaluate detections.
+
+        Args:
+            found: In all images.
+            images: int (m,), those that count. Default: all.
 
         Returns:
             ``AP``, ``AP50``, ``AP small``, ``AP medium``, ``AP large``, ``per_class``, in 0..1.
@@ -72,6 +76,8 @@ class DetectionMetrics:
         with contextlib.redirect_stdout(io.StringIO()):
             evaluation = COCOeval(self._truth, self._truth.loadRes(rows), 'bbox')
             evaluation.params.maxDets = [1, 10, _MAX_DETECTIONS]
+            if images is not None:
+                evaluation.params.imgIds = images.tolist()
             evaluation.evaluate()
             evaluation.accumulate()
         # IoU thresholds, recalls, classes, areas; -1 where a class has no object of that size.
@@ -103,15 +109,20 @@ class ClassificationMetrics:
         self.classes = list(classes)
         self.true_labels = true_labels
 
-    def __call__(self, labels: np.ndarray) -> dict:
-        """Evaluate the predicted classes, int (n,).
+    def __call__(self, labels: np.ndarray, images: np.ndarray | slice = np.s_[:]) -> dict:
+        """Evaluate the predicted classes.
+
+        Args:
+            labels: int (n,).
+            images: int (m,), those that count. Default: all.
 
         Returns:
             ``accuracy`` and ``per_class``, the accuracy on each class's own images, in 0..1.
         """
-        correct = labels == self.true_labels
+        true_labels = self.true_labels[images]
+        correct = labels[images] == true_labels
         per_class = {}
         for i, name in enumerate(self.classes):
-            mine = self.true_labels == i
+            mine = true_labels == i
             per_class[name] = float(correct[mine].mean()) if mine.any() else None
         return {'accuracy': float(correct.mean()), 'per_class': per_class}
