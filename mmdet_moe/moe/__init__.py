@@ -7,6 +7,7 @@ from mmdet_moe.moe.constraints import (
     RelativeImportanceConstraint,
 )
 from mmdet_moe.moe.editing import Edit, apply_edits, edit_experts
+from mmdet_moe.moe.expert_layer import ExpertLayer, find_expert_layers
 from mmdet_moe.moe.experts import (
     ConvExperts,
     Experts,
@@ -32,6 +33,7 @@ from mmdet_moe.moe.losses import (
     SwitchLoss,
     VarianceLoss,
 )
+from mmdet_moe.moe.mumoe import CPMuMoE, MuMoE, MuMoEConv1x1, MuMoEMLP, TRMuMoE
 from mmdet_moe.moe.routers import ConvGAPRouter, GAPRouter, Router
 from mmdet_moe.moe.routing import Routing
 from mmdet_moe.moe.surgery import Report, add_experts, report_of
@@ -41,12 +43,14 @@ __all__ = [
     'DECISION_WEIGHTS',
     'BalancingLoss',
     'BiasBalancing',
+    'CPMuMoE',
     'Constraint',
     'ConvExperts',
     'ConvGAPRouter',
     'DatasetLoss',
     'Edit',
     'EntropyLoss',
+    'ExpertLayer',
     'Experts',
     'GAPRouter',
     'ImportanceLoss',
@@ -56,6 +60,9 @@ __all__ = [
     'MeanImportanceConstraint',
     'MoELayer',
     'ModuleExperts',
+    'MuMoE',
+    'MuMoEConv1x1',
+    'MuMoEMLP',
     'RelativeImportanceConstraint',
     'Report',
     'Router',
@@ -63,6 +70,7 @@ __all__ = [
     'Routing',
     'StackedExperts',
     'SwitchLoss',
+    'TRMuMoE',
     'Utilization',
     'UtilizationReport',
     'VarianceLoss',
@@ -70,6 +78,7 @@ __all__ = [
     'apply_edits',
     'count_parameters',
     'edit_experts',
+    'find_expert_layers',
     'find_moe_layers',
     'report_of',
     'upcycle',
