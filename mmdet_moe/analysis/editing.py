@@ -179,16 +179,19 @@ def measure(model: nn.Module, data: AnalysisData, name: str = 'images') -> dict:
                 break
     found = concatenated(parts)
     if isinstance(found, BoxRecords):
-        main, evaluate = 'AP', DetectionMetrics(data, len(data))
+        main, of_detections = 'AP', DetectionMetrics(data, len(data))
+        metrics = of_detections(found)
+        per_group = {g: of_detections(found, images) for g, images in data.groups.items()}
     else:
-        labels = np.array([data.label(i) for i in range(len(data))])
-        main, evaluate = 'accuracy', ClassificationMetrics(data.classes, labels)
-    metrics = evaluate(found)
-    per_class = list(metrics['per_class'].values())
-    if data.groups:
-        metrics['per_group'] = {
-            group: evaluate(found, images)[main] for group, images in data.groups.items()
+        main, labels = 'accuracy', np.array([data.label(i) for i in range(len(data))])
+        metrics = ClassificationMetrics(data.classes, labels)(found)
+        per_group = {
+            group: ClassificationMetrics(data.classes, labels[images])(found[images])
+            for group, images in data.groups.items()
         }
+    if per_group:
+        metrics['per_group'] = {group: values[main] for group, values in per_group.items()}
+    per_class = list(metrics['per_class'].values())
     if data.superclasses:
         metrics['per_superclass'] = {
             group: _mean([per_class[i] for i in classes])

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from mmengine.runner import Runner
 from torch import nn
 
 from mmdet_moe.analysis.attribution import Tracer, replaced
@@ -26,7 +27,7 @@ from mmdet_moe.analysis.interventions import (
     experts_remembered,
     interventions_on,
 )
-from mmdet_moe.analysis.recorder import Recorder, predictions_of
+from mmdet_moe.analysis.recorder import Recorder, boxes_of
 from mmdet_moe.analysis.records.contents import (
     BoxRecords,
     ClassifierRecords,
@@ -101,7 +102,7 @@ class Study:
                 del self.layers[name]
             return kept['left_out']
         with self.tracer:
-            results = self.tracer.predict(next(self.data.batches(num_workers=0)))
+            results = self.tracer.predict(next(self._batches(0, num_workers=0)))
         return self.tracer.leave_out_unknown(len(results))
 
     @property
@@ -147,13 +148,20 @@ class Study:
                 if self._is_in_head(intervention):
                     shared = replaced(self.model, 'extract_feat', lambda _: features())
                 with applied(intervention, self.layers, (number, indices[0])), shared:
-                    found.append(predictions_of(indices, self.model(**data, mode='predict')))
+                    found.append(self._predictions(indices, self.model(**data, mode='predict')))
         return found
 
     def _is_in_head(self, intervention: Intervention) -> bool:
         """Whether no changed layer stands before the features."""
         changed = [name for name in self.layers if intervention.layer in (name, ALL)]
         return self.is_detector and all(name.split('.')[0].endswith('head') for name in changed)
+
+    def _predictions(self, indices: list[int], results: list) -> BoxRecords | np.ndarray:
+        if not self.is_detector:
+            scores = torch.stack([result.pred_score for result in results])
+            return scores.argmax(1).cpu().numpy().astype(np.int32)
+        pairs = zip(indices, results, strict=True)
+        return concatenated([boxes_of(index, result.pred_instances) for index, result in pairs])
 
     def _chunks(
         self, records: RecordFiles, progress: Progress
@@ -163,7 +171,7 @@ class Study:
         progress(done)
         if done == total:
             return
-        batches = self.data.batches(done)
+        batches = self._batches(done)
         size = self.data.loader_cfg.get('batch_size', 1)
         per_file = max(1, IMAGES_PER_FILE // size) * size
         for first in range(done, total, per_file):
@@ -174,3 +182,11 @@ class Study:
                 end,
                 ((list(range(start, min(start + size, end))), next(batches)) for start in starts),
             )
+
+    def _batches(self, first: int, **options: int) -> Iterator[dict]:
+        """The batches from an image on."""
+        order = range(first, len(self.data))
+        config = {**self.data.loader_cfg, 'dataset': self.data.dataset, 'sampler': order, **options}
+        if options:
+            config['persistent_workers'] = False
+        return iter(Runner.build_dataloader(config))

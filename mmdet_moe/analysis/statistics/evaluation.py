@@ -109,20 +109,15 @@ class ClassificationMetrics:
         self.classes = list(classes)
         self.true_labels = true_labels
 
-    def __call__(self, labels: np.ndarray, images: np.ndarray | slice = np.s_[:]) -> dict:
-        """Evaluate the predicted classes.
-
-        Args:
-            labels: int (n,).
-            images: int (m,), those that count. Default: all.
+    def __call__(self, labels: np.ndarray) -> dict:
+        """Evaluate the predicted classes, int (n,).
 
         Returns:
             ``accuracy`` and ``per_class``, the accuracy on each class's own images, in 0..1.
         """
-        true_labels = self.true_labels[images]
-        correct = labels[images] == true_labels
+        correct = labels == self.true_labels
         per_class = {}
         for i, name in enumerate(self.classes):
-            mine = true_labels == i
+            mine = self.true_labels == i
             per_class[name] = float(correct[mine].mean()) if mine.any() else None
         return {'accuracy': float(correct.mean()), 'per_class': per_class}
