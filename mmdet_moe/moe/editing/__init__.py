@@ -14,8 +14,10 @@ from torch import nn
 
 from mmdet_moe.errors import ConfigError
 from mmdet_moe.moe.editing.edit import Edit
+from mmdet_moe.moe.editing.factorised import FactorisedExpert
 from mmdet_moe.moe.editing.sparse import SparseExpert
-from mmdet_moe.moe.layer import MoELayer, find_moe_layers
+from mmdet_moe.moe.expert_layer import ExpertLayer, find_expert_layers
+from mmdet_moe.moe.mumoe import MuMoE
 
 __all__ = ['Edit', 'apply_edits', 'edit_experts']
 
@@ -25,7 +27,7 @@ def edit_experts(model: nn.Module, edits: Iterable[Edit]) -> Iterator[nn.Module]
     """The model with edits, until the end of the block; then its weights are bitwise as before.
 
     Args:
-        model: Any model with MoE layers.
+        model: Any model with layers of experts.
         edits: Made one after the other; several on the same expert compose.
 
     Raises:
@@ -38,6 +40,9 @@ def edit_experts(model: nn.Module, edits: Iterable[Edit]) -> Iterator[nn.Module]
 
 def apply_edits(model: nn.Module, edits: Iterable[Edit]) -> None:
     """Edit a model for good.
+
+    μMoE layers: exact, by terms of rank one (:class:`FactorisedExpert`). A state dict with the
+    higher rank loads into the model of the same config.
 
     Sparse experts: a row of the expert's last linear layer, convolution or affine normalisation is
     changed. The outcome is compared on random inputs, for what follows that layer decides whether
@@ -60,13 +65,15 @@ def apply_edits(model: nn.Module, edits: Iterable[Edit]) -> None:
 @torch.no_grad()
 def _apply(model: nn.Module, edits: Iterable[Edit], undo: ExitStack) -> None:
     edits = list(edits)
-    layers = find_moe_layers(model)
+    layers = find_expert_layers(model)
     handles = [_find(model, layers, edit) for edit in edits]  # all are checked before any is made
     for edit, handle in zip(edits, handles, strict=True):
         handle.apply(edit, undo)
 
 
-def _find(model: nn.Module, layers: dict[str, MoELayer], edit: Edit) -> 'SparseExpert':
+def _find(
+    model: nn.Module, layers: dict[str, ExpertLayer], edit: Edit
+) -> SparseExpert | FactorisedExpert:
     """What an edit is about.
 
     Raises:
@@ -82,7 +89,10 @@ def _find(model: nn.Module, layers: dict[str, MoELayer], edit: Edit) -> 'SparseE
             f'Edit of layer "{edit.layer}": expert={edit.expert} is out of range; it has '
             f'{layer.num_experts} experts, from 0'
         )
-    handle = SparseExpert(model, layer, edit.expert)
+    if isinstance(layer, MuMoE):
+        handle = FactorisedExpert(layer, edit.expert)
+    else:
+        handle = SparseExpert(model, layer, edit.expert)
     if edit.output is not None and edit.output >= handle.num_outputs:
         raise ConfigError(
             f'Edit of layer "{edit.layer}": output={edit.output} is out of range; an expert has '
