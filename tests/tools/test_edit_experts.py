@@ -16,6 +16,7 @@ import mmdet_moe
 from mmdet_moe import cli
 from mmdet_moe.analysis import editing
 from mmdet_moe.analysis.command import run_analysis
+from mmdet_moe.analysis.data import AnalysisData
 from mmdet_moe.analysis.editing import edit_checkpoint, parse, parse_edit, run_editing
 from mmdet_moe.errors import ConfigError
 from mmdet_moe.moe import Edit
@@ -203,12 +204,22 @@ def test_factorised_experts(classifier, tmp_path):
         edit_checkpoint(other)
 
 
-def test_detector(detector, tmp_path, capsys):
+def test_detector(detector, tmp_path, capsys, monkeypatch):
+    halves = {'first': np.arange(4), 'second': np.arange(4, 8)}
+    monkeypatch.setattr(AnalysisData, 'groups', halves)
+    monkeypatch.setattr(AnalysisData, 'superclasses', {'low': [0, 2, 4], 'rest': [1]})
     out = tmp_path / 'edited.pth'
     edits = [f'layer=bbox_head.cls_moe,expert={e},output=all,zero=true' for e in range(3)]
     before, after = edit_checkpoint(parse(detector.argv(out, *edits)))
     assert before['AP'] != after['AP']
-    assert list(before['per_class']) == list('0123456789')
+    per_class = before['per_class']
+    assert list(per_class) == list('0123456789')
+    low = (per_class['0'] + per_class['2'] + per_class['4']) / 3
+    assert before['per_superclass'] == {'low': pytest.approx(low), 'rest': None}
+    monkeypatch.setattr(AnalysisData, 'groups', {})
+    argv = detector.argv(tmp_path / 'half.pth', *edits, more=['--max-images', '4'])
+    assert edit_checkpoint(parse(argv))[0]['AP'] == before['per_group']['first']
+    assert before['per_group']['second'] != before['per_group']['first']
     assert detector.test(out, tmp_path / 'b')['coco/bbox_mAP'] == pytest.approx(
         after['AP'], abs=6e-4
     )
