@@ -34,6 +34,20 @@ def conv_module(**kwargs):
     return ConvModule(C, OUT, 3, padding=1, **kwargs)
 
 
+class Projecting(nn.Module):
+    """The end of a residual block, with a projection beside it."""
+
+    def __init__(self, relu, channels=OUT):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, OUT, 3, padding=1)
+        self.norm = nn.BatchNorm2d(OUT)
+        self.projection = nn.Conv2d(channels, OUT, 1, bias=False)
+        self.act = nn.ReLU(inplace=True) if relu else nn.Identity()
+
+    def forward(self, x):
+        return self.act(self.norm(self.conv(x)) + self.projection(x))
+
+
 #: By name: a layer, an input, and how its expert e computes what it gives for one input.
 SPARSE = {
     'linear': (
@@ -86,6 +100,11 @@ SPARSE = {
     'layer norm': (
         lambda: moe(nn.Sequential(nn.Linear(C, OUT), nn.LayerNorm(OUT)), 'token'),
         (2, 4, C),
+        None,
+    ),
+    'residual': (
+        lambda: moe(nn.Sequential(conv_module(), Projecting(False))),
+        (16, C, 5, 5),
         None,
     ),
     'vectors of an image': (lambda: moe(nn.Linear(C, OUT)), (16, C), None),
@@ -193,6 +212,20 @@ def test_scaling_goes_through_a_relu_and_adding_does_not():
         assert_same_state(model, state)  # the first edit, too, has been undone
 
 
+def test_scaling_goes_through_a_relu_behind_a_sum(randomise):
+    model = randomise(nn.ModuleDict({'moe': moe(Projecting(True, C))})).eval()
+    x = torch.randn(16, C, 5, 5)
+    expert = model['moe'].experts[0]
+    expected = expert(x)
+    expected[:, 1] *= 3
+    with edit_experts(model, [Edit('moe', 0, 1, scale=3)]):
+        torch.testing.assert_close(expert(x), expected)
+    with pytest.raises(
+        ConfigError, match='last layer, BatchNorm2d and Conv2d, changes the outcome'
+    ):
+        apply_edits(model, [Edit('moe', 0, 1, add=3)])
+
+
 def test_a_sum_with_the_input_can_be_added_to_and_not_scaled():
     ffn = FFN(C, 8, num_fcs=2, act_cfg={'type': 'GELU'})
     model = nn.ModuleDict({'moe': moe(ffn, 'token')})
@@ -282,6 +315,21 @@ def tied():
             lambda: moe(nn.Sequential(nn.Conv2d(C, 4, 1), nn.PixelShuffle(2))),
             Edit('moe', 1, 0, scale=2),
             'Conv2d, has 4 outputs, of which it makes 1',
+        ),
+        (
+            lambda: moe(nn.Sequential(nn.Conv2d(C, OUT, 1), nn.InstanceNorm2d(OUT))),
+            Edit('moe', 1, 0, scale=2),
+            'what follows its last layer, Conv2d, changes the outcome',
+        ),
+        (
+            lambda: moe(nn.Sequential(nn.Conv2d(C, OUT, 1), nn.PReLU())),
+            Edit('moe', 1, 0, scale=2),
+            'its last layer with weights is PReLU',
+        ),
+        (
+            lambda: moe([nn.Identity() for _ in range(E)]),
+            Edit('moe', 1, 0, scale=2),
+            'nothing in it has weights',
         ),
         (
             lambda: moe(nn.Sequential(nn.Conv2d(C, OUT, 64))),
