@@ -40,7 +40,7 @@ class SparseExpert:
         self.layer, self.expert = layer, expert
         self._where = f'expert {expert} of layer "{layer.name}" cannot be edited'
         self._last = self._last_layers()
-        self._names = ' and '.join(type(last).__name__ for last in self._last)
+        self._names = ' and '.join(dict.fromkeys(type(last).__name__ for last in self._last))
         others = [value for m in self._other_modules(model) for value in m._parameters.values()]
         if any(value is last.weight for last in self._last for value in others):
             raise ConfigError(
@@ -93,8 +93,8 @@ class SparseExpert:
             raise ConfigError(
                 f'{self._where} by {"add" if edit.factor is None else f"scale={edit.factor:g}"}: '
                 f'what follows its last layer, {self._names}, changes the outcome (an activation, '
-                'or a sum with its input); after a ReLU use zero=True or scale >= 0, or choose a '
-                'layer inside of it'
+                'or a sum with its input); after a ReLU use scale >= 0, after others zero=True, or '
+                'choose a layer inside of it'
             )
 
     def _last_layers(self) -> list[nn.Module]:
