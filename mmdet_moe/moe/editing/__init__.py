@@ -1,4 +1,4 @@
-"""Expert editing: change what one expert contributes to one output (arXiv 2402.12550, section 4.3).
+"""Expert editing: change what one expert contributes to one output (arXiv 2402.12550).
 
 A layer returns ``y = sum_n a_n c_n(x)``; an edit replaces ``c_n(x)_o`` by ``scale · c_n(x)_o``, by
 ``c_n(x)_o + add`` or by 0, and leaves the decision ``a_n`` alone. It is made in the weights: an
