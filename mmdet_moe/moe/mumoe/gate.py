@@ -61,7 +61,7 @@ class ExpertGate(nn.Module):
         return self.activate(self.logits(x))
 
     def _normalised(self, logits: Tensor, norm: nn.Module) -> Tensor:
-        if isinstance(norm, nn.BatchNorm1d) and norm.running_mean.dtype != logits.dtype:
+        if self.norm == 'bn' and norm.running_mean.dtype != logits.dtype:
             return norm(logits.to(norm.running_mean.dtype)).to(logits.dtype)
         return norm(logits)
 
