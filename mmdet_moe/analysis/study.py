@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from mmengine.runner import Runner
 from torch import Tensor, nn
 
 from mmdet_moe.analysis.attribution import Tracer, replaced
@@ -30,7 +29,7 @@ from mmdet_moe.analysis.interventions import (
     interventions_on,
     versions,
 )
-from mmdet_moe.analysis.recorder import Recorder, boxes_of
+from mmdet_moe.analysis.recorder import Recorder, predictions_of
 from mmdet_moe.analysis.records.contents import (
     BoxRecords,
     ChangedClassRecords,
@@ -100,7 +99,7 @@ class Study:
                 del self.layers[name]
             return kept['left_out']
         with self.tracer:
-            results = self.tracer.predict(next(self._batches(0, num_workers=0)))
+            results = self.tracer.predict(next(self.data.batches(num_workers=0)))
         return self.tracer.leave_out_unknown(len(results))
 
     @property
@@ -177,13 +176,7 @@ class Study:
                 if all(map(_is_in_head, changed)):
                     shared = replaced(self.model, 'extract_feat', features)
                 with applied(intervention, self.layers, (number, indices[0])), shared:
-                    results = self.model(**data, mode='predict')
-                if self.is_detector:
-                    pairs = zip(indices, results, strict=True)
-                    found.append(concatenated([boxes_of(i, r.pred_instances) for i, r in pairs]))
-                else:
-                    scores = torch.stack([result.pred_score for result in results])
-                    found.append(scores.argmax(1).cpu().numpy().astype(np.int32))
+                    found.append(predictions_of(indices, self.model(**data, mode='predict')))
         return found if self.is_detector else ChangedClassRecords(np.stack(found, axis=1))
 
     def _chunks(
@@ -194,7 +187,7 @@ class Study:
         progress(done)
         if done == total:
             return
-        batches = self._batches(done)
+        batches = self.data.batches(done)
         size = self.data.loader_cfg.get('batch_size', 1)
         per_file = max(1, IMAGES_PER_FILE // size) * size
         for first in range(done, total, per_file):
@@ -205,14 +198,6 @@ class Study:
                 end,
                 ((list(range(start, min(start + size, end))), next(batches)) for start in starts),
             )
-
-    def _batches(self, first: int, **options: int) -> Iterator[dict]:
-        """The batches from an image on."""
-        order = range(first, len(self.data))
-        config = {**self.data.loader_cfg, 'dataset': self.data.dataset, 'sampler': order, **options}
-        if options:
-            config['persistent_workers'] = False
-        return iter(Runner.build_dataloader(config))
 
 
 def _is_in_head(layer: str) -> bool:
