@@ -256,4 +256,4 @@ def test_config_trains(name, write_data, monkeypatch):
     counts = torch.tensor(associations['superclass']['counts'])
     torch.testing.assert_close(counts.sum(1), torch.full((20,), 5.0, dtype=counts.dtype))
     kinds = {entry['kind'] for entry in experts['interventions']}
-    assert kinds == {'only', 'equal', 'without', 'random'}
+    assert kinds == {'only', 'equal', 'without', 'random', 'zeroed'}

@@ -15,7 +15,7 @@ from mmdet_moe.analysis.recorder import Recorder
 from mmdet_moe.analysis.records.contents import DetectorRecords, from_arrays, to_arrays
 from mmdet_moe.analysis.statistics.outcomes import outcomes_of
 from mmdet_moe.errors import ConfigError
-from mmdet_moe.moe import LinearExperts, MoELayer
+from mmdet_moe.moe import LinearExperts, MoELayer, add_experts
 
 
 class Data:
@@ -183,3 +183,43 @@ def test_decisions_of_unknown_images_are_refused():
         tracer.predict({'inputs': torch.randn(2, 5, 3, 4)}, preprocessed=True)
         with pytest.raises(ConfigError, match=r'"layer" decides on 10 inputs .* has 2 images'):
             tracer.decisions('layer', 2)
+
+
+def test_pixels_of_a_factorised_layer(randomise):
+    """The coefficients at the pixel of the lateral that feeds a detection's level."""
+    model = build_single('retina')
+    path = 'neck.lateral_convs.0.conv'
+    add_experts(model, [dict(at=path, type='mmdet_moe.CPMuMoE', num_experts=(2, 3), rank=4)])
+    layer = randomise(model).eval().get_submodule(path)
+    inputs = []
+    handle = layer.register_forward_hook(lambda _, x, y: inputs.append(x[0]))
+    with Tracer(model) as tracer:
+        recorder = Recorder(tracer, Data())
+        recorder.add([4, 5, 6], tracer.predict(make_batch()))
+    handle.remove()
+    assert not layer._observers
+    (records,) = recorder.take().layers
+    images, _, height, width = inputs[-1].shape
+    one, two = layer.coefficients(inputs[-1].permute(0, 2, 3, 1).reshape(-1, inputs[-1].shape[1]))
+    expected = (one[:, :, None] * two[:, None]).flatten(1).detach().numpy()
+    decisions = records.decisions
+    assert decisions.weights.shape == (images * height * width, 6)
+    np.testing.assert_allclose(decisions.weights, expected, atol=1e-6)
+    known = records.detections.unit >= 0
+    assert known.any()
+    place = {unit: row for row, unit in enumerate(decisions.unit.tolist())}
+    rows = [place[unit] for unit in records.detections.unit[known].tolist()]
+    np.testing.assert_allclose(records.detections.weights[known], expected[rows], atol=1e-6)
+
+
+def test_few_decisions_of_many_experts_are_kept(randomise, monkeypatch):
+    """As many as have so many weights, whoever they are."""
+    monkeypatch.setattr('mmdet_moe.analysis.recorder.MAX_WEIGHTS', 60)
+    model = build_single('retina')
+    experts = dict(type='mmdet_moe.CPMuMoE', num_experts=12, rank=2)
+    add_experts(model, [dict(at='neck.lateral_convs.0.conv', **experts)])
+    with Tracer(randomise(model).eval()) as tracer:
+        recorder = Recorder(tracer, Data())
+        recorder.add([4, 5, 6], tracer.predict(make_batch()))
+    (records,) = recorder.take().layers
+    assert np.bincount(records.decisions.image).tolist() == [0, 0, 0, 0, 5, 5, 5]

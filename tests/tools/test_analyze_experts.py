@@ -235,7 +235,7 @@ def check_association(table, experts, total=None):
 
 def check_schema(experts, task):
     assert list(experts)[:2] == ['schema', 'version']
-    assert (experts['schema'], experts['version']) == ('mmdet_moe.experts', 1)
+    assert (experts['schema'], experts['version']) == ('mmdet_moe.experts', 2)
     assert set(experts) == {
         'schema', 'version', 'run', 'metrics', 'layers', 'interventions', 'history', 'verdict',
     }  # fmt: skip
@@ -252,7 +252,14 @@ def check_schema(experts, task):
         assert list(metrics['per_class']) == run['classes']
     for layer in experts['layers'].values():
         experts_ = layer['num_experts']
+        assert layer['kind'] == 'sparse'
         assert len(layer['load']) == len(layer['importance']) == experts_
+        assert np.diag(layer['coactivation']).tolist() == layer['active_share']
+        assert layer['coactivation_experts'] == list(range(experts_))
+        hangs = layer['polysemanticity']
+        assert hangs['num_zeroed'] == len(hangs['values']) == len(hangs['drops']) == experts_
+        assert hangs['num_mattering'] == sum(value is not None for value in hangs['values'])
+        assert set(hangs['classes']) <= {None, *run['classes']}
         assert sum(layer['load']) == pytest.approx(1)
         assert sum(layer['importance']) == pytest.approx(1)
         for key in ('load_cv2', 'usage_entropy', 'decision_entropy', 'mi_input'):
@@ -290,7 +297,7 @@ def test_schema(detector, finished):
             total = np.array(objects[name]['counts']).sum()
             assert run['num_objects'] - 1.001 <= total <= run['num_objects'] + 0.001
     kinds = [(i['layer'], i['kind'], i['expert']) for i in experts['interventions']]
-    assert len(kinds) == len(set(kinds)) == 2 * (2 * EXPERTS + 2) + 2
+    assert len(kinds) == len(set(kinds)) == 2 * (3 * EXPERTS + 2) + 2
     assert {i['metrics']['AP'] for i in experts['interventions']} != {experts['metrics']['AP']}
     for name in ('experts.json', 'explorer.json', 'report.html'):
         assert (finished / name).stat().st_size > 0
@@ -509,12 +516,19 @@ def test_interventions_are_those_of_a_changed_model(detector, finished):
     from mmdet_moe.analysis.statistics.evaluation import DetectionMetrics
 
     metrics = DetectionMetrics(data, IMAGES)
-    for key in [('bbox_head.cls_moe', 'without', 1), ('bbox_head.reg_moe', 'only', 2)]:
+    for key in (
+        ('bbox_head.cls_moe', 'without', 1),
+        ('bbox_head.reg_moe', 'only', 2),
+        ('bbox_head.cls_moe', 'zeroed', 0),
+    ):
         model = copy.deepcopy(detector.model)
         layer = model.get_submodule(key[0])
         if key[1] == 'only':
             for expert in layer.experts:
                 expert.load_state_dict(detector.model.get_submodule(key[0]).experts[2].state_dict())
+        elif key[1] == 'zeroed':
+            for parameter in layer.experts.parameters_of(key[2]):
+                nn.init.zeros_(parameter)
         else:
             layer.router.fc.bias.data[key[2]] = -1e6
         columns = []
@@ -674,6 +688,11 @@ def test_comparison(detector, finished, tmp_path, capsys):
     assert (out / 'report.html').stat().st_size > (
         (out / 'explorer.json').stat().st_size + (finished / 'explorer.json').stat().st_size
     )
+    matters = [
+        layer['polysemanticity']['num_mattering']
+        for layer in json.loads(content(finished))['layers'].values()
+    ]
+    assert (out / 'figures' / 'polysemanticity.png').exists() == any(matters)
     before = files_in(tmp_path)
     (tmp_path / 'nothing').mkdir()
     for other in (tmp_path / 'nothing', tmp_path / 'missing', detector.config):
@@ -769,6 +788,8 @@ def test_checkpoints_of_distributed_models(detector, finished, tmp_path):
     torch.save({'state_dict': {f'module.{key}': v for key, v in state.items()}}, path)
     experts = detector(tmp_path / 'out', '--no-interventions', checkpoint=path)
     expected = json.loads(content(finished))
+    for layer in expected['layers'].values():
+        layer['polysemanticity'] = None  # without interventions
     assert experts['layers'] == expected['layers']
     assert experts['metrics'] == expected['metrics']
 

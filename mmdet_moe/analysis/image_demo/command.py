@@ -33,6 +33,7 @@ from mmdet_moe.cli import fail, load_config
 from mmdet_moe.drawing import to_bytes
 from mmdet_moe.engine.preflight import check_checkpoint
 from mmdet_moe.errors import ConfigError
+from mmdet_moe.moe import MoELayer
 
 #: Files that a folder is searched for.
 SUFFIXES = ('.bmp', '.jpeg', '.jpg', '.png', '.tif', '.tiff', '.webp')
@@ -275,7 +276,8 @@ class ImageDemo:
         unit = 'RoI' if is_per_roi else layer.granularity
         if unit == 'image' and decisions is not None and len(decisions.maps) > 1:
             unit = 'image and pyramid level'
-        heading = f'{name}: one decision per {unit}, {layer.top_k} of {layer.num_experts} experts'
+        chosen = f'{layer.top_k} of' if isinstance(layer, MoELayer) else 'coefficients of'
+        heading = f'{name}: one decision per {unit}, {chosen} {layer.num_experts} experts'
         if decisions is None:
             heading += '; not used for this image'
         elif len(decisions.weights) == 1 and not is_per_roi:

@@ -280,6 +280,20 @@ def test_one_layer_of_several_images(save, image_file, tmp_path, drawn):
     np.testing.assert_array_equal(drawn['draw_marks'][1][0][0], np.array(Image.open(image_file)))
 
 
+def test_coefficients_of_pixels(save, image_file, tmp_path, drawn):
+    config = detector('retina')
+    path = 'neck.lateral_convs.0.conv'
+    experts = [dict(at=path, type='mmdet_moe.CPMuMoE', num_experts=6, rank=4)]
+    config['model'].update(type='mmdet_moe.WithExperts', of='SingleStageDetector', experts=experts)
+    config, checkpoint, model = save(config)
+    run(image_file, config, checkpoint, '--overlay', '--score-thr', '0', '--out', tmp_path / 'o')
+    names = sorted(file.name for file in (tmp_path / 'o').iterdir())
+    assert names == [f'photo.one_{path}.png', f'photo.one_{path}_routing.png']
+    (arguments, _), *_ = drawn['draw_marks']
+    assert 'one decision per pixel, coefficients of 6 experts' in arguments[2]
+    assert not model.get_submodule(path)._observers
+
+
 def test_head_without_origins_is_not_guessed(save, image_file, tmp_path, drawn, monkeypatch):
     monkeypatch.setattr('mmdet_moe.analysis.attribution.tracer.origins_of', lambda _: _no_origins())
     config, checkpoint, _ = save(detector())
