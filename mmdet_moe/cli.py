@@ -25,6 +25,7 @@ from mmdet_moe.compat.distributed import (
     global_rank,
     init_cpu_group,
     local_rank,
+    note,
 )
 from mmdet_moe.compat.malloc import keep_large_blocks
 from mmdet_moe.engine.expert_report import ExpertReportHook
@@ -37,6 +38,7 @@ from mmdet_moe.engine.preflight import (
     datasets_of,
     resumable_checkpoint,
 )
+from mmdet_moe.engine.trained_classes import TrainedClassesHook
 from mmdet_moe.errors import ConfigError
 
 __all__ = [
@@ -295,7 +297,7 @@ def _set_amp(cfg: Config, requested: bool) -> None:
         return
     import mmdet_moe.compat.amp  # noqa: F401  (registers the wrapper)
 
-    _note('mixed precision without a GPU: bfloat16, no loss scale')
+    note('mixed precision without a GPU: bfloat16, no loss scale')
     wrapper.type = 'CpuAmpOptimWrapper'
     for key in ('loss_scale', 'dtype', 'use_fsdp'):
         wrapper.pop(key, None)
@@ -319,7 +321,7 @@ def _set_resume(cfg: Config, resume: str) -> None:
     latest = resumable_checkpoint(cfg.work_dir)
     if latest is None:
         cfg.resume = False
-        _note(f"--resume: there is nothing to resume in '{cfg.work_dir}', training starts anew")
+        note(f"--resume: there is nothing to resume in '{cfg.work_dir}', training starts anew")
         return
     cfg.resume, cfg.load_from = True, latest
 
@@ -396,11 +398,6 @@ def _flip_pipeline(pipeline: Sequence[ConfigDict], is_detector: bool) -> list:
 # Running ---------------------------------------------------------------------------------------
 
 
-def _note(sentence: str) -> None:
-    if global_rank() == 0:
-        print(f'note: {sentence}', flush=True)
-
-
 def fail(error: Exception, running: bool) -> None:
     """Print the sentence about an error and exit, or raise it again if it is no user's mistake.
 
@@ -454,6 +451,7 @@ def _build_runner(cfg: Config) -> Runner:
         keep_large_blocks()
     runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
     runner.register_hook(ImageErrorHook())
+    runner.register_hook(TrainedClassesHook())
     return runner
 
 

@@ -29,7 +29,7 @@ from mmdet_moe.analysis.statistics.outcomes import outcomes_of
 from mmdet_moe.analysis.statistics.summary import summarise
 from mmdet_moe.analysis.study import Study
 from mmdet_moe.cli import fail, load_config, set_loader_defaults
-from mmdet_moe.engine.preflight import check_config
+from mmdet_moe.engine.preflight import check_config, check_trained_classes
 from mmdet_moe.errors import ConfigError
 
 _INTERRUPTED = 130
@@ -182,8 +182,9 @@ def prepare(args: argparse.Namespace, cfg: Config) -> Study:
         ConfigError: If config, checkpoint and data do not fit together.
     """
     set_loader_defaults(cfg)
-    model, _ = load_model(cfg, args.checkpoint, args.device)
+    model, meta = load_model(cfg, args.checkpoint, args.device)
     data = AnalysisData(cfg, args.split, args.max_images)
+    check_trained_classes(meta, data.dataset.metainfo, f'{args.split}_dataloader.dataset')
     plan = {
         'checkpoint': _digest(Path(args.checkpoint).read_bytes()),
         'model': _digest(cfg.model),

@@ -907,6 +907,22 @@ def test_classifier(classifier, finished_classifier, tmp_path, monkeypatch):
     np.testing.assert_allclose(np.array(tables['class']['counts']).sum(1), [4, 3], atol=1e-6)
 
 
+def test_classes_of_the_training(classifier, tmp_path, monkeypatch, capsys):
+    """Neither tool measures images whose classes have other numbers than in the checkpoint."""
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / 'tiny.pth'
+    meta = {'dataset_meta': {'classes': ('a', 'aa', 'b')}}
+    torch.save({**torch.load(classifier.checkpoint), 'meta': meta}, path)
+    for tool, argv, field in (
+        (run_analysis, classifier.argv(tmp_path / 'out', checkpoint=path), 'val'),
+        (cli.run_test, [str(classifier.config), str(path)], 'test'),
+    ):
+        assert failure(capsys, tool, argv).startswith(
+            f"error: {field}_dataloader.dataset: class 1 is 'b', but 'aa' in the training of the "
+        )
+    assert not (tmp_path / 'out').exists()
+
+
 def test_classifier_statistics(classifier, finished_classifier):
     """The weights of each image: the mean over its four patches."""
     cfg = classifier.read()

@@ -60,7 +60,9 @@ def check_num_classes(model: Any, dataset: Dataset) -> None:
         ConfigError: its ``num_classes`` is not the data set's number of classes.
     """
     classes = dataset.new_classes or classes_of(dataset)
-    if classes is None or not isinstance(model, Mapping):
+    # Panoptic heads count things and stuff apart.
+    counted_apart = 'thing_classes' in (getattr(dataset.cls, 'METAINFO', None) or {})
+    if classes is None or counted_apart or not isinstance(model, Mapping):
         return
     for field, head in _heads(model, 'model'):
         num_classes = head.get('num_classes')
