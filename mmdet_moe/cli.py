@@ -38,6 +38,7 @@ from mmdet_moe.engine.preflight import (
     datasets_of,
     resumable_checkpoint,
 )
+from mmdet_moe.engine.resumed_schedule import ResumedScheduleHook
 from mmdet_moe.engine.trained_classes import TrainedClassesHook
 from mmdet_moe.errors import ConfigError
 
@@ -473,6 +474,7 @@ def _prepare_training(args: argparse.Namespace) -> Runner:
     _check(cfg, 'train')
     runner = _build_runner(cfg)
     runner.register_hook(FinishedRunHook())
+    runner.register_hook(ResumedScheduleHook())
     runner.register_hook(ExpertReportHook())
     return runner
 
