@@ -2,6 +2,8 @@
 
 # ruff: noqa: F401, F811 (the fixture `root`)
 
+import shutil
+
 import pytest
 import torch
 from mmdet.datasets import CocoDataset
@@ -126,3 +128,51 @@ def test_images_that_a_filter_leaves(root, capsys, filter_cfg, kept):
     assert (said in capsys.readouterr().out) == (kept < 3)
     cfg.pop('type')
     assert len(CocoDataset(**cfg)) == kept
+
+
+def other_set(root, **changes):
+    """A data set of other images beside that of ``root``."""
+    other = root.parent / 'other'
+    for folder in ('annotations', 'images'):
+        (other / folder).mkdir(parents=True)
+    write_annotations(other, **changes)
+    return dataset(other)
+
+
+def measured_on(*datasets, **evaluator):
+    loader = dict(dataset=dict(type='ConcatDataset', datasets=list(datasets)))
+    if len(datasets) == 1:
+        loader = dict(dataset=datasets[0])
+    evaluator = dict(type='CocoMetric') | evaluator
+    return config(None, test_dataloader=loader, test_evaluator=evaluator)
+
+
+def test_data_sets_that_share_image_ids(root):
+    other = other_set(root, images=[dict(id=2, file_name='x.png', width=9, height=9)])
+    shutil.copy(root / 'images' / '0.png', root.parent / 'other' / 'images' / 'x.png')
+    message = complaint(measured_on(dataset(root), other), 'test')
+    assert message.startswith(
+        'test_dataloader.dataset.datasets[0] and test_dataloader.dataset.datasets[1] share image '
+        'ids such as 2, by which test_evaluator tells images, so that it would mix them'
+    )
+    apart = dict(
+        type='MultiDatasetsEvaluator', metrics=[dict(type='CocoMetric')] * 2, dataset_prefixes='ab'
+    )
+    check_config(measured_on(dataset(root), other, **apart), 'test')
+    image = dict(id=3, file_name='x.png', width=9, height=9)
+    write_annotations(root.parent / 'other', images=[image], annotations=[])
+    check_config(measured_on(dataset(root), other), 'test')
+
+
+def test_the_metric_reads_the_file_of_the_data_set(root, capsys):
+    path = root / 'annotations' / 'all.json'
+    copy = shutil.copy(path, root / 'copy.json')
+    for ann_file in (str(path), f'{root}/images/../annotations/all.json', str(copy)):
+        check_config(measured_on(dataset(root), ann_file=ann_file), 'test')
+    other = other_set(root, images=[dict(id=2, file_name='x.png', width=9, height=9)])
+    ann_file = f'{other["data_root"]}/annotations/all.json'
+    message = complaint(measured_on(dataset(root), ann_file=ann_file), 'test')
+    assert message.startswith(f"test_evaluator.ann_file: '{ann_file}' does not list the images of")
+    assert 'as missed' not in capsys.readouterr().out
+    check_config(measured_on(dict(dataset(root), indices=2), ann_file=str(path)), 'test')
+    assert 'of all 3 images as missed but for those that' in capsys.readouterr().out

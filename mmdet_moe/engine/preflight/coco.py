@@ -3,14 +3,21 @@
 import gc
 import os.path as osp
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
 from mmdet_moe.compat.coco import boxes_of, read_coco
 from mmdet_moe.compat.distributed import note
-from mmdet_moe.engine.preflight.datasets import GET_DATA, Dataset, classes_of, inherits, quote
+from mmdet_moe.engine.preflight.datasets import (
+    GET_DATA,
+    Dataset,
+    classes_of,
+    inherits,
+    is_remote,
+    quote,
+)
 from mmdet_moe.errors import ConfigError
 
 _IMAGES_TO_LOOK_AT = 5
@@ -66,6 +73,59 @@ def check_coco(dataset: Dataset, needs_annotations: bool, coco_files: dict[str, 
     _check_classes(dataset, coco, path)
     _check_images(dataset, coco)
     _count_what_is_left_out(dataset, coco, path)
+
+
+def check_coco_metric(
+    field: str,
+    metric: Mapping[str, Any],
+    datasets: Sequence[Dataset],
+    coco_files: dict[str, CocoFile],
+) -> None:
+    """Complain about a metric that would confuse images, which it knows by their ids alone.
+
+    Args:
+        field: Of the metric.
+        metric: The config of a CocoMetric.
+        datasets: The data sets whose images it gets, checked by :func:`check_coco`.
+        coco_files: What was read of them; added to.
+
+    Raises:
+        ConfigError: Two data sets share ids, or the metric's ``ann_file`` lists other images.
+    """
+    images: dict[Any, tuple[str, Dataset]] = {}
+    paths = [dataset.path(dataset.cfg.get('ann_file') or '') for dataset in datasets]
+    if not all(reads_coco(d.cls) and p in coco_files for d, p in zip(datasets, paths, strict=True)):
+        return
+    for dataset, path in zip(datasets, paths, strict=True):
+        for id_, (name, _) in coco_files[path].images.items():
+            if id_ in images:
+                raise ConfigError(
+                    f'{images[id_][1].field} and {dataset.field} share image ids such as {id_}, '
+                    f'by which {field} tells images, so that it would mix them: evaluate with '
+                    "type='MultiDatasetsEvaluator', and one of its metrics and dataset_prefixes "
+                    'for each data set'
+                )
+            images[id_] = osp.basename(name), dataset
+    ann_file = metric.get('ann_file')
+    if not ann_file or is_remote(ann_file) or metric.get('format_only') or not images:
+        return
+    for dataset in datasets:
+        if dataset.cfg.get('indices') is not None:
+            note(
+                f'{field} counts the objects of all {len(images)} images as missed but for those '
+                f'that {dataset.field}.indices chooses, because it reads them from its ann_file'
+            )
+    if ann_file not in coco_files:
+        same = [path for path in paths if osp.samefile(path, ann_file)]
+        coco_files[ann_file] = (
+            coco_files[same[0]] if same else _read_coco(ann_file, f'{field}.ann_file')
+        )
+    found = {id_: osp.basename(name) for id_, (name, _) in coco_files[ann_file].images.items()}
+    if found != {id_: name for id_, (name, _) in images.items()}:
+        raise ConfigError(
+            f"{field}.ann_file: '{ann_file}' does not list the images of {datasets[0].field}, which "
+            f"are in '{paths[0]}', so that it would look for other objects: give both the same file"
+        )
 
 
 def _read_coco(path: str, field: str) -> CocoFile:

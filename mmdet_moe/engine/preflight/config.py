@@ -6,15 +6,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from mmengine.config import Config
+from mmengine.registry import METRICS
 
 from mmdet_moe.engine.preflight.arrays import check_arrays, is_grey, reads_arrays
 from mmdet_moe.engine.preflight.checkpoints import check_checkpoint
-from mmdet_moe.engine.preflight.coco import CocoFile, check_coco, reads_coco
+from mmdet_moe.engine.preflight.coco import CocoFile, check_coco, check_coco_metric, reads_coco
 from mmdet_moe.engine.preflight.datasets import (
     GET_DATA,
     Dataset,
     check_same_classes,
     class_folders,
+    class_of,
     classes_of,
     datasets_of,
     image_folder,
@@ -112,7 +114,8 @@ def _check_loader(cfg: Config, loader_field: str, evaluator_field: str | None, s
         evaluator.get('format_only') for _, evaluator in evaluators
     )
     dataset_cfg = cfg[loader_field].get('dataset')
-    for dataset in datasets_of(cfg, dataset_cfg, f'{loader_field}.dataset'):
+    datasets = list(datasets_of(cfg, dataset_cfg, f'{loader_field}.dataset'))
+    for dataset in datasets:
         is_coco = reads_coco(dataset.cls)
         is_arrays = reads_arrays(dataset.cls)
         if is_arrays:
@@ -129,10 +132,15 @@ def _check_loader(cfg: Config, loader_field: str, evaluator_field: str | None, s
         # A wrapper may make other images of them.
         if dataset.field == f'{loader_field}.dataset' and is_grey(dataset):
             check_widths(cfg, dataset)
-    for field, evaluator in evaluators:
+    each_its_own = evaluator_field and 'dataset_prefixes' in (cfg.get(evaluator_field) or ())
+    for index, (field, evaluator) in enumerate(evaluators):
         ann_file = evaluator.get('ann_file')
         if isinstance(ann_file, str) and not is_remote(ann_file) and not osp.isfile(ann_file):
             raise ConfigError(f"{field}.ann_file: there is no file '{ann_file}'; {GET_DATA}")
+        metric = class_of(cfg, evaluator.get('type'), METRICS)
+        if inherits(metric, 'mmdet.evaluation.metrics.coco_metric', 'CocoMetric'):
+            measured = datasets[index : index + 1] if each_its_own else datasets
+            check_coco_metric(field, evaluator, measured, seen.coco_files)
 
 
 def _check_classes(dataset: Dataset, seen: _Seen) -> None:
@@ -167,6 +175,8 @@ def _check_classes(dataset: Dataset, seen: _Seen) -> None:
 
 def _evaluators(cfg: Config, field: str | None) -> Iterator[tuple[str, Mapping[str, Any]]]:
     evaluator = cfg.get(field) if field else None
+    if isinstance(evaluator, Mapping) and 'metrics' in evaluator:
+        evaluator, field = evaluator['metrics'], f'{field}.metrics'
     if isinstance(evaluator, Mapping):
         yield field, evaluator
     elif isinstance(evaluator, Sequence):
