@@ -123,8 +123,8 @@ def check_coco_metric(
     found = {id_: osp.basename(name) for id_, (name, _) in coco_files[ann_file].images.items()}
     if found != {id_: name for id_, (name, _) in images.items()}:
         raise ConfigError(
-            f"{field}.ann_file: '{ann_file}' does not list the images of {datasets[0].field}, which "
-            f"are in '{paths[0]}', so that it would look for other objects: give both the same file"
+            f"{field}.ann_file: '{ann_file}' does not list the images of {datasets[0].field}, "
+            f"which '{paths[0]}' lists, so that it would look for other objects: give both one file"
         )
 
 
