@@ -1,6 +1,7 @@
 """The classes of the data sets against each other, the head and the checkpoint."""
 
 import pytest
+from mmdet.datasets import XMLDataset
 from mmengine.config import Config
 
 from mmdet_moe.engine.preflight import check_config, check_trained_classes
@@ -136,3 +137,79 @@ def test_classes_of_a_checkpoint():
     check_trained_classes(meta, None, 'data')
     with pytest.raises(ConfigError, match=r"^data: class 1 is 'cow', but 'bee' in the training of"):
         check_trained_classes(meta, dict(classes=('ant', 'cow', 'bee')), 'data')
+
+
+# What the files hold ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ('lines', 'classes', 'message'),
+    [
+        ('ant/1.png 0\nbee/1.png 2\n', None, None),
+        ('ant/1.png 0\nbee/1.png 3\n', None, 'model.head.num_classes is 3, but '),
+        ('ant/1.png 3\n', ['ant', 'bee', 'cow'], 'has the label 3, but 3 classes '),
+        ('ant/1.png 0\nbee/1.png\n', None, "line 2 of '"),
+        ('', None, 'lists no images'),
+    ],
+)
+def test_labels_of_listed_images(tmp_path, lines, classes, message):
+    (tmp_path / 'list.txt').write_text(lines)
+    dataset = dict(type='CustomDataset', data_root=str(tmp_path), ann_file='list.txt')
+    if classes is not None:
+        dataset['classes'] = classes
+    cfg = config(dict(train_dataloader=dict(dataset=dataset)))
+    if message is None:
+        check_config(cfg)
+    else:
+        assert message in complaint(cfg)
+
+
+def test_files_that_are_not_read_are_counted(tmp_path, capsys):
+    loaders = dict(train_dataloader=folders(tmp_path, 'train', 'ant bee cow'))
+    for name in ('ant/1.JPG', 'bee/2.webp', 'bee/more/3.png', 'list.png'):
+        path = tmp_path / 'train' / name
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+    check_config(config(loaders))
+    said = capsys.readouterr().out
+    assert f"2 of the 4 files in '{tmp_path}/train' are not read" in said
+    loaders['train_dataloader']['dataset']['extensions'] = ('.jpg', '.png', '.webp')
+    check_config(config(loaders))
+    assert '1 of the 4 files' in capsys.readouterr().out
+
+
+def voc(root, **objects):
+    """A data set of one image for each keyword, with objects of the names in its value."""
+    (root / 'Annotations').mkdir(parents=True)
+    (root / 'list.txt').write_text('\n'.join(objects))
+    for id_, names in objects.items():
+        box = '<bndbox><xmin>2</xmin><ymin>2</ymin><xmax>9</xmax><ymax>9</ymax></bndbox>'
+        nodes = ''.join(f'<object><name>{name}</name>{box}</object>' for name in names.split())
+        size = '<size><width>20</width><height>20</height></size>'
+        content = f'<annotation>{size}{nodes}</annotation>'
+        (root / 'Annotations' / f'{id_}.xml').write_text(content)
+    cfg = dict(data_root=str(root), ann_file='list.txt', data_prefix=dict(sub_data_root=''))
+    return dict(type='XMLDataset', metainfo=dict(classes=('cat', 'dog')), **cfg)
+
+
+def test_objects_of_unknown_classes_are_counted(tmp_path, capsys):
+    dataset = voc(tmp_path / 'voc', a='cat zebra', b='zebra', c='dog cat Cat')
+    check_config(config(dict(train_dataloader=dict(dataset=dataset)), 2, 'mmdet'))
+    assert capsys.readouterr().out == (
+        'note: train_dataloader.dataset: of the 6 objects of '
+        f"'{tmp_path}/voc/list.txt', 3 are used: 'Cat', 'zebra' are not among the classes\n"
+    )
+    dataset.pop('type')
+    data = XMLDataset(**dataset, img_subdir='')
+    assert sum(len(data.get_data_info(i)['instances']) for i in range(3)) == 3
+
+
+@pytest.mark.parametrize(
+    ('content', 'message'), [(None, 'there is no annotation file'), ('<a>', 'is no XML')]
+)
+def test_broken_xml(tmp_path, content, message):
+    dataset = voc(tmp_path / 'voc', a='cat', b='dog')
+    path = tmp_path / 'voc' / 'Annotations' / 'b.xml'
+    path.unlink() if content is None else path.write_text(content)
+    found = complaint(config(dict(train_dataloader=dict(dataset=dataset)), 2, 'mmdet'))
+    assert f"{message} '{path}'" in found or f"'{path}' {message}" in found

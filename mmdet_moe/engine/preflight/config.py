@@ -25,6 +25,7 @@ from mmdet_moe.engine.preflight.datasets import (
     quote,
 )
 from mmdet_moe.engine.preflight.heads import check_num_classes, check_widths
+from mmdet_moe.engine.preflight.listed import check_listed
 from mmdet_moe.errors import ConfigError
 
 _LOADERS = {
@@ -122,6 +123,7 @@ def _check_loader(cfg: Config, loader_field: str, evaluator_field: str | None, s
             check_arrays(dataset, seen.good_files)
         elif dataset.is_local and not dataset.downloads:
             _check_paths(dataset)
+            check_listed(dataset)
             if is_coco:
                 check_coco(dataset, needs_annotations, seen.coco_files)
         # Some models read the names as texts, and trackers follow some of the classes only.
