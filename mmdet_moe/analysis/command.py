@@ -28,7 +28,7 @@ from mmdet_moe.analysis.report.verdict import verdict
 from mmdet_moe.analysis.statistics.outcomes import outcomes_of
 from mmdet_moe.analysis.statistics.summary import summarise
 from mmdet_moe.analysis.study import Study
-from mmdet_moe.cli import fail, load_config, set_loader_defaults
+from mmdet_moe.cli import check_folder, fail, load_config, set_loader_defaults
 from mmdet_moe.engine.preflight import check_config, check_trained_classes
 from mmdet_moe.errors import ConfigError
 
@@ -165,9 +165,7 @@ def _check(args: argparse.Namespace) -> None:
         )
     if not 0 <= args.score_thr < 1:
         raise ConfigError(f'--score-thr={args.score_thr} must lie in 0..1, 1 excluded')
-    for path in (args.out, *args.out.parents):
-        if path.exists() and not path.is_dir():
-            raise ConfigError(f"--out: '{path}' is a file; choose a folder")
+    check_folder(args.out, '--out')
     has_records = (args.out / 'records' / 'statistics').is_dir()
     if args.out.is_dir() and any(args.out.iterdir()) and not has_records:
         raise ConfigError(

@@ -589,6 +589,27 @@ def test_error_in_the_middle(detector, tmp_path):
     assert experts['run']['num_images'] == IMAGES
 
 
+@pytest.mark.parametrize('damage', ['missing', 'truncated'])
+def test_damaged_image_in_the_middle(damage, detector, tmp_path, capsys):
+    """It is named, and the analysis goes on once it is mended."""
+    root, out = tmp_path / 'data', tmp_path / 'out'
+    shutil.copytree(detector.data_root, root)
+    image = sorted((root / 'val2017').iterdir())[2]
+    arguments = (out, *HALF, '--no-interventions')
+    kept = image.read_bytes()
+    image.write_bytes(kept[:20])
+    if damage == 'missing':
+        image.unlink()
+    sentence = failure(capsys, detector, *arguments, options=[f'data_root={root}'])
+    assert sentence.startswith(f"error: cannot read the image '{image}': ")
+    first = next((out / 'records' / 'statistics').glob('*.npz'))
+    written = first.stat().st_mtime_ns
+    image.write_bytes(kept)
+    mended = detector(*arguments, options=[f'data_root={root}'])
+    assert first.stat().st_mtime_ns == written
+    assert mended == detector(tmp_path / 'whole', *HALF, '--no-interventions')
+
+
 def test_summary_that_was_cut_short(detector, finished, tmp_path, monkeypatch):
     out = tmp_path / 'out'
     shutil.copytree(finished, out)

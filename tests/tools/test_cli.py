@@ -292,6 +292,23 @@ def test_test_with_everything(folder, trained):
     assert [result['img_id'] for result in results] == [0, 1, 2, 3]
 
 
+def test_tta_of_several_data_sets():
+    """Each has a flipped variant, of its own pipeline."""
+    pack = dict(type='PackDetInputs')
+    pipelines = [[dict(type='LoadImageFromFile'), step, pack] for step in ({'a': 1}, {'b': 2})]
+    parts = [dict(type='CocoDataset', pipeline=p) for p in pipelines]
+    parts[1] = dict(type='RepeatDataset', times=2, dataset=parts[1])
+    dataset = dict(type='ConcatDataset', datasets=parts)
+    cfg = Config(dict(default_scope='mmdet', model={}, test_dataloader=dict(dataset=dataset)))
+    cli._set_tta(cfg)
+    first, second = cfg.test_dataloader.dataset.datasets
+    for found, pipeline in ((first, pipelines[0]), (second.dataset, pipelines[1])):
+        assert found.pipeline[:-1] == pipeline[:-1]
+        flips, (packing,) = found.pipeline[-1].transforms
+        assert [flip.prob for flip in flips] == [1.0, 0.0]
+        assert packing.type == 'PackDetInputs'
+
+
 def test_classifier(here, capsys):
     cli.run_train(['classifier.py', *MOVED])
     checkpoint = 'work_dirs/classifier/iter_1.pth'
@@ -389,6 +406,20 @@ def test_wrong_paths(here, capsys):
     assert sentence.startswith("checkpoint: there is no file 'gone.pth'; give the path")
     sentence = failure(capsys, cli.run_test, 'detector.py', 'gone.pth', '--out', 'x.json')
     assert sentence.startswith('--out must end in .pkl')
+
+
+def test_folders_that_cannot_be_written(here, capsys, monkeypatch):
+    monkeypatch.setattr(cli.os, 'access', lambda path, mode: Path(path) != here / 'locked')
+    (here / 'locked').mkdir()
+    sentence = failure(capsys, cli.run_train, 'detector.py', '--work-dir', 'locked/new/run', *MOVED)
+    assert sentence.startswith(f"--work-dir: nothing can be written into '{here}/locked'; choose")
+    sentence = failure(
+        capsys, cli.run_test, 'detector.py', 'any.pth', '--out', 'locked/x.pkl', *MOVED
+    )
+    assert sentence.startswith(f"--out: nothing can be written into '{here}/locked'; choose")
+    assert not list((here / 'locked').iterdir())
+    sentence = failure(capsys, cli.run_train, 'detector.py', '--work-dir', 'detector.py/run')
+    assert sentence == f"--work-dir: '{here}/detector.py' is a file; choose a folder"
 
 
 def test_launcher_without_a_launcher(here, capsys, monkeypatch):
