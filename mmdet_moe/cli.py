@@ -40,7 +40,7 @@ from mmdet_moe.engine.preflight import (
     resumable_checkpoint,
 )
 from mmdet_moe.engine.resumed_schedule import ResumedScheduleHook
-from mmdet_moe.engine.trained_classes import TrainedClassesHook
+from mmdet_moe.engine.tested_checkpoint import TestedCheckpointHook
 from mmdet_moe.errors import ConfigError
 
 __all__ = [
@@ -482,7 +482,7 @@ def _build_runner(cfg: Config) -> Runner:
         keep_large_blocks()
     runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
     runner.register_hook(ImageErrorHook())
-    runner.register_hook(TrainedClassesHook())
+    runner.register_hook(TestedCheckpointHook())
     return runner
 
 

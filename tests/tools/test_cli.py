@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import pickle
+import re
 import socket
 import subprocess
 import sys
@@ -323,6 +324,18 @@ def test_classifier(here, capsys):
     absolute = here / 'elsewhere'
     cli.run_test(['classifier.py', checkpoint, '--show-dir', str(absolute), *MOVED])
     assert len(list(absolute.glob('*.png'))) == 4
+    # MMEngine would test a head as it was drawn.
+    state = torch.load(checkpoint, weights_only=False)
+    weight = state['state_dict'].pop('head.fc.weight')
+    torch.save(state, 'cut.pth')
+    sentence = failure(capsys, cli.run_test, 'classifier.py', 'cut.pth', *MOVED)
+    assert re.match(
+        r"checkpoint: it lacks 1 of the model's \d+ tensors, such as 'head\.fc", sentence
+    )
+    state['state_dict']['head.fc.weight'] = torch.cat([weight, weight])
+    torch.save(state, 'cut.pth')
+    sentence = failure(capsys, cli.run_test, 'classifier.py', 'cut.pth', *MOVED)
+    assert sentence.startswith('checkpoint: size mismatch for head.fc.weight: ')
     both = ('--tta', '--show-dir', 'drawn', *MOVED)
     sentence = failure(capsys, cli.run_test, 'classifier.py', checkpoint, *both)
     assert sentence.startswith('--tta does not go with --show')
