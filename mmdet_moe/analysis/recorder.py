@@ -25,8 +25,9 @@ from mmdet_moe.analysis.records.contents import (
 )
 from mmdet_moe.analysis.statistics.matching import match
 
-#: Layers with a decision for every pixel have more than anybody can keep.
-MAX_DECISIONS = 4096
+#: Layers with a decision for every pixel have more than anybody can keep: so many of an image, or
+#: of a layer with many experts as many as have so many weights.
+MAX_DECISIONS, MAX_WEIGHTS = 4096, 1 << 15
 # The number of a decision: the image's index, then its own number in the image.
 _ITEM_BITS = 28
 
@@ -170,13 +171,14 @@ class Recorder:
             return DecisionRecords(nothing, nothing.astype(np.int64), nothing, centre, weights)
         image = decisions.image.numpy()
         kept = np.arange(len(image))
-        if np.bincount(image).max(initial=0) > MAX_DECISIONS:
+        most = max(1, min(MAX_DECISIONS, MAX_WEIGHTS // decisions.weights.shape[1]))
+        if np.bincount(image).max(initial=0) > most:
             chosen, number = [], list(self.tracer.layers).index(name)
             for i, index in enumerate(indices.tolist()):
                 mine = kept[image == i]
-                if len(mine) > MAX_DECISIONS:
+                if len(mine) > most:
                     rng = np.random.default_rng([index, number])
-                    mine = np.sort(rng.choice(mine, MAX_DECISIONS, replace=False))
+                    mine = np.sort(rng.choice(mine, most, replace=False))
                 chosen.append(mine)
             kept = np.concatenate(chosen)
         return DecisionRecords(
@@ -186,6 +188,20 @@ class Recorder:
             centre=_on_images(decisions, results)[kept],
             weights=decisions.weights.numpy()[kept],
         )
+
+
+def predictions_of(indices: Sequence[int], results: list) -> BoxRecords | np.ndarray:
+    """What was predicted for one batch: boxes, or (by a classifier) the classes, int32 (n,).
+
+    Args:
+        indices: Of the batch's images in the data set.
+        results: The model's predictions for them.
+    """
+    if 'pred_score' in results[0]:
+        scores = torch.stack([result.pred_score for result in results])
+        return scores.argmax(1).cpu().numpy().astype(np.int32)
+    pairs = zip(indices, results, strict=True)
+    return concatenated([boxes_of(index, result.pred_instances) for index, result in pairs])
 
 
 def boxes_of(index: int, found: InstanceData) -> BoxRecords:

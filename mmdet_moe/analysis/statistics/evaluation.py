@@ -54,8 +54,12 @@ class DetectionMetrics:
         with contextlib.redirect_stdout(io.StringIO()):
             self._truth.createIndex()
 
-    def __call__(self, found: BoxRecords) -> dict:
+    def __call__(self, found: BoxRecords, images: np.ndarray | None = None) -> dict:
         """Evaluate detections.
+
+        Args:
+            found: In all images.
+            images: int (m,), those that count. Default: all.
 
         Returns:
             ``AP``, ``AP50``, ``AP small``, ``AP medium``, ``AP large``, ``per_class``, in 0..1.
@@ -72,6 +76,8 @@ class DetectionMetrics:
         with contextlib.redirect_stdout(io.StringIO()):
             evaluation = COCOeval(self._truth, self._truth.loadRes(rows), 'bbox')
             evaluation.params.maxDets = [1, 10, _MAX_DETECTIONS]
+            if images is not None:
+                evaluation.params.imgIds = images.tolist()
             evaluation.evaluate()
             evaluation.accumulate()
         # IoU thresholds, recalls, classes, areas; -1 where a class has no object of that size.
@@ -109,9 +115,13 @@ class ClassificationMetrics:
         Returns:
             ``accuracy`` and ``per_class``, the accuracy on each class's own images, in 0..1.
         """
-        correct = labels == self.true_labels
-        per_class = {}
-        for i, name in enumerate(self.classes):
-            mine = self.true_labels == i
-            per_class[name] = float(correct[mine].mean()) if mine.any() else None
-        return {'accuracy': float(correct.mean()), 'per_class': per_class}
+        correct, count = labels == self.true_labels, len(self.classes)
+        images = np.bincount(self.true_labels, minlength=count)
+        hits = np.bincount(self.true_labels, correct, count)
+        return {
+            'accuracy': float(correct.mean()),
+            'per_class': {
+                name: float(hit / number) if number else None
+                for name, hit, number in zip(self.classes, hits, images, strict=True)
+            },
+        }

@@ -1,7 +1,9 @@
 """Multilinear mixtures of experts in place of linear layers, 1×1 convolutions and MLPs."""
 
 import logging
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from math import prod
 from typing import Any
 
@@ -54,7 +56,8 @@ class MuMoE(ExpertLayer):
         self.granularity = 'token'
         check_integer(type(self).__name__, 'in_features', in_features, 1)
         self.gate = ExpertGate(in_features, self.levels, norm, activation)
-        self._observers: dict[int, Observer] = {}
+        # Of a kind that handles can refer to weakly.
+        self._observers: OrderedDict[int, Observer] = OrderedDict()
         self.register_load_state_dict_pre_hook(_warn_of_dense_weights)
 
     def coefficients(self, x: Tensor) -> tuple[Tensor, ...]:
@@ -201,7 +204,7 @@ class MuMoE(ExpertLayer):
         }
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, '_observers': {}}  # copies and pickles are observed by nobody
+        return {**self.__dict__, '_observers': OrderedDict()}  # copies are observed by nobody
 
     def extra_repr(self) -> str:
         levels = ' × '.join(map(str, self.levels))
@@ -305,8 +308,10 @@ class MuMoEConv1x1(MuMoE):
         """C'."""
         return self.out_features
 
-    def _items(self, x: Tensor) -> Items:
-        return Pixels.of(self._strided(x))
+    def _items(self, x: Tensor) -> Pixels:
+        shape = self._strided(x).shape
+        # What is left out by strides has no memory format of its own.
+        return replace(Pixels.of(x), shape=(shape[0], *shape[2:]))
 
     def _strided(self, x: Tensor) -> Tensor:
         return x if self.stride == 1 else x[:, :, :: self.stride, :: self.stride]
@@ -316,9 +321,8 @@ class MuMoEConv1x1(MuMoE):
             raise ConfigError(
                 f'μMoE layer "{self.name}" takes inputs (N, C, H, W), got {tuple(x.shape)}'
             )
-        x = self._strided(x)
-        pixels = Pixels.of(x)
-        return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1]), pixels.place
+        rows = self._strided(x).permute(0, 2, 3, 1).reshape(-1, x.shape[1])
+        return rows, self._items(x).place
 
 
 @MODELS.register_module()
