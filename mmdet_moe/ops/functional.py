@@ -143,7 +143,9 @@ def entmax15(x: Tensor) -> Tensor:
             f'x must have at least one value along its last dimension, got shape {tuple(x.shape)}'
         )
     wide = x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
-    op = reference.entmax15 if _is_exporting() else torch.ops.mmdet_moe.entmax15
+    # The older ONNX exporter, torch.onnx.export(dynamo=False), does not count as the first.
+    plain = _is_exporting() or torch.onnx.is_in_onnx_export()
+    op = reference.entmax15 if plain else torch.ops.mmdet_moe.entmax15
     return op(wide).to(x.dtype)
 
 
