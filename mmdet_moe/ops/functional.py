@@ -121,8 +121,9 @@ def entmax15(x: Tensor) -> Tensor:
     (Peters, Niculae and Martins, "Sparse sequence-to-sequence models", ACL 2019). As with softmax,
     a row is NaN if one of its values is NaN or +inf, or if all are -inf; otherwise -inf gives 0.
 
-    It has gradients of any order, those of the values outside the support being 0. What
-    ``torch.export`` and ``torch.onnx.export`` see is plain PyTorch
+    It has gradients of any order, those of the values outside the support being 0; for forward mode
+    and ``torch.func`` take :func:`mmdet_moe.ops.reference.entmax15`, because PyTorch gives custom ops
+    none, and ``torch.func.jvp`` then says 0. What ``torch.export`` and ``torch.onnx.export`` see is plain PyTorch
     (:func:`mmdet_moe.ops.reference.entmax15`): an exported program needs no part of this package.
 
     Args:

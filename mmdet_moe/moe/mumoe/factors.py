@@ -296,7 +296,7 @@ class TRFactors(Factors):
 def put(parameter: nn.Parameter, value: Tensor, grad: Tensor | None = None) -> None:
     """Give a parameter a value and a gradient, of any shape."""
     # While a graph lives, autograd expects gradients of the old shape, unless the dtype changed.
-    other = torch.float32 if value.dtype == torch.float64 else torch.float64
+    other = torch.float32 if value.dtype == torch.float16 else torch.float16
     parameter.grad, parameter.data = None, value.new_empty(0, dtype=other)
     parameter.data, parameter.grad = value, grad
 
