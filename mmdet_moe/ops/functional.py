@@ -121,10 +121,10 @@ def entmax15(x: Tensor) -> Tensor:
     (Peters, Niculae and Martins, "Sparse sequence-to-sequence models", ACL 2019). As with softmax,
     a row is NaN if one of its values is NaN or +inf, or if all are -inf; otherwise -inf gives 0.
 
-    It has gradients of any order, those of the values outside the support being 0; for forward mode
-    and ``torch.func`` take :func:`mmdet_moe.ops.reference.entmax15`, because PyTorch gives custom ops
-    none, and ``torch.func.jvp`` then says 0. What ``torch.export`` and ``torch.onnx.export`` see is plain PyTorch
-    (:func:`mmdet_moe.ops.reference.entmax15`): an exported program needs no part of this package.
+    It has gradients of any order, those of the values outside the support being 0. PyTorch gives
+    custom ops no forward mode, and ``torch.func.jvp`` takes them for constants: for ``torch.func``
+    use :func:`mmdet_moe.ops.reference.entmax15`. That is also what ``torch.export`` and
+    ``torch.onnx.export`` see: an exported program needs no part of this package.
 
     Args:
         x: Logits, shape (..., N) with N ≥ 1, floating point. float32 and float64 are computed as
