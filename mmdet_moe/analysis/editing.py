@@ -150,7 +150,9 @@ def _check(args: argparse.Namespace) -> None:
         raise ConfigError(f'--max-images={args.max_images} must be at least 1')
     if not args.out.absolute().parent.is_dir():
         raise ConfigError(f"--out: there is no folder '{args.out.absolute().parent}'")
-    if args.out.exists() and args.out.samefile(args.checkpoint):
+    # The checkpoint may be an address, and whether it is there is told later.
+    is_file = args.out.exists() and Path(args.checkpoint).exists()
+    if is_file and args.out.samefile(args.checkpoint):
         raise ConfigError(f"--out: '{args.out}' is the checkpoint itself; choose another name")
     if args.out.is_dir() or (args.out.exists() and not args.overwrite):
         raise ConfigError(f"--out: '{args.out}' exists; choose another name, or use --overwrite")

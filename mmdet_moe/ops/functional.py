@@ -121,9 +121,10 @@ def entmax15(x: Tensor) -> Tensor:
     (Peters, Niculae and Martins, "Sparse sequence-to-sequence models", ACL 2019). As with softmax,
     a row is NaN if one of its values is NaN or +inf, or if all are -inf; otherwise -inf gives 0.
 
-    It has gradients of any order, those of the values outside the support being 0. What
-    ``torch.export`` and ``torch.onnx.export`` see is plain PyTorch
-    (:func:`mmdet_moe.ops.reference.entmax15`): an exported program needs no part of this package.
+    It has gradients of any order, those of the values outside the support being 0. PyTorch gives
+    custom ops no forward mode, and ``torch.func.jvp`` takes them for constants: for ``torch.func``
+    use :func:`mmdet_moe.ops.reference.entmax15`. That is also what ``torch.export`` and
+    ``torch.onnx.export`` see: an exported program needs no part of this package.
 
     Args:
         x: Logits, shape (..., N) with N ≥ 1, floating point. float32 and float64 are computed as
@@ -143,7 +144,9 @@ def entmax15(x: Tensor) -> Tensor:
             f'x must have at least one value along its last dimension, got shape {tuple(x.shape)}'
         )
     wide = x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
-    op = reference.entmax15 if _is_exporting() else torch.ops.mmdet_moe.entmax15
+    # The older ONNX exporter, torch.onnx.export(dynamo=False), does not count as the first.
+    plain = _is_exporting() or torch.onnx.is_in_onnx_export()
+    op = reference.entmax15 if plain else torch.ops.mmdet_moe.entmax15
     return op(wide).to(x.dtype)
 
 

@@ -184,3 +184,24 @@ def test_half_precision(kind):
 def test_mistakes(edit, message):
     with pytest.raises(ConfigError, match=message):
         apply_edits(make('cp', (3, 2)), [edit])
+
+
+def test_edited_in_inference_mode_and_trained_on():
+    model, x = make('cp', 4), torch.randn(ROWS, I).double()
+    with torch.inference_mode():
+        apply_edits(model, [Edit('moe', 3, 2, scale=0.5)])
+    model['moe'](x).sum().backward()
+
+
+def test_trained_on_after_the_edits_are_undone():
+    model, x = make('tr', 4), torch.randn(ROWS, I).double()
+    with edit_experts(model, [Edit('moe', 3, 2, scale=0.5)]):
+        loss = model['moe'](x).sum()
+        loss.backward()
+    model['moe'](x).sum().backward()
+    assert all(p.grad.shape == p.shape for p in model.parameters())
+
+
+def test_layer_that_is_no_name():
+    with pytest.raises(ConfigError, match='layer=1 must be'):
+        Edit(1, 3, 2, scale=0.5)

@@ -291,3 +291,13 @@ def test_mistakes_in_arguments(out, more, message, classifier, tmp_path):
     with pytest.raises(ConfigError, match=message):
         edit_checkpoint(parse(classifier.argv(tmp_path / out, edit, more=more)))
     assert (tmp_path / 'old.pth').read_bytes() == b'old'
+
+
+def test_checkpoint_that_is_no_file_and_an_old_output(classifier, tmp_path):
+    (tmp_path / 'old.pth').write_bytes(b'old')
+    edit = 'layer=head.fc,expert=0,output=0,scale=0'
+    argv = classifier.argv(
+        tmp_path / 'old.pth', edit, checkpoint=tmp_path / 'no.pth', more=['--overwrite']
+    )
+    with pytest.raises(ConfigError, match='checkpoint: there is no file'):
+        edit_checkpoint(parse(argv))

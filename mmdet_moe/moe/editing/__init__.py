@@ -62,6 +62,7 @@ def apply_edits(model: nn.Module, edits: Iterable[Edit]) -> None:
         undo.pop_all()
 
 
+@torch.inference_mode(False)  # the weights may be trained later
 @torch.no_grad()
 def _apply(model: nn.Module, edits: Iterable[Edit], undo: ExitStack) -> None:
     edits = list(edits)

@@ -33,6 +33,8 @@ class Edit:
     zero: bool = False
 
     def __post_init__(self) -> None:
+        if not isinstance(self.layer, str):
+            raise ConfigError(f"Edit: layer={self.layer!r} must be a layer's name in the model")
         check_integer('Edit', 'expert', self.expert, 0)
         if self.output is not None:
             check_integer('Edit', 'output', self.output, 0)

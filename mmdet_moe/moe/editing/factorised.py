@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from mmdet_moe.errors import ConfigError
 from mmdet_moe.moe.editing.edit import Edit
 from mmdet_moe.moe.mumoe import MuMoE
+from mmdet_moe.moe.mumoe.factors import put
 
 
 class FactorisedExpert:
@@ -77,4 +78,4 @@ def _terms(matrix: Tensor) -> list[tuple[Tensor, Tensor]]:
 
 
 def _put_back(parameter: nn.Parameter, data: Tensor, grad: Tensor | None) -> None:
-    parameter.data, parameter.grad = data.to(parameter.device), grad
+    put(parameter, data.to(parameter.device), grad)

@@ -107,7 +107,8 @@ class Factors(nn.Module, ABC):
         """The mixture with one expert's contribution zeroed; nobody takes its place."""
         place = self.place(expert)
         own = prod(a[..., n, None] for a, n in zip(coefficients, place, strict=True))
-        return self(x, coefficients) - own.to(x.dtype) * self.expert_output(x, expert)
+        y = self(x, coefficients)
+        return y - own.to(y.dtype) * self.expert_output(x, expert)
 
     def place(self, expert: int) -> tuple[int, ...]:
         """The index on each level of an index among all experts."""
@@ -121,9 +122,9 @@ class Factors(nn.Module, ABC):
         return tuple(reversed(place))
 
     def _replace(self, values: Sequence[Tensor]) -> None:
-        # In the same parameters: an optimizer that has them goes on with them.
+        # In the same parameters: an optimizer that has no state of them goes on with them.
         for factor, value in zip(self.factors, values, strict=True):
-            factor.data, factor.grad = value, None
+            put(factor, value)
 
     def extra_repr(self) -> str:
         shapes = ', '.join(str(tuple(factor.shape)) for factor in self.factors)
@@ -292,6 +293,14 @@ class TRFactors(Factors):
         return ring @ output.permute(2, 0, 1).flatten(0, 1)
 
 
+def put(parameter: nn.Parameter, value: Tensor, grad: Tensor | None = None) -> None:
+    """Give a parameter a value and a gradient, of any shape."""
+    # While a graph lives, autograd expects gradients of the old shape, unless the dtype changed.
+    other = torch.float32 if value.dtype == torch.float16 else torch.float16
+    parameter.grad, parameter.data = None, value.new_empty(0, dtype=other)
+    parameter.data, parameter.grad = value, grad
+
+
 def _spread(level: int) -> float:
     """Standard deviation of what the experts of a level start with, whose mean is 1.
 
@@ -320,22 +329,29 @@ def _take_size(module: Factors, state_dict: dict, prefix: str, *_) -> None:
             found[int(name)] = state_dict[key]
     if not found:
         return
-    dims = [found[i].shape[-2 if found[i].dim() == 3 else 0] for i in sorted(found)]
+    shapes = [tuple(found[i].shape) for i in sorted(found)]
+    dims = [shape[1] if len(shape) == 3 else (*shape, 0)[0] for shape in shapes]
+    if len(found) < 3 or max(found) >= len(found):
+        raise ConfigError(
+            f'{prefix}factors: the state dict has only the factors {sorted(found)}; it lacks some'
+        )
     if len(found) != len(module.factors):
         raise ConfigError(
             f'{prefix}factors: the state dict has {len(found)} factors ({len(found) - 2} levels of '
             f'experts), the layer {len(module.factors)} ({len(module.levels)} levels); give the '
             f'layer num_experts={dims[:-2]}'
         )
-    own = module.factors[0].dim()
-    if tuple(dims) != module.dims or any(factor.dim() != own for factor in found.values()):
-        shapes = [tuple(found[i].shape) for i in sorted(found)]
-        expected = [tuple(factor.shape) for factor in module.factors]
+    expected = [tuple(factor.shape) for factor in module.factors]
+    if shapes == expected:
+        return
+    if any(len(shape) != len(expected[0]) for shape in shapes) or tuple(dims) != module.dims:
         raise ConfigError(
             f'{prefix}factors: the state dict has the shapes {shapes}, the layer {expected}; only '
             'ranks may differ'
         )
-    if any(found[i].shape != factor.shape for i, factor in enumerate(module.factors)):
-        module._replace(
-            [factor.new_empty(found[i].shape) for i, factor in enumerate(module.factors)]
+    rank = [shape[0] for shape in shapes] if len(shapes[0]) == 3 else shapes[0][1]
+    if module.shapes(module.dims, rank) != shapes:
+        raise ConfigError(
+            f'{prefix}factors: the ranks of the shapes {shapes} in the state dict do not match'
         )
+    module._replace([factor.new_empty(found[i].shape) for i, factor in enumerate(module.factors)])

@@ -120,6 +120,7 @@ class MuMoE(ExpertLayer):
             weights = (weights[:, :, None] * a[:, None]).flatten(1)
             sums = (sums[:, :, None] + of_level[:, None]).flatten(1)
         weights, expert_ids = weights.sort(dim=1, descending=True, stable=True)
+        x = x if x.dim() > 1 else x[None]
         routing = Routing(expert_ids, weights, sums, (len(weights),), x.shape[0])
         items = [self._items(x)]
         for observer in list(self._observers.values()):
@@ -161,7 +162,7 @@ class MuMoE(ExpertLayer):
             ConfigError: If it does not fit.
         """
         names = self._official_names()
-        known = (*names.values(), 'input_ln.')
+        known = {*names.values(), 'input_ln.', 'bn.0.', 'MuMoE2.'}
         found = {
             key.removeprefix(prefix): value
             for key, value in state_dict.items()
@@ -174,15 +175,24 @@ class MuMoE(ExpertLayer):
             )
         own = {}
         for key, value in found.items():
-            name, official = next((n, o) for n, o in names.items() if key.startswith(o))
+            name, official = next(((n, o) for n, o in names.items() if key.startswith(o)), ('', ''))
             own[name + key.removeprefix(official)] = value
-        if missing := sorted(set(self.state_dict()) - set(own)):
+        expected = self.state_dict()
+        if missing := sorted(set(expected) - set(own)):
             name, official = next((n, o) for n, o in names.items() if missing[0].startswith(n))
             raise ConfigError(
                 f"the state dict lacks '{prefix}{official}{missing[0].removeprefix(name)}'; it is "
                 f'not that of a μMoE of {len(self.levels)} levels with norm={self.gate.norm!r}, or '
                 f'prefix={prefix!r} is wrong'
             )
+        for key, (name, tensor) in zip(found, own.items(), strict=True):
+            is_factor = name.startswith(('experts.factors.', 'hidden.factors.'))
+            if not is_factor and (name not in expected or tensor.shape != expected[name].shape):
+                raise ConfigError(
+                    f"'{prefix}{key}' of the shape {tuple(tensor.shape)} has no place in a "
+                    f'{type(self).__name__} of {self.in_features} inputs, {self.levels} experts '
+                    f'and norm={self.gate.norm!r}; the layer has to be the one that was saved'
+                )
         self.load_state_dict(own)
 
     def official_state_dict(self, prefix: str = '') -> dict[str, Tensor]:
@@ -388,7 +398,8 @@ def _warn_of_dense_weights(layer: MuMoE, state_dict: dict, prefix: str, *_: Any)
 
 
 def _levels(num_experts: Any) -> tuple[int, ...]:
-    levels = (num_experts,) if isinstance(num_experts, int) else tuple(num_experts or ())
+    is_listed = isinstance(num_experts, Sequence) and not isinstance(num_experts, str)
+    levels = tuple(num_experts) if is_listed else (num_experts,)
     for size in levels:
         check_integer('μMoE', 'num_experts', size, 2)
     if not levels:

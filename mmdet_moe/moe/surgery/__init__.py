@@ -263,6 +263,8 @@ def _build_factorised(model: nn.Module, entry: FactorisedEntry, place: Place) ->
             'name one module'
         )
     (path,) = place.paths
+    if isinstance(model.get_submodule(path), nn.ModuleList):
+        raise ConfigError(f'"{path}" is a list, which nobody calls; name its parts: "{path}.*"')
     module = _take(model, place)
     try:
         layer = entry.make(module)
@@ -273,6 +275,13 @@ def _build_factorised(model: nn.Module, entry: FactorisedEntry, place: Place) ->
             return _build_factorised(model, entry, Place(path, tuple(inner)))
         raise ConfigError(f'"{path}": {error}') from error
     parameter = next(module.parameters())
+    if not any(p.requires_grad for p in module.parameters()):
+        print_log(
+            f'{path} is frozen; the μMoE in its place starts anew and is not, but a model that '
+            'freezes its layers again in train(), as with frozen_stages, leaves it untrained.',
+            logger='current',
+            level=logging.WARNING,
+        )
     layer.train(module.training).to(parameter)
     layer.name, layer.replaces = path, type(module).__name__
     layer.stand_for(module)

@@ -70,7 +70,9 @@ class FactorisedEntry:
             sizes = (module.in_features, module.out_features)
             return linear(*sizes, bias=module.bias is not None, **self.options)
         if conv is not None:
-            wide = conv.kernel_size != (1, 1) or any(conv.padding) or conv.groups > 1
+            # 'same' and 'valid' pad nothing here.
+            padded = not isinstance(conv.padding, str) and any(conv.padding)
+            wide = conv.kernel_size != (1, 1) or padded or conv.groups > 1
             if wide or len(set(conv.stride)) > 1:
                 raise ConfigError(
                     f'a convolution of kernel {conv.kernel_size}, stride {conv.stride}, padding '
@@ -84,7 +86,8 @@ class FactorisedEntry:
         first, act, hidden_drop, second, drop = _parts_of_mlp(module)
         layer = MuMoEMLP(
             first.in_features, first.out_features, second.out_features,
-            factorisation=factorisation, bias=first.bias is not None, act=act, **self.options,
+            factorisation=factorisation, bias=first.bias is not None, act=copy.deepcopy(act),
+            **self.options,
         )  # fmt: skip
         layer.hidden_drop, layer.drop = hidden_drop, drop
         return layer
@@ -134,9 +137,9 @@ def _computes(module: nn.Module, steps: list[nn.Module]) -> bool:
     twin = copy.deepcopy(nn.ModuleList([module, *steps])).eval()
     x = torch.randn(2, 3, steps[0].in_features).to(steps[0].weight)
     expected = x
-    for step in twin[1:]:
-        expected = step(expected)
     try:
+        for step in twin[1:]:
+            expected = step(expected)
         found = twin[0](x)
     except Exception:  # of any kind: the module is the user's
         return False

@@ -61,3 +61,12 @@ def test_onnx(layer_and_inputs, tmp_path):
     for x in inputs:
         (y,) = session.run(None, {'x': x.numpy()})
         torch.testing.assert_close(torch.from_numpy(y), layer(x), rtol=1e-4, atol=1e-5)
+
+
+def test_older_onnx_exporter(tmp_path):
+    onnxruntime = pytest.importorskip('onnxruntime')
+    layer = by_hand.randomise(CPMuMoE(6, 5, 4, 3)).eval()
+    path, x = tmp_path / 'layer.onnx', torch.randn(7, 6)
+    torch.onnx.export(layer, (x,), path, dynamo=False, input_names=['x'])
+    (y,) = onnxruntime.InferenceSession(str(path)).run(None, {'x': x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(y), layer(x), rtol=1e-4, atol=1e-5)

@@ -127,3 +127,31 @@ def test_state_dict_of_another_tensor(kind, options, message):
 def test_state_dict_of_the_other_factorisation():
     with pytest.raises(ConfigError, match='only ranks may differ'):
         make('cp').load_state_dict(make('tr').state_dict())
+
+
+@pytest.mark.parametrize('shapes', [{2: (4, 1)}, {3: (5, 3)}, {0: (3, 0)}, {1: ()}, {3: None}])
+def test_state_dict_whose_factors_do_not_fit_together(shapes):
+    state = make('cp').state_dict()
+    for i, shape in shapes.items():
+        del state[f'factors.{i}']
+        if shape is not None:
+            state[f'factors.{i}'] = torch.zeros(shape)
+    with pytest.raises(ConfigError, match=r'factors|rank=0'):
+        make('cp').load_state_dict(state, strict=False)
+
+
+def test_ring_whose_ranks_do_not_close():
+    state = make('tr').state_dict()
+    state['factors.2'] = torch.zeros(2, 4, 1)
+    with pytest.raises(ConfigError, match=r'the ranks of the shapes .* do not match'):
+        make('tr').load_state_dict(state)
+
+
+def test_trained_on_with_another_rank_while_a_graph_lives(kind):
+    factors, x, a = make(kind), torch.randn(7, 3).double(), torch.rand(7, 3).double()
+    loss = factors(x, [a, a[:, :2]]).sum()
+    loss.backward()
+    factors.add_term(1, torch.randn(4), torch.randn(5))
+    factors(x, [a, a[:, :2]]).sum().backward()
+    assert all(factor.grad.shape == factor.shape for factor in factors.factors)
+    del loss

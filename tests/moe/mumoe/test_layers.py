@@ -284,6 +284,13 @@ def test_official_state_dict(kind, levels, norm, layers):
         ({'net.input_ln.weight': torch.ones(3)}, 'net.', r'apply_ln=True'),
         ({'net.MuMoE.factors.4': torch.ones(4, 3)}, 'net.', r'has 5 factors \(3 levels'),
         ({'net.bn.0.running_mean': None}, 'net.', r"lacks 'net\.bn\.0\.running_mean'"),
+        (
+            {'net.projs.0': torch.ones(9, 3)},
+            'net.',
+            r"projs\.0' of the shape \(9, 3\) has no place",
+        ),
+        ({'net.projs.2': torch.ones(3, 2)}, 'net.', r"projs\.2' .* has no place"),
+        ({'net.MuMoE2.factors.0': torch.ones(3, 3)}, 'net.', r"MuMoE2\.factors\.0' .* no place"),
     ],
 )
 def test_official_state_dict_that_does_not_fit(change, prefix, message):
@@ -291,6 +298,12 @@ def test_official_state_dict_that_does_not_fit(change, prefix, message):
     state = {key: value for key, value in state.items() if value is not None}
     with pytest.raises(ConfigError, match=message):
         make('cp', (3, 2)).load_official(state, prefix)
+
+
+def test_official_state_dict_of_another_norm():
+    state = official('cp', (3, 2), 'bn')
+    with pytest.raises(ConfigError, match=r"running_mean' .* has no place .*norm='ln'"):
+        make('cp', (3, 2), norm='ln').load_official(state, 'net.')
 
 
 def parameters(layer):
@@ -439,3 +452,11 @@ def test_no_large_tensor(kind):
     with Largest() as largest:
         layer(x).sum().backward()
     assert largest.size == x.numel() < 256 * 512 * 512 / 10
+
+
+def test_observers_of_one_vector():
+    layer, seen = make('cp').eval(), []
+    layer.observe(lambda *call: seen.append(call))
+    assert layer(torch.randn(I)).dim() == 1
+    ((routing, (items,)),) = seen
+    assert (len(routing.weights), routing.num_images, len(items)) == (1, 1, 1)

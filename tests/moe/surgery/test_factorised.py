@@ -160,6 +160,11 @@ def test_report():
         (nn.Sequential(*mlp(), nn.ReLU()), r'no MLP of two linear layers .*, such as 0'),
         (Twice(), '"part": Twice is no linear layer'),
         (nn.BatchNorm1d(6), 'BatchNorm1d is no linear layer'),
+        (
+            nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 5)),
+            'no MLP of two linear',
+        ),
+        (nn.ModuleList([nn.Linear(6, 5)]), r'"part" is a list, .* name its parts: "part\.\*"'),
     ],
     ids=str,
 )
@@ -174,6 +179,7 @@ def test_what_cannot_become_one(module, message):
         ({'type': 'SoftMoE'}, r"type='SoftMoE'; use one of \('CPMuMoE', 'TRMuMoE'\)"),
         ({'top_k': 2}, 'has options top_k that CPMuMoE does not know; there are num_experts'),
         ({'num_experts': None}, 'needs num_experts'),
+        ({'num_experts': 8.0}, r'num_experts=8\.0 must be an integer'),
         ({'rank': 'match'}, '"part": CPMuMoE: rank=\'match\' has 35 parameters to spend, .* gate'),
         ({'rank': 0}, '"part": CPMuMoE: rank=0 must be'),
     ],
@@ -183,6 +189,22 @@ def test_bad_options(options, message):
     options = {k: v for k, v in {**CP, **options}.items() if v is not None}
     with pytest.raises(ConfigError, match=message):
         replaced(nn.Linear(6, 5), options)
+
+
+def test_activation_with_weights():
+    layer = replaced(nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8), nn.Linear(8, 5)))
+    assert not any(p.is_meta for p in layer.parameters())
+    assert layer(torch.randn(4, 6)).shape == (4, 5)
+
+
+def test_named_padding_is_none():
+    layer = replaced(nn.Conv2d(6, 5, 1, padding='same'))
+    assert layer(torch.randn(2, 6, 3, 4)).shape == (2, 5, 3, 4)
+
+
+def test_frozen_layer_is_told(capsys):
+    replaced(nn.Linear(6, 5).requires_grad_(False))
+    assert 'part is frozen' in ''.join(capsys.readouterr())
 
 
 def test_siblings_are_refused():
