@@ -13,6 +13,7 @@ import os.path as osp
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from mmengine.config import Config, ConfigDict, DictAction
@@ -25,6 +26,7 @@ from mmdet_moe.compat.distributed import (
     global_rank,
     init_cpu_group,
     local_rank,
+    note,
 )
 from mmdet_moe.compat.malloc import keep_large_blocks
 from mmdet_moe.engine.expert_report import ExpertReportHook
@@ -37,11 +39,15 @@ from mmdet_moe.engine.preflight import (
     datasets_of,
     resumable_checkpoint,
 )
+from mmdet_moe.engine.resumed_schedule import ResumedScheduleHook
+from mmdet_moe.engine.tested_checkpoint import TestedCheckpointHook
 from mmdet_moe.errors import ConfigError
 
 __all__ = [
     'apply_data_root',
+    'check_folder',
     'fail',
+    'image_sets',
     'load_config',
     'parse_options',
     'run_test',
@@ -243,6 +249,24 @@ def parse_options(options: Sequence[str]) -> dict[str, Any]:
     return parser.parse_args(['--cfg-options', *options]).cfg_options
 
 
+def check_folder(path: str | Path, field: str) -> None:
+    """Complain about a folder, which may not exist yet, that nothing can be written into.
+
+    Raises:
+        ConfigError: A file is in its place, or the user may not write there.
+    """
+    for folder in (Path(path).absolute(), *Path(path).absolute().parents):
+        if folder.exists() and not folder.is_dir():
+            raise ConfigError(f"{field}: '{folder}' is a file; choose a folder")
+        if folder.exists() and not os.access(folder, os.W_OK | os.X_OK):
+            raise ConfigError(
+                f"{field}: nothing can be written into '{folder}'; choose another folder, or get "
+                'the right to write there'
+            )
+        if folder.exists():
+            return
+
+
 def _prepare(args: argparse.Namespace) -> Config:
     """The config with what both tools put into it."""
     check_launcher(args.launcher)
@@ -252,6 +276,7 @@ def _prepare(args: argparse.Namespace) -> Config:
         cfg.work_dir = args.work_dir
     elif cfg.get('work_dir') is None:
         cfg.work_dir = osp.join('work_dirs', osp.splitext(osp.basename(args.config))[0])
+    check_folder(cfg.work_dir, '--work-dir' if args.work_dir is not None else 'work_dir')
     set_loader_defaults(cfg)
     return cfg
 
@@ -295,7 +320,7 @@ def _set_amp(cfg: Config, requested: bool) -> None:
         return
     import mmdet_moe.compat.amp  # noqa: F401  (registers the wrapper)
 
-    _note('mixed precision without a GPU: bfloat16, no loss scale')
+    note('mixed precision without a GPU: bfloat16, no loss scale')
     wrapper.type = 'CpuAmpOptimWrapper'
     for key in ('loss_scale', 'dtype', 'use_fsdp'):
         wrapper.pop(key, None)
@@ -319,7 +344,7 @@ def _set_resume(cfg: Config, resume: str) -> None:
     latest = resumable_checkpoint(cfg.work_dir)
     if latest is None:
         cfg.resume = False
-        _note(f"--resume: there is nothing to resume in '{cfg.work_dir}', training starts anew")
+        note(f"--resume: there is nothing to resume in '{cfg.work_dir}', training starts anew")
         return
     cfg.resume, cfg.load_from = True, latest
 
@@ -353,25 +378,33 @@ def _set_show_dir(runner: Runner, show_dir: str) -> None:
             hook.out_dir = osp.join(runner.work_dir, runner.timestamp, show_dir)
 
 
-def _innermost_dataset(dataset: ConfigDict) -> ConfigDict:
-    while 'dataset' in dataset:
-        dataset = dataset.dataset
-    return dataset
+def image_sets(dataset: ConfigDict) -> Iterator[ConfigDict]:
+    """The parts of a data set that have the pipelines: what wrappers hold, and each one of several.
+
+    Args:
+        dataset: The config of a data set, the parts of which are no copies.
+    """
+    if 'dataset' in dataset:
+        yield from image_sets(dataset.dataset)
+    elif 'datasets' in dataset and 'pipeline' not in dataset:
+        for part in dataset.datasets:
+            yield from image_sets(part)
+    else:
+        yield dataset
 
 
 def _set_tta(cfg: Config) -> None:
     """Wrap the model for test-time augmentation, by default with flipped images."""
     is_detector = cfg.default_scope == 'mmdet'
-    dataset = _innermost_dataset(cfg.test_dataloader.dataset)
     if 'tta_model' not in cfg:
         cfg.tta_model = _default_tta_model(is_detector)
-    if 'tta_pipeline' not in cfg:
-        if 'pipeline' not in dataset:
+    for dataset in image_sets(cfg.test_dataloader.dataset):
+        if 'tta_pipeline' not in cfg and 'pipeline' not in dataset:
             raise ConfigError(
-                '--tta: the config needs tta_pipeline, for test_dataloader has several data sets'
+                '--tta: the config needs tta_pipeline, for a data set of test_dataloader has no '
+                'pipeline to flip the images in'
             )
-        cfg.tta_pipeline = _flip_pipeline(dataset.pipeline, is_detector)
-    dataset.pipeline = cfg.tta_pipeline
+        dataset.pipeline = cfg.get('tta_pipeline') or _flip_pipeline(dataset.pipeline, is_detector)
     cfg.model = ConfigDict(**cfg.tta_model, module=cfg.model)
 
 
@@ -394,11 +427,6 @@ def _flip_pipeline(pipeline: Sequence[ConfigDict], is_detector: bool) -> list:
 
 
 # Running ---------------------------------------------------------------------------------------
-
-
-def _note(sentence: str) -> None:
-    if global_rank() == 0:
-        print(f'note: {sentence}', flush=True)
 
 
 def fail(error: Exception, running: bool) -> None:
@@ -454,6 +482,7 @@ def _build_runner(cfg: Config) -> Runner:
         keep_large_blocks()
     runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
     runner.register_hook(ImageErrorHook())
+    runner.register_hook(TestedCheckpointHook())
     return runner
 
 
@@ -475,6 +504,7 @@ def _prepare_training(args: argparse.Namespace) -> Runner:
     _check(cfg, 'train')
     runner = _build_runner(cfg)
     runner.register_hook(FinishedRunHook())
+    runner.register_hook(ResumedScheduleHook())
     runner.register_hook(ExpertReportHook())
     return runner
 
@@ -495,6 +525,8 @@ def run_train(argv: Sequence[str] | None = None) -> None:
 def _prepare_test(args: argparse.Namespace) -> Runner:
     if args.out is not None and not args.out.endswith(('.pkl', '.pickle')):
         raise ConfigError(f"--out must end in .pkl or .pickle, got '{args.out}'")
+    if args.out is not None:
+        check_folder(osp.dirname(args.out), '--out')
     cfg = _prepare(args)
     if cfg.get('test_dataloader') is None:
         raise ConfigError('test_dataloader: the config has none, so there is nothing to test on')

@@ -177,3 +177,10 @@ def test_links_and_pictures_exist():
         for target in re.findall(r'\]\(([^)#]+)\)', page.read_text()):
             if not target.startswith('http'):
                 assert (page.parent / target).exists(), f'{page.name}: {target}'
+
+
+def test_guarantees_are_held_by_tests():
+    promises = re.findall(r'`(tests/[\w/]+\.py)::(\w+)`', (ROOT / 'docs/guarantees.md').read_text())
+    assert promises
+    for path, name in promises:
+        assert f'def {name}(' in (ROOT / path).read_text(), f'{path}::{name}'

@@ -28,8 +28,8 @@ from mmdet_moe.analysis.report.verdict import verdict
 from mmdet_moe.analysis.statistics.outcomes import outcomes_of
 from mmdet_moe.analysis.statistics.summary import summarise
 from mmdet_moe.analysis.study import Study
-from mmdet_moe.cli import fail, load_config, set_loader_defaults
-from mmdet_moe.engine.preflight import check_config
+from mmdet_moe.cli import check_folder, fail, load_config, set_loader_defaults
+from mmdet_moe.engine.preflight import check_config, check_trained_classes
 from mmdet_moe.errors import ConfigError
 
 _INTERRUPTED = 130
@@ -181,9 +181,7 @@ def _check(args: argparse.Namespace) -> None:
         )
     if not 0 <= args.score_thr < 1:
         raise ConfigError(f'--score-thr={args.score_thr} must lie in 0..1, 1 excluded')
-    for path in (args.out, *args.out.parents):
-        if path.exists() and not path.is_dir():
-            raise ConfigError(f"--out: '{path}' is a file; choose a folder")
+    check_folder(args.out, '--out')
     has_records = (args.out / 'records' / 'statistics').is_dir()
     if args.out.is_dir() and any(args.out.iterdir()) and not has_records:
         raise ConfigError(
@@ -198,8 +196,9 @@ def prepare(args: argparse.Namespace, cfg: Config) -> Study:
         ConfigError: If config, checkpoint and data do not fit together.
     """
     set_loader_defaults(cfg)
-    model, _ = load_model(cfg, args.checkpoint, args.device)
+    model, meta = load_model(cfg, args.checkpoint, args.device)
     data = AnalysisData(cfg, args.split, args.max_images)
+    check_trained_classes(meta, data.dataset.metainfo, f'{args.split}_dataloader.dataset')
     plan = {
         'checkpoint': _digest(Path(args.checkpoint).read_bytes()),
         'model': _digest(cfg.model),

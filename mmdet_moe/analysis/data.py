@@ -5,16 +5,19 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-import mmcv
 import numpy as np
+from mmcv.transforms import LoadImageFromFile
 from mmengine.config import Config, ConfigDict
 from mmengine.registry import DATASETS
 from mmengine.runner import Runner
 
 from mmdet_moe.analysis.superclasses import superclasses
+from mmdet_moe.cli import image_sets
+from mmdet_moe.engine.image_errors import ImageReader, wrap_readers
 from mmdet_moe.errors import ConfigError
 
 SPLITS = ('val', 'test', 'train')
+_READER = ImageReader(LoadImageFromFile())
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,7 @@ class AnalysisData:
             )
         if hasattr(self.dataset, 'full_init'):
             self.dataset.full_init()
+        wrap_readers(self.dataset, set())
         self._length = len(self.dataset)
         if max_images is not None:
             self._length = min(self._length, max_images)
@@ -129,14 +133,19 @@ class AnalysisData:
         return self.dataset.get_data_info(index)
 
     def image(self, index: int) -> np.ndarray:
-        """uint8 (H, W, 3), RGB, as stored."""
+        """uint8 (H, W, 3), RGB, as stored.
+
+        Raises:
+            ConfigError: The file cannot be read.
+        """
         info = self.info(index)
         if 'img' in info:  # data sets that are one array
             image = np.asarray(info['img'])
             if image.ndim == 2:
                 image = image[..., None]
             return np.ascontiguousarray(np.broadcast_to(image, (*image.shape[:2], 3)))
-        return mmcv.imread(info['img_path'], channel_order='rgb')
+        image = _READER({'img_path': info['img_path']})['img']
+        return np.ascontiguousarray(image[..., ::-1])
 
     def image_size(self, index: int) -> tuple[int, int]:
         """Height and width in px."""
@@ -206,14 +215,15 @@ def loader_of(cfg: Config, split: str) -> ConfigDict:
     loader = ConfigDict({**cfg[field]})
     if split == 'train':
         tested = cfg.get('test_dataloader') or cfg.get('val_dataloader')
-        if tested is None or 'pipeline' not in _innermost(tested.dataset):
+        if tested is None or 'pipeline' not in next(image_sets(tested.dataset)):
             raise ConfigError(
                 '--split train: the config has no test_dataloader, whose pipeline the training '
                 'images would go through'
             )
         loader.dataset = _as_tested(loader.dataset, tested.dataset)
         if cfg.get('default_scope', 'mmdet') == 'mmdet':
-            _innermost(loader.dataset).test_mode = True  # keeps the images without objects
+            for dataset in image_sets(loader.dataset):
+                dataset.test_mode = True  # keeps the images without objects
         for key in ('num_workers', 'persistent_workers', 'collate_fn', 'pin_memory'):
             if key in tested:
                 loader[key] = tested[key]
@@ -227,8 +237,14 @@ def _as_tested(dataset: ConfigDict, tested: ConfigDict) -> ConfigDict:
     """A training set with the pipelines of the tests, and with those wrappers alone that the tests
     have, too: what defines the samples stays, RepeatDataset and the like go.
     """
+    if 'datasets' in tested and 'pipeline' not in tested:
+        return _as_tested(dataset, tested.datasets[0])
     if 'dataset' not in tested:
-        dataset = _innermost(dataset)
+        while 'dataset' in dataset:
+            dataset = dataset.dataset
+        if 'datasets' in dataset and 'pipeline' not in dataset:
+            parts = [_as_tested(part, tested) for part in dataset.datasets]
+            return ConfigDict({**dataset, 'datasets': parts})
     else:
         while dataset.type != tested.type and 'dataset' in dataset:
             dataset = dataset.dataset
@@ -237,12 +253,6 @@ def _as_tested(dataset: ConfigDict, tested: ConfigDict) -> ConfigDict:
             dataset.dataset = _as_tested(dataset.dataset, tested.dataset)
     if 'pipeline' in tested:
         dataset.pipeline = tested.pipeline
-    return dataset
-
-
-def _innermost(dataset: ConfigDict) -> ConfigDict:
-    while 'dataset' in dataset:
-        dataset = dataset.dataset
     return dataset
 
 

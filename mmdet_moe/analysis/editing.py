@@ -18,7 +18,7 @@ from mmdet_moe.analysis.recorder import predictions_of
 from mmdet_moe.analysis.records.contents import BoxRecords, concatenated
 from mmdet_moe.analysis.statistics.evaluation import ClassificationMetrics, DetectionMetrics
 from mmdet_moe.cli import fail, load_config, set_loader_defaults
-from mmdet_moe.engine.preflight import check_config
+from mmdet_moe.engine.preflight import check_config, check_trained_classes
 from mmdet_moe.errors import ConfigError
 from mmdet_moe.moe import Edit, edit_experts
 from mmdet_moe.moe.surgery.report import in_columns
@@ -104,6 +104,7 @@ def edit_checkpoint(args: argparse.Namespace) -> tuple[dict, dict]:
     model, meta = load_model(cfg, args.checkpoint, args.device)
     with edit_experts(model, edits):  # first, for it complains before the images are predicted
         data = AnalysisData(cfg, args.split, args.max_images)
+        check_trained_classes(meta, data.dataset.metainfo, f'{args.split}_dataloader.dataset')
         state = {name: value.cpu().clone() for name, value in model.state_dict().items()}
         after = measure(model, data, 'edited')
     before = measure(model, data, 'as it was')

@@ -1,11 +1,12 @@
 """What an environment lacks: mmcv's compiled ops, and our configs under the name of the package.
 
-:func:`install` makes three things lazily possible by finders in ``sys.meta_path``:
+:func:`install` makes these lazily possible by finders in ``sys.meta_path``:
 
 - ``mmcv._ext`` can be imported where mmcv was installed without its compiled ops, because
   MMDetection cannot even be imported then. A compiled mmcv always wins.
 - ``_base_ = 'mmdet_moe::...'`` in any config of MMEngine names one of our configs.
 - MMDetection's ``SSDHead`` can predict (open-mmlab/mmdetection#11063).
+- MMDetection reads COCO files in which what can be told without guessing is missing.
 
 An installation lets every Python program import :mod:`mmdet_moe` (``mmdet_moe.pth``), so that the
 toolboxes' own tools have both. Hence nothing but what Python itself loads is imported here.
@@ -18,6 +19,7 @@ __all__ = ['install']
 EXT_NAME = 'mmcv._ext'
 CONFIG_NAME = 'mmengine.config.config'
 SSD_NAME = 'mmdet.models.dense_heads.ssd_head'
+COCO_NAME = 'mmdet.datasets.api_wrappers.coco_api'
 
 
 class _MmcvExtFinder:
@@ -68,6 +70,12 @@ def _add_loss(module) -> None:
     module.SSDHead.__init__ = __init__
 
 
+def _mend_coco(module) -> None:
+    from mmdet_moe.compat.coco import mend
+
+    mend(module)
+
+
 _MMCV_FINDER = _MmcvExtFinder()
 
 
@@ -78,7 +86,11 @@ def install() -> None:
     # Python asks it only after its ordinary finders found nothing.
     sys.meta_path.append(_MMCV_FINDER)
     completing = _CompletingFinder()
-    for name, complete in ((CONFIG_NAME, _add_configs), (SSD_NAME, _add_loss)):
+    for name, complete in (
+        (CONFIG_NAME, _add_configs),
+        (SSD_NAME, _add_loss),
+        (COCO_NAME, _mend_coco),
+    ):
         if name in sys.modules:
             complete(sys.modules[name])
         else:

@@ -46,6 +46,12 @@ def local_rank() -> int:
     return _first_number(_PROCESS_VARIABLES.index('LOCAL_RANK'))
 
 
+def note(sentence: str) -> None:
+    """Print what a user has to know, once among all processes."""
+    if global_rank() == 0:
+        print(f'note: {sentence}', flush=True)
+
+
 def check_launcher(launcher: str) -> None:
     """Complain about ``--launcher`` without the launcher.
 

@@ -56,8 +56,13 @@ def _parts(owner: Any) -> Iterator[Any]:
             yield part
 
 
-def _wrap_readers(owner: Any, seen: set[int]) -> None:
-    """Wrap the readers in the pipelines of ``owner`` and of its parts."""
+def wrap_readers(owner: Any, seen: set[int]) -> None:
+    """Wrap the readers in the pipelines of ``owner`` and of its parts, but for those in ``seen``.
+
+    Args:
+        owner: A data set, or a wrapper of some.
+        seen: The ids of what was met before; added to.
+    """
     if id(owner) in seen or isinstance(owner, (ImageReader, str, Mapping)):
         return
     seen.add(id(owner))
@@ -68,7 +73,7 @@ def _wrap_readers(owner: Any, seen: set[int]) -> None:
             for item in transforms
         ]
     for part in _parts(owner):
-        _wrap_readers(part, seen)
+        wrap_readers(part, seen)
 
 
 class ImageErrorHook(Hook):
@@ -81,4 +86,4 @@ class ImageErrorHook(Hook):
         for loop in (runner._train_loop, runner._val_loop, runner._test_loop):
             loader = getattr(loop, 'dataloader', None)
             if loader is not None:
-                _wrap_readers(loader.dataset, set())
+                wrap_readers(loader.dataset, set())

@@ -171,6 +171,10 @@ class MoELayer(ExpertLayer):
             latest.merged = Routing.cat(latest.routings)
         return latest.merged
 
+    def __dir__(self) -> list[str]:
+        # torch.jit.trace reads whatever is listed.
+        return [n for n in super().__dir__() if n != 'routing' or self._latest.routings]
+
     @property
     def items(self) -> tuple[Items, ...]:
         """How each level of the latest :attr:`routing` was divided."""
@@ -222,8 +226,15 @@ class MoELayer(ExpertLayer):
 
         Raises:
             NonFiniteRouterError: If the router's logits are not finite.
-            ConfigError: If an input or an output belongs to no item, or to more than one.
+            ConfigError: If an input or an output belongs to no item, or to more than one, and
+                within ``torch.jit.trace`` and the exports that use it.
         """
+        if torch.jit.is_tracing():
+            raise ConfigError(
+                f'MoE layer "{self.name}" cannot be traced: torch.jit.trace writes down how many '
+                f'items of the example each of the {self.num_experts} experts gets, and what it '
+                'makes would be wrong for every other input; use torch.compile'
+            )
         if self.training and not self._norms_checked:
             self._check_norms()
         single = isinstance(x, Tensor)

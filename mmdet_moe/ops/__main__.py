@@ -15,7 +15,7 @@ def main() -> None:
     """
     parser = argparse.ArgumentParser(
         prog='python -m mmdet_moe.ops',
-        description='Which kernels serve dispatch and combine on each device, and why.',
+        description='Which kernels serve the ops on each device, and why.',
     )
     parser.add_argument(
         '--build', action='store_true', help='compile the kernels (again) for this environment'

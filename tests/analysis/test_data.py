@@ -1,5 +1,6 @@
 """Data sets as the analysis sees them: nothing filtered, nothing augmented, crowds told apart."""
 
+import copy
 import json
 import shutil
 from pathlib import Path
@@ -132,6 +133,33 @@ def test_training_images_are_not_changed(root):
     for index in (0, 1, 5):
         inputs = data.dataset[index]['inputs'].numpy()  # BGR
         assert np.array_equal(inputs[::-1].transpose(1, 2, 0), data.image(index))
+
+
+@pytest.mark.parametrize('joined', ['train', 'test'])
+def test_several_training_sets(root, joined):
+    """Each goes through the pipeline of the tests, unrepeated, with its images without objects."""
+    cfg = config(root)
+    loader = cfg[f'{joined}_dataloader']
+    cfg.default_scope = 'mmdet'
+    loader.dataset = dict(type='ConcatDataset', datasets=[copy.deepcopy(loader.dataset)] * 2)
+    one = AnalysisData(config(root), 'train')
+    data = AnalysisData(cfg, 'train')
+    assert len(data) == len(one) * (2 if joined == 'train' else 1)
+    for index in (0, 1, len(data) - 1):
+        assert np.array_equal(data.image(index), one.image(index % len(one)))
+        inputs = data.dataset[index]['inputs'].numpy()
+        assert np.array_equal(inputs[::-1].transpose(1, 2, 0), data.image(index))
+        assert np.array_equal(data.objects(index).boxes, one.objects(index % len(one)).boxes)
+
+
+def test_an_unreadable_image_is_named(root):
+    data = AnalysisData(config(root), 'val')
+    path = Path(data.info(3)['img_path'])
+    for content in (b'no image', b'', None):
+        path.unlink() if content is None else path.write_bytes(content)
+        for read in (data.image, data.dataset.__getitem__):
+            with pytest.raises(ConfigError, match=f"^cannot read the image '{path}': "):
+                read(3)
 
 
 def test_subset_of_the_classes(root):

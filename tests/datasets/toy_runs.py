@@ -105,14 +105,16 @@ def make_runner(tmp_path):
             'visualizer': {'type': 'Visualizer', 'vis_backends': [{'type': 'LocalVisBackend'}]},
             **options,
         }
+        # Unlike this one, a finite sampler makes MMEngine sleep between epochs.
+        train_loader = {**loader, 'sampler': {'type': 'InfiniteSampler', 'shuffle': False}}
+        loop = {'by_epoch': False, 'max_iters': max_iters, 'val_interval': val_interval}
         runner = Runner(
             model,
             work_dir=str(tmp_path / name),
-            # Unlike this one, a finite sampler makes MMEngine sleep between epochs.
-            train_dataloader={**loader, 'sampler': {'type': 'InfiniteSampler', 'shuffle': False}},
+            train_dataloader=options.pop('train_dataloader', train_loader),
             val_dataloader=loader,
             test_dataloader=loader,
-            train_cfg={'by_epoch': False, 'max_iters': max_iters, 'val_interval': val_interval},
+            train_cfg=options.pop('train_cfg', loop),
             val_cfg={},
             test_cfg={},
             val_evaluator=[ToyMetric()],

@@ -297,7 +297,7 @@ def test_a_class_that_reads_other_files_is_left_alone(tmp_path):
         def load_data_list(self):
             return []
 
-    check_config(config(Ours, tmp_path, num_classes=7))
+    check_config(config(Ours, tmp_path, num_classes=100))
 
 
 # --- Wrappers -----------------------------------------------------------------------------------

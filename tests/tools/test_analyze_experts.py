@@ -603,6 +603,27 @@ def test_error_in_the_middle(detector, tmp_path):
     assert experts['run']['num_images'] == IMAGES
 
 
+@pytest.mark.parametrize('damage', ['missing', 'truncated'])
+def test_damaged_image_in_the_middle(damage, detector, tmp_path, capsys):
+    """It is named, and the analysis goes on once it is mended."""
+    root, out = tmp_path / 'data', tmp_path / 'out'
+    shutil.copytree(detector.data_root, root)
+    image = sorted((root / 'val2017').iterdir())[2]
+    arguments = (out, *HALF, '--no-interventions')
+    kept = image.read_bytes()
+    image.write_bytes(kept[:20])
+    if damage == 'missing':
+        image.unlink()
+    sentence = failure(capsys, detector, *arguments, options=[f'data_root={root}'])
+    assert sentence.startswith(f"error: cannot read the image '{image}': ")
+    first = next((out / 'records' / 'statistics').glob('*.npz'))
+    written = first.stat().st_mtime_ns
+    image.write_bytes(kept)
+    mended = detector(*arguments, options=[f'data_root={root}'])
+    assert first.stat().st_mtime_ns == written
+    assert mended == detector(tmp_path / 'whole', *HALF, '--no-interventions')
+
+
 def test_summary_that_was_cut_short(detector, finished, tmp_path, monkeypatch):
     out = tmp_path / 'out'
     shutil.copytree(finished, out)
@@ -926,6 +947,22 @@ def test_classifier(classifier, finished_classifier, tmp_path, monkeypatch):
     tables = layer['associations']['objects']
     assert 'size' not in tables
     np.testing.assert_allclose(np.array(tables['class']['counts']).sum(1), [4, 3], atol=1e-6)
+
+
+def test_classes_of_the_training(classifier, tmp_path, monkeypatch, capsys):
+    """Neither tool measures images whose classes have other numbers than in the checkpoint."""
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / 'tiny.pth'
+    meta = {'dataset_meta': {'classes': ('a', 'aa', 'b')}}
+    torch.save({**torch.load(classifier.checkpoint), 'meta': meta}, path)
+    for tool, argv, field in (
+        (run_analysis, classifier.argv(tmp_path / 'out', checkpoint=path), 'val'),
+        (cli.run_test, [str(classifier.config), str(path)], 'test'),
+    ):
+        assert failure(capsys, tool, argv).startswith(
+            f"error: {field}_dataloader.dataset: class 1 is 'b', but 'aa' in the training of the "
+        )
+    assert not (tmp_path / 'out').exists()
 
 
 def test_classifier_statistics(classifier, finished_classifier):

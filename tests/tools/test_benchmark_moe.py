@@ -43,6 +43,7 @@ def tool(monkeypatch):
         conv=(ConvShape(4, 8, 6, 4), ConvShape(6, 8, 4, 3)),
         scaling=(ConvShape(8, 8, 4, 4), ConvShape(8, 8, 4, 8)),
         image_size=32,
+        mumoe=(2, 8, 16, 4, 3),
         batch=2,
         analysis=4,
         explorer=6,
@@ -138,6 +139,19 @@ def test_scaling(run):
     check_results(results, output)
     assert len(results['comparisons']) == len(results['targets']) == 2 * 2
     assert all(list(rows_of(c)) == ['E=4', 'E=8'] for c in results['comparisons'])
+
+
+def test_mumoe(run):
+    report, output = run('mumoe')
+    results = report['suites']['mumoe']
+    check_results(results, output)
+    entmax, layers, levels = (results['comparisons'][i : i + 2] for i in (0, 2, 4))
+    assert all(list(rows_of(c)) == ['ours', 'package entmax'] for c in entmax)
+    for comparison in layers:
+        assert comparison['baseline'] == 'nn.Linear'
+        assert len(rows_of(comparison)) == 5
+    assert all(list(rows_of(c)) == ['3 experts', '9 experts, two levels'] for c in levels)
+    assert len(results['targets']) == 1 + 2 * 2 + 1
 
 
 def test_overhead(run):
@@ -307,8 +321,8 @@ def test_balanced_routing(bench):
     [
         (
             ['speed'],
-            "there is no suite 'speed'; choose from ops, conv, scaling, retinanet, overhead, "
-            'analysis, explorer, auto',
+            "there is no suite 'speed'; choose from ops, conv, scaling, retinanet, mumoe, "
+            'overhead, analysis, explorer, auto',
         ),
         (['ops', '--repeats', '0'], '--repeats must be at least 1, got 0'),
         (['ops', '--threads', '-1'], '--threads must be at least 1, got -1'),

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import pickle
+import re
 import socket
 import subprocess
 import sys
@@ -292,6 +293,23 @@ def test_test_with_everything(folder, trained):
     assert [result['img_id'] for result in results] == [0, 1, 2, 3]
 
 
+def test_tta_of_several_data_sets():
+    """Each has a flipped variant, of its own pipeline."""
+    pack = dict(type='PackDetInputs')
+    pipelines = [[dict(type='LoadImageFromFile'), step, pack] for step in ({'a': 1}, {'b': 2})]
+    parts = [dict(type='CocoDataset', pipeline=p) for p in pipelines]
+    parts[1] = dict(type='RepeatDataset', times=2, dataset=parts[1])
+    dataset = dict(type='ConcatDataset', datasets=parts)
+    cfg = Config(dict(default_scope='mmdet', model={}, test_dataloader=dict(dataset=dataset)))
+    cli._set_tta(cfg)
+    first, second = cfg.test_dataloader.dataset.datasets
+    for found, pipeline in ((first, pipelines[0]), (second.dataset, pipelines[1])):
+        assert found.pipeline[:-1] == pipeline[:-1]
+        flips, (packing,) = found.pipeline[-1].transforms
+        assert [flip.prob for flip in flips] == [1.0, 0.0]
+        assert packing.type == 'PackDetInputs'
+
+
 def test_classifier(here, capsys):
     cli.run_train(['classifier.py', *MOVED])
     checkpoint = 'work_dirs/classifier/iter_1.pth'
@@ -306,6 +324,18 @@ def test_classifier(here, capsys):
     absolute = here / 'elsewhere'
     cli.run_test(['classifier.py', checkpoint, '--show-dir', str(absolute), *MOVED])
     assert len(list(absolute.glob('*.png'))) == 4
+    # MMEngine would test a head as it was drawn.
+    state = torch.load(checkpoint, weights_only=False)
+    weight = state['state_dict'].pop('head.fc.weight')
+    torch.save(state, 'cut.pth')
+    sentence = failure(capsys, cli.run_test, 'classifier.py', 'cut.pth', *MOVED)
+    assert re.match(
+        r"checkpoint: it lacks 1 of the model's \d+ tensors, such as 'head\.fc", sentence
+    )
+    state['state_dict']['head.fc.weight'] = torch.cat([weight, weight])
+    torch.save(state, 'cut.pth')
+    sentence = failure(capsys, cli.run_test, 'classifier.py', 'cut.pth', *MOVED)
+    assert sentence.startswith('checkpoint: size mismatch for head.fc.weight: ')
     both = ('--tta', '--show-dir', 'drawn', *MOVED)
     sentence = failure(capsys, cli.run_test, 'classifier.py', checkpoint, *both)
     assert sentence.startswith('--tta does not go with --show')
@@ -389,6 +419,20 @@ def test_wrong_paths(here, capsys):
     assert sentence.startswith("checkpoint: there is no file 'gone.pth'; give the path")
     sentence = failure(capsys, cli.run_test, 'detector.py', 'gone.pth', '--out', 'x.json')
     assert sentence.startswith('--out must end in .pkl')
+
+
+def test_folders_that_cannot_be_written(here, capsys, monkeypatch):
+    monkeypatch.setattr(cli.os, 'access', lambda path, mode: Path(path) != here / 'locked')
+    (here / 'locked').mkdir()
+    sentence = failure(capsys, cli.run_train, 'detector.py', '--work-dir', 'locked/new/run', *MOVED)
+    assert sentence.startswith(f"--work-dir: nothing can be written into '{here}/locked'; choose")
+    sentence = failure(
+        capsys, cli.run_test, 'detector.py', 'any.pth', '--out', 'locked/x.pkl', *MOVED
+    )
+    assert sentence.startswith(f"--out: nothing can be written into '{here}/locked'; choose")
+    assert not list((here / 'locked').iterdir())
+    sentence = failure(capsys, cli.run_train, 'detector.py', '--work-dir', 'detector.py/run')
+    assert sentence == f"--work-dir: '{here}/detector.py' is a file; choose a folder"
 
 
 def test_launcher_without_a_launcher(here, capsys, monkeypatch):

@@ -116,6 +116,7 @@ def test_multilinear_mixtures_train_from_a_dense_checkpoint(run, capsys):
     log = next(Path('w').glob('*/*.log')).read_text()
     row = 'neck.lateral_convs.0 ConvModule 4 × 4 all 0 pixel -'
     assert row in ' '.join(log.split())
+    assert 'neck.lateral_convs.0: the weights of a dense ConvModule cannot be loaded' in log
     # The rest went on from the dense model.
     close = {'rtol': 0, 'atol': 0.05}
     for key in ('neck.fpn_convs.0.conv.weight', 'bbox_head.retina_cls.weight'):

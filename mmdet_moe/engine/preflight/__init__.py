@@ -11,11 +11,12 @@ from mmdet_moe.engine.preflight.checkpoints import (
     resumable_checkpoint,
 )
 from mmdet_moe.engine.preflight.config import check_config
-from mmdet_moe.engine.preflight.datasets import datasets_of
+from mmdet_moe.engine.preflight.datasets import check_trained_classes, datasets_of
 
 __all__ = [
     'check_checkpoint',
     'check_config',
+    'check_trained_classes',
     'datasets_of',
     'recorded_checkpoint',
     'resumable_checkpoint',

@@ -1,13 +1,23 @@
 """Checks of COCO annotation files and of the images that they name."""
 
 import gc
-import json
 import os.path as osp
-from collections.abc import Mapping
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from itertools import islice
+from typing import Any
 
-from mmdet_moe.engine.preflight.datasets import GET_DATA, Dataset, classes_of, inherits, quote
+from mmdet_moe.compat.coco import boxes_of, read_coco
+from mmdet_moe.compat.distributed import note
+from mmdet_moe.engine.preflight.datasets import (
+    GET_DATA,
+    Dataset,
+    classes_of,
+    inherits,
+    is_remote,
+    quote,
+)
 from mmdet_moe.errors import ConfigError
 
 _IMAGES_TO_LOOK_AT = 5
@@ -15,11 +25,21 @@ _IMAGES_TO_LOOK_AT = 5
 
 @dataclass(frozen=True)
 class CocoFile:
-    """What the checks need of an annotation file."""
+    """What the checks need of an annotation file.
+
+    Attributes:
+        categories: Names, in the file's order.
+        images: By id, the name of the file, and width and height in px.
+        boxes: How many annotations there are, by their category (None: not in the file) and by
+            why they are not trained (``'used'``: they are).
+        showing: The ids of the images with an annotation of each category.
+        has_annotations: Whether there is a list of them.
+    """
 
     categories: tuple[str, ...]
-    first_images: tuple[str, ...]
-    num_images: int
+    images: dict[Any, tuple[str, tuple[int, int]]]
+    boxes: Counter[tuple[str | None, str]]
+    showing: dict[str | None, set]
     has_annotations: bool
 
 
@@ -48,10 +68,64 @@ def check_coco(dataset: Dataset, needs_annotations: bool, coco_files: dict[str, 
         raise ConfigError(
             f"{field}: '{path}' is not a COCO annotation file, it has no `annotations`"
         )
-    if coco.num_images == 0:
+    if not coco.images:
         raise ConfigError(f"{field}: '{path}' lists no images")
     _check_classes(dataset, coco, path)
     _check_images(dataset, coco)
+    _count_what_is_left_out(dataset, coco, path)
+
+
+def check_coco_metric(
+    field: str,
+    metric: Mapping[str, Any],
+    datasets: Sequence[Dataset],
+    coco_files: dict[str, CocoFile],
+) -> None:
+    """Complain about a metric that would confuse images, which it knows by their ids alone.
+
+    Args:
+        field: Of the metric.
+        metric: The config of a CocoMetric.
+        datasets: The data sets whose images it gets, checked by :func:`check_coco`.
+        coco_files: What was read of them; added to.
+
+    Raises:
+        ConfigError: Two data sets share ids, or the metric's ``ann_file`` lists other images.
+    """
+    images: dict[Any, tuple[str, Dataset]] = {}
+    paths = [dataset.path(dataset.cfg.get('ann_file') or '') for dataset in datasets]
+    if not all(reads_coco(d.cls) and p in coco_files for d, p in zip(datasets, paths, strict=True)):
+        return
+    for dataset, path in zip(datasets, paths, strict=True):
+        for id_, (name, _) in coco_files[path].images.items():
+            if id_ in images:
+                raise ConfigError(
+                    f'{images[id_][1].field} and {dataset.field} share image ids such as {id_}, '
+                    f'by which {field} tells images, so that it would mix them: evaluate with '
+                    "type='MultiDatasetsEvaluator', and one of its metrics and dataset_prefixes "
+                    'for each data set'
+                )
+            images[id_] = osp.basename(name), dataset
+    ann_file = metric.get('ann_file')
+    if not ann_file or is_remote(ann_file) or metric.get('format_only') or not images:
+        return
+    for dataset in datasets:
+        if dataset.cfg.get('indices') is not None:
+            note(
+                f'{field} counts the objects of all {len(images)} images as missed but for those '
+                f'that {dataset.field}.indices chooses, because it reads them from its ann_file'
+            )
+    if ann_file not in coco_files:
+        same = [path for path in paths if osp.samefile(path, ann_file)]
+        coco_files[ann_file] = (
+            coco_files[same[0]] if same else _read_coco(ann_file, f'{field}.ann_file')
+        )
+    found = {id_: osp.basename(name) for id_, (name, _) in coco_files[ann_file].images.items()}
+    if found != {id_: name for id_, (name, _) in images.items()}:
+        raise ConfigError(
+            f"{field}.ann_file: '{ann_file}' does not list the images of {datasets[0].field}, "
+            f"which '{paths[0]}' lists, so that it would look for other objects: give both one file"
+        )
 
 
 def _read_coco(path: str, field: str) -> CocoFile:
@@ -61,26 +135,108 @@ def _read_coco(path: str, field: str) -> CocoFile:
     gc_was_on = gc.isenabled()
     gc.disable()
     try:
-        content = json.loads(Path(path).read_bytes())
+        content, mended = read_coco(path)
+        for key in ('images', 'categories'):
+            if not isinstance(content, dict) or not isinstance(content.get(key), list):
+                raise ConfigError(
+                    f"{field}: '{path}' is not a COCO annotation file, it has no `{key}`"
+                )
+        coco = _summary(content, f"{field}: '{path}'")
     except ValueError as error:
+        if isinstance(error, ConfigError):
+            raise
         raise ConfigError(
             f"{field}: '{path}' is not JSON, or an incomplete copy of it ({error})"
         ) from error
     finally:
         if gc_was_on:
             gc.enable()
-    for key in ('images', 'categories'):
-        if not isinstance(content, dict) or not isinstance(content.get(key), list):
-            raise ConfigError(f"{field}: '{path}' is not a COCO annotation file, it has no `{key}`")
-    images = content['images']
+    if mended:
+        note(f"{field}: '{path}' is read by {' and '.join(mended)}")
+    return coco
+
+
+def _summary(content: dict, where: str) -> CocoFile:
+    images = {}
+    for image in content['images']:
+        if missing := [key for key in ('id', 'file_name', 'height', 'width') if key not in image]:
+            raise ConfigError(f'{where} has no `{missing[0]}` for the image {image}; add it')
+        if image['id'] in images:
+            raise ConfigError(
+                f'{where} lists two images with the id {image["id"]}; give each its own'
+            )
+        images[image['id']] = image['file_name'], (image['width'], image['height'])
+    names = {category['id']: str(category.get('name')) for category in content['categories']}
+    boxes, showing, ids = Counter(), defaultdict(set), set()
+    for box in boxes_of(content):
+        if missing := [key for key in ('image_id', 'category_id', 'id') if key not in box]:
+            raise ConfigError(f'{where} has no `{missing[0]}` for the annotation {box.get("id")}')
+        if box.get('id') in ids:
+            raise ConfigError(
+                f'{where} has two annotations with the id {box["id"]}; number them anew'
+            )
+        ids.add(box['id'])
+        if len(box['bbox'] or ()) != 4:
+            raise ConfigError(
+                f'{where} has bbox={box["bbox"]} for the annotation {box["id"]}, which must be '
+                '[x, y, width, height]; mend it or take it out'
+            )
+        name = names.get(box['category_id'])
+        boxes[name, _fate(box, images)] += 1
+        showing[name].add(box['image_id'])
     return CocoFile(
-        categories=tuple(str(category.get('name')) for category in content['categories']),
-        first_images=tuple(
-            image['file_name'] for image in images[:_IMAGES_TO_LOOK_AT] if 'file_name' in image
-        ),
-        num_images=len(images),
+        categories=tuple(names.values()),
+        images=images,
+        boxes=boxes,
+        showing=showing,
         has_annotations=isinstance(content.get('annotations'), list),
     )
+
+
+def _fate(box: dict, images: dict) -> str:
+    """What MMDetection makes of an annotation of a class that it knows."""
+    if box['image_id'] not in images:
+        return 'of images that the file does not list'
+    if box.get('ignore'):
+        return 'marked with `ignore`'
+    (x, y, w, h), (width, height) = box['bbox'], images[box['image_id']][1]
+    is_outside = min(x + w, width) <= max(x, 0) or min(y + h, height) <= max(y, 0)
+    if is_outside or box['area'] <= 0 or w < 1 or h < 1:
+        return 'smaller than a pixel or outside of the image'
+    return 'used'
+
+
+def _count_what_is_left_out(dataset: Dataset, coco: CocoFile, path: str) -> None:
+    """Say which annotations and images of a file take no part.
+
+    Raises:
+        ConfigError: ``filter_cfg`` leaves no image.
+    """
+    classes = classes_of(dataset)
+    chosen = set(coco.categories if classes is None else classes)
+    left_out = Counter()
+    for (name, fate), count in coco.boxes.items():
+        left_out[fate if name in chosen else 'of other categories'] += count
+    used, total = left_out.pop('used', 0), coco.boxes.total()
+    if left_out:
+        reasons = ', '.join(f'{count} {reason}' for reason, count in left_out.most_common())
+        note(f"{dataset.field}: of the {total} annotations in '{path}', {used} are used: {reasons}")
+    cfg = dataset.cfg.get('filter_cfg') or {}
+    if dataset.cfg.get('test_mode') or not cfg:
+        return
+    kept = {id_ for id_, (_, size) in coco.images.items() if min(size) >= cfg.get('min_size', 0)}
+    if cfg.get('filter_empty_gt'):
+        kept &= set().union(*(coco.showing[name] for name in chosen))
+    if not kept:
+        raise ConfigError(
+            f"{dataset.field}.filter_cfg leaves none of the {len(coco.images)} images of '{path}' "
+            '(without annotations of the chosen classes, or too small)'
+        )
+    if len(kept) < len(coco.images):
+        note(
+            f'{dataset.field}.filter_cfg keeps {len(kept)} of the {len(coco.images)} images of '
+            f"'{path}'"
+        )
 
 
 def _check_classes(dataset: Dataset, coco: CocoFile, path: str) -> None:
@@ -108,7 +264,8 @@ def _check_classes(dataset: Dataset, coco: CocoFile, path: str) -> None:
 def _check_images(dataset: Dataset, coco: CocoFile) -> None:
     prefix = dataset.cfg.get('data_prefix') or {}
     folder = dataset.path(prefix.get('img', '') if isinstance(prefix, Mapping) else prefix)
-    paths = [osp.join(folder, name) for name in coco.first_images]
+    names = [name for name, _ in islice(coco.images.values(), _IMAGES_TO_LOOK_AT)]
+    paths = [osp.join(folder, name) for name in names]
     found = [path for path in paths if osp.isfile(path)]
     field = f'{dataset.field}.data_prefix.img'
     if paths and not found:

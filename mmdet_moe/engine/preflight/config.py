@@ -6,12 +6,26 @@ from dataclasses import dataclass
 from typing import Any
 
 from mmengine.config import Config
+from mmengine.registry import METRICS
 
 from mmdet_moe.engine.preflight.arrays import check_arrays, is_grey, reads_arrays
 from mmdet_moe.engine.preflight.checkpoints import check_checkpoint
-from mmdet_moe.engine.preflight.coco import CocoFile, check_coco, reads_coco
-from mmdet_moe.engine.preflight.datasets import GET_DATA, Dataset, datasets_of, is_remote
+from mmdet_moe.engine.preflight.coco import CocoFile, check_coco, check_coco_metric, reads_coco
+from mmdet_moe.engine.preflight.datasets import (
+    GET_DATA,
+    Dataset,
+    check_same_classes,
+    class_folders,
+    class_of,
+    classes_of,
+    datasets_of,
+    image_folder,
+    inherits,
+    is_remote,
+    quote,
+)
 from mmdet_moe.engine.preflight.heads import check_num_classes, check_widths
+from mmdet_moe.engine.preflight.listed import check_listed
 from mmdet_moe.errors import ConfigError
 
 _LOADERS = {
@@ -27,6 +41,7 @@ class _Seen:
 
     coco_files: dict[str, CocoFile]
     good_files: set[tuple]
+    trained: list[Dataset]
 
 
 def check_config(cfg: Config, mode: str = 'train', checkpoint: str | None = None) -> None:
@@ -48,7 +63,10 @@ def check_config(cfg: Config, mode: str = 'train', checkpoint: str | None = None
     if mode == 'train':
         _check_pretrained(cfg.get('model'), 'model')
     check_widths(cfg)
-    seen = _Seen(coco_files={}, good_files=set())
+    seen = _Seen(coco_files={}, good_files=set(), trained=[])
+    if mode != 'train' and cfg.get('train_dataloader'):
+        dataset_cfg = cfg.train_dataloader.get('dataset')
+        seen.trained.extend(datasets_of(cfg, dataset_cfg, 'train_dataloader.dataset'))
     for loader_field, evaluator_field in _LOADERS[mode]:
         if cfg.get(loader_field) is None:
             continue
@@ -97,28 +115,70 @@ def _check_loader(cfg: Config, loader_field: str, evaluator_field: str | None, s
         evaluator.get('format_only') for _, evaluator in evaluators
     )
     dataset_cfg = cfg[loader_field].get('dataset')
-    for dataset in datasets_of(cfg, dataset_cfg, f'{loader_field}.dataset'):
+    datasets = list(datasets_of(cfg, dataset_cfg, f'{loader_field}.dataset'))
+    for dataset in datasets:
         is_coco = reads_coco(dataset.cls)
         is_arrays = reads_arrays(dataset.cls)
         if is_arrays:
             check_arrays(dataset, seen.good_files)
         elif dataset.is_local and not dataset.downloads:
             _check_paths(dataset)
+            check_listed(dataset)
             if is_coco:
                 check_coco(dataset, needs_annotations, seen.coco_files)
-        if is_coco or is_arrays:
+        # Some models read the names as texts, and trackers follow some of the classes only.
+        is_tracked = inherits(dataset.cls, 'mmdet.datasets.base_video_dataset', 'BaseVideoDataset')
+        if not dataset.cfg.get('return_classes') and not is_tracked:
+            _check_classes(dataset, seen)
             check_num_classes(cfg.get('model'), dataset)
         # A wrapper may make other images of them.
         if dataset.field == f'{loader_field}.dataset' and is_grey(dataset):
             check_widths(cfg, dataset)
-    for field, evaluator in evaluators:
+    each_its_own = evaluator_field and 'dataset_prefixes' in (cfg.get(evaluator_field) or ())
+    for index, (field, evaluator) in enumerate(evaluators):
         ann_file = evaluator.get('ann_file')
         if isinstance(ann_file, str) and not is_remote(ann_file) and not osp.isfile(ann_file):
             raise ConfigError(f"{field}.ann_file: there is no file '{ann_file}'; {GET_DATA}")
+        metric = class_of(cfg, evaluator.get('type'), METRICS)
+        if inherits(metric, 'mmdet.evaluation.metrics.coco_metric', 'CocoMetric'):
+            measured = datasets[index : index + 1] if each_its_own else datasets
+            check_coco_metric(field, evaluator, measured, seen.coco_files)
+
+
+def _check_classes(dataset: Dataset, seen: _Seen) -> None:
+    """Complain about classes that are not those of the folders, or not those of the training."""
+    classes = dataset.new_classes or classes_of(dataset)
+    if classes is None:
+        return
+    folders = None if dataset.new_classes else class_folders(dataset)
+    fix = 'give both the same classes in the same order'
+    if folders is not None:
+        fix = (
+            f"give '{image_folder(dataset)}' exactly one folder for each class, an empty one where "
+            'it has no images'
+        )
+        if len(classes) != len(folders):
+            raise ConfigError(
+                f'{dataset.field} has {len(classes)} classes ({quote(classes)}), but '
+                f'{len(folders)} folders ({quote(folders)}): {fix}'
+            )
+        if set(classes) & set(folders):  # otherwise these are other words for the same
+            in_order = 'give the names of the classes in the order of the folders'
+            check_same_classes(classes, dataset.field, folders, 'the list of folders', in_order)
+    if not seen.trained:
+        seen.trained.append(dataset)
+    trained = seen.trained[0]
+    known = trained.new_classes or classes_of(trained)
+    if folders is not None and not trained.new_classes and class_folders(trained) is not None:
+        classes, known = folders, class_folders(trained)
+    if known is not None:
+        check_same_classes(classes, dataset.field, known, trained.field, fix)
 
 
 def _evaluators(cfg: Config, field: str | None) -> Iterator[tuple[str, Mapping[str, Any]]]:
     evaluator = cfg.get(field) if field else None
+    if isinstance(evaluator, Mapping) and 'metrics' in evaluator:
+        evaluator, field = evaluator['metrics'], f'{field}.metrics'
     if isinstance(evaluator, Mapping):
         yield field, evaluator
     elif isinstance(evaluator, Sequence):

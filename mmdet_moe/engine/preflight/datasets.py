@@ -4,12 +4,15 @@ import inspect
 import os.path as osp
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 from mmengine.config import Config
+from mmengine.fileio import list_dir_or_file
 from mmengine.registry import DATASETS, DefaultScope, Registry
 
+from mmdet_moe.compat.distributed import note
 from mmdet_moe.datasets.joint import joint_classes
 from mmdet_moe.errors import ConfigError
 
@@ -125,7 +128,7 @@ def classes_of(dataset: Dataset) -> tuple[str, ...] | None:
     """Class names of a data set as the toolboxes find them.
 
     ``metainfo`` in the config comes first, then MMPretrain's argument ``classes``, then what the
-    data set's class says itself.
+    data set's class says itself, then its folders.
     """
     for field, classes in (
         ('metainfo.classes', (dataset.cfg.get('metainfo') or {}).get('classes')),
@@ -134,7 +137,79 @@ def classes_of(dataset: Dataset) -> tuple[str, ...] | None:
     ):
         if classes is not None:
             return _class_names(classes, f'{dataset.field}.{field}')
-    return None
+    return class_folders(dataset)
+
+
+def image_folder(dataset: Dataset) -> str | None:
+    """The folder whose folders MMPretrain takes for the classes; None of other data sets."""
+    cfg, custom = dataset.cfg, ('mmpretrain.datasets.custom', 'CustomDataset')
+    split = cfg.get('split') or ''  # of ImageNet, which may list the files of a split, too
+    if (
+        not inherits(dataset.cls, *custom, 'load_data_list', '_find_samples')
+        or cfg.get('ann_file')
+        or not cfg.get('with_label', True)
+        or not dataset.is_local
+        or split == 'test'
+        or (split and osp.exists(dataset.path(f'meta/{split}.txt')))
+    ):
+        return None
+    prefix = cfg.get('data_prefix') or split
+    folder = dataset.path(prefix.get('img_path', '') if isinstance(prefix, Mapping) else prefix)
+    return folder if osp.isdir(folder) else None
+
+
+def class_folders(dataset: Dataset) -> tuple[str, ...] | None:
+    """The folders that MMPretrain takes for the classes, in the order in which it numbers them."""
+    folder = image_folder(dataset)
+    return folder and tuple(sorted(list_dir_or_file(folder, list_file=False)))
+
+
+def check_same_classes(
+    classes: Sequence[str], field: str, trained: Sequence[str], where: str, fix: str
+) -> None:
+    """Complain about classes that have other numbers than those that a model learns.
+
+    A model knows classes by their numbers alone, so that every figure would be wrong. Names none
+    of which the other list has are another vocabulary, and only noted.
+
+    Args:
+        classes: Names of the data set's classes, in their order.
+        field: Of the data set.
+        trained: Names of the classes that the model's outputs stand for.
+        where: What gives ``trained``.
+        fix: How to mend it.
+
+    Raises:
+        ConfigError: The lists have a name in common, and differ.
+    """
+    if tuple(classes) == tuple(trained):
+        return
+    pairs = zip_longest(map(repr, classes), map(repr, trained), fillvalue='missing')
+    number, (here, there) = next((i, pair) for i, pair in enumerate(pairs) if pair[0] != pair[1])
+    first = f'class {number} is {here}, but {there} in {where}'
+    if set(classes) & set(trained):
+        raise ConfigError(f'{field}: {first}, and a model tells classes by their numbers: {fix}')
+    note(f'{field}: {first}; they are compared by their numbers')
+
+
+def check_trained_classes(
+    checkpoint: Mapping[str, Any], metainfo: Mapping[str, Any] | None, field: str
+) -> None:
+    """:func:`check_same_classes` against those that a checkpoint was trained on, where it tells.
+
+    Args:
+        checkpoint: What it says of itself, its ``meta``.
+        metainfo: Of the data set.
+        field: Of the data set.
+
+    Raises:
+        ConfigError: The classes have other numbers.
+    """
+    trained = (checkpoint.get('dataset_meta') or {}).get('classes')
+    classes = (metainfo or {}).get('classes')
+    if trained and classes:
+        fix = 'give the data set the classes of the training, in that order'
+        check_same_classes(classes, field, trained, 'the training of the checkpoint', fix)
 
 
 def _class_names(classes: str | Sequence[str], field: str) -> tuple[str, ...]:

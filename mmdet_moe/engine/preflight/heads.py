@@ -7,6 +7,7 @@ from mmengine.config import Config
 from mmengine.registry import MODELS
 
 from mmdet_moe.engine.preflight.datasets import Dataset, class_of, classes_of, quote
+from mmdet_moe.engine.preflight.listed import largest_label
 from mmdet_moe.errors import ConfigError
 
 _CLASSIFIER = 'mmpretrain.models.classifiers.image.ImageClassifier'
@@ -63,7 +64,12 @@ def check_num_classes(model: Any, dataset: Dataset) -> None:
         ConfigError: its ``num_classes`` is not the data set's number of classes.
     """
     classes = dataset.new_classes or classes_of(dataset)
-    if classes is None or not isinstance(model, Mapping):
+    # Panoptic heads count things and stuff apart.
+    counted_apart = 'thing_classes' in (getattr(dataset.cls, 'METAINFO', None) or {})
+    if counted_apart or not isinstance(model, Mapping):
+        return
+    if classes is None:
+        _check_labels(model, dataset)
         return
     for field, head in _heads(model, 'model'):
         num_classes = head.get('num_classes')
@@ -71,6 +77,18 @@ def check_num_classes(model: Any, dataset: Dataset) -> None:
             raise ConfigError(
                 f'{field}.num_classes is {num_classes}, but {dataset.field} has {len(classes)} '
                 f'classes ({quote(classes)}): set {field}.num_classes={len(classes)}'
+            )
+
+
+def _check_labels(model: Mapping[str, Any], dataset: Dataset) -> None:
+    """Of a list of images and labels that names no classes."""
+    largest = None if dataset.new_classes else largest_label(dataset)
+    for field, head in _heads(model, 'model') if largest is not None else ():
+        num_classes = head.get('num_classes')
+        if num_classes is not None and largest >= num_classes:
+            raise ConfigError(
+                f"{field}.num_classes is {num_classes}, but '{dataset.cfg['ann_file']}' of "
+                f'{dataset.field} has the label {largest}: set {field}.num_classes={largest + 1}'
             )
 
 

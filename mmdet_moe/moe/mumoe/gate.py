@@ -46,8 +46,9 @@ class ExpertGate(nn.Module):
         with no_autocast(x.device.type):
             x = at_least_float32(x)
             # One product for all levels: x is read once, and its gradients need not be added.
-            weights = torch.cat(tuple(self.weights), dim=1).to(x.dtype)
-            parts = (x @ weights).split([weight.shape[1] for weight in self.weights], dim=1)
+            weights = tuple(self.weights)
+            joint = torch.cat(weights, dim=1) if len(weights) > 1 else weights[0]
+            parts = (x @ joint.to(x.dtype)).split([weight.shape[1] for weight in weights], dim=1)
             return tuple(
                 self._normalised(part.contiguous(), norm)  # that of a view takes far longer
                 for part, norm in zip(parts, self.norms, strict=True)

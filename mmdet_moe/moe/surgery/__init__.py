@@ -204,6 +204,11 @@ def _take(model: nn.Module, place: Place) -> nn.Module:
         chain = Chain(dict(zip(place.names, modules, strict=True)), str(place))
         if not chain.steps:
             raise ConfigError(f'"{place}" is an empty list')
+        if any(isinstance(step, (nn.ModuleList, nn.ModuleDict)) for step in chain.steps):
+            raise ConfigError(
+                f'"{place}" is a list of lists, of which each level or task runs one; name the '
+                "lists, as with '.*'"
+            )
         return copy.deepcopy(chain)
     return copy.deepcopy(modules[0])
 

@@ -153,11 +153,9 @@ def sharers(model: nn.Module, paths: Sequence[str]) -> list[str]:
             mine.add(id(module))
             mine |= {id(p) for p in _own(module)}
     return [
-        name
+        name or type(model).__name__
         for name, module in everything
-        if name
-        and not is_inside(name)
-        and (id(module) in mine or any(id(p) in mine for p in _own(module)))
+        if not is_inside(name) and (id(module) in mine or any(id(p) in mine for p in _own(module)))
     ]
 
 

@@ -385,6 +385,8 @@ class Shares(nn.Module):
         self.a, self.b = nn.Linear(3, 3), nn.Linear(3, 3)
         self.b.weight = self.a.weight
         self.c = self.d = nn.Sequential(nn.Linear(3, 3))
+        self.e = nn.Linear(3, 3)
+        self.weight = self.e.weight
 
 
 @pytest.mark.parametrize(
@@ -392,6 +394,12 @@ class Shares(nn.Module):
     [
         (Shares, {'a': {}}, '"a" shares its weights with "b"'),
         (Shares, {'c': {}}, '"c" shares its weights with "d"'),
+        (Shares, {'e': {}}, '"e" shares its weights with "Shares"'),
+        (
+            lambda: nn.ModuleDict({'a': nn.ModuleList([nn.ModuleList([conv(2, 2)])])}),
+            {'a': {}},
+            '"a" is a list of lists',
+        ),
         (Head, {'cls_convs.*': {}, 'cls_convs': {}}, 'experts inside of experts'),
         (Head, {'{cls_convs,cls}': {}, 'cls': {}}, 'named twice'),
         (Head, [{'at': 'cls'}, {'at': 'c*s'}], 'named twice'),

@@ -120,11 +120,11 @@ MMDET_MOE_INLINE void entmax15_loop(
   const int64_t length = padded(n);
   std::fill(z + n, z + length, -std::numeric_limits<T>::infinity());
   T tau = -1;
-  for (int step = 0; step < kMostSteps; ++step) {
+  for (int step = 1;; ++step) {
     const Sums sums = sums_above(z, length, tau);
     const double excess = sums.squares - 1;
     const T next = static_cast<T>(tau + (sums.squares - std::sqrt(sums.squares)) / sums.distances);
-    const bool last = !(next > tau);
+    const bool last = !(next > tau) || step == kMostSteps;
     if (sums.squares < kClose || last) {
       // The smaller root of count·t² - 2·distances·t + excess = 0, without cancellation.
       const double root = sums.distances * sums.distances - static_cast<double>(sums.count) * excess;

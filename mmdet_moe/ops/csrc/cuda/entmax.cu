@@ -67,7 +67,7 @@ __global__ void __launch_bounds__(kThreads) entmax15_kernel(
     return distance > 0 ? distance : T(0);
   };
   T tau = -1;
-  for (int step = 0; step < kMostSteps; ++step) {
+  for (int step = 1;; ++step) {
     T count = 0, distances = 0, squares = 0;
     for (int64_t i = first; i < n; i += kPerRow) {
       const T distance = above(i, tau);
@@ -80,7 +80,7 @@ __global__ void __launch_bounds__(kThreads) entmax15_kernel(
     squares = reduce<kPerRow>(squares, Sum());
     const T excess = squares - 1;
     const T next = tau + (squares - sqrt(squares)) / distances;
-    const bool last = !(next > tau);
+    const bool last = !(next > tau) || step == kMostSteps;
     if (squares < T(1.3) || last) {
       // The smaller root of count·t² - 2·distances·t + excess = 0, without cancellation.
       const T root = distances * distances - count * excess;

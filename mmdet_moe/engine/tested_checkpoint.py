@@ -1,0 +1,66 @@
+"""Whether a checkpoint is one of the model and of the classes that it is tested on."""
+
+from typing import Any
+
+from mmengine.hooks import Hook
+from mmengine.model import BaseTTAModel
+from mmengine.runner import Runner
+from torch import nn
+
+from mmdet_moe.compat.distributed import note
+from mmdet_moe.engine.hooks.layers import unwrapped_model
+from mmdet_moe.engine.preflight import check_trained_classes
+from mmdet_moe.errors import ConfigError
+
+
+class TestedCheckpointHook(Hook):
+    """Compares a checkpoint with the model and the data, once all are there.
+
+    That is before a test, and before a training goes on; one that begins from other weights may
+    have classes, and lack weights, of its own. MMEngine tests a model whose weights are not in the
+    checkpoint as they were drawn, with a warning among its first lines.
+    """
+
+    def after_load_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
+        """Compare them.
+
+        Raises:
+            ConfigError: The numbers of the classes do not mean the same, or weights are missing.
+        """
+        tested = getattr(runner._test_loop, 'dataloader', None)
+        if tested is None and not runner._resume:
+            return
+        field = 'train_dataloader.dataset' if tested is None else 'test_dataloader.dataset'
+        loader = runner.train_dataloader if tested is None else tested
+        metainfo = getattr(loader.dataset, 'metainfo', None)
+        check_trained_classes(checkpoint.get('meta') or {}, metainfo, field)
+        model, state = unwrapped_model(runner), checkpoint.get('state_dict', checkpoint)
+        if isinstance(model, BaseTTAModel):
+            model = model.module
+        check_weights(model, {key.removeprefix('module.'): state[key] for key in state})
+
+
+def check_weights(model: nn.Module, state: dict[str, Any]) -> None:
+    """Load the weights, all of them.
+
+    Routers alone may be missing, because those of a dense checkpoint choose among equal experts.
+
+    Raises:
+        ConfigError: A weight is missing, or has another shape.
+    """
+    fix = 'give the config that the checkpoint was trained with'
+    try:
+        missing = model.load_state_dict(state, strict=False).missing_keys
+    except RuntimeError as error:
+        first = str(error).splitlines()[1].strip() if '\n' in str(error) else str(error)
+        raise ConfigError(f'checkpoint: {first}; {fix}') from error
+    missing = [key for key in missing if not key.endswith('num_batches_tracked')]
+    if others := [key for key in missing if '.router.' not in key]:
+        raise ConfigError(
+            f"checkpoint: it lacks {len(others)} of the model's {len(model.state_dict())} tensors, "
+            f"such as '{others[0]}'; {fix}"
+        )
+    if missing:
+        note(
+            'the checkpoint is of a dense model: each expert has its weights, routers are untrained'
+        )

@@ -1,0 +1,36 @@
+"""A test begins with all weights of the model, or not at all."""
+
+from collections import OrderedDict
+
+import pytest
+import torch
+from torch import nn
+
+from mmdet_moe.engine.tested_checkpoint import check_weights
+from mmdet_moe.errors import ConfigError
+from mmdet_moe.moe import add_experts
+
+
+def dense():
+    return nn.Sequential(OrderedDict(a=nn.Linear(3, 3), norm=nn.BatchNorm1d(3), b=nn.Linear(3, 2)))
+
+
+def test_a_dense_checkpoint_in_a_model_with_experts(capsys):
+    before, model = dense().eval(), dense().eval()
+    add_experts(model, {'a': {'granularity': 'token'}})
+    check_weights(model, before.state_dict())
+    x = torch.randn(5, 3)
+    torch.testing.assert_close(model(x), before(x))
+    assert 'note: the checkpoint is of a dense model' in capsys.readouterr().out
+
+
+def test_what_is_missing(capsys):
+    state = dense().state_dict()
+    del state['norm.num_batches_tracked']  # of old checkpoints
+    check_weights(dense(), state)
+    assert capsys.readouterr().out == ''
+    with pytest.raises(ConfigError, match=r'^checkpoint: size mismatch for b\.bias: '):
+        check_weights(dense(), state | {'b.bias': torch.zeros(3)})
+    del state['b.bias']
+    with pytest.raises(ConfigError, match=r"^checkpoint: it lacks 1 of .* 9 .*, such as 'b\.bias'"):
+        check_weights(dense(), state)
