@@ -229,7 +229,7 @@ def test_a_layer_on_windows_of_images_is_left_out(tmp_path, monkeypatch, capsys)
     experts, study = classify('swin', entries, tmp_path, monkeypatch)
     assert list(experts['layers']) == list(study.layers) == [FFN]
     check_interventions(experts, study)
-    assert capsys.readouterr().out.count(f'note: MoE layer "{IN_WINDOWS}" decides on') == 1
+    assert capsys.readouterr().out.count(f'note: layer "{IN_WINDOWS}" decides on') == 1
     (kept,) = concatenated(list(study.records)).layers
     assert np.bincount(kept.decisions.image).tolist() == [(SIZE // 4) ** 2] * IMAGES
 
