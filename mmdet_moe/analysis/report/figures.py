@@ -681,7 +681,7 @@ def draw_polysemanticity(runs: Sequence[dict]) -> Figure | None:
         points = np.array(sorted(series.get(kind, [])), float).reshape(-1, 3)
         if not len(points):
             continue
-        axes.plot(points[:, 0], points[:, 1], marker, color=colour, label=label)
+        axes.plot(points[:, 0], points[:, 1], marker, color=colour, label=label, clip_on=False)
         counts = np.unique(points[:, 0])
         means = [points[points[:, 0] == count, 1].mean() for count in counts]
         axes.plot(counts, means, color=colour, linewidth=0.8)  # through the mean of each number
