@@ -6,6 +6,7 @@ from mmdet_moe.moe.constraints import (
     MeanImportanceConstraint,
     RelativeImportanceConstraint,
 )
+from mmdet_moe.moe.expert_layer import ExpertLayer, find_expert_layers
 from mmdet_moe.moe.experts import (
     ConvExperts,
     Experts,
@@ -31,6 +32,7 @@ from mmdet_moe.moe.losses import (
     SwitchLoss,
     VarianceLoss,
 )
+from mmdet_moe.moe.mumoe import CPMuMoE, MuMoE, MuMoEConv1x1, MuMoEMLP, TRMuMoE
 from mmdet_moe.moe.routers import ConvGAPRouter, GAPRouter, Router
 from mmdet_moe.moe.routing import Routing
 from mmdet_moe.moe.surgery import Report, add_experts, report_of
@@ -40,11 +42,13 @@ __all__ = [
     'DECISION_WEIGHTS',
     'BalancingLoss',
     'BiasBalancing',
+    'CPMuMoE',
     'Constraint',
     'ConvExperts',
     'ConvGAPRouter',
     'DatasetLoss',
     'EntropyLoss',
+    'ExpertLayer',
     'Experts',
     'GAPRouter',
     'ImportanceLoss',
@@ -54,6 +58,9 @@ __all__ = [
     'MeanImportanceConstraint',
     'MoELayer',
     'ModuleExperts',
+    'MuMoE',
+    'MuMoEConv1x1',
+    'MuMoEMLP',
     'RelativeImportanceConstraint',
     'Report',
     'Router',
@@ -61,11 +68,13 @@ __all__ = [
     'Routing',
     'StackedExperts',
     'SwitchLoss',
+    'TRMuMoE',
     'Utilization',
     'UtilizationReport',
     'VarianceLoss',
     'add_experts',
     'count_parameters',
+    'find_expert_layers',
     'find_moe_layers',
     'report_of',
     'upcycle',

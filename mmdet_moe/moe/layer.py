@@ -9,20 +9,16 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from mmengine.logging import MessageHub
-from mmengine.model import BaseModule
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
+from torch.utils.hooks import RemovableHandle
 
-from mmdet_moe.errors import (
-    ConfigError,
-    NonFiniteRouterError,
-    ReplacedAttributeError,
-    explained,
-)
+from mmdet_moe.errors import ConfigError, NonFiniteRouterError, explained
 from mmdet_moe.moe.build import build_experts, build_router
 from mmdet_moe.moe.capacity import overflow
 from mmdet_moe.moe.constraints import in_backward
 from mmdet_moe.moe.dispatcher import Dispatcher, unpack
+from mmdet_moe.moe.expert_layer import ExpertLayer, Observer, find_expert_layers
 from mmdet_moe.moe.experts import Experts, upcycle
 from mmdet_moe.moe.granularity import GRANULARITIES
 from mmdet_moe.moe.items import Items
@@ -35,7 +31,7 @@ DECISION_WEIGHTS = ('uniform', 'area', 'positives')
 
 
 @MODELS.register_module()
-class MoELayer(BaseModule):
+class MoELayer(ExpertLayer):
     """``y = sum_i w_i(x) E_i(x)`` over the k experts that the router chose for each item.
 
     The journey of a batch:
@@ -119,7 +115,6 @@ class MoELayer(BaseModule):
         self.decision_weight = decision_weight
         self.upcycle_noise = upcycle_noise
         self.batch_dim = batch_dim
-        self.name = type(self).__name__
         self.router = build_router(router, in_channels, num_experts, top_k)
         self.num_experts, self.top_k = self.router.num_experts, self.router.top_k
         self.experts = build_experts(expert, num_experts)
@@ -130,14 +125,6 @@ class MoELayer(BaseModule):
         self.halo, self.stride = (
             self.experts.receptive_field(self.router.in_channels) if grid_size > 1 else (0, 1)
         )
-        #: What the layer stands for in a model that :func:`add_experts` changed: its class's name.
-        self.replaces: str | None = None
-        #: Siblings that together are one expert, see :mod:`mmdet_moe.moe.surgery`.
-        self.siblings: tuple[str, ...] = ()
-        #: How wide its experts are inside, relative to the dense module; narrow ones take parts of
-        #: its weights.
-        self.width = 1.0
-        self._dense: tuple[nn.Module, ...] = ()
         self._latest = _Calls()
         self._norms_checked = False
         self.register_load_state_dict_pre_hook(_upcycle_same_place)
@@ -162,14 +149,13 @@ class MoELayer(BaseModule):
         for module in self.shared or ():
             module.load_state_dict(first)
 
-    @property
-    def dense(self) -> nn.Module | None:
-        """What stood here before, on the ``meta`` device; None if that is not known."""
-        return self._dense[0] if self._dense else None
+    def observe(self, observer: Observer) -> RemovableHandle:
+        """As :meth:`ExpertLayer.observe`; what the router decided."""
 
-    def stand_for(self, dense: nn.Module) -> None:
-        """Say what stood here before; it goes to the ``meta`` device, where it costs nothing."""
-        self._dense = (dense.to('meta'),)  # in a tuple, so that it is no part of the layer
+        def tell(_: nn.Module, inputs: tuple, routing: Routing) -> None:
+            observer(routing, list(inputs[1]))
+
+        return self.router.register_forward_hook(tell)
 
     @property
     def routing(self) -> Routing:
@@ -441,26 +427,6 @@ class MoELayer(BaseModule):
             'or clip the gradients'
         )
 
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name.startswith('_') or not self.__dict__.get('replaces'):
-                raise
-            return self._attribute_of_replaced(name)
-
-    def _attribute_of_replaced(self, name: str) -> Any:
-        """A setting (a number, a text) that a model reads of the layer that stood here."""
-        first = next(iter(self.experts.children()), self.experts)
-        value = getattr(first, name, self)
-        if isinstance(value, (int, float, str, tuple, type(None))):
-            return value
-        raise ReplacedAttributeError(
-            f'The model reads the attribute "{name}" of "{self.name}" ({self.replaces}), which has '
-            'become experts and has none of its own; choose the path of a module that the model '
-            'does nothing with but call it'
-        )
-
     def __iter__(self) -> Iterator:
         raise ConfigError(
             f'The model iterates over "{self.name}", which has become experts; choose a path '
@@ -511,11 +477,8 @@ class _ZeroGradient(torch.autograd.Function):
 
 
 def find_moe_layers(model: nn.Module) -> dict[str, MoELayer]:
-    """All MoE layers of a model by name; each layer also learns its name, for its messages."""
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, MoELayer)}
-    for name, layer in layers.items():
-        layer.name = name or type(layer).__name__
-    return layers
+    """All sparse layers of a model by name; each also learns its name, for its messages."""
+    return {n: m for n, m in find_expert_layers(model).items() if isinstance(m, MoELayer)}
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:

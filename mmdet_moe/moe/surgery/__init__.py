@@ -16,6 +16,7 @@ from mmengine.logging import print_log
 from torch import nn
 
 from mmdet_moe.errors import ConfigError
+from mmdet_moe.moe.expert_layer import ExpertLayer
 from mmdet_moe.moe.layer import MoELayer
 from mmdet_moe.moe.surgery.experts import (
     begins_in_place,
@@ -24,6 +25,7 @@ from mmdet_moe.moe.surgery.experts import (
     make_shortcut,
     sharers,
 )
+from mmdet_moe.moe.surgery.factorised import FactorisedEntry
 from mmdet_moe.moe.surgery.initialisation import DenseInit, Site
 from mmdet_moe.moe.surgery.paths import Place, find_places
 from mmdet_moe.moe.surgery.report import Report, report_of
@@ -80,7 +82,7 @@ class Entry:
 
 def add_experts(
     model: nn.Module,
-    experts: Mapping[str, dict] | Sequence[dict | Entry],
+    experts: Mapping[str, dict] | Sequence[dict | Entry | FactorisedEntry],
     router: dict | None = None,
 ) -> Report:
     """Turn modules of a model into experts, in place.
@@ -89,11 +91,12 @@ def add_experts(
 
     Args:
         model: Any module.
-        experts: The options of an :class:`Entry` by path, or a list of them with their ``at``.
+        experts: The options of an :class:`Entry` by path, or a list of them with their ``at``; of
+            a :class:`~mmdet_moe.moe.surgery.factorised.FactorisedEntry` where they have a ``type``.
         router: Config of the router of all entries without one of their own.
 
     Returns:
-        All MoE layers of the model, to be printed.
+        All layers of experts of the model, to be printed.
 
     Raises:
         ConfigError: If a path names no module, or one that cannot become experts, with the reason;
@@ -121,7 +124,8 @@ def install(model: nn.Module, sites: Sequence[Site]) -> None:
     """
     for site in sites:
         _replace(site)
-    _watch(model, list(sites))
+    # A μMoE collects nothing over its calls, and draws its initial weights by itself.
+    _watch(model, [site for site in sites if isinstance(site.layer, MoELayer)])
 
 
 def _listed(experts: Any) -> list[Any]:
@@ -132,12 +136,14 @@ def _listed(experts: Any) -> list[Any]:
     return list(experts)
 
 
-def _entry(given: Mapping | Entry, router: dict | None) -> Entry:
-    if isinstance(given, Entry):
+def _entry(given: Mapping | Entry, router: dict | None) -> Entry | FactorisedEntry:
+    if isinstance(given, (Entry, FactorisedEntry)):
         return given
     known = [field.name for field in fields(Entry)]
     if not isinstance(given, Mapping) or 'at' not in given:
         raise ConfigError(f"experts: {given!r} must be a dict with 'at', the path of a layer")
+    if 'type' in given:
+        return FactorisedEntry.of(given)
     if unknown := sorted(set(given) - set(known)):
         raise ConfigError(
             f'experts: at={given["at"]!r} has unknown options {", ".join(unknown)}; there are '
@@ -174,10 +180,10 @@ def _check_places(model: nn.Module, places: list[Place]) -> None:
         above = path
         while above:
             above = above.rpartition('.')[0]
-            if above and isinstance(model.get_submodule(above), MoELayer):
+            if above and isinstance(model.get_submodule(above), ExpertLayer):
                 raise ConfigError(f'"{path}" lies inside of the experts "{above}" already')
         module = model.get_submodule(path)
-        if inside := [n for n, m in module.named_modules() if isinstance(m, MoELayer)]:
+        if inside := [n for n, m in module.named_modules() if isinstance(m, ExpertLayer)]:
             raise ConfigError(
                 f'"{path}" holds the MoE layer "{f"{path}.{inside[0]}".rstrip(".")}" already'
             )
@@ -202,7 +208,9 @@ def _take(model: nn.Module, place: Place) -> nn.Module:
     return copy.deepcopy(modules[0])
 
 
-def _build(model: nn.Module, entry: Entry, place: Place) -> Site:
+def _build(model: nn.Module, entry: Entry | FactorisedEntry, place: Place) -> Site:
+    if isinstance(entry, FactorisedEntry):
+        return _build_factorised(model, entry, place)
     module = _take(model, place)
     parameters = list(module.parameters())
     if not parameters:
@@ -241,6 +249,29 @@ def _build(model: nn.Module, entry: Entry, place: Place) -> Site:
     layer.stand_for(module)
     _warn_of_scaled_outputs(layer)
     return Site(layer, model.get_submodule(place.parent), name, stand_ins)
+
+
+def _build_factorised(model: nn.Module, entry: FactorisedEntry, place: Place) -> Site:
+    if len(place.names) > 1:
+        raise ConfigError(
+            f'"{place}" names siblings, of which only sparse experts can be made; remove type, or '
+            'name one module'
+        )
+    (path,) = place.paths
+    module = _take(model, place)
+    try:
+        layer = entry.make(module)
+    except ConfigError as error:
+        # What only adds a shortcut to an MLP (mmcv's FFN) has its weights in one child.
+        inner = [name for name, m in module.named_children() if any(True for _ in m.parameters())]
+        if len(inner) == 1 and not any(True for _ in module.parameters(recurse=False)):
+            return _build_factorised(model, entry, Place(path, tuple(inner)))
+        raise ConfigError(f'"{path}": {error}') from error
+    parameter = next(module.parameters())
+    layer.train(module.training).to(parameter)
+    layer.name, layer.replaces = path, type(module).__name__
+    layer.stand_for(module)
+    return Site(layer, model.get_submodule(place.parent), place.names[0], {})
 
 
 def _take_parts(layer: MoELayer, module: nn.Module) -> None:
@@ -317,6 +348,8 @@ def _upcycle_siblings(parent: nn.Module, state_dict: dict, prefix: str, *_: Any)
 
 def _watch(model: nn.Module, sites: list[Site]) -> None:
     """Let the layers know when a forward pass of the model begins and ends."""
+    if not sites:
+        return
     layers = vars(model).setdefault(_LAYERS, [])
     if not layers:
         model.register_forward_pre_hook(_begin)

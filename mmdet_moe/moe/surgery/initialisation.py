@@ -14,8 +14,8 @@ from typing import Any
 from mmengine.model import BaseModule, PretrainedInit, initialize
 from torch import nn
 
+from mmdet_moe.moe.expert_layer import ExpertLayer
 from mmdet_moe.moe.experts import ModuleExperts
-from mmdet_moe.moe.layer import MoELayer
 from mmdet_moe.moe.surgery.siblings import Chain
 
 _INFO = '_params_init_info'
@@ -26,13 +26,13 @@ class Site:
     """A place where experts stand.
 
     Attributes:
-        layer: The MoE layer.
+        layer: The layer of experts.
         parent: The module that holds it.
         name: Its name there.
         stand_ins: What stands where the siblings of a group stood, by name.
     """
 
-    layer: MoELayer
+    layer: ExpertLayer
     parent: nn.Module
     name: str
     stand_ins: dict[str, nn.Module]

@@ -8,13 +8,14 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from mmdet_moe.moe.expert_layer import ExpertLayer, find_expert_layers
 from mmdet_moe.moe.flops import count_flops, counting
-from mmdet_moe.moe.layer import MoELayer, count_parameters, find_moe_layers
+from mmdet_moe.moe.layer import count_parameters
 
 
 @dataclass(frozen=True)
 class Row:
-    """One MoE layer.
+    """One layer of experts.
 
     Attributes:
         path: Where it is.
@@ -44,7 +45,7 @@ class Row:
 
     @classmethod
     def of(
-        cls, path: str, layer: MoELayer, dense_flops: int | None = None, flops: int | None = None
+        cls, path: str, layer: ExpertLayer, dense_flops: int | None = None, flops: int | None = None
     ) -> 'Row':
         """The row of a layer."""
         known = layer.dense or layer.experts
@@ -54,7 +55,7 @@ class Row:
             kind=f'{{{",".join(layer.siblings)}}}' if layer.siblings else type(known).__name__,
             num_experts=layer.num_experts,
             top_k=layer.top_k,
-            shared=len(layer.shared or ()),
+            shared=len(getattr(layer, 'shared', None) or ()),
             granularity=layer.granularity,
             width=layer.width,
             dense=None if layer.dense is None else sum(p.numel() for p in known.parameters()),
@@ -67,7 +68,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Report:
-    """All MoE layers of a model.
+    """All layers of experts of a model.
 
     Attributes:
         rows: One for each, in the order of the model.
@@ -98,14 +99,14 @@ def report_of(model: nn.Module, run: Callable[[], Any] | None = None) -> Report:
     """What became experts in a model.
 
     Args:
-        model: Any module with MoE layers, however they came into it; left as it was.
+        model: Any module with layers of experts, however they came into it; left as it was.
         run: Runs the model once, on a batch of one image, for FLOPs. They are those of eval mode, a
             multiplication and an addition counted as two.
 
     Returns:
         All its MoE layers.
     """
-    layers = find_moe_layers(model)
+    layers = find_expert_layers(model)
     calls: dict[str, list[tuple[tuple, dict]]] = {path: [] for path in layers}
     flops: dict[str, int] = {}
     if run is not None:
@@ -144,7 +145,7 @@ def _note(calls: list[tuple[tuple, dict]]) -> Callable:
     return hook
 
 
-def _dense_flops(layer: MoELayer, calls: list[tuple[tuple, dict]]) -> int | None:
+def _dense_flops(layer: ExpertLayer, calls: list[tuple[tuple, dict]]) -> int | None:
     """FLOPs of the dense module on the inputs of the calls."""
     if layer.dense is None:
         return None

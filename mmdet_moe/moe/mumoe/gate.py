@@ -1,0 +1,78 @@
+"""The gate of a multilinear mixture of experts (arXiv 2402.12550, section 3)."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mmdet_moe.errors import ConfigError
+from mmdet_moe.moe.items import at_least_float32
+from mmdet_moe.moe.precision import no_autocast
+
+
+def entmax15(x: Tensor) -> Tensor:  # replaced by the op of mmdet_moe.ops
+    """1.5-entmax along the last dimension (Peters et al., 2019), by sorting."""
+    x = (x - x.amax(-1, keepdim=True)) / 2
+    ordered = x.sort(-1, descending=True).values
+    count = torch.arange(1, x.shape[-1] + 1, device=x.device, dtype=x.dtype)
+    mean = ordered.cumsum(-1) / count
+    spread = count * ((ordered**2).cumsum(-1) / count - mean**2)
+    tau = mean - ((1 - spread) / count).clamp(min=0).sqrt()
+    size = (tau <= ordered).sum(-1, keepdim=True)
+    return (x - tau.gather(-1, size - 1)).clamp(min=0) ** 2
+
+
+NORMS = {
+    'bn': lambda size: nn.BatchNorm1d(size, affine=False),
+    'ln': lambda size: nn.LayerNorm(size, elementwise_affine=False),
+}
+ACTIVATIONS = {'entmax15': entmax15, 'softmax': lambda logits: F.softmax(logits, dim=-1)}
+
+
+class ExpertGate(nn.Module):
+    """``a = entmax15(Norm(x G))`` for each level of experts, in float32 under any autocast.
+
+    Args:
+        in_features: I.
+        levels: Experts of each level, N₁, N₂, ….
+        norm: ``'bn'`` (over the batch) or ``'ln'`` (over the experts), both without parameters.
+        activation: ``'entmax15'`` (most coefficients are exactly 0) or ``'softmax'``.
+
+    Raises:
+        ConfigError: For an unknown norm or activation.
+    """
+
+    def __init__(
+        self, in_features: int, levels: tuple[int, ...], norm: str, activation: str
+    ) -> None:
+        super().__init__()
+        for field, value, known in (('norm', norm, NORMS), ('activation', activation, ACTIVATIONS)):
+            if value not in known:
+                raise ConfigError(f'{field}={value!r} is unknown; use one of {tuple(known)}')
+        self.norm, self.activation = norm, activation
+        # All 0: every expert starts with the same coefficient.
+        self.weights = nn.ParameterList([torch.zeros(in_features, size) for size in levels])
+        self.norms = nn.ModuleList([NORMS[norm](size) for size in levels])
+
+    def logits(self, x: Tensor) -> tuple[Tensor, ...]:
+        """The normalised logits of rows (T, I): (T, N) for each level, at least float32."""
+        with no_autocast(x.device.type):
+            x = at_least_float32(x)
+            return tuple(
+                self._normalised(x @ weight.to(x.dtype), norm)
+                for weight, norm in zip(self.weights, self.norms, strict=True)
+            )
+
+    def activate(self, logits: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """The coefficients: non-negative, the sum over each level's experts is 1."""
+        return tuple(ACTIVATIONS[self.activation](of_level) for of_level in logits)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        return self.activate(self.logits(x))
+
+    def _normalised(self, logits: Tensor, norm: nn.Module) -> Tensor:
+        if isinstance(norm, nn.BatchNorm1d) and norm.running_mean.dtype != logits.dtype:
+            return norm(logits.to(norm.running_mean.dtype)).to(logits.dtype)
+        return norm(logits)
+
+    def extra_repr(self) -> str:
+        return f'norm={self.norm!r}, activation={self.activation!r}'
