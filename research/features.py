@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable, Sequence
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from tqdm import tqdm
 from mmdet_moe.analysis.files import write_file
 from mmdet_moe.analysis.models import build_model
 from mmdet_moe.compat.malloc import keep_large_blocks
+from mmdet_moe.datasets.download import md5_of
 from mmdet_moe.engine.preflight import check_config
 from mmdet_moe.errors import ConfigError
 
@@ -43,15 +45,14 @@ class FeatureCache:
         self._check_same_settings()
 
     def _check_same_settings(self) -> None:
-        kept = ('backbone', 'neck')
-        preprocessor = self.cfg.data_preprocessor.to_dict()
         wanted = {
-            'model': {part: self.cfg.model[part].to_dict() for part in kept},
+            'backbone': self.cfg.model.backbone.to_dict(),
+            'neck': self.cfg.model.neck.to_dict(),
             'pipeline': [dict(step) for step in self.cfg.test_dataloader.dataset.pipeline],
-            'preprocessor': {key: preprocessor[key] for key in sorted(preprocessor)},
+            'preprocessor': self.cfg.data_preprocessor.to_dict(),
         }
+        text = json.dumps(_without_places(wanted), indent=2, sort_keys=True)
         note = self.folder / 'settings.json'
-        text = json.dumps(wanted, indent=2)
         if note.exists() and note.read_text() != text:
             raise ConfigError(
                 f'{self.folder} holds features of other settings; move it away, or choose another '
@@ -122,3 +123,14 @@ class FeatureCache:
         model.init_weights()
         self._model = model.eval().to(memory_format=torch.channels_last)
         return self._model
+
+
+def _without_places(value: Any) -> Any:
+    """A config with the content of its files in place of their paths."""
+    if isinstance(value, dict):
+        return {key: _without_places(of_key) for key, of_key in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_places(item) for item in value]
+    if isinstance(value, str) and Path(value).is_file():
+        return md5_of(value, progress=False)
+    return value

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -164,13 +165,13 @@ def look_at_experts(head: MuMoE | MoELayer, data: Data, seed: int) -> dict:
         ``values``: the polysemanticity of each expert (None if no class falls). ``by_chance``: that
         of an expert that knows no class: as many images lost and won as the expert's, drawn from
         those that were right and wrong. ``lost``, ``won``: images that become wrong and right
-        without it; ``items``: that it contributes to at all.
+        without it; ``items``: that it contributes to at all, of ``num_images``.
     """
     labels = data.labels.numpy()
     right = (predict(head, data.features).argmax(1) == data.labels).numpy()
     counts = np.bincount(labels)
     rng = np.random.default_rng(seed)
-    found: dict[str, list] = {k: [] for k in ('values', 'by_chance', 'lost', 'won', 'items')}
+    found: dict[str, Any] = {k: [] for k in ('values', 'by_chance', 'lost', 'won', 'items')}
 
     def drops(lost: np.ndarray, won: np.ndarray) -> np.ndarray:
         change = np.bincount(labels[lost], minlength=len(counts)).astype(float)
@@ -194,4 +195,4 @@ def look_at_experts(head: MuMoE | MoELayer, data: Data, seed: int) -> dict:
         found['by_chance'].append(float(np.mean(known)) if known else None)
         for key, rows_of in (('lost', lost), ('won', won), ('items', rows)):
             found[key].append(len(rows_of))
-    return found
+    return {'num_images': len(labels), **found}
