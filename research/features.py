@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from mmengine.config import Config
+from mmengine.dataset import BaseDataset
 from mmengine.registry import DATASETS, init_default_scope
 from torch import Tensor
 from tqdm import tqdm
@@ -23,8 +24,8 @@ from mmdet_moe.errors import ConfigError
 #: Images in one file, and in one batch, which stays in a core's cache.
 CHUNK, BATCH = 1000, 25
 SPLITS = ('train', 'test')
-#: Changes an image, (H, W, 3) uint8 as the data set holds it, that has some label.
-Change = Callable[[np.ndarray, int], np.ndarray]
+#: Changes an image, (H, W, 3) uint8 as the data set holds it, into another one of that size.
+Change = Callable[[np.ndarray], np.ndarray]
 
 
 class FeatureCache:
@@ -79,9 +80,7 @@ class FeatureCache:
         Returns:
             (N, F) float32 and (N,) int64.
         """
-        init_default_scope(self.cfg.default_scope)
-        config = {**self.cfg.test_dataloader.dataset, 'split': split, 'test_mode': split == 'test'}
-        dataset = DATASETS.build(config)
+        dataset = self._dataset(split)
         indices = range(len(dataset)) if indices is None else indices
         folder = self.folder / (name or split)
         folder.mkdir(parents=True, exist_ok=True)
@@ -99,8 +98,20 @@ class FeatureCache:
             raise ConfigError(f'{folder} holds features of other images: delete it')
         return features, torch.tensor(labels)
 
+    def labels(self, split: str) -> Tensor:
+        """(N,) int64 of all images of a split."""
+        dataset = self._dataset(split)
+        return torch.tensor([dataset.get_data_info(i)['gt_label'] for i in range(len(dataset))])
+
+    def _dataset(self, split: str) -> BaseDataset:
+        init_default_scope(self.cfg.default_scope)
+        config = {**self.cfg.test_dataloader.dataset, 'split': split, 'test_mode': split == 'test'}
+        return DATASETS.build(config)
+
     @torch.inference_mode()
-    def _compute(self, dataset, indices: Sequence[int], change: Change | None) -> np.ndarray:
+    def _compute(
+        self, dataset: BaseDataset, indices: Sequence[int], change: Change | None
+    ) -> np.ndarray:
         model = self._model or self._build()
         parts = []
         for start in range(0, len(indices), BATCH):
@@ -108,7 +119,7 @@ class FeatureCache:
             for index in indices[start : start + BATCH]:
                 info = dataset.get_data_info(index)
                 if change is not None:
-                    info['img'] = change(info['img'], info['gt_label'])
+                    info['img'] = change(info['img'])
                 samples.append(dataset.pipeline(info))
             batch = {key: [sample[key] for sample in samples] for key in samples[0]}
             images = model.data_preprocessor(batch)['inputs']
