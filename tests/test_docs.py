@@ -1,6 +1,7 @@
 """The examples of the documentation run as they stand."""
 
 import re
+import shlex
 from dataclasses import fields
 from pathlib import Path
 
@@ -9,8 +10,9 @@ from mmengine.config import Config
 from mmengine.hub import get_config
 
 import mmdet_moe
+from mmdet_moe.analysis.editing import parse, parse_edit
 from mmdet_moe.engine.dry_run import build_model
-from mmdet_moe.moe import MoELayer, Routing, add_experts, find_moe_layers
+from mmdet_moe.moe import Edit, MoELayer, Routing, add_experts, find_moe_layers
 from mmdet_moe.moe.surgery import Entry
 
 ROOT = Path(mmdet_moe.__file__).parents[1]
@@ -115,6 +117,26 @@ def check_scale_experts(layer):
     factors = layer.routing.dense_weights() @ layer.experts.scale
     torch.testing.assert_close(y, x * factors[:, :, None, None])
     assert (layer.experts.scale.grad != 0).any()
+
+
+def test_editing(capsys):
+    plain, which, groups = examples('docs/editing.md')
+    scope = {}
+    exec(plain, scope)
+    assert (scope['edited'][:, 1] != scope['before'][:, 1]).all()
+    assert not scope['model'][2].experts.expert_weight(7).any()
+    exec(which, scope)
+    gain = scope['coefficients'].topk(8).values.sum()
+    torch.testing.assert_close(scope['gain'].mean(), gain)
+    assert ' on the output of class 2' in capsys.readouterr().out
+    exec(groups, {'__name__': 'example'})
+    text = (ROOT / 'docs' / 'editing.md').read_text()
+    (command,) = re.findall(r'```bash\npython tools/edit_experts.py (.*?)```', text, re.DOTALL)
+    args = parse(shlex.split(command.replace('\\\n', ' ')))
+    assert [parse_edit(edit) for edit in args.edit] == [
+        Edit('head.fc', 7, 2, scale=0.5), Edit('head.fc', 9, None, zero=True)
+    ]  # fmt: skip
+    assert (args.split, str(args.out)) == ('test', 'edited.pth')
 
 
 def test_loss_of_the_documentation():

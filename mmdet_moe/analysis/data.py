@@ -1,5 +1,6 @@
 """A data set as the analysis sees it: objects, images and names, in any of the toolboxes."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -8,6 +9,7 @@ import mmcv
 import numpy as np
 from mmengine.config import Config, ConfigDict
 from mmengine.registry import DATASETS
+from mmengine.runner import Runner
 
 from mmdet_moe.analysis.superclasses import superclasses
 from mmdet_moe.errors import ConfigError
@@ -86,6 +88,20 @@ class AnalysisData:
         return list(names), np.searchsorted(ends, np.arange(len(self)), side='right')
 
     @cached_property
+    def groups(self) -> dict[str, np.ndarray]:
+        """Indices, int64, of the images of each group, by its name: of equal ``group`` in the data
+        infos, and of the same one of the joined data sets. Empty where there are neither.
+        """
+        of_image = [self.info(i).get('group') for i in range(len(self))]
+        groups = {
+            str(group): np.flatnonzero([other == group for other in of_image])
+            for group in dict.fromkeys(of_image)
+            if group is not None
+        }
+        names, sources = self.sources or ((), np.empty(0))
+        return groups | {name: np.flatnonzero(sources == i) for i, name in enumerate(names)}
+
+    @cached_property
     def superclasses(self) -> dict[str, list[int]] | None:
         """Groups of classes, see :func:`~mmdet_moe.analysis.superclasses.superclasses`."""
         return superclasses(self.classes, self._coco_file)
@@ -94,6 +110,19 @@ class AnalysisData:
     def _coco_file(self) -> str | None:
         is_coco = hasattr(self.dataset, 'COCOAPI') and hasattr(self.dataset, 'cat_ids')
         return self.dataset.ann_file if is_coco else None
+
+    def batches(self, first: int = 0, **options: int) -> Iterator[dict]:
+        """The batches from an image on, in order.
+
+        Args:
+            first: The image.
+            options: Of the data loader, in place of the config's.
+        """
+        order = range(first, len(self))
+        config = {**self.loader_cfg, 'dataset': self.dataset, 'sampler': order, **options}
+        if options:
+            config['persistent_workers'] = False
+        return iter(Runner.build_dataloader(config))
 
     def info(self, index: int) -> dict[str, Any]:
         """What the data set knows of an image without loading it."""

@@ -8,6 +8,7 @@ from torch import nn
 
 from mmdet_moe.compat.malloc import keep_large_blocks
 from mmdet_moe.errors import ConfigError
+from mmdet_moe.moe.mumoe import Factors
 
 
 def load_model(cfg: Config, checkpoint: str, device: str | None) -> tuple[nn.Module, dict]:
@@ -65,14 +66,17 @@ def load_weights(model: nn.Module, path: str) -> dict:
     if missing:
         hint = (
             'it looks like a dense model: train the MoE model first'
-            if not any('.router.' in key for key in state)
+            if not any('.router.' in key or '.gate.' in key for key in state)
             else 'give the config that it was trained with'
         )
         raise ConfigError(
             f"checkpoint: '{path}' lacks {len(missing)} of the model's {len(expected)} tensors, "
             f"such as '{missing[0]}'; {hint}"
         )
-    wrong = [key for key in expected if key in state and state[key].shape != expected[key].shape]
+    # Edits raise the ranks of factors, which therefore look themselves at what they are given.
+    factors = tuple(f'{n}.' for n, module in model.named_modules() if isinstance(module, Factors))
+    shared = [key for key in expected if key in state and not key.startswith(factors)]
+    wrong = [key for key in shared if state[key].shape != expected[key].shape]
     if wrong:
         key = wrong[0]
         raise ConfigError(

@@ -188,6 +188,20 @@ class Recorder:
         )
 
 
+def predictions_of(indices: Sequence[int], results: list) -> BoxRecords | np.ndarray:
+    """What was predicted for one batch: boxes, or (by a classifier) the classes, int32 (n,).
+
+    Args:
+        indices: Of the batch's images in the data set.
+        results: The model's predictions for them.
+    """
+    if 'pred_score' in results[0]:
+        scores = torch.stack([result.pred_score for result in results])
+        return scores.argmax(1).cpu().numpy().astype(np.int32)
+    pairs = zip(indices, results, strict=True)
+    return concatenated([boxes_of(index, result.pred_instances) for index, result in pairs])
+
+
 def boxes_of(index: int, found: InstanceData) -> BoxRecords:
     """The detections of one image.
 

@@ -6,6 +6,7 @@ from mmdet_moe.moe.constraints import (
     MeanImportanceConstraint,
     RelativeImportanceConstraint,
 )
+from mmdet_moe.moe.editing import Edit, apply_edits, edit_experts
 from mmdet_moe.moe.expert_layer import ExpertLayer, find_expert_layers
 from mmdet_moe.moe.experts import (
     ConvExperts,
@@ -47,6 +48,7 @@ __all__ = [
     'ConvExperts',
     'ConvGAPRouter',
     'DatasetLoss',
+    'Edit',
     'EntropyLoss',
     'ExpertLayer',
     'Experts',
@@ -73,7 +75,9 @@ __all__ = [
     'UtilizationReport',
     'VarianceLoss',
     'add_experts',
+    'apply_edits',
     'count_parameters',
+    'edit_experts',
     'find_expert_layers',
     'find_moe_layers',
     'report_of',

@@ -205,6 +205,8 @@ def test_arrays_as_images():
                 {'img': rng.integers(0, 255, shape, dtype=np.uint8), 'gt_label': label}
                 for shape, label in (((5, 7), 0), ((5, 7, 1), 2), ((5, 7, 3), np.array([1])))
             ]
+            for row, group in zip(self.rows, ('mark', 1, 'mark'), strict=True):
+                row['group'] = group
 
         def __len__(self):
             return 3
@@ -224,6 +226,9 @@ def test_arrays_as_images():
         assert data.label(index) == label
     assert np.array_equal(data.image(2), data.info(2)['img'])
     assert data.classes == ['0', '1', '2']
+    assert {name: images.tolist() for name, images in data.groups.items()} == {
+        'mark': [0, 2], '1': [1]
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(('split', 'prefix', 'count'), [

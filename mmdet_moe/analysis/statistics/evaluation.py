@@ -54,8 +54,12 @@ class DetectionMetrics:
         with contextlib.redirect_stdout(io.StringIO()):
             self._truth.createIndex()
 
-    def __call__(self, found: BoxRecords) -> dict:
+    def __call__(self, found: BoxRecords, images: np.ndarray | None = None) -> dict:
         """Evaluate detections.
+
+        Args:
+            found: In all images.
+            images: int (m,), those that count. Default: all.
 
         Returns:
             ``AP``, ``AP50``, ``AP small``, ``AP medium``, ``AP large``, ``per_class``, in 0..1.
@@ -72,6 +76,8 @@ class DetectionMetrics:
         with contextlib.redirect_stdout(io.StringIO()):
             evaluation = COCOeval(self._truth, self._truth.loadRes(rows), 'bbox')
             evaluation.params.maxDets = [1, 10, _MAX_DETECTIONS]
+            if images is not None:
+                evaluation.params.imgIds = images.tolist()
             evaluation.evaluate()
             evaluation.accumulate()
         # IoU thresholds, recalls, classes, areas; -1 where a class has no object of that size.

@@ -1,6 +1,7 @@
 """Multilinear mixtures of experts in place of linear layers, 1×1 convolutions and MLPs."""
 
 import logging
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from math import prod
 from typing import Any
@@ -54,7 +55,8 @@ class MuMoE(ExpertLayer):
         self.granularity = 'token'
         check_integer(type(self).__name__, 'in_features', in_features, 1)
         self.gate = ExpertGate(in_features, self.levels, norm, activation)
-        self._observers: dict[int, Observer] = {}
+        # Of a kind that handles can refer to weakly.
+        self._observers: OrderedDict[int, Observer] = OrderedDict()
         self.register_load_state_dict_pre_hook(_warn_of_dense_weights)
 
     def coefficients(self, x: Tensor) -> tuple[Tensor, ...]:
@@ -201,7 +203,7 @@ class MuMoE(ExpertLayer):
         }
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, '_observers': {}}  # copies and pickles are observed by nobody
+        return {**self.__dict__, '_observers': OrderedDict()}  # copies are observed by nobody
 
     def extra_repr(self) -> str:
         levels = ' × '.join(map(str, self.levels))
