@@ -1,5 +1,6 @@
 """What a config's frozen backbone makes of its images: computed once, kept on the disk."""
 
+import copy
 import json
 from collections.abc import Callable, Sequence
 from io import BytesIO
@@ -130,7 +131,7 @@ class FeatureCache:
     def _build(self) -> torch.nn.Module:
         keep_large_blocks()
         check_config(self.cfg)
-        model = build_model(self.cfg)
+        model = build_model(copy.deepcopy(self.cfg))  # building writes defaults into it
         model.init_weights()
         self._model = model.eval().to(memory_format=torch.channels_last)
         return self._model

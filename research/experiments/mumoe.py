@@ -9,7 +9,7 @@ import multiprocessing
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cache, partial
 from itertools import product
 from math import prod
@@ -59,7 +59,7 @@ class Head:
 
     line: str
     experts: tuple[int, ...] = ()
-    entry: Mapping[str, Any] | None = None
+    entry: Mapping[str, Any] | None = field(default=None, hash=False)
     random_gate: bool = False
 
     @property

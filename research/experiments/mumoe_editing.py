@@ -14,7 +14,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from mmdet_moe.moe.editing import Edit, apply_edits
 from torch import Tensor, nn
 
 from mmdet_moe.analysis.files import write_file
@@ -22,6 +21,7 @@ from mmdet_moe.analysis.superclasses import CIFAR100
 from mmdet_moe.cli import load_config
 from mmdet_moe.errors import ConfigError
 from mmdet_moe.moe import CPMuMoE
+from mmdet_moe.moe.editing import Edit, apply_edits
 from research.experiments.experiment import CONFIGS, SEEDS, publish
 from research.experiments.markdown import mean_and_std, table
 from research.experiments.mumoe import in_processes
