@@ -17,9 +17,11 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 from mmdet_moe.errors import exit_on_user_error
 from projects.cluster_theory import experiment as theory
-from research.experiments import mumoe, rotate
+from research.experiments import rotate
 from research.experiments.experiment import SEEDS, Experiment
 from research.experiments.fashion_mnist import BUDGETS, FashionMNISTExperiment
+from research.experiments.mumoe import MuMoEExperiment
+from research.experiments.mumoe_editing import EditingExperiment
 from research.experiments.scenes import DIGIT_SCENES, FASHION_SCENES, ScenesExperiment
 from research.runs import REPOSITORY
 
@@ -61,6 +63,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         'heads of CIFAR-100 on frozen features: μMoE and sparse experts against a linear layer',
         data='cifar100',
     )
+    _add(
+        commands,
+        'mumoe-editing',
+        'expert editing against a spurious mark, with classes of CIFAR-100',
+        data='cifar100',
+    )
     for command, budgets in ((fashion, BUDGETS), (rotated, rotate.BUDGETS)):
         texts = '; '.join(f'{name}: {budget.text}' for name, budget in budgets.items())
         command.add_argument('--budget', choices=tuple(budgets), default='cpu', help=texts)
@@ -92,7 +100,7 @@ def _add_common(parser: argparse.ArgumentParser, name: str, jobs: str) -> None:
     parser.add_argument('--table-only', action='store_true', help='train nothing')
 
 
-def experiment(args: argparse.Namespace) -> Experiment | mumoe.MuMoEExperiment:
+def experiment(args: argparse.Namespace) -> Experiment | MuMoEExperiment | EditingExperiment:
     """The experiment that the command line asks for."""
     common = (args.data, args.work_dir, args.seeds, args.jobs)
     if args.command == 'fashion-mnist':
@@ -100,7 +108,9 @@ def experiment(args: argparse.Namespace) -> Experiment | mumoe.MuMoEExperiment:
     if args.command == 'rotate':
         return rotate.RotateExperiment(rotate.BUDGETS[args.budget], *common)
     if args.command == 'mumoe':
-        return mumoe.MuMoEExperiment(*common)
+        return MuMoEExperiment(*common)
+    if args.command == 'mumoe-editing':
+        return EditingExperiment(*common)
     if args.command == 'fashion-scenes':
         return ScenesExperiment(FASHION_SCENES, *common, source=args.source)
     return ScenesExperiment(DIGIT_SCENES, *common)

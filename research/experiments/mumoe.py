@@ -53,7 +53,8 @@ class Head:
     Attributes:
         line: As table and picture call those that differ in E alone.
         experts: E, by level; empty for the linear layer.
-        entry: What ``experts`` of the config says, without the number.
+        entry: What ``experts`` of the config says, without the number. Without experts: the
+            ``rank`` of two linear layers in a row.
         random_gate: Whether the gate is drawn at random and never trained.
     """
 
@@ -70,12 +71,14 @@ class Head:
     @property
     def config(self) -> str:
         """Its config below ``configs/``."""
-        kind = 'dense' if self.entry is None else 'mumoe' if 'type' in self.entry else 'moe'
+        kind = 'dense' if not self.experts else 'mumoe' if 'type' in self.entry else 'moe'
         return f'efficientnet_lite0_{kind}_cifar100'
 
 
 def _heads() -> Iterator[Head]:
     yield Head('linear')
+    # The ranks of CP, matched, with 64 and with 2 experts: what the rank costs without any experts.
+    yield from (Head(f'linear, rank {rank}', entry=dict(rank=rank)) for rank in (31, 90))
     mumoe = [(e,) if isinstance(e, int) else e for e in LEVELS]
     cp, tr = dict(type='mmdet_moe.CPMuMoE'), dict(type='mmdet_moe.TRMuMoE')
     yield from (Head('CP, matched', e, cp | dict(rank=MATCHED)) for e in mumoe)
@@ -218,7 +221,7 @@ def _data(data: Path, work_dir: Path, split: str) -> Data:
 
 def _config(head: Head, data: Path) -> Config:
     cfg = load_config(str(CONFIGS / f'{head.config}.py'), {'data_root': str(data)})
-    if head.entry is not None:
+    if head.experts:
         experts = head.experts[0] if len(head.experts) == 1 else list(head.experts)
         cfg.model.experts = [dict(at=HEAD, num_experts=experts, **head.entry)]
     return cfg
@@ -232,6 +235,9 @@ def build(head: Head, seed: int, data: Path) -> tuple[nn.Module, nn.Module]:
     model = build_model(cfg)
     model.init_weights()
     layer = model.get_submodule(HEAD)
+    if head.entry is not None and not head.experts:
+        narrow = nn.Linear(layer.in_features, head.entry['rank'], bias=False)
+        layer = nn.Sequential(narrow, nn.Linear(head.entry['rank'], layer.out_features))
     if head.random_gate:
         for weight in layer.gate.weights:
             nn.init.normal_(weight.requires_grad_(False))
@@ -254,9 +260,9 @@ def _train(head: Head, seed: int, recipe: Recipe, data: Path, work_dir: Path) ->
     }
     folder = run_dir(work_dir, head, seed)
     folder.mkdir(parents=True, exist_ok=True)
-    cfg = _config(head, data)
-    cfg.dump(folder / 'config.py')
-    torch.save({'state_dict': model.state_dict(), 'meta': {}}, folder / 'head.pth')
+    if model.get_submodule(HEAD) is layer:
+        _config(head, data).dump(folder / 'config.py')
+        torch.save({'state_dict': model.state_dict(), 'meta': {}}, folder / 'head.pth')
     write_file(folder / 'result.json', json.dumps(result).encode())
 
 
@@ -297,7 +303,8 @@ def in_processes(
 def markdown_table(results: Mapping[Head, Sequence[dict]]) -> str:
     """Mean ± standard deviation over the seeds, one row per head."""
     columns = (
-        'head', 'seeds', 'parameters', 'test accuracy (%)', 'polysemanticity', 'by chance',
+        'head', 'seeds', 'parameters', 'training loss', 'test accuracy (%)', 'polysemanticity',
+        'by chance',
         'ratio', 'experts that matter', 'images lost by each', 'images of each (%)',
     )  # fmt: skip
 
@@ -306,6 +313,7 @@ def markdown_table(results: Mapping[Head, Sequence[dict]]) -> str:
             if not found:
                 continue
             cells = [head.name, str(len(found)), f'{found[0]["parameters"]:,}']
+            cells.append(mean_and_std([run['loss'] for run in found]))
             cells.append(mean_and_std([100 * run['accuracy'] for run in found], digits=2))
             if not head.experts:
                 yield cells + [NOTHING] * 6
@@ -381,6 +389,7 @@ def plot_polysemanticity(results: Mapping[Head, Sequence[dict]], path: Path) -> 
         right.set_ylabel('divided by that of chance')
         for axes in (left, right):
             axes.set_xscale('log', base=2)
+            axes.set_xlim(1.5, 1.3 * max(prod(head.experts) for head in HEADS))
             axes.set_xlabel('experts E')
             axes.set_ylim(bottom=0)
         left.legend()

@@ -32,6 +32,7 @@ def result(accuracy, values, by_chance):
     return {
         'accuracy': accuracy,
         'parameters': 12345,
+        'loss': 1.5,
         'experts': {
             'values': values,
             'by_chance': by_chance,
@@ -43,7 +44,7 @@ def result(accuracy, values, by_chance):
     }
 
 
-CP = HEADS[1]
+CP = next(head for head in HEADS if head.experts)
 
 
 def test_table_and_picture(tmp_path):
@@ -51,12 +52,12 @@ def test_table_and_picture(tmp_path):
         result(0.5, [None, 1.0, 2.0], [0.1, 2.0, 4.0]),
         result(0.6, [None, 2.0, 3.0], [0.1, None, 5.0]),
     ]
-    results = {LINEAR: [{'accuracy': 0.7, 'parameters': 9, 'experts': None}], CP: runs}
-    linear, cp = markdown_table({**results, HEADS[2]: []}).splitlines()[2:]
-    assert cells(linear) == ['linear', '1', '9', '70.00', *['–'] * 6]
+    results = {LINEAR: [{**result(0.7, [], []), 'experts': None}], CP: runs}
+    linear, cp = markdown_table({**results, HEADS[-1]: []}).splitlines()[2:]
+    assert cells(linear) == ['linear', '1', '12,345', '1.500', '70.00', *['–'] * 6]
     assert cells(cp) == [
-        'CP, matched, E = 2', '2', '12,345', '55.00 ± 7.07', '2.00 ± 0.71', '4.00 ± 1.41',
-        '0.50 ± 0.00', '2 of 2', '3.0', '50.0',
+        'CP, matched, E = 2', '2', '12,345', '1.500 ± 0.000', '55.00 ± 7.07', '2.00 ± 0.71',
+        '4.00 ± 1.41', '0.50 ± 0.00', '2 of 2', '3.0', '50.0',
     ]  # fmt: skip
     assert summary(result(0, [None] * 3, [None] * 3)['experts'])['value'] is None
     plot_polysemanticity(results, tmp_path / 'picture.png')
@@ -69,6 +70,7 @@ def test_every_head_has_a_folder_of_its_own(tmp_path):
 
 TINY = (
     LINEAR,
+    Head('narrow', entry=dict(rank=5)),
     Head('CP', (2, 2), dict(type='mmdet_moe.CPMuMoE', rank=4)),
     Head('sparse', (3,), dict(granularity='token', top_k=2)),
     Head('random gate', (4,), dict(type='mmdet_moe.TRMuMoE', rank=2), random_gate=True),
@@ -103,20 +105,21 @@ def test_experiment(data, tmp_path, monkeypatch, capsys):
     assert (tmp_path / 'pictures' / 'mumoe-polysemanticity.png').exists()
 
     test = mumoe._data(data.resolve(), (tmp_path / 'runs').resolve(), 'test')
-    for head in TINY:
+    for head in (TINY[0], *TINY[2:]):
         folder = run_dir(tmp_path / 'runs', head, 3)
         cfg = Config.fromfile(folder / 'config.py')
         model, _ = load_model(cfg, str(folder / 'head.pth'), 'cpu')
         with torch.no_grad():
             found = accuracy(model.head.fc(test.features), test.labels)
         assert found == experiment.result(head, 3)['accuracy']
+    assert experiment.result(TINY[1], 3)['parameters'] == 1280 * 5 + 5 * 100 + 100
     gate = model.head.fc.gate.weights[0]
     assert gate.std() == pytest.approx(1, abs=0.1)  # drawn, and as it was: the loss has no say
 
     capsys.readouterr()
     monkeypatch.setattr(mumoe, '_train', None)
     experiment.run()
-    assert '4 of 4 heads are trained.' in capsys.readouterr().out
+    assert '5 of 5 heads are trained.' in capsys.readouterr().out
     assert page.read_text() == first
     other = Head('CP', (2, 2), dict(type='mmdet_moe.CPMuMoE', rank=5))
     with pytest.raises(ConfigError, match='a head with other settings; move it away'):
