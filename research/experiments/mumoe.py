@@ -38,7 +38,8 @@ MATCHED, FIXED_RANK = 'match', 64
 #: Experts of the μMoE heads: from 256 on two levels, because the gate of one costs more parameters
 #: than the linear layer has.
 LEVELS = (2, 4, 8, 16, 32, 64, (16, 16), (32, 32))
-SPARSE = (4, 8, 16, 32, 64)
+FEWER = (4, 16, 64, (32, 32))
+SPARSE = (4, 16, 64)
 #: Tried on the linear layer, with the last tenth of the training images held out.
 RECIPES = tuple(
     Recipe(lr, decay, epochs=10)
@@ -79,15 +80,15 @@ def _heads() -> Iterator[Head]:
     yield Head('linear')
     # The ranks of CP, matched, with 64 and with 2 experts: what the rank costs without any experts.
     yield from (Head(f'linear, rank {rank}', entry=dict(rank=rank)) for rank in (31, 90))
-    mumoe = [(e,) if isinstance(e, int) else e for e in LEVELS]
+    all_sizes, some = ([(e,) if isinstance(e, int) else e for e in es] for es in (LEVELS, FEWER))
     cp, tr = dict(type='mmdet_moe.CPMuMoE'), dict(type='mmdet_moe.TRMuMoE')
-    yield from (Head('CP, matched', e, cp | dict(rank=MATCHED)) for e in mumoe)
+    matched = dict(rank=MATCHED)
+    yield from (Head('CP, matched', e, cp | matched) for e in all_sizes)
     sparse = dict(granularity='token', top_k=2)
     yield from (Head('sparse, k = 2', (e,), sparse) for e in SPARSE)
-    yield from (Head('TR, matched', e, tr | dict(rank=MATCHED)) for e in mumoe)
-    yield from (Head(f'CP, rank {FIXED_RANK}', e, cp | dict(rank=FIXED_RANK)) for e in mumoe)
-    random = cp | dict(rank=MATCHED)
-    yield from (Head('CP, random gate', e, random, random_gate=True) for e in mumoe)
+    yield from (Head('TR, matched', e, tr | matched) for e in some)
+    yield from (Head('CP, random gate', e, cp | matched, random_gate=True) for e in some)
+    yield from (Head(f'CP, rank {FIXED_RANK}', e, cp | dict(rank=FIXED_RANK)) for e in some)
 
 
 HEADS = tuple(_heads())
@@ -374,6 +375,7 @@ def plot_polysemanticity(results: Mapping[Head, Sequence[dict]], path: Path) -> 
             seen = [summary(run['experts']) for run in found]
             lines.setdefault(head.line, []).append((prod(head.experts), seen))
     marks = ('o', 's', '^', 'D', 'v')
+    sizes = sorted({prod(head.experts) for head in HEADS if head.experts})
     with style():
         figure = new_figure(7.2, 3.0)
         left, right = figure.subplots(1, 2)
@@ -389,7 +391,9 @@ def plot_polysemanticity(results: Mapping[Head, Sequence[dict]], path: Path) -> 
         right.set_ylabel('divided by that of chance')
         for axes in (left, right):
             axes.set_xscale('log', base=2)
-            axes.set_xlim(1.5, 1.3 * max(prod(head.experts) for head in HEADS))
+            axes.set_xticks(sizes, [str(size) for size in sizes])
+            axes.minorticks_off()
+            axes.set_xlim(sizes[0] / 1.3, sizes[-1] * 1.3)
             axes.set_xlabel('experts E')
             axes.set_ylim(bottom=0)
         left.legend()
