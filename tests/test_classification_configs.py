@@ -17,7 +17,9 @@ from mmdet_moe.analysis.command import run_analysis
 from mmdet_moe.moe.flops import count_flops
 
 CONFIGS = Path(mmdet_moe.__file__).parents[1] / 'configs'
-CLASSIFIERS = sorted(CONFIGS.glob('resnet18_*.py'))
+SPARSE = sorted(CONFIGS.glob('resnet18_moe_*.py'))
+MUMOE = sorted([*CONFIGS.glob('resnet18_mumoe_*.py'), *CONFIGS.glob('mlp_mixer_*.py')])
+CLASSIFIERS = [*SPARSE, *MUMOE]
 DATA = {'cifar100': ('mmdet_moe.CIFAR100', 3, 100), 'fashion_mnist': ('FashionMNIST', 1, 10)}
 
 # Mean and standard deviation of the training images' pixels, as everyone who uses the data sets has
@@ -43,10 +45,12 @@ def test_all_are_there():
     kinds = (*BALANCING, 'dense')
     expected = {f'resnet18_moe_{kind}_{data}' for kind in kinds for data in DATA}
     expected |= {f'resnet18_moe_{kind}_sgd_cifar100' for kind in ('soft', 'dense')}
+    kinds = ('resnet18_mumoe', 'mlp_mixer_mumoe', 'mlp_mixer_dense')
+    expected |= {f'{kind}_{data}' for kind in kinds for data in DATA}
     assert {path.stem for path in CLASSIFIERS} == expected
 
 
-@pytest.mark.parametrize('path', CLASSIFIERS, ids=lambda path: path.stem)
+@pytest.mark.parametrize('path', SPARSE, ids=lambda path: path.stem)
 def test_config_is_what_its_name_says(path):
     cfg = Config.fromfile(path)
     init_default_scope(cfg.default_scope)
@@ -80,6 +84,37 @@ def test_config_is_what_its_name_says(path):
     losses = [hook['loss'] for hook in cfg.custom_hooks if 'loss' in hook]
     assert losses == ([loss] if loss else [])
     assert cfg.model.backbone.router.get('constraint') == constraint
+
+
+@pytest.mark.parametrize('path', MUMOE, ids=lambda path: path.stem)
+def test_multilinear_mixtures(path):
+    cfg = Config.fromfile(path)
+    init_default_scope(cfg.default_scope)
+    model = MODELS.build(cfg.model)
+    data = next(name for name in DATA if path.stem.endswith(name))
+    dataset, channels, classes = DATA[data]
+    assert cfg.train_dataloader.dataset.type == dataset
+    size = PREPROCESSING[data][2]
+    assert model.eval()(torch.randn(2, channels, size, size)).shape[0] == 2
+    assert model.head(model.extract_feat(torch.randn(2, channels, size, size))).shape == (
+        2,
+        classes,
+    )
+    layers = moe.find_expert_layers(model)
+    if '_dense_' in path.stem:
+        assert not layers
+        return
+    assert all(layer.num_experts in (32, 64) for layer in layers.values())
+    if path.stem.startswith('resnet18'):
+        assert list(layers) == ['head.fc']
+    else:
+        blocks = 8 if data == 'cifar100' else 4
+        assert len(layers) == 2 * blocks == 2 * len(model.backbone.layers)
+    for layer in layers.values():
+        dense = sum(p.numel() for p in layer.dense.parameters())
+        found = sum(p.numel() for p in layer.parameters())
+        # The head for 10 classes has no room for a gate.
+        assert found <= dense or path.stem == 'resnet18_mumoe_fashion_mnist'
 
 
 @pytest.mark.parametrize('path', CLASSIFIERS, ids=lambda path: path.stem)
@@ -189,6 +224,8 @@ def write_data(tmp_path, monkeypatch):
         'resnet18_moe_hard_mean_cifar100',
         'resnet18_moe_soft_sgd_cifar100',
         'resnet18_moe_hard_fashion_mnist',
+        'resnet18_mumoe_cifar100',
+        'mlp_mixer_mumoe_fashion_mnist',
     ],
 )
 def test_config_trains(name, write_data, monkeypatch):
@@ -197,12 +234,15 @@ def test_config_trains(name, write_data, monkeypatch):
     num_test = 100 if analysed else 20
     folders = write_data(num_test)
     monkeypatch.chdir(folders)
-    root = folders / name.split('_', 3)[-1].removeprefix('sgd_').removeprefix('mean_')
+    root = folders / next(data for data in DATA if name.endswith(data))
     options = [f'data_root={root}', 'train_cfg.max_epochs=1']
     path = str(CONFIGS / f'{name}.py')
     cli.run_train([path, '--work-dir', 'run', '--cfg-options', *options])
     trained = torch.load('run/epoch_1.pth', map_location='cpu', weights_only=False)['state_dict']
     assert all(torch.isfinite(value.float()).all() for value in trained.values())
+    if '_mumoe_' in name:
+        assert all(value.any() for key, value in trained.items() if '.gate.weights.0' in key)
+        return
     report = json.loads(Path('run/expert_utilization_val.json').read_text())
     assert report['layers']['backbone.layer4']['num_items'] == num_test
     if not analysed:

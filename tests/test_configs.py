@@ -19,7 +19,11 @@ CONFIGS = Path(mmdet_moe.__file__).parents[1] / 'configs'
 COCO = sorted(CONFIGS.glob('*_coco.py'))
 DEMO = sorted((CONFIGS / 'demo').glob('*.py'))
 #: tests/test_classification_configs.py and tests/test_rotate_configs.py look at these.
-CLASSIFIERS = [*CONFIGS.glob('resnet18_*.py'), *CONFIGS.glob('moe_rotate_*.py')]
+CLASSIFIERS = [
+    path
+    for kind in ('resnet18', 'mlp_mixer', 'moe_rotate')
+    for path in CONFIGS.glob(f'{kind}_*.py')
+]
 
 # What a reader expects of a name: where the experts sit, and what balances them.
 HEADS = {
@@ -47,7 +51,14 @@ def test_config_is_what_its_name_says(path):
     cfg = Config.fromfile(path)
     cfg.model.backbone.init_cfg = None
     init_default_scope('mmdet')
-    layers = moe.find_moe_layers(MODELS.build(cfg.model))
+    layers = moe.find_expert_layers(MODELS.build(cfg.model))
+    if '_mumoe_' in path.stem:
+        assert set(layers) == {f'neck.lateral_convs.{i}' for i in range(3)}
+        for layer in layers.values():
+            assert layer.num_experts == (64 if path in COCO else 16)
+            dense = sum(p.numel() for p in layer.dense.parameters())
+            assert 0.9 * dense < sum(p.numel() for p in layer.parameters()) <= dense
+        return
     if '_moe_' not in path.stem:
         assert not layers
         return
@@ -121,6 +132,7 @@ UNCHANGED_BUT_SMALL = (
             for kind in ('soft', 'hard', 'neck', 'backbone')
         ),
         'retinanet_moe_soft_finetune_coco',
+        'retinanet_mumoe_coco',
         'faster_rcnn_moe_soft_coco',
     ],
 )

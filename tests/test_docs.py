@@ -72,6 +72,23 @@ def test_experts(tmp_path, capsys):
     assert found[4:] == [['bbox_head.cls_moe'], ['bbox_head.cls_convs_moe']]
 
 
+def test_mumoe(tmp_path, capsys):
+    layers, config, by_path, published, look = examples('docs/mumoe.md')
+    exec(layers, {})
+    assert 'torch.Size([33, 10])' in capsys.readouterr().out
+    (tmp_path / 'c.py').write_text(config)
+    model = build_model(Config.fromfile(tmp_path / 'c.py'))
+    found = mmdet_moe.moe.find_expert_layers(model)
+    laterals = [f'neck.lateral_convs.{i}' for i in range(3)]
+    assert list(found) == [*(f'backbone.layer4.{i}.conv3' for i in range(3)), *laterals]
+    assert [layer.levels for layer in found.values()] == [(16, 16)] * 3 + [(64,)] * 3
+    exec(by_path, {})
+    assert 'fc     Linear  16 × 16  all' in capsys.readouterr().out
+    exec(published, {})
+    exec(look, {})
+    assert 'rows that expert 3 takes part in: ' in capsys.readouterr().out
+
+
 def test_every_option_is_in_the_table():
     table = (ROOT / 'docs' / 'experts.md').read_text().split('## Options')[1].split('**Tokens')[0]
     cells = [row.split('|')[1] for row in table.splitlines() if row.startswith('| `')]

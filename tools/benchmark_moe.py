@@ -5,6 +5,7 @@ suites:
   conv       convolutions as experts: against other ways, and against dense convolutions
   scaling    the cost grows with k, and not with E
   retinanet  a training iteration of the MoE RetinaNet: against dense ones
+  mumoe      multilinear layers: against linear ones, and against the formula written down; entmax15
   overhead   one expert against the dense layer; what a layer costs besides its experts
   analysis   the statistics of tools/analyze_experts.py: against a plain test of the same images
   explorer   size and loading time of the report for a large data set (only if asked for; Chromium)
@@ -33,6 +34,7 @@ from mmdet_moe.errors import ConfigError, exit_on_user_error
 from research.benchmarks.conv import ConvShape, run_auto, run_conv, run_scaling
 from research.benchmarks.environment import environment
 from research.benchmarks.harness import Benchmark, WrongResult
+from research.benchmarks.mumoe import MuMoEShape, run_mumoe
 from research.benchmarks.ops import run_ops
 
 DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
@@ -48,6 +50,7 @@ class Sizes:
         conv: Shapes of the suite ``conv``.
         scaling: Those of the suite ``scaling``, which differ in E.
         image_size: Height and width in the suite ``retinanet``.
+        mumoe: The numbers of the :class:`MuMoEShape` of the suite ``mumoe``.
         batch: Images of the suite ``overhead``.
         analysis: Images of the suite ``analysis``.
         explorer: Images of the suite ``explorer``.
@@ -65,6 +68,7 @@ class Sizes:
     )
     scaling: tuple[ConvShape, ...] = tuple(ConvShape(64, 64, 32, e) for e in (4, 8, 16, 32, 64))
     image_size: int = 256
+    mumoe: tuple[int, ...] = (64, 196, 512, 256, 64)
     batch: int = 8
     analysis: int = 96
     explorer: int = 5000
@@ -91,12 +95,13 @@ SUITES: dict[str, Callable[[Benchmark, Sizes], None]] = {
     'conv': lambda b, sizes: run_conv(b, sizes.conv),
     'scaling': lambda b, sizes: run_scaling(b, sizes.scaling),
     'retinanet': _late('retinanet', 'image_size'),
+    'mumoe': lambda b, sizes: run_mumoe(b, MuMoEShape(*sizes.mumoe)),
     'overhead': _late('overhead', 'batch'),
     'analysis': _late('statistics', 'analysis'),
     'explorer': _late('explorer', 'explorer'),
     'auto': lambda b, sizes: run_auto(b, sizes.auto),
 }
-DEFAULT_SUITES = ('ops', 'conv', 'scaling', 'retinanet', 'overhead', 'analysis')
+DEFAULT_SUITES = ('ops', 'conv', 'scaling', 'retinanet', 'mumoe', 'overhead', 'analysis')
 
 
 def main(argv: Sequence[str] | None = None) -> None:

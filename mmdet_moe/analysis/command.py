@@ -21,7 +21,7 @@ from mmdet_moe.analysis.report.explorer import (
     write_payload,
     write_report,
 )
-from mmdet_moe.analysis.report.figures import write_figures
+from mmdet_moe.analysis.report.figures import write_comparison, write_figures
 from mmdet_moe.analysis.report.history import read_history
 from mmdet_moe.analysis.report.tables import write_tables
 from mmdet_moe.analysis.report.verdict import verdict
@@ -69,8 +69,11 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         '--compare',
         type=Path,
+        action='append',
+        default=[],
         metavar='OTHER_DIR',
-        help='results of another run, to stand beside this one in the report',
+        help='results of another run, to stand beside this one in the report; may be repeated: the '
+        'first stands there, all are in one figure of polysemanticity by the number of experts',
     )
     parser.add_argument(
         '--overwrite', action='store_true', help='replace what another analysis left in the folder'
@@ -122,7 +125,8 @@ def analyse(args: argparse.Namespace) -> dict:
     """
     _check(args)
     # Before the work, not after it.
-    other = read_payload(args.compare / PAYLOAD_FILE) if args.compare is not None else None
+    other = read_payload(args.compare[0] / PAYLOAD_FILE) if args.compare else None
+    others = [_read_experts(folder / EXPERTS_FILE) for folder in args.compare]
     cfg = load_config(args.config, args.cfg_options)
     check_config(cfg, args.split, args.checkpoint)
     study = prepare(args, cfg)
@@ -152,8 +156,20 @@ def analyse(args: argparse.Namespace) -> dict:
     experts['history'] = read_history(Path(args.checkpoint).parent)
     experts['verdict'] = verdict(experts)
     write_results(study, experts, args.out, other)
+    if others:
+        write_comparison([experts, *others], args.out / 'figures')
     _print_results(experts, args.out)
     return experts
+
+
+def _read_experts(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text(encoding='utf-8'))
+    except (OSError, ValueError):
+        raise ConfigError(
+            f'--compare: {path} is missing or damaged; name a folder that tools/analyze_experts.py '
+            'wrote'
+        ) from None
 
 
 def _check(args: argparse.Namespace) -> None:

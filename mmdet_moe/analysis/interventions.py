@@ -1,8 +1,9 @@
 """What happens if experts are used in another way: alone, all alike, one removed, at random.
 
-An intervention replaces the decisions of routers while it is active, by a hook; it touches no
-weight and no buffer of the model. In all of them the weights of an item keep their sum, so the
-outputs keep their scale (with ``softmax='over_all'`` the weights sum to less than 1).
+An intervention replaces the decisions of a layer while it is active; it touches no weight and no
+buffer of the model. In all of them but one the weights of an item keep their sum, so the outputs
+keep their scale (with ``softmax='over_all'`` the weights sum to less than 1). ``'zeroed'`` takes
+what one expert contributes out of the sum and puts nothing in its place.
 """
 
 from collections import defaultdict
@@ -19,7 +20,9 @@ from torch.utils._pytree import tree_leaves
 from mmdet_moe.analysis.attribution import replaced
 from mmdet_moe.moe import MoELayer
 from mmdet_moe.moe.dispatcher import Dispatcher, unpack
+from mmdet_moe.moe.expert_layer import ExpertLayer
 from mmdet_moe.moe.metrics import shares
+from mmdet_moe.moe.mumoe import MuMoE
 from mmdet_moe.moe.routers import Router
 from mmdet_moe.moe.routing import Routing
 
@@ -27,6 +30,8 @@ from mmdet_moe.moe.routing import Routing
 ALL = 'all'
 #: Inputs and outputs of experts that one batch may keep.
 MEMORY_BYTES = 2 << 30
+#: A layer of more experts has no interventions that are made for each expert, but ``'zeroed'``.
+MANY_EXPERTS = 32
 
 
 @dataclass(frozen=True)
@@ -34,11 +39,14 @@ class Intervention:
     """One change of the routing.
 
     Attributes:
-        layer: Name of the MoE layer, or :data:`ALL`.
+        layer: Name of the layer, or :data:`ALL`.
         kind: ``'only'``: every item goes to one expert alone. ``'equal'``: to all E experts with
             equal weights. ``'without'``: the router chooses the k best of the other experts.
-            ``'random'``: k experts drawn uniformly for each item, with the router's weights.
-        expert: Which expert, for ``'only'`` and ``'without'``.
+            ``'random'``: k experts drawn uniformly for each item, with the router's weights. Of a
+            μMoE layer: each item's coefficients are permuted among the experts of each level.
+            ``'zeroed'``: the expert's contribution is 0, whatever its weight (arXiv 2402.12550,
+            section 4.1.2); nobody takes its place.
+        expert: Which expert, for ``'only'``, ``'without'`` and ``'zeroed'``.
     """
 
     layer: str
@@ -58,10 +66,37 @@ class Intervention:
         if self.kind == 'random':
             order = torch.rand(items, experts, generator=generator).argsort(dim=1)
             return replace(routing, expert_ids=order[:, : routing.top_k].to(device))
+        if self.kind == 'zeroed':
+            is_zero, gates = routing.expert_ids == self.expert, routing.gates
+            return replace(
+                routing,
+                weights=routing.weights.masked_fill(is_zero, 0),
+                gates=None if gates is None else gates.masked_fill(is_zero, 0),
+            )
         logits = routing.logits.clone()
         logits[:, self.expert] = float('-inf')
         ids, weights = router.choose(logits, training=False)
         return _shared(routing, ids, shares(weights))
+
+    def mix(
+        self, layer: MuMoE, usual: Callable, generator: torch.Generator, x: Tensor,
+        coefficients: Sequence[Tensor],
+    ) -> Tensor:  # fmt: skip
+        """Stands in for the ``mix`` of a μMoE layer; ``usual`` is that of the layer itself."""
+        if self.kind == 'zeroed':
+            return layer.mix_without(x, coefficients, self.expert)
+        if self.kind == 'only':
+            place = layer.experts.place(self.expert)
+            changed = [torch.zeros_like(a) for a in coefficients]
+            for a, expert in zip(changed, place, strict=True):
+                a[..., expert] = 1
+        elif self.kind == 'equal':
+            changed = [torch.full_like(a, 1 / a.shape[-1]) for a in coefficients]
+        else:
+            orders = [torch.rand(a.shape, generator=generator).argsort(-1) for a in coefficients]
+            pairs = zip(coefficients, orders, strict=True)
+            changed = [a.gather(-1, order.to(a.device)) for a, order in pairs]
+        return usual(x, tuple(changed))
 
 
 def _shared(routing: Routing, expert_ids: Tensor, shares_TK: Tensor) -> Routing:
@@ -74,16 +109,29 @@ def _shared(routing: Routing, expert_ids: Tensor, shares_TK: Tensor) -> Routing:
     )
 
 
-def interventions_on(layers: dict[str, MoELayer]) -> list[Intervention]:
-    """All that are made on a model: every kind on each layer, and two on all layers together."""
+def interventions_on(
+    layers: dict[str, ExpertLayer], zeroed: dict[str, Sequence[int]] | None = None
+) -> list[Intervention]:
+    """All that are made on a model: every kind on each layer, and two on all layers together.
+
+    Layers of more than :data:`MANY_EXPERTS` experts have neither ``'only'`` nor ``'without'``. The
+    latter no μMoE layer has, which chooses nobody.
+
+    Args:
+        layers: The model's layers by name.
+        zeroed: Which experts of a layer are zeroed, one after the other; by default all.
+    """
     found = []
     choosing = {name: layer for name, layer in layers.items() if layer.num_experts > 1}
     for name, layer in choosing.items():
-        experts = range(layer.num_experts)
+        every = range(layer.num_experts)
+        experts = every if layer.num_experts <= MANY_EXPERTS else ()
         found += [Intervention(name, 'only', e) for e in experts]
         found.append(Intervention(name, 'equal'))
-        found += [Intervention(name, 'without', e) for e in experts]
+        if isinstance(layer, MoELayer):
+            found += [Intervention(name, 'without', e) for e in experts]
         found.append(Intervention(name, 'random'))
+        found += [Intervention(name, 'zeroed', e) for e in (zeroed or {}).get(name, every)]
     if len(choosing) > 1:
         found += [Intervention(ALL, 'equal'), Intervention(ALL, 'random')]
     return found
@@ -91,29 +139,34 @@ def interventions_on(layers: dict[str, MoELayer]) -> list[Intervention]:
 
 @contextmanager
 def applied(
-    intervention: Intervention, layers: dict[str, MoELayer], seed: Sequence[int] = (0,)
+    intervention: Intervention, layers: dict[str, ExpertLayer], seed: Sequence[int] = (0,)
 ) -> Iterator[None]:
     """Make the layers decide as the intervention says, until the end of the block.
 
     Args:
         intervention: What to change.
-        layers: The model's MoE layers by name.
+        layers: The model's layers of experts by name.
         seed: Numbers that fix what ``'random'`` draws.
     """
     generator = torch.Generator().manual_seed(hash(tuple(seed)) % 2**63)
     with ExitStack() as stack:
         for name, layer in layers.items():
-            if intervention.layer in (name, ALL) and layer.num_experts > 1:
+            if intervention.layer not in (name, ALL) or layer.num_experts < 2:
+                continue
+            if isinstance(layer, MuMoE):
+                mix = partial(intervention.mix, layer, layer.mix, generator)
+                stack.enter_context(replaced(layer, 'mix', mix))
+                continue
 
-                def change(router: nn.Module, _: tuple, routing: Routing) -> Routing:
-                    return intervention(routing, router, generator)
+            def change(router: nn.Module, _: tuple, routing: Routing) -> Routing:
+                return intervention(routing, router, generator)
 
-                stack.callback(layer.router.register_forward_hook(change).remove)
+            stack.callback(layer.router.register_forward_hook(change).remove)
         yield
 
 
 @contextmanager
-def experts_remembered(model: nn.Module, layers: dict[str, MoELayer]) -> Iterator[None]:
+def experts_remembered(model: nn.Module, layers: dict[str, ExpertLayer]) -> Iterator[None]:
     """Let every expert compute the same input once, however often the routing is changed.
 
     A layer's output is a weighted sum of its experts' outputs, so as long as a layer is given an
@@ -123,11 +176,14 @@ def experts_remembered(model: nn.Module, layers: dict[str, MoELayer]) -> Iterato
 
     Args:
         model: Which is run.
-        layers: Its MoE layers by name.
+        layers: Its layers by name; μMoE layers, whose experts compute nothing alone, stay as they
+            are.
     """
     memory = _Memory()
     with ExitStack() as stack:
         for layer in layers.values():
+            if not isinstance(layer, MoELayer):
+                continue
             run = partial(memory.run_experts, layer, layer.run_experts)
             stack.enter_context(replaced(layer, 'run_experts', run))
         stack.callback(model.register_forward_hook(memory.stop_learning).remove)
@@ -173,15 +229,15 @@ class _Memory:
 
     def _outputs(self, layer: MoELayer, inputs: list) -> dict[int, Any] | None:
         """What is known by expert of these inputs; None if they are not remembered."""
-        for known, versions, outputs in self._known[layer]:
+        for known, before, outputs in self._known[layer]:
             # The model may have changed in place what it gave to the layer.
-            is_intact = versions == _versions(known) and len(known) == len(inputs)
+            is_intact = before == versions(known) and len(known) == len(inputs)
             if is_intact and all(map(_same, known, inputs)):
                 return outputs
         if not self._learns or not self._has_room(inputs):
             return None
         outputs = {}
-        self._known[layer].append((inputs, _versions(inputs), outputs))
+        self._known[layer].append((inputs, versions(inputs), outputs))
         return outputs
 
     def _has_room(self, kept: Any) -> bool:
@@ -194,8 +250,9 @@ class _Memory:
         return True
 
 
-def _versions(inputs: list) -> list[int]:
-    return [leaf._version for leaf in inputs if isinstance(leaf, Tensor)]
+def versions(inputs: Any) -> list[int]:
+    """What changes when a tensor in a structure is changed in place."""
+    return [leaf._version for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)]
 
 
 def _same(a: Any, b: Any) -> bool:

@@ -25,8 +25,9 @@ from mmdet_moe.analysis.records.contents import (
 )
 from mmdet_moe.analysis.statistics.matching import match
 
-#: Layers with a decision for every pixel have more than anybody can keep.
-MAX_DECISIONS = 4096
+#: Layers with a decision for every pixel have more than anybody can keep: so many of an image, or
+#: of a layer with many experts as many as have so many weights.
+MAX_DECISIONS, MAX_WEIGHTS = 4096, 1 << 15
 # The number of a decision: the image's index, then its own number in the image.
 _ITEM_BITS = 28
 
@@ -170,13 +171,14 @@ class Recorder:
             return DecisionRecords(nothing, nothing.astype(np.int64), nothing, centre, weights)
         image = decisions.image.numpy()
         kept = np.arange(len(image))
-        if np.bincount(image).max(initial=0) > MAX_DECISIONS:
+        most = max(1, min(MAX_DECISIONS, MAX_WEIGHTS // decisions.weights.shape[1]))
+        if np.bincount(image).max(initial=0) > most:
             chosen, number = [], list(self.tracer.layers).index(name)
             for i, index in enumerate(indices.tolist()):
                 mine = kept[image == i]
-                if len(mine) > MAX_DECISIONS:
+                if len(mine) > most:
                     rng = np.random.default_rng([index, number])
-                    mine = np.sort(rng.choice(mine, MAX_DECISIONS, replace=False))
+                    mine = np.sort(rng.choice(mine, most, replace=False))
                 chosen.append(mine)
             kept = np.concatenate(chosen)
         return DecisionRecords(

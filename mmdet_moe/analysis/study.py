@@ -9,27 +9,30 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import asdict
-from functools import cache, partial
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from mmengine.runner import Runner
-from torch import nn
+from torch import Tensor, nn
 
 from mmdet_moe.analysis.attribution import Tracer, replaced
 from mmdet_moe.analysis.data import AnalysisData
 from mmdet_moe.analysis.files import write_file
 from mmdet_moe.analysis.interventions import (
     ALL,
+    MANY_EXPERTS,
     Intervention,
     applied,
     experts_remembered,
     interventions_on,
+    versions,
 )
-from mmdet_moe.analysis.recorder import Recorder, boxes_of
+from mmdet_moe.analysis.recorder import Recorder, predictions_of
 from mmdet_moe.analysis.records.contents import (
     BoxRecords,
+    ChangedClassRecords,
     ClassifierRecords,
     DetectorRecords,
     concatenated,
@@ -37,7 +40,7 @@ from mmdet_moe.analysis.records.contents import (
 from mmdet_moe.analysis.records.files import RecordFiles
 
 #: Raise it whenever the records of the same analysis would have other contents.
-RECORD_FORMAT = 3
+RECORD_FORMAT = 4
 #: Images in one file of records: what an interruption costs at most.
 IMAGES_PER_FILE = 64
 Progress = Callable[[int], None]
@@ -58,12 +61,10 @@ class Study:
         left_out: Layers whose decisions belong to no image that is known, with the reasons.
         records: What the statistics pass left, see
             :mod:`~mmdet_moe.analysis.records.contents`.
-        changed: What the interventions left: of each, in the order of ``interventions``, the boxes
-            or (of a classifier, int32) the predicted classes.
 
     Raises:
-        ConfigError: If the model has no MoE layer, or none that can be analysed, or the folder
-            belongs to another analysis.
+        ConfigError: If the model has no layer of experts, or none that can be analysed, or the
+            folder belongs to another analysis.
     """
 
     def __init__(
@@ -85,13 +86,9 @@ class Study:
         self.left_out = self._leave_out(left_out, plan)
         content = json.dumps({'plan': plan, 'left_out': self.left_out}).encode()
         plan = {**plan, 'layers': list(self.layers), 'images': len(data)}
-        of_pass, of_intervention = (
-            (DetectorRecords, BoxRecords) if self.is_detector else (ClassifierRecords, np.ndarray)
-        )
-        self.records = RecordFiles(of_pass, folder / 'statistics', plan, overwrite)
-        self.interventions = interventions_on(self.layers)
-        plan['interventions'] = [asdict(intervention) for intervention in self.interventions]
-        self.changed = RecordFiles(list[of_intervention], folder / 'interventions', plan, overwrite)
+        kind = DetectorRecords if self.is_detector else ClassifierRecords
+        self.records = RecordFiles(kind, folder / 'statistics', plan, overwrite)
+        self._folder, self._plan, self._overwrite = folder, plan, overwrite
         write_file(left_out, content)  # the folder is that of this analysis
 
     def _leave_out(self, path: Path, plan: dict) -> dict[str, str]:
@@ -102,13 +99,42 @@ class Study:
                 del self.layers[name]
             return kept['left_out']
         with self.tracer:
-            results = self.tracer.predict(next(self._batches(0, num_workers=0)))
+            results = self.tracer.predict(next(self.data.batches(num_workers=0)))
         return self.tracer.leave_out_unknown(len(results))
 
     @property
     def is_detector(self) -> bool:
         """Whether the model predicts boxes."""
         return self.tracer.is_detector
+
+    @cached_property
+    def interventions(self) -> list[Intervention]:
+        """All that are made; to be asked for after the statistics pass, which tells who is zeroed.
+
+        Of a layer with more than :data:`~mmdet_moe.analysis.interventions.MANY_EXPERTS` experts all
+        are zeroed where only the head of a classifier has to be run for each, and else so many:
+        those with the most weight.
+        """
+        many = {
+            name: number
+            for number, (name, layer) in enumerate(self.layers.items())
+            if layer.num_experts > MANY_EXPERTS and (self.is_detector or not _is_in_head(name))
+        }
+        weight = dict.fromkeys(many, 0)
+        for part in self.records if many else ():
+            for name, number in many.items():
+                weight[name] += np.nansum(part.layers[number].decisions.weights, 0, np.float64)
+        most = {name: np.argsort(-np.array(w), kind='stable') for name, w in weight.items()}
+        zeroed = {name: sorted(order[:MANY_EXPERTS].tolist()) for name, order in most.items()}
+        return interventions_on(self.layers, zeroed)
+
+    @cached_property
+    def changed(self) -> RecordFiles[list[BoxRecords] | ChangedClassRecords]:
+        """What the interventions left: the boxes with each of :attr:`interventions`, or classes."""
+        kind = list[BoxRecords] if self.is_detector else ChangedClassRecords
+        made = [asdict(intervention) for intervention in self.interventions]
+        plan = {**self._plan, 'interventions': made}
+        return RecordFiles(kind, self._folder / 'interventions', plan, self._overwrite)
 
     # Passes --------------------------------------------------------------------------------------
 
@@ -138,30 +164,20 @@ class Study:
                 progress(len(indices))
             self.changed.write(first, end, concatenated(parts))
 
-    def _changed(self, indices: list[int], batch: dict) -> list[BoxRecords | np.ndarray]:
+    def _changed(self, indices: list[int], batch: dict) -> list[BoxRecords] | ChangedClassRecords:
         """The predictions for one batch, with each intervention."""
         data, found = self.model.data_preprocessor(batch, False), []
-        features = cache(partial(self.model.extract_feat, data['inputs']))
+        features = _Features(self.model, data['inputs'])
         with experts_remembered(self.model, self.layers):
             for number, intervention in enumerate(self.interventions):
+                changed = [name for name in self.layers if intervention.layer in (name, ALL)]
                 shared = nullcontext()
-                if self._is_in_head(intervention):
-                    shared = replaced(self.model, 'extract_feat', lambda _: features())
+                # No changed layer stands before the features.
+                if all(map(_is_in_head, changed)):
+                    shared = replaced(self.model, 'extract_feat', features)
                 with applied(intervention, self.layers, (number, indices[0])), shared:
-                    found.append(self._predictions(indices, self.model(**data, mode='predict')))
-        return found
-
-    def _is_in_head(self, intervention: Intervention) -> bool:
-        """Whether no changed layer stands before the features."""
-        changed = [name for name in self.layers if intervention.layer in (name, ALL)]
-        return self.is_detector and all(name.split('.')[0].endswith('head') for name in changed)
-
-    def _predictions(self, indices: list[int], results: list) -> BoxRecords | np.ndarray:
-        if not self.is_detector:
-            scores = torch.stack([result.pred_score for result in results])
-            return scores.argmax(1).cpu().numpy().astype(np.int32)
-        pairs = zip(indices, results, strict=True)
-        return concatenated([boxes_of(index, result.pred_instances) for index, result in pairs])
+                    found.append(predictions_of(indices, self.model(**data, mode='predict')))
+        return found if self.is_detector else ChangedClassRecords(np.stack(found, axis=1))
 
     def _chunks(
         self, records: RecordFiles, progress: Progress
@@ -171,7 +187,7 @@ class Study:
         progress(done)
         if done == total:
             return
-        batches = self._batches(done)
+        batches = self.data.batches(done)
         size = self.data.loader_cfg.get('batch_size', 1)
         per_file = max(1, IMAGES_PER_FILE // size) * size
         for first in range(done, total, per_file):
@@ -183,10 +199,25 @@ class Study:
                 ((list(range(start, min(start + size, end))), next(batches)) for start in starts),
             )
 
-    def _batches(self, first: int, **options: int) -> Iterator[dict]:
-        """The batches from an image on."""
-        order = range(first, len(self.data))
-        config = {**self.data.loader_cfg, 'dataset': self.data.dataset, 'sampler': order, **options}
-        if options:
-            config['persistent_workers'] = False
-        return iter(Runner.build_dataloader(config))
+
+def _is_in_head(layer: str) -> bool:
+    """Whether a layer of that name stands behind what ``extract_feat`` gives."""
+    return layer.split('.')[0].endswith('head')
+
+
+class _Features:
+    """Stands in for a model's ``extract_feat``: what it gives for one input is computed once."""
+
+    def __init__(self, model: nn.Module, inputs: Tensor) -> None:
+        self._compute = model.extract_feat
+        self._inputs = inputs
+        self._known, self._versions = None, []
+
+    def __call__(self, inputs: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if inputs is not self._inputs or args or kwargs:  # another stage, which may hold experts
+            return self._compute(inputs, *args, **kwargs)
+        # The head may have changed in place what it was given.
+        if self._known is None or versions(self._known) != self._versions:
+            self._known = self._compute(inputs)
+            self._versions = versions(self._known)
+        return self._known

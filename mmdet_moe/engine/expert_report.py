@@ -16,7 +16,7 @@ from mmdet_moe.engine.dry_run import dry_run, image_size
 from mmdet_moe.engine.explain import in_one_line
 from mmdet_moe.engine.hooks.layers import unwrapped_model
 from mmdet_moe.errors import ConfigError
-from mmdet_moe.moe import find_moe_layers, report_of
+from mmdet_moe.moe import find_expert_layers, report_of
 
 
 class ExpertReportHook(Hook):
@@ -29,7 +29,7 @@ class ExpertReportHook(Hook):
     def before_train(self, runner: Runner) -> None:
         """Log it."""
         model = unwrapped_model(runner)
-        if not is_main_process() or not find_moe_layers(model):
+        if not is_main_process() or not find_expert_layers(model):
             return
         try:
             size = image_size(runner.cfg)

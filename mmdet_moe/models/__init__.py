@@ -5,7 +5,7 @@ Each toolbox may be missing: asking for what needs it, by import or in a config,
 """
 
 from mmdet_moe.models.frozen import frozen
-from mmdet_moe.models.presets import moe_fpn, moe_resnet
+from mmdet_moe.models.presets import moe_fpn, moe_resnet, mumoe_cls_head, mumoe_mlp_mixer
 from mmdet_moe.models.toolboxes import get_missing, needs
 from mmdet_moe.models.with_experts import with_experts
 
@@ -32,5 +32,7 @@ __all__ = [
     'frozen',
     'moe_fpn',
     'moe_resnet',
+    'mumoe_cls_head',
+    'mumoe_mlp_mixer',
     'with_experts',
 ]

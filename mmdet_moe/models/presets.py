@@ -1,10 +1,11 @@
 """Classes of the toolboxes with experts at their usual places, under names of their own.
 
 They are short for :func:`~mmdet_moe.models.with_experts.with_experts` of one part of a model, and
-take all options of an entry there (``num_experts``, ``top_k``, ``router``, ``granularity``, …).
+take all options of an entry there: ``num_experts``, ``top_k``, ``router``, ``granularity``, … for
+sparse experts, ``num_experts``, ``rank``, ``norm``, ``activation`` and ``budget`` for a μMoE.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -15,6 +16,7 @@ from mmdet_moe.errors import ConfigError
 from mmdet_moe.models.toolboxes import require
 from mmdet_moe.moe import add_experts
 from mmdet_moe.moe.surgery import Entry
+from mmdet_moe.moe.surgery.factorised import KINDS, MUMOE_OPTIONS
 from mmdet_moe.registry import MODELS
 
 #: Options of an entry that a preset says itself, or that its class has under the same name.
@@ -22,10 +24,12 @@ _NOT_OPTIONS = {'at', 'every', 'name', 'in_channels'}
 OPTIONS = {field.name for field in fields(Entry)} - _NOT_OPTIONS
 
 
-def split_options(kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+def split_options(
+    kwargs: dict[str, Any], names: Collection[str] = OPTIONS
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """The options of experts among keyword arguments, and all others."""
-    own = {key: value for key, value in kwargs.items() if key in OPTIONS}
-    return own, {key: value for key, value in kwargs.items() if key not in OPTIONS}
+    own = {key: value for key, value in kwargs.items() if key in names}
+    return own, {key: value for key, value in kwargs.items() if key not in names}
 
 
 @MODELS.register_module('MoEFPN')
@@ -89,3 +93,51 @@ def moe_resnet(*, moe_stages: int | Sequence[int] = (4,), **kwargs: Any) -> nn.M
         )
     add_experts(backbone, [{**options, 'at': f'layer{stage}'} for stage in stages])
     return backbone
+
+
+@MODELS.register_module('MuMoEClsHead')
+def mumoe_cls_head(*, factorisation: str = 'cp', **kwargs: Any) -> nn.Module:
+    """``LinearClsHead`` whose linear layer ``fc`` is a μMoE (arXiv 2402.12550).
+
+    Args:
+        factorisation: ``'cp'`` or ``'tr'``.
+        **kwargs: Options of :class:`~mmdet_moe.moe.CPMuMoE` (``num_experts``; ``rank``, by default
+            ``'match'``), and those of MMPretrain's ``LinearClsHead``.
+
+    Raises:
+        ConfigError: For options out of range.
+    """
+    return _with_mumoe('MuMoEClsHead', 'mmpretrain.LinearClsHead', 'fc', factorisation, kwargs)
+
+
+@MODELS.register_module('MuMoEMlpMixer')
+def mumoe_mlp_mixer(*, factorisation: str = 'cp', **kwargs: Any) -> nn.Module:
+    """``MlpMixer`` in which both MLPs of every block are μMoEs (arXiv 2402.12550, section 4.3).
+
+    Each has two factorised layers and one gate. In the MLP that mixes tokens, what is gated are the
+    channels: a row is one channel at all tokens.
+
+    Args:
+        factorisation: ``'cp'`` or ``'tr'``.
+        **kwargs: As of :func:`mumoe_cls_head`, with the options of MMPretrain's ``MlpMixer``.
+
+    Raises:
+        ConfigError: For options out of range.
+    """
+    at = 'layers.*.*_mix'  # the token and the channel MLP
+    return _with_mumoe('MuMoEMlpMixer', 'mmpretrain.MlpMixer', at, factorisation, kwargs)
+
+
+def _with_mumoe(
+    name: str, dense_type: str, at: str, factorisation: str, kwargs: dict[str, Any]
+) -> nn.Module:
+    require('mmpretrain', name)
+    types = {short: kind for kind, (short, _) in KINDS.items()}
+    if factorisation not in types:
+        raise ConfigError(
+            f'{name}: factorisation={factorisation!r} is unknown; use one of {tuple(types)}'
+        )
+    options, dense = split_options(kwargs, MUMOE_OPTIONS)
+    part = MMENGINE_MODELS.build({**dense, 'type': dense_type})
+    add_experts(part, [{**options, 'at': at, 'type': types[factorisation]}])
+    return part

@@ -18,6 +18,8 @@ from mmdet_moe.moe.routing import Routing
 
 #: An expert with less than this fraction of the fair load 1 / E counts as dead.
 DEAD_SHARE = 0.01
+#: Of more experts than this only the extremes are told in a line, and no scalar of each.
+FEW_EXPERTS = 32
 #: Routing whose decision says less on the input than this fraction of log E has collapsed.
 COLLAPSE_SHARE = 0.02
 
@@ -104,20 +106,29 @@ class UtilizationReport:
         scalars = {}
         for key, value in self.as_dict().items():
             if key in ('load', 'importance'):
+                if self.num_experts > FEW_EXPERTS:
+                    value = {'min': min(value), 'max': max(value)}
+                    scalars.update({f'{key}_{e}': v for e, v in value.items()})
+                    continue
                 scalars.update({f'{key}_{e}': v for e, v in enumerate(value)})
             elif isinstance(value, float):
                 scalars[key] = value
         return scalars
 
     def __str__(self) -> str:
-        load = ' '.join(f'{x:.2f}' for x in self.load)
-        importance = ' '.join(f'{x:.2f}' for x in self.importance)
+        load, importance = map(_listed, (self.load, self.importance))
         return (
             f'load {load} | importance {importance} | decision entropy {self.decision_entropy:.2f} '
             f'| information on input {self.mi_input:.3f}, on level {self.mi_level:.3f} nats '
             f'of {self.usage_entropy:.2f}'
             + (f' | dropped {100 * self.dropped:.1f} %' if self.dropped else '')
         )
+
+
+def _listed(shares: list[float]) -> str:
+    if len(shares) > FEW_EXPERTS:
+        return f'{min(shares):.2g} to {max(shares):.2g} of {len(shares)} experts'
+    return ' '.join(f'{x:.2f}' for x in shares)
 
 
 class Utilization:
@@ -132,14 +143,17 @@ class Utilization:
         self._sums: dict[str, Tensor] = {}
 
     @torch.no_grad()
-    def update(self, routing: Routing, router: Router) -> None:
+    def update(self, routing: Routing, router: Router | None = None) -> None:
         """Add one forward pass. Stays on the device and waits for nothing.
 
         Args:
             routing: What was decided.
-            router: The router that decided; asked again for its decision at inference.
+            router: The router that decided; asked again for its decision at inference. None: that
+                is what the routing holds.
         """
-        expert_ids, weights_TK = router.choose(routing.logits, training=False)
+        expert_ids, weights_TK = routing.expert_ids, routing.weights
+        if router is not None:
+            expert_ids, weights_TK = router.choose(routing.logits, training=False)
         weights_TK = weights_TK / weights_TK.sum(dim=1, keepdim=True)
         weights_TE = torch.zeros_like(routing.logits).scatter(1, expert_ids, weights_TK)
         sums = {

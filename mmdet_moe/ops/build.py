@@ -205,7 +205,8 @@ def _build_cpu(torch: _Torch, folder: Path) -> Built:
         raise MissingToolError('there is no C++ compiler; install g++ (12 or later) or set CXX')
     # Messages name the file from csrc on, not by where it was compiled.
     command = [*shlex.split(compiler), '-shared', '-fPIC', f'-fmacro-prefix-map={CSRC}=csrc']
-    command += torch.flags
+    # They change no result, and without them loops with a comparison or a root stay scalar.
+    command += [*torch.flags, '-fno-math-errno', '-fno-trapping-math']
     if sys.platform == 'darwin':
         command += ['-undefined', 'dynamic_lookup']
     _compile(command, 'cpu', folder, torch.link_flags('torch_cpu', 'torch'))

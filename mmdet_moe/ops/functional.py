@@ -3,7 +3,13 @@
 import torch
 from torch import Tensor
 
-from mmdet_moe.ops import library  # noqa: F401  # registers torch.ops.mmdet_moe.*
+from mmdet_moe.ops import (
+    library,  # noqa: F401  # registers torch.ops.mmdet_moe.*
+    reference,
+)
+
+# PyTorch 2.6 knows only whether it exports to ONNX.
+_is_exporting = getattr(torch.compiler, 'is_exporting', torch.onnx.is_in_onnx_export)
 
 
 def sort_routes(expert_ids_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -106,6 +112,39 @@ def combine(y_R: Tensor, weights_TK: Tensor, inverse_TK: Tensor) -> Tensor:
         )
     wide = torch.float64 if y_R.dtype == torch.float64 else torch.float32
     return torch.ops.mmdet_moe.combine(y_R, weights_TK.to(wide), inverse_TK)
+
+
+def entmax15(x: Tensor) -> Tensor:
+    """1.5-entmax along the last dimension: softmax's relative that gives exact zeros.
+
+    ``p_i = max(x_i / 2 - tau, 0)²`` with the tau for which they sum to 1, exact to rounding
+    (Peters, Niculae and Martins, "Sparse sequence-to-sequence models", ACL 2019). As with softmax,
+    a row is NaN if one of its values is NaN or +inf, or if all are -inf; otherwise -inf gives 0.
+
+    It has gradients of any order, those of the values outside the support being 0. What
+    ``torch.export`` and ``torch.onnx.export`` see is plain PyTorch
+    (:func:`mmdet_moe.ops.reference.entmax15`): an exported program needs no part of this package.
+
+    Args:
+        x: Logits, shape (..., N) with N ≥ 1, floating point. float32 and float64 are computed as
+            they are, bfloat16 and float16 in float32.
+
+    Returns:
+        Tensor of ``x``'s shape and dtype (that of bfloat16 and float16 rounded), also under
+        autocast. Each row is ≥ 0 and sums to 1.
+
+    Raises:
+        ValueError: For other dtypes, and without a last dimension or with an empty one.
+    """
+    if not x.is_floating_point():
+        raise ValueError(f'x must be a floating-point tensor of shape (..., N), got {x.dtype}')
+    if x.dim() < 1 or x.shape[-1] < 1:
+        raise ValueError(
+            f'x must have at least one value along its last dimension, got shape {tuple(x.shape)}'
+        )
+    wide = x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+    op = reference.entmax15 if _is_exporting() else torch.ops.mmdet_moe.entmax15
+    return op(wide).to(x.dtype)
 
 
 def _check_device(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:

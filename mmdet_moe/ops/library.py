@@ -17,6 +17,8 @@ _SCHEMAS = (
     'combine(Tensor y, Tensor weights, Tensor inverse) -> Tensor',
     'combine_backward(Tensor grad, Tensor y, Tensor weights, Tensor inverse) -> (Tensor grad_y, '
     'Tensor grad_weights)',
+    'entmax15(Tensor x) -> Tensor',
+    'entmax15_backward(Tensor grad, Tensor p) -> Tensor',
 )
 
 # Kept for as long as the process lives: dropping it would unregister everything.
@@ -49,6 +51,14 @@ def _combine_backward_shapes(
     return y.new_empty(y.shape), weights.new_empty(weights.shape)
 
 
+def _entmax15_shape(x: Tensor) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _entmax15_backward_shape(grad: Tensor, p: Tensor) -> Tensor:
+    return p.new_empty(p.shape)
+
+
 def _save_for_dispatch(ctx, inputs, output) -> None:
     x, order, k = inputs
     ctx.save_for_backward(order)
@@ -71,7 +81,7 @@ def _dispatch_backward_gradient(ctx, grad: Tensor) -> tuple[Tensor, None, None, 
     return torch.ops.mmdet_moe.dispatch(grad, order, ctx.k), None, None, None
 
 
-def _save_for_combine(ctx, inputs, output) -> None:
+def _save_inputs(ctx, inputs, output) -> None:
     ctx.save_for_backward(*inputs)
 
 
@@ -86,6 +96,29 @@ def _no_second_derivative(ctx, *grads) -> None:
     )
 
 
+def _save_for_entmax15(ctx, inputs, output) -> None:
+    ctx.save_for_backward(output)
+
+
+def _entmax15_gradient(ctx, grad: Tensor) -> Tensor:
+    (p,) = ctx.saved_tensors
+    return torch.ops.mmdet_moe.entmax15_backward(grad, p)
+
+
+def _entmax15_backward_gradient(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """With s = sqrt(p) and a bar for the mean weighted with s, entmax15_backward is s·(g - ḡ).
+
+    Its product with v is symmetric in g and v, and its derivative by s_k is (g_k - ḡ)·(v_k - v̄).
+    """
+    first, p = ctx.saved_tensors
+    support = p > 0
+    root = p.where(support, 1).sqrt()  # where it is 0, it would have an infinite derivative
+    weights = root.where(support, 0) / root.where(support, 0).sum(-1, keepdim=True)
+    centred = [g - (weights * g).sum(-1, keepdim=True) for g in (first, grad)]
+    grad_p = (centred[0] * centred[1] / (2 * root)).where(support, 0)
+    return torch.ops.mmdet_moe.entmax15_backward(grad, p), grad_p
+
+
 def _register() -> None:
     for schema in _SCHEMAS:
         _LIBRARY.define(schema)
@@ -95,6 +128,8 @@ def _register() -> None:
         'dispatch_backward': _dispatch_backward_shape,
         'combine': _combine_shape,
         'combine_backward': _combine_backward_shapes,
+        'entmax15': _entmax15_shape,
+        'entmax15_backward': _entmax15_backward_shape,
     }
     for name, shape in shapes.items():
         _LIBRARY.impl(name, getattr(reference, name), 'CompositeExplicitAutograd')
@@ -102,8 +137,10 @@ def _register() -> None:
     for name, gradient, save in (
         ('dispatch', _dispatch_gradient, _save_for_dispatch),
         ('dispatch_backward', _dispatch_backward_gradient, _save_for_dispatch_backward),
-        ('combine', _combine_gradient, _save_for_combine),
+        ('combine', _combine_gradient, _save_inputs),
         ('combine_backward', _no_second_derivative, None),
+        ('entmax15', _entmax15_gradient, _save_for_entmax15),
+        ('entmax15_backward', _entmax15_backward_gradient, _save_inputs),
     ):
         torch.library.register_autograd(
             f'mmdet_moe::{name}', gradient, setup_context=save, lib=_LIBRARY

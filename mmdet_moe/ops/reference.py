@@ -1,7 +1,7 @@
 """The ops in plain PyTorch: what every kernel has to match, and what serves where none is built.
 
 Arguments, shapes and errors are described in :mod:`mmdet_moe.ops.functional`. ``sort_routes``,
-``dispatch`` and ``combine`` are differentiable by themselves, as often as wanted; the
+``dispatch``, ``combine`` and ``entmax15`` are differentiable by themselves, as often as wanted; the
 ``*_backward`` functions spell out the first derivative for the registered ops.
 """
 
@@ -66,6 +66,41 @@ def combine_backward(
         scaled = (wide * weights[:, j].view(-1, *trailing)).to(y.dtype)
         grad_y[inverse[kept, j]] = scaled[kept]
     return grad_y, grad_weights
+
+
+def entmax15(x: Tensor) -> Tensor:
+    """1.5-entmax along the last dimension: the support by a sort, then a quadratic equation.
+
+    Standard operations alone, which every exporter knows.
+    """
+    # The largest becomes 0. What is below -1 is never in the support, and may be -inf.
+    z = ((x - x.detach().amax(-1, keepdim=True)) / 2).clamp(min=-2).contiguous()
+    near = _threshold(z.detach())
+    # What is missing to the equation's smaller root: exact, and with the root's derivatives.
+    distances = (z - near).relu()
+    count = (distances > 0).sum(-1, keepdim=True)
+    total = distances.sum(-1, keepdim=True)
+    excess = distances.square().sum(-1, keepdim=True) - 1
+    rest = excess / (total + (total.square() - count * excess).sqrt())
+    return (z - near - rest).relu().square()
+
+
+def _threshold(z: Tensor) -> Tensor:
+    """The threshold up to rounding errors of large sums."""
+    descending = z.sort(-1, descending=True).values
+    count = torch.arange(1, z.shape[-1] + 1, dtype=z.dtype, device=z.device)
+    mean = descending.cumsum(-1) / count
+    variance = descending.square().cumsum(-1) / count - mean.square()
+    tau = mean - (1 / count - variance).clamp(min=0).sqrt()
+    size = (tau <= descending).sum(-1, keepdim=True)
+    return tau.gather(-1, (size - 1).clamp(min=0))  # no size at all if there are NaNs
+
+
+def entmax15_backward(grad: Tensor, p: Tensor) -> Tensor:
+    """Gradient of :func:`entmax15` with respect to ``x``; ``p`` is what it returned."""
+    root = p.sqrt()
+    mean = (root * grad).sum(-1, keepdim=True) / root.sum(-1, keepdim=True)
+    return (root * (grad - mean)).contiguous()
 
 
 def _rows(y: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:

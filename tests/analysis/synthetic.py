@@ -4,6 +4,8 @@ import itertools
 
 import numpy as np
 
+from mmdet_moe.analysis.statistics.polysemanticity import polysemanticity
+
 #: Half octaves, as the analysis has them.
 SIZE_EDGES = [8 * 2 ** (i / 2) for i in range(-1, 14)]
 POSITIONS = [f'{y} {x}' for y in ('top', 'middle', 'bottom') for x in ('left', 'centre', 'right')]
@@ -73,6 +75,7 @@ def make_experts(
     superclasses=False,
     history=True,
     interventions=True,
+    kind='sparse',
     seed=0,
 ):
     """The dict of an ``experts.json``.
@@ -88,9 +91,9 @@ def make_experts(
         f'group {g}': list(range(g, len(names), 3)) for g in range(min(3, len(names)))
     } or None
     base = _metrics(rng, names, detection)
-    return {
+    experts = {
         'schema': 'mmdet_moe.experts',
-        'version': 1,
+        'version': 2,
         'run': {
             'config': 'synthetic',
             'checkpoint': 'iter_400.pth',
@@ -115,6 +118,7 @@ def make_experts(
             for kind, expert in [
                 *(('only', e) for e in range(num_experts)),
                 *(('without', e) for e in range(num_experts)),
+                *(('zeroed', e) for e in range(num_experts)),
                 ('equal', None),
                 ('random', None),
             ]
@@ -125,6 +129,10 @@ def make_experts(
         'history': {name: _history(rng, num_experts) for name in layers} if history else None,
         'verdict': ['The experts of bbox_head.cls_moe divide the objects by size.'],
     }
+    for name, layer in experts['layers'].items():
+        layer['kind'] = kind
+        layer['polysemanticity'] = polysemanticity(name, base, experts['interventions'])
+    return experts
 
 
 def _layer(rng, num_experts, detection, num_levels, names, groups, superclasses):
@@ -137,6 +145,8 @@ def _layer(rng, num_experts, detection, num_levels, names, groups, superclasses)
         for key, value in association(['a', 'b'], [[1, 1], [1, 1]], mi=0.3, p_value=0.4).items()
         if key not in ('bins', 'counts', 'bin_given_expert', 'expert_given_bin', 'edges', 'unit')
     }
+    importance = rng.dirichlet(np.full(num_experts, 8.0))
+    paired = sorted(np.argsort(-importance)[:64].tolist())
     associations = {'decisions': {'image': image}}
     if num_levels:
         levels = [str(level) for level in range(num_levels)]
@@ -160,14 +170,16 @@ def _layer(rng, num_experts, detection, num_levels, names, groups, superclasses)
         'granularity': 'image',
         'num_decisions': 1000,
         'load': load.tolist(),
-        'importance': rng.dirichlet(np.full(num_experts, 8.0)).tolist(),
+        'importance': importance.tolist(),
         'load_cv2': 0.1,
         'usage_entropy': entropy(load),
         'decision_entropy': 0.5,
         'mi_input': 0.4,
         'dead_experts': [1] if num_experts > 2 else [],
         'collapsed': False,
-        'coactivation': coactivation.tolist(),
+        'active_share': np.diag(coactivation).tolist(),
+        'coactivation_experts': paired,
+        'coactivation': coactivation[np.ix_(paired, paired)].tolist(),
         'associations': associations,
     }
 

@@ -9,12 +9,22 @@ from torch import nn
 from mmdet_moe.analysis import interventions as module
 from mmdet_moe.analysis.interventions import (
     ALL,
+    MANY_EXPERTS,
     Intervention,
     applied,
     experts_remembered,
     interventions_on,
 )
-from mmdet_moe.moe import GAPRouter, LinearExperts, MLPExperts, MoELayer
+from mmdet_moe.moe import (
+    CPMuMoE,
+    GAPRouter,
+    LinearExperts,
+    MLPExperts,
+    MoELayer,
+    MuMoEConv1x1,
+    MuMoEMLP,
+    TRMuMoE,
+)
 
 C, OUT, E, K = 4, 5, 4, 2
 GRANULARITIES = {
@@ -76,6 +86,9 @@ def weights_by_hand(logits, softmax, kind, expert, top_k=K):
         weights = torch.zeros_like(logits)
         weights[:, expert] = total[:, 0]
         return weights
+    if kind == 'zeroed':
+        usual[:, expert] = 0
+        return usual
     if kind == 'equal':
         return total.repeat(1, E) / E
     others = logits.clone()
@@ -93,7 +106,8 @@ def random_maps():
 @pytest.mark.parametrize('softmax', ['over_chosen', 'over_all'])
 @pytest.mark.parametrize('granularity', GRANULARITIES)
 @pytest.mark.parametrize(
-    ('kind', 'expert'), [*[(k, e) for k in ('only', 'without') for e in range(E)], ('equal', None)]
+    ('kind', 'expert'),
+    [*[(k, e) for k in ('only', 'without', 'zeroed') for e in range(E)], ('equal', None)],
 )
 @torch.no_grad()
 def test_outputs(granularity, softmax, kind, expert, randomise):
@@ -105,7 +119,7 @@ def test_outputs(granularity, softmax, kind, expert, randomise):
         expected = dense(layer, maps, weights_by_hand(logits, softmax, kind, expert))
     for y, reference in zip(changed, expected, strict=True):
         torch.testing.assert_close(y, reference, rtol=0, atol=1e-10)
-    assert kind == 'without' or not torch.equal(changed[0], before[0])
+    assert kind in ('without', 'zeroed') or not torch.equal(changed[0], before[0])
     for y, reference in zip(layer(maps), before, strict=True):
         assert torch.equal(y, reference)
 
@@ -158,6 +172,27 @@ def test_gates_keep_their_sum(kind, expert, randomise):
         shares = shares.gather(1, routing.expert_ids)
         expected = shares / shares.sum(1, keepdim=True) * usual.gates.sum(1, keepdim=True)
         torch.testing.assert_close(routing.gates, expected)
+
+
+@torch.no_grad()
+def test_zeroed_gates_and_weights_keep_the_others(randomise):
+    layer, maps = build('image', 'over_all', randomise, kind=Gated), random_maps()
+    layer(maps)
+    usual = layer.routing
+    expert = int(usual.expert_ids[0, 0])
+    with applied(Intervention('a', 'zeroed', expert), {'a': layer}):
+        found = layer(maps)
+    chosen = usual.expert_ids == expert
+    for values, before in (
+        (layer.routing.gates, usual.gates),
+        (layer.routing.weights, usual.weights),
+    ):
+        assert not values[chosen].any()
+        assert torch.equal(values[~chosen], before[~chosen])
+    factors = torch.zeros_like(usual.logits).scatter(1, usual.expert_ids, usual.gates)
+    factors[:, expert] = 0
+    for y, reference in zip(found, dense(layer, maps, factors), strict=True):
+        torch.testing.assert_close(y, reference, rtol=0, atol=1e-10)
 
 
 @torch.no_grad()
@@ -279,9 +314,10 @@ def test_list_of_interventions():
         mine = [i for i in found if i.layer == name]
         assert [i.expert for i in mine if i.kind == 'only'] == list(range(E))
         assert [i.expert for i in mine if i.kind == 'without'] == list(range(E))
+        assert [i.expert for i in mine if i.kind == 'zeroed'] == list(range(E))
         assert sorted(i.kind for i in mine if i.expert is None) == ['equal', 'random']
     assert sorted(i.kind for i in found if i.layer == ALL) == ['equal', 'random']
-    assert len(found) == len(set(found)) == 2 * (2 * E + 2) + 2
+    assert len(found) == len(set(found)) == 2 * (3 * E + 2) + 2
     assert ALL not in {i.layer for i in interventions_on({'first': model.first})}
     alone = MoELayer(LinearExperts(C, C, 1), 1, 1, in_channels=C, granularity='pixel')
     assert interventions_on({'alone': alone}) == []
@@ -399,3 +435,124 @@ def test_inputs_are_all_that_the_experts_are_given(randomise):
         torch.testing.assert_close(output['y'], reference['y'])
     assert not torch.allclose(outputs[0]['y'], outputs[1]['y'])
     assert torch.equal(outputs[0]['y'], outputs[3]['y'])
+
+
+# μMoE layers -------------------------------------------------------------------------------------
+
+FACTORISED = {
+    'cp': lambda levels: CPMuMoE(C, OUT, levels, 7),
+    'tr': lambda levels: TRMuMoE(C, OUT, levels, 3, bias=False, norm='ln'),
+    'conv': lambda levels: MuMoEConv1x1(C, OUT, levels, 7, activation='softmax'),
+}
+
+
+def with_gate(layer):
+    """A layer whose coefficients differ between items."""
+    for weight in layer.gate.weights:
+        torch.nn.init.normal_(weight)
+    return layer.double().eval()
+
+
+def materialised(layer, rows, joint):
+    """``sum_n a_n (W_n x + b_n)`` of rows (T, I) and coefficients (T, N1, ...)."""
+    if layer.experts.bias:
+        rows = torch.cat([rows, rows.new_ones(len(rows), 1)], 1)
+    weights = layer.experts.materialise().flatten(end_dim=-3)
+    return torch.einsum('tn,ti,nio->to', joint.flatten(1), rows, weights)
+
+
+@pytest.mark.parametrize('levels', [(4,), (2, 3)])
+@pytest.mark.parametrize('kind', FACTORISED)
+@torch.no_grad()
+def test_coefficients_are_changed(kind, levels):
+    """Against the whole tensor of weights and joint coefficients made by hand."""
+    layer = with_gate(FACTORISED[kind](levels))
+    x = torch.randn(3, C, 4, 5) if kind == 'conv' else torch.randn(3, 6, C)
+    x = x.double()
+    rows = (x.movedim(1, -1) if kind == 'conv' else x).reshape(-1, C)
+    before = layer(x)
+    parts = layer.coefficients(rows)
+    joint = parts[0] if len(parts) == 1 else parts[0][:, :, None] * parts[1][:, None]
+
+    def changed(intervention, seed=(0,)):
+        with applied(intervention, {'a': layer}, seed):
+            y = layer(x)
+        assert torch.equal(layer(x), before)
+        assert 'mix' not in vars(layer)
+        return (y.movedim(1, -1) if kind == 'conv' else y).reshape(-1, OUT)
+
+    def expect(intervention, weights):
+        reference = materialised(layer, rows, weights)
+        torch.testing.assert_close(changed(intervention), reference, rtol=0, atol=1e-10)
+
+    size = joint[0].numel()
+    for expert in range(size):
+        one = torch.zeros_like(joint).flatten(1)
+        one[:, expert] = 1
+        expect(Intervention('a', 'only', expert), one)
+        others = joint.flatten(1).clone()
+        others[:, expert] = 0
+        expect(Intervention('a', 'zeroed', expert), others)
+    expect(Intervention(ALL, 'equal'), torch.full_like(joint, 1 / size))
+    drawn = [changed(Intervention('a', 'random'), seed) for seed in ((1,), (1,), (2,))]
+    assert torch.equal(drawn[0], drawn[1])
+    assert not torch.allclose(drawn[0], drawn[2])
+
+
+@torch.no_grad()
+def test_random_coefficients_are_those_of_the_item(monkeypatch):
+    layer, x = with_gate(CPMuMoE(C, OUT, (3, 4), 7)), torch.randn(50, C).double()
+    usual, given = layer.coefficients(x), []
+    monkeypatch.setattr(layer, 'mix', lambda rows, coefficients: given.append(coefficients) or rows)
+    with applied(Intervention('a', 'random'), {'a': layer}):
+        layer(x)
+    for before, after in zip(usual, given[0], strict=True):
+        assert not torch.equal(before, after)
+        assert torch.equal(before.sort(dim=1).values, after.sort(dim=1).values)
+
+
+@torch.no_grad()
+def test_zeroed_in_both_layers_of_an_mlp():
+    layer, x = with_gate(MuMoEMLP(C, 6, OUT, 4, 7)), torch.randn(5, C).double()
+    (joint,) = layer.coefficients(x)
+    joint = joint.clone()
+    joint[:, 2] = 0
+    with applied(Intervention('a', 'zeroed', 2), {'a': layer}):
+        found = layer(x)
+    rows = torch.cat([x, x.new_ones(5, 1)], 1)
+    hidden = torch.einsum('tn,ti,nio->to', joint, rows, layer.hidden.materialise())
+    expected = materialised(layer, nn.functional.gelu(hidden), joint)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
+
+
+def test_list_for_many_experts():
+    """Nothing but zeroing is made for each of them, and of those that are asked for alone."""
+    layers = {'a': CPMuMoE(C, OUT, MANY_EXPERTS + 1, 2), 'b': CPMuMoE(C, OUT, 3, 2)}
+    found = interventions_on(layers, {'a': [5, 7]})
+    of_a = [(i.kind, i.expert) for i in found if i.layer == 'a']
+    assert of_a == [('equal', None), ('random', None), ('zeroed', 5), ('zeroed', 7)]
+    kinds = [i.kind for i in found if i.layer == 'b']
+    assert kinds == ['only'] * 3 + ['equal', 'random'] + ['zeroed'] * 3
+    assert len(interventions_on({'a': layers['a']})) == MANY_EXPERTS + 1 + 2
+
+
+@torch.no_grad()
+def test_sparse_and_factorised_layers_together(randomise):
+    """Experts that are remembered, and coefficients that are changed, in one model."""
+    sparse = MoELayer(LinearExperts(C, C, E), E, K, in_channels=C, granularity='token')
+    model = randomise(nn.Sequential(sparse, CPMuMoE(C, OUT, 3, 5))).double().eval()
+    layers, x = {'0': model[0], '1': model[1]}, torch.randn(6, C).double()
+    found = interventions_on(layers)
+    assert {i.layer for i in found} == {'0', '1', ALL}
+
+    def run():
+        outputs = []
+        for number, intervention in enumerate(found):
+            with applied(intervention, layers, (number,)):
+                outputs.append(model(x))
+        return outputs
+
+    expected = run()
+    with experts_remembered(model, layers):
+        for y, reference in zip(run(), expected, strict=True):
+            torch.testing.assert_close(y, reference)

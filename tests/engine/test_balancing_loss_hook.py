@@ -11,6 +11,7 @@ from mmengine.structures import BaseDataElement
 
 from mmdet_moe.engine import BalancingLossHook
 from mmdet_moe.errors import ConfigError
+from mmdet_moe.moe import MuMoEConv1x1
 
 IMPORTANCE = {'type': 'mmdet_moe.ImportanceLoss', 'weight': 0.5}
 Z = {'type': 'mmdet_moe.RouterZLoss', 'weight': 0.001}
@@ -25,6 +26,7 @@ class Recorder(Hook):
     def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
         layers = {'stem': runner.model.stem, 'body_moe': runner.model.body['moe']}
         self.outputs.append({k: v.item() for k, v in outputs.items()})
+        layers = {k: m for k, m in layers.items() if hasattr(m, 'routing')}  # sparse ones
         self.importance.append(
             {k: layer.routing.dense_weights().sum(0).tolist() for k, layer in layers.items()}
         )
@@ -117,6 +119,23 @@ def test_model_without_moe_layers(make_runner, dense_model):
     runner = make_runner(dense_model, [hook()])
     with pytest.raises(ConfigError, match='BalancingLossHook found no MoE layer in DenseModel'):
         runner.train()
+
+
+def test_factorised_layers_alone(make_runner, dense_model):
+    dense_model.conv = MuMoEConv1x1(3, 2, 4, 3)
+    runner = make_runner(dense_model, [hook()])
+    message = r'BalancingLossHook: the model has only μMoE layers \(conv\), .* remove the hook'
+    with pytest.raises(ConfigError, match=message):
+        runner.train()
+
+
+def test_factorised_layers_beside_sparse_ones_do_not_pay(make_runner, toy_model):
+    model = toy_model()
+    model.body['moe'] = MuMoEConv1x1(3, 2, 4, 3)
+    recorder = Recorder()
+    make_runner(model, [hook(), recorder]).train()
+    assert all('loss_moe_stem' in outputs for outputs in recorder.outputs)
+    assert not any('loss_moe_body_moe' in outputs for outputs in recorder.outputs)
 
 
 def test_pattern_that_matches_nothing(make_runner, toy_model):

@@ -12,10 +12,11 @@ import pytest
 import torch
 from mmengine.hooks import Hook
 from torch import nn
+from toy_runs import ToyData
 
 from mmdet_moe.engine.hooks import expert_utilization_hook
 from mmdet_moe.errors import ConfigError
-from mmdet_moe.moe import find_moe_layers
+from mmdet_moe.moe import MuMoEConv1x1, find_moe_layers
 from mmdet_moe.moe.utilization import UtilizationReport
 
 BALANCING = {
@@ -176,6 +177,33 @@ def test_model_without_moe_layers(make_runner, dense_model):
     runner = make_runner(dense_model, [hook()])
     with pytest.raises(ConfigError, match='ExpertUtilizationHook found no MoE layer in DenseModel'):
         runner.train()
+
+
+def test_factorised_layers(make_runner, toy_model):
+    """In validation and test as by hand; in training nobody looks at their coefficients."""
+    model = toy_model()
+    model.stem = MuMoEConv1x1(3, 3, 40, 6)
+    nn.init.normal_(model.stem.gate.weights[0])
+    runner = make_runner(model, [hook(), BALANCING], val_interval=2, optim_wrapper=FROZEN)
+    runner.train()
+    assert not model.stem._observers
+    log = log_of(runner)
+    assert 'MoE (train) body.moe' in log
+    assert 'MoE (train) stem' not in log
+    assert re.search(r'MoE \(val\) stem: load \S+ to \S+ of 40 experts', log)
+    assert 'NO BALANCING' not in log
+    report = json.loads((Path(runner.work_dir) / 'expert_utilization_val.json').read_text())
+    stem = report['layers']['stem']
+    pixels = ToyData().images.permute(0, 2, 3, 1).reshape(-1, 3)
+    with torch.no_grad():
+        (coefficients,) = model.eval().stem.coefficients(pixels)
+    assert stem['num_items'] == len(pixels)
+    assert stem['importance'] == pytest.approx(coefficients.mean(0).tolist(), abs=1e-6)
+    active = (coefficients > 0).double().sum(0)
+    assert stem['load'] == pytest.approx((active / active.sum()).tolist())
+    names = {key for entry in scalars_of(runner) for key in entry if 'val/moe/stem' in key}
+    assert 'val/moe/stem/load_max' in names
+    assert 'val/moe/stem/load_39' not in names
 
 
 class MaskRecorder(Hook):

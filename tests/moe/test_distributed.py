@@ -86,6 +86,13 @@ def play(rank, world_size):
     scalars = utilization.report().scalars()
     results['utilization'] = {k: torch.tensor(v) for k, v in scalars.items()}
 
+    for norm in ('ln', 'bn'):
+        torch.manual_seed(7)
+        layer = moe.CPMuMoE(3, 2, (4, 3), 2, norm=norm).double()
+        model = wrap(layer)
+        model(part(data[0]).flatten(2).mT).square().mean().backward()
+        results[f'mumoe {norm}'] = gradients(layer)
+
     results['unused experts'] = train_with_unused_experts(wrap, part)
     return results
 
@@ -153,6 +160,17 @@ def test_constraints(name, one_rank, two_ranks):
 def test_utilization(one_rank, two_ranks):
     for rank in two_ranks:
         torch.testing.assert_close(rank['utilization'], one_rank['utilization'], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize('norm', ['ln', 'bn'])
+def test_multilinear_mixture(norm, one_rank, two_ranks):
+    """Its gate, which starts at 0, gets gradients; batch statistics are those of each rank."""
+    expected = one_rank[f'mumoe {norm}']
+    first, second = (rank[f'mumoe {norm}'] for rank in two_ranks)
+    assert all(gradient.any() for gradient in first.values())
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
+    if norm == 'ln':
+        torch.testing.assert_close(first, expected, rtol=0, atol=1e-12)
 
 
 def test_unused_experts_train_without_hanging(one_rank, two_ranks):

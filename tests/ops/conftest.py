@@ -7,7 +7,15 @@ import torch
 
 from mmdet_moe.ops import native, reference
 
-NAMES = ('sort_routes', 'dispatch', 'dispatch_backward', 'combine', 'combine_backward')
+NAMES = (
+    'sort_routes',
+    'dispatch',
+    'dispatch_backward',
+    'combine',
+    'combine_backward',
+    'entmax15',
+    'entmax15_backward',
+)
 
 
 @pytest.fixture(params=['cpu', 'cuda'])
@@ -20,7 +28,7 @@ def device(request):
 
 @pytest.fixture(params=['reference', 'native'])
 def ops(request, device):
-    """The five ops of one implementation, without the checks of the public functions."""
+    """The ops of one implementation, without the checks of the public functions."""
     if request.param == 'reference':
         return types.SimpleNamespace(**{name: getattr(reference, name) for name in NAMES})
     if not native.is_native(device):

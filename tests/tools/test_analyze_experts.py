@@ -732,7 +732,7 @@ def test_model_without_experts(detector, tmp_path, capsys):
     dense = Tool.__new__(Tool)
     dense.__dict__ |= {**vars(detector), 'config': config, 'checkpoint': tmp_path / 'dense.pth'}
     save_checkpoint(dense.read(), dense.checkpoint)
-    assert 'has no MoE layer' in failure(capsys, dense, tmp_path / 'out')
+    assert 'has neither an MoE nor a μMoE layer' in failure(capsys, dense, tmp_path / 'out')
     # Its checkpoint in the MoE model, and the other way around.
     sentence = failure(capsys, detector, tmp_path / 'out', checkpoint=dense.checkpoint)
     assert 'it looks like a dense model' in sentence

@@ -196,6 +196,9 @@ def test_factorised_experts(classifier, tmp_path):
     again = parse(tool.argv(tmp_path / 'undone.pth', *undone, checkpoint=out))
     assert edit_checkpoint(again) == (after, before)
 
+    run_analysis(tool.argv(tmp_path / 'analysis', checkpoint=out))
+    experts = json.loads((tmp_path / 'analysis' / 'experts.json').read_text())
+    assert experts['metrics']['accuracy'] == after['accuracy']
     state = torch.load(out)['state_dict']
     state['head.fc.experts.factors.1'] = torch.zeros(9, 7)
     torch.save({'state_dict': state}, tmp_path / 'other.pth')

@@ -105,6 +105,25 @@ def test_every_balancing_trains_validates_and_reports(run, config, loss_expected
     assert {'train/moe/bbox_head.cls_moe/load_0', 'val/moe/bbox_head.reg_moe/mi_input'} <= names
 
 
+def test_multilinear_mixtures_train_from_a_dense_checkpoint(run, capsys):
+    dense = run('retinanet_dense_digits', 'dense', 1)['state_dict']
+    options = ('load_from=dense/iter_1.pth', 'model.experts.0.num_experts=[4,4]')
+    state = run('retinanet_mumoe_digits', 'w', 2, *options, 'model.experts.0.rank=8')['state_dict']
+    assert all(value.isfinite().all() for value in state.values())
+    gates = [key for key in state if '.gate.weights.' in key]
+    assert gates == [f'neck.lateral_convs.{i}.gate.weights.{n}' for i in range(3) for n in range(2)]
+    assert all(state[key].any() for key in gates)
+    log = next(Path('w').glob('*/*.log')).read_text()
+    row = 'neck.lateral_convs.0 ConvModule 4 × 4 all 0 pixel -'
+    assert row in ' '.join(log.split())
+    # The rest went on from the dense model.
+    close = {'rtol': 0, 'atol': 0.05}
+    for key in ('neck.fpn_convs.0.conv.weight', 'bbox_head.retina_cls.weight'):
+        torch.testing.assert_close(state[key], dense[key], **close)
+    message = failure(capsys, run, 'retinanet_mumoe_digits', 'w', 1)
+    assert "rank='match' has 272 parameters to spend, of which the gate takes 256" in message
+
+
 def test_resumed_run_equals_uninterrupted_one(run):
     """Weights and the state of the constraint; the data is the same batch in every iteration."""
     fixed = (

@@ -1,4 +1,4 @@
-"""Which decision of each MoE layer stands behind an output of a model. Nothing is guessed.
+"""Which decision of each layer of experts stands behind an output of a model. Nothing is guessed.
 
 A detection is made by one prior of a pyramid level, one RoI or one query. While a :class:`Tracer`
 is active, the head's own code keeps that origin with every candidate: what it selects from

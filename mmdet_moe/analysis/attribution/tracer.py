@@ -1,4 +1,4 @@
-"""Records what the MoE layers of a model decide, and finds what stands behind its outputs."""
+"""Records what the layers of experts decide, and finds what stands behind a model's outputs."""
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 from mmdet_moe.analysis.attribution.families import origins_of
 from mmdet_moe.analysis.attribution.places import PLACE_FIELD, UNKNOWN, Origins, Places
 from mmdet_moe.errors import ConfigError
-from mmdet_moe.moe import MoELayer, find_moe_layers
+from mmdet_moe.moe.expert_layer import ExpertLayer, Observer, find_expert_layers
 from mmdet_moe.moe.items import Items, Pixels, Tokens
 from mmdet_moe.moe.routing import Routing
 
@@ -42,7 +42,7 @@ class Decisions:
 
 
 class Tracer:
-    """Records the decisions of all MoE layers, and finds those behind the outputs.
+    """Records the decisions of all layers of experts, and finds those behind the outputs.
 
     Use as a context manager around the model's predictions; afterwards the model is as before.
 
@@ -50,17 +50,17 @@ class Tracer:
         model: A detector of MMDetection or a classifier of MMPretrain, in evaluation mode.
 
     Raises:
-        ConfigError: If the model has no MoE layer.
+        ConfigError: If the model has no layer of experts.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.layers: dict[str, MoELayer] = find_moe_layers(model)
+        self.layers: dict[str, ExpertLayer] = find_expert_layers(model)
         if not self.layers:
             raise ConfigError(
-                f'the model ({type(model).__name__}) has no MoE layer, so there are no experts to '
-                "look at; give the config of an MoE model (such as bbox_head=dict(type='mmdet_moe."
-                "MoERetinaHead', ...))"
+                f'the model ({type(model).__name__}) has neither an MoE nor a μMoE layer, so there '
+                'are no experts to look at; give the config of a model that has one (such as '
+                "bbox_head=dict(type='mmdet_moe.MoERetinaHead', ...))"
             )
         self._origins = origins_of(model)
         self._maps_of_level: dict[str, Tensor] | None = None
@@ -88,7 +88,7 @@ class Tracer:
     def __enter__(self) -> 'Tracer':
         self._stack = ExitStack()
         for name, layer in self.layers.items():
-            self._stack.enter_context(_hook(layer.router, self._keep(name)))
+            self._stack.callback(layer.observe(self._keep(name)).remove)
         if self.is_detector:
             self._stack.enter_context(_hook(self.model.backbone, self._keep_sizes))
         self._stack.enter_context(self._origins.carried())
@@ -97,9 +97,9 @@ class Tracer:
     def __exit__(self, *_: Any) -> None:
         self._stack.close()
 
-    def _keep(self, name: str) -> Callable:
-        def keep(_: nn.Module, inputs: tuple, routing: Routing) -> None:
-            self._calls.setdefault(name, []).append((routing, list(inputs[1])))
+    def _keep(self, name: str) -> Observer:
+        def keep(routing: Routing, items: list[Items]) -> None:
+            self._calls.setdefault(name, []).append((routing, items))
 
         return keep
 
@@ -201,7 +201,7 @@ class Tracer:
         counts = list(routing.items_per_level)
         if counts != [num_images * len(items) for items in maps]:
             raise ConfigError(
-                f'MoE layer "{name}" decides on {routing.num_images} inputs where the batch has '
+                f'layer "{name}" decides on {routing.num_images} inputs where the batch has '
                 f'{num_images} images, and which input belongs to which image is not known for '
                 f'{type(self.model).__name__}, so it cannot be analysed'
             )

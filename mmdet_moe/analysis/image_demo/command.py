@@ -64,7 +64,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         '--layer',
         action='append',
         metavar='NAME',
-        help='the MoE layer whose experts to show, may be repeated (default: all layers of the '
+        help='the layer whose experts to show, may be repeated (default: all layers of the '
         'head, or of the whole model if there are none, with a picture each)',
     )
     parser.add_argument(
@@ -190,14 +190,14 @@ class ImageDemo:
         model: In evaluation mode, on its device.
         cfg: Its config.
         meta: What its checkpoint says of itself.
-        layers: Names of the MoE layers to show; None for those of the head.
+        layers: Names of the layers to show; None for those of the head.
         score_thr: Detections with a lower score are left out.
 
     Attributes:
         tracer: To be active while :meth:`draw` is used.
 
     Raises:
-        ConfigError: If the model has no MoE layer, or none of such a name.
+        ConfigError: If the model has no layer of experts, or none of such a name.
     """
 
     def __init__(
@@ -396,7 +396,9 @@ def _chosen(names: list[str], wanted: Sequence[str] | None) -> list[str]:
         return [name for name in names if name.split('.')[0].endswith('head')] or names
     for name in wanted:
         if name not in names:
-            raise ConfigError(f"--layer: there is no MoE layer '{name}'; choose {_either(names)}")
+            raise ConfigError(
+                f"--layer: there is no layer of experts '{name}'; choose {_either(names)}"
+            )
     return list(dict.fromkeys(wanted))
 
 

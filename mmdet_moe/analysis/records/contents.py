@@ -65,6 +65,13 @@ class ClassRecords:
 
 
 @dataclass
+class ChangedClassRecords:
+    """What a classifier says of the images with each intervention."""
+
+    prediction: np.ndarray  #: int32 (i, interventions)
+
+
+@dataclass
 class DecisionRecords:
     """Decisions of a layer, at most so many of an image, drawn at random."""
 

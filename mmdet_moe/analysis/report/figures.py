@@ -1,6 +1,6 @@
 """The figures of an expert analysis, for papers: PNG and vector PDF, readable in greyscale.
 
-``<layer>/<figure>.png`` and ``.pdf``, with these figures for each MoE layer (``all`` for
+``<layer>/<figure>.png`` and ``.pdf``, with these figures for each layer (``all`` for
 interventions on all layers at once); <source> is ``decisions``, ``objects`` or ``detections``:
 
 ===============================  =================================================================
@@ -9,6 +9,7 @@ interventions on all layers at once); <source> is ``decisions``, ``objects`` or 
 ``coactivation``                 which experts are chosen together
 ``history``                      load and importance over the training
 ``interventions``                change of the metrics with experts taken away or equalised
+``polysemanticity``              which classes hang on which expert
 ``<source>_size_given_expert``   which sizes does an expert see
 ``<source>_expert_given_size``   who sees which size
 ``<source>_size_coco``           the same for COCO's three sizes
@@ -20,7 +21,8 @@ interventions on all layers at once); <source> is ``decisions``, ``objects`` or 
 ``<source>_position``            who sees which part of the image
 ===============================  =================================================================
 
-What has no data (a classifier's sizes, say) gets no figure.
+What has no data (a classifier's sizes, say) gets no figure. Of very many experts those with the
+most weight are drawn (:mod:`~mmdet_moe.analysis.report.shown`), and the title says so.
 """
 
 import math
@@ -36,7 +38,9 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullFormatter, NullLocator
 
 from mmdet_moe.analysis.files import write_file
+from mmdet_moe.analysis.report.shown import shown_interventions, shown_layer
 from mmdet_moe.analysis.statistics.bins import COCO_LIMITS
+from mmdet_moe.analysis.statistics.polysemanticity import class_drops
 from mmdet_moe.drawing import (
     MAX_STYLES,
     PAGE_WIDTH,
@@ -56,6 +60,8 @@ from mmdet_moe.drawing import (
 FEW_THINGS = 10
 #: A heat map shows at most this many classes, those with the most things.
 MAX_CLASSES = 200
+#: So many experts, and classes, at most are shown with their drops.
+MAX_DRAWN = 64
 
 _ROWS_PER_COLUMN = 50
 _SUFFIXES = ('png', 'pdf')
@@ -76,13 +82,33 @@ def write_figures(experts: dict, folder: Path) -> list[Path]:
     with style():
         for layer, name, figure in draw_figures(experts):
             place = folder / layer.replace('/', '_').replace('\\', '_')
-            place.mkdir(parents=True, exist_ok=True)
-            for suffix in _SUFFIXES:
-                # Not with_suffix, for the sake of dots in names.
-                path = place / f'{name}.{suffix}'
-                paths.append(write_file(path, to_bytes(figure, suffix)))
-                # Found once, the layout serves the second file as well.
-                figure.set_layout_engine('none')
+            paths += _write(figure, place, name)
+    return paths
+
+
+def write_comparison(runs: Sequence[dict], folder: Path) -> list[Path]:
+    """Write what several runs show together, :func:`draw_polysemanticity`.
+
+    Args:
+        runs: Contents of ``experts.json``.
+        folder: Where to; made if it does not exist.
+
+    Returns:
+        The files written; none if there is nothing to draw.
+    """
+    with style():
+        figure = draw_polysemanticity(runs)
+        return [] if figure is None else _write(figure, folder, 'polysemanticity')
+
+
+def _write(figure: Figure, folder: Path, name: str) -> list[Path]:
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for suffix in _SUFFIXES:
+        # Not with_suffix, for the sake of dots in names.
+        paths.append(write_file(folder / f'{name}.{suffix}', to_bytes(figure, suffix)))
+        # Found once, the layout serves the second file as well.
+        figure.set_layout_engine('none')
     return paths
 
 
@@ -93,7 +119,9 @@ def draw_figures(experts: dict) -> Iterator[tuple[str, str, Figure]]:
         ``(layer, figure's name, figure)`` as in the names of the files.
     """
     histories = experts.get('history') or {}
+    metrics, interventions = experts['metrics'] or {}, experts['interventions']
     for name, layer in experts['layers'].items():
+        layer = shown_layer(layer)
         yield name, 'usage', _usage(name, layer)
         if (figure := _information(name, layer, experts['run'])) is not None:
             yield name, 'information', figure
@@ -107,9 +135,12 @@ def draw_figures(experts: dict) -> Iterator[tuple[str, str, Figure]]:
                     continue
                 for figure, draw in _FIGURES.get(attribute, {}).items():
                     yield name, f'{source}_{figure}', draw(name, things, association)
-    for name in dict.fromkeys(entry['layer'] for entry in experts['interventions']):
-        entries = [entry for entry in experts['interventions'] if entry['layer'] == name]
-        figure = _interventions(name, entries, experts['metrics'] or {})
+        drops = class_drops(name, metrics, interventions)
+        if any(drop.any() for drop in drops.values()):
+            yield name, 'polysemanticity', _polysemanticity(name, layer, metrics, drops)
+    for name in dict.fromkeys(entry['layer'] for entry in interventions):
+        entries = [entry for entry in interventions if entry['layer'] == name]
+        figure = _interventions(name, entries, metrics)
         if figure is not None:
             yield name, 'interventions', figure
 
@@ -123,7 +154,8 @@ def _size_given_expert(layer: str, things: str, association: dict) -> Figure:
     shares = np.array(association['bin_given_expert'])
     everything = counts.sum(1) / counts.sum()
     edges = _finite(association['edges'])
-    experts = counts.shape[1]
+    ids = _ids(association, counts.shape[1])
+    experts = len(ids)
     columns = min(experts, 4) if experts <= 16 else 8
     rows = math.ceil(experts / columns)
     row_height = 1.35 if experts <= 16 else 0.95
@@ -140,7 +172,9 @@ def _size_given_expert(layer: str, things: str, association: dict) -> Figure:
         axes.stairs(everything, edges, fill=True, color=_GREY)
         axes.stairs(shares[:, e], edges, color='black', linewidth=1.1)
         axes.set_title(
-            f'expert {e} (n = {_number(counts[:, e].sum())})' if experts <= 16 else f'{e}',
+            f'expert {ids[e]} (n = {_number(counts[:, e].sum())})'
+            if experts <= 16
+            else f'{ids[e]}',
             pad=3,
             fontsize=7.5,
         )
@@ -182,7 +216,7 @@ def _expert_given_size(layer: str, things: str, association: dict) -> Figure:
             edges, np.arange(experts + 1) - 0.5, shares.T, cmap='Greys', vmin=0, vmax=shares.max()
         )
         upper.set_ylim(experts - 0.5, -0.5)
-        ticks = expert_ticks(experts)
+        ticks = _ticks(association, experts)
         shown = [e for e in range(experts) if ticks[e]]
         upper.set_yticks(shown, [ticks[e] for e in shown])
         upper.set_ylabel('expert')
@@ -348,7 +382,7 @@ def _heat_maps(
     _title(figure, title, association)
     numbers = '.2f' if experts <= 16 and columns == 1 and not crowded else None
     vmax = darkest(shares)
-    ticks = expert_ticks(experts, most=16 if columns == 1 else 8)
+    ticks = _ticks(association, experts, most=16 if columns == 1 else 8)
     for panel, axes in enumerate(figure.subplots(1, columns, squeeze=False)[0]):
         chosen = order[panel * rows : (panel + 1) * rows]
         labels = [_shortened(str(association['bins'][b]), 30 // columns + 6) for b in chosen]
@@ -379,6 +413,7 @@ def _position(layer: str, things: str, association: dict) -> Figure:
     counts = np.array(association['counts'])
     shares = np.array(association['expert_given_bin'])
     bins, experts = counts.shape
+    ids = _ids(association, experts)
     side = math.isqrt(bins)
     columns = min(experts + 1, 6 if experts <= 16 else 9)
     rows = math.ceil((experts + 1) / columns)
@@ -396,7 +431,7 @@ def _position(layer: str, things: str, association: dict) -> Figure:
         mesh = plot_heat_map(
             panels[e], cells, blank, blank, vmax, '.2f' if fontsize else None, fontsize
         )
-        panels[e].set_title(f'expert {e}' if columns <= 6 else str(e), pad=3)
+        panels[e].set_title(f'expert {ids[e]}' if columns <= 6 else str(ids[e]), pad=3)
     number = counts.sum(1).reshape(side, side)
     plot_heat_map(
         panels[experts], number, blank, blank, number.max(), ',.0f' if fontsize else None, fontsize
@@ -418,13 +453,16 @@ def _coactivation(layer: str, content: dict) -> Figure:
     experts = len(values)
     numbers = '.2f' if experts <= 10 else None
     side = min(5.0, 1.6 + 0.33 * experts)
-    title = (
-        f'{layer}: experts that are chosen together\nshare of the decisions; on the diagonal, '
-        f'chosen at all (top {content["top_k"]} of {experts})'
-    )
-    figure = _titled(title, side + 1.2, side + 0.6)
+    title = f'{layer}: experts that are chosen together\nshare of the decisions; on the diagonal, '
+    title += f'chosen at all (top {content["top_k"]} of {content["num_experts"]})'
+    if content.get('kind') == 'factorised':
+        title = (
+            f'{layer}: experts whose coefficients are above 0 together\nshare of the decisions; '
+        )
+        title += 'on the diagonal, above 0 at all'
+    figure = _titled(_noted(title, content), side + 1.2, side + 0.6)
     axes = figure.add_subplot()
-    ticks = expert_ticks(experts)
+    ticks = _ticks(content, experts)
     mesh = plot_heat_map(axes, values, ticks, ticks, values.max(), numbers, 6.5)
     axes.set_yticks([e for e in range(experts) if ticks[e]], [t for t in ticks if t])
     axes.set_aspect('equal')
@@ -438,30 +476,34 @@ def _coactivation(layer: str, content: dict) -> Figure:
 
 
 def _usage(layer: str, content: dict) -> Figure:
-    experts = content['num_experts']
+    count, experts = content['num_experts'], len(content['load'])
     width = min(PAGE_WIDTH, 3.0 + 0.35 * experts)
     dead = content['dead_experts']
     title = (
         f'{layer}: use of the experts\nsquared coefficient of variation of the load '
         f'{content["load_cv2"]:.3f}, entropy {content["usage_entropy"]:.2f} of at most '
-        f'{math.log(experts):.2f} nats'
+        f'{math.log(count):.2f} nats'
     )
-    figure = _titled(title, width, 2.6)
+    names = ('load', 'importance')
+    if content.get('kind') == 'factorised':
+        title = title.replace('of the load', 'of how often coefficients are above 0:')
+        names = ('share of the\ncoefficients above 0', 'mean coefficient')
+    figure = _titled(_noted(title, content), width, 2.6)
     axes = figure.add_subplot()
     places = np.arange(experts)
-    axes.bar(places - 0.2, content['load'], 0.38, color='0.35', label='load')
+    axes.bar(places - 0.2, content['load'], 0.38, color='0.35', label=names[0])
     axes.bar(
         places + 0.2, content['importance'], 0.38, color='0.92', edgecolor='black', linewidth=0.5,
-        hatch='////', label='importance',
+        hatch='////', label=names[1],
     )  # fmt: skip
-    axes.axhline(1 / experts, color='black', linewidth=0.8, linestyle='--', label='fair share')
+    axes.axhline(1 / count, color='black', linewidth=0.8, linestyle='--', label='fair share')
     for e in dead:
         # The cross stands where the bars would.
         axes.plot(
             e, 0.03, 'kx', markersize=5, transform=axes.get_xaxis_transform(), zorder=5,
             label='dead' if e == dead[0] else None,
         )  # fmt: skip
-    ticks = expert_ticks(experts)
+    ticks = _ticks(content, experts)
     axes.set_xticks(places, ticks)
     axes.set_xlim(-0.6, experts - 0.4)
     axes.set_xlabel('expert')
@@ -530,6 +572,10 @@ def _interventions(layer: str, entries: list[dict], unchanged: dict) -> Figure |
     where = 'all layers' if layer == 'all' else layer
     width = PAGE_WIDTH if len(metrics) > 1 else 4.6
     title = f'{where}: what changes when the experts are changed'
+    zeroed = sum(entry['kind'] == 'zeroed' for entry in entries)
+    entries = shown_interventions(entries, metrics[0])
+    if (shown := sum(entry['kind'] == 'zeroed' for entry in entries)) < zeroed:
+        title += f'\nof the {zeroed} experts that were zeroed, the {shown} that cost most'
     figure = _titled(title, width, 1.3 + 0.2 * len(entries))
     panels = figure.subplots(1, len(metrics), sharex=True, sharey=True, squeeze=False)[0]
     places = np.arange(len(entries))
@@ -538,6 +584,7 @@ def _interventions(layer: str, entries: list[dict], unchanged: dict) -> Figure |
         'without': 'without expert {}',
         'equal': 'all experts alike',
         'random': 'experts at random',
+        'zeroed': 'expert {} zeroed',
     }
     for axes, metric in zip(panels, metrics, strict=True):
         changes = [
@@ -558,6 +605,92 @@ def _interventions(layer: str, entries: list[dict], unchanged: dict) -> Figure |
     panels[0].set_yticks(places, labels)
     panels[0].set_ylim(len(entries) - 0.5, -0.5)
     figure.supxlabel('change in percentage points', fontsize=8)
+    return figure
+
+
+def _polysemanticity(
+    layer: str, content: dict, metrics: dict, drops: dict[int, np.ndarray]
+) -> Figure:
+    """The drop of every class with an expert zeroed, and how polysemantic the experts are."""
+    found = content['polysemanticity']
+    metric = 'accuracy' if 'accuracy' in metrics else 'AP'
+    table = np.array(list(drops.values()))
+    hit = np.flatnonzero(table.max(1) > 0)
+    rows = hit[np.argsort(-table[hit].max(1), kind='stable')[:MAX_DRAWN]]
+    # The classes that are hit most, in their own order; then experts along a diagonal.
+    classes = np.flatnonzero(table[rows].max(0) > 0)
+    classes = np.sort(
+        classes[np.argsort(-table[rows][:, classes].max(0), kind='stable')][:MAX_DRAWN]
+    )
+    rows = rows[np.argsort(table[rows][:, classes].argmax(1), kind='stable')]
+    title = (
+        f'{layer}: classes that hang on single experts\ndrop of the {metric} of each class with an '
+        f'expert zeroed; {found["num_mattering"]} of {found["num_zeroed"]} experts lower some class'
+    )
+    if len(rows) < len(hit):
+        title += f', shown are the {len(rows)} that cost most'
+    figure = _titled(title, PAGE_WIDTH, 2.2 + 0.125 * max(len(rows), 12))
+    left, right = figure.subplots(1, 2, width_ratios=(2.6, 1))
+    names = list(metrics['per_class'])
+    ids = list(drops)
+    stride = math.ceil(len(classes) / 40)
+    shown = table[np.ix_(rows, classes)]
+    mesh = plot_heat_map(
+        left, 100 * shown, [str(ids[row]) for row in rows],
+        [_shortened(str(names[c]), 16) if i % stride == 0 else '' for i, c in enumerate(classes)],
+        100 * shown.max(), None,
+    )  # fmt: skip
+    left.tick_params(labelsize=6)
+    left.tick_params(axis='x', rotation=90)
+    left.set_ylabel('expert')
+    figure.colorbar(mesh, ax=left, pad=0.01, aspect=30).set_label('drop in percentage points')
+    values = [value for value in found['values'] if value is not None]
+    right.hist(values, bins=min(20, max(5, len(values) // 3)), color='0.45', edgecolor='white')
+    right.axvline(found['mean'], color='black', linewidth=1, linestyle='--')
+    right.set_title(f'mean {found["mean"]:.2f}')
+    right.set_xlim(left=0)
+    right.set_xlabel('polysemanticity\n(0: one class alone)')
+    right.set_ylabel('experts')
+    right.xaxis.set_major_locator(MaxNLocator(4))
+    right.yaxis.set_major_locator(MaxNLocator(4, integer=True, min_n_ticks=2))
+    return figure
+
+
+def draw_polysemanticity(runs: Sequence[dict]) -> Figure | None:
+    """Class-level polysemanticity against the number of experts, sparse and μMoE layers apart.
+
+    Args:
+        runs: Contents of ``experts.json``; every layer with single experts zeroed is a point.
+
+    Returns:
+        The figure, to be drawn within :func:`mmdet_moe.drawing.style`; None without any point.
+    """
+    series: dict[str, list[tuple[int, float, int]]] = {}
+    for run in runs:
+        for layer in run['layers'].values():
+            found = layer.get('polysemanticity') or {}
+            if found.get('mean') is not None:
+                point = (layer['num_experts'], found['mean'], found['num_mattering'])
+                series.setdefault(layer['kind'], []).append(point)
+    if not series:
+        return None
+    figure = _titled('class-level polysemanticity by the number of experts', 4.6, 3.2)
+    axes = figure.add_subplot()
+    looks = {'sparse': ('sparse MoE', 's', '0.6'), 'factorised': ('μMoE', 'o', 'black')}
+    for kind, (label, marker, colour) in looks.items():
+        points = np.array(sorted(series.get(kind, [])), float).reshape(-1, 3)
+        if not len(points):
+            continue
+        axes.plot(points[:, 0], points[:, 1], marker, color=colour, label=label)
+        counts = np.unique(points[:, 0])
+        means = [points[points[:, 0] == count, 1].mean() for count in counts]
+        axes.plot(counts, means, color=colour, linewidth=0.8)  # through the mean of each number
+    axes.set_xscale('log', base=2)
+    axes.xaxis.set_major_formatter(lambda x, _: f'{x:g}')
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel('number of experts')
+    axes.set_ylabel('polysemanticity\n(mean of the experts that lower some class)')
+    figure.legend(loc='outside lower center', ncols=2)
     return figure
 
 
@@ -595,7 +728,24 @@ def _title(figure: Figure, title: str, association: dict) -> None:
     parts.append(_p_value(association))
     if association.get('num_units') is not None:
         parts.append(f'{_number(association["num_units"])} decisions')
+    title = _noted(title, association)
     figure.suptitle(wrapped(f'{title}\n{", ".join(parts)}', figure.get_figwidth()))
+
+
+def _noted(title: str, content: dict) -> str:
+    """A title that says how many experts a picture shows, where they are not all."""
+    return f'{title}\n{content["left_out"]}' if content.get('left_out') else title
+
+
+def _ids(content: dict, experts: int) -> Sequence[int]:
+    """The numbers of the experts at the places of a layer or an association."""
+    return content.get('experts') or range(experts)
+
+
+def _ticks(content: dict, experts: int, most: int = 16) -> list[str]:
+    """The numbers of the experts; where there are many, most are empty."""
+    pairs = zip(_ids(content, experts), expert_ticks(experts, most), strict=True)
+    return [str(e) if tick else '' for e, tick in pairs]
 
 
 def _p_value(association: dict) -> str:

@@ -4,9 +4,13 @@ A value that does not exist (``null`` in ``experts.json``) is an empty field. Nu
 so that they are read back unchanged.
 
 =========================  ==========================================================
-``layers.csv``             one row per MoE layer: its scalars
-``experts.csv``            one per layer and expert: load, importance, whether it is dead
-``coactivation.csv``       one per layer and pair of experts, both orders and the diagonal
+``layers.csv``             one row per layer of experts: its scalars
+``experts.csv``            one per layer and expert: load, importance, share of the decisions in
+                           which its weight is above 0, whether it is dead
+``coactivation.csv``       one per layer and pair of experts, both orders and the diagonal; of a
+                           layer with more than 64 experts those with the most weight
+``polysemanticity.csv``    one per layer and expert that was zeroed: its polysemanticity, the class
+                           hit most and its drop
 ``associations.csv``       one per layer, source and attribute: the mutual information
 ``association_counts.csv`` one per layer, source, attribute, bin and expert
 ``interventions.csv``      one per intervention, metric and class; the unchanged model first
@@ -23,6 +27,7 @@ from pathlib import Path
 from mmdet_moe.analysis.files import write_file
 
 _LAYER_SCALARS = (
+    'kind',
     'num_experts',
     'top_k',
     'granularity',
@@ -48,16 +53,16 @@ def write_tables(experts: dict, folder: Path) -> list[Path]:
     layers = experts['layers']
     tables = {
         'layers': (
-            ('layer', *_LAYER_SCALARS, 'dead_experts', 'collapsed'),
+            ('layer', *_LAYER_SCALARS, 'dead_experts', 'collapsed', 'polysemanticity'),
             [_layer_row(name, layer) for name, layer in layers.items()],
         ),
         'experts': (
-            ('layer', 'expert', 'load', 'importance', 'dead'),
+            ('layer', 'expert', 'load', 'importance', 'active_share', 'dead'),
             [
-                (name, e, load, importance, e in layer['dead_experts'])
+                (name, e, *columns, e in layer['dead_experts'])
                 for name, layer in layers.items()
-                for e, (load, importance) in enumerate(
-                    zip(layer['load'], layer['importance'], strict=True)
+                for e, columns in enumerate(
+                    zip(*map(layer.get, ('load', 'importance', 'active_share')), strict=True)
                 )
             ],
         ),
@@ -66,8 +71,19 @@ def write_tables(experts: dict, folder: Path) -> list[Path]:
             [
                 (name, a, b, share)
                 for name, layer in layers.items()
-                for a, row in enumerate(layer['coactivation'])
-                for b, share in enumerate(row)
+                for a, row in zip(layer['coactivation_experts'], layer['coactivation'], strict=True)
+                for b, share in zip(layer['coactivation_experts'], row, strict=True)
+            ],
+        ),
+        'polysemanticity': (
+            ('layer', 'expert', 'polysemanticity', 'class', 'drop'),
+            [
+                (name, *row)
+                for name, layer in layers.items()
+                if (found := layer['polysemanticity'])
+                for row in zip(
+                    *map(found.get, ('experts', 'values', 'classes', 'drops')), strict=True
+                )
             ],
         ),
         'associations': (
@@ -99,7 +115,8 @@ def write_tables(experts: dict, folder: Path) -> list[Path]:
 def _layer_row(name: str, layer: dict) -> tuple:
     scalars = (layer.get(key) for key in _LAYER_SCALARS)
     dead = ' '.join(str(e) for e in layer['dead_experts'])
-    return (name, *scalars, dead, layer['collapsed'])
+    mean = (layer['polysemanticity'] or {}).get('mean')
+    return (name, *scalars, dead, layer['collapsed'], mean)
 
 
 def _associations(layers: dict[str, dict]) -> Iterator[tuple[str, str, str, dict]]:

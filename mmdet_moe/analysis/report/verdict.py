@@ -29,6 +29,8 @@ TOGETHER_SHARE = 0.95
 MIN_EXAMPLE_SHARE, MIN_EXAMPLE_COUNT = 0.02, 10
 #: An example has to lie this much above what holds for all bins together.
 MIN_LIFT = 1.2
+#: More experts than this are counted, not named.
+MAX_NAMED = 16
 
 # The first source that has an attribute tells about it: objects are what there is to see, whereas
 # detections are only what the model has found.
@@ -80,6 +82,7 @@ def verdict(experts: dict) -> list[str]:
                 *_speciality(layer, experts['run']),
                 *_together(layer),
                 *_effects(of_layer, experts),
+                *_polysemanticity(layer, experts),
             )
         ]
     of_all = [entry for entry in interventions if entry['layer'] == 'all']
@@ -107,7 +110,12 @@ def _use(layer: dict) -> Iterator[str]:
         )
     else:
         yield f'not collapsed: the input explains {numbers}, of the choice of experts.'
-    if dead := layer['dead_experts']:
+    if (dead := layer['dead_experts']) and len(dead) > MAX_NAMED:
+        yield (
+            f'{len(dead)} of {num_experts} experts are dead, and so candidates for pruning (load '
+            f'below {_percent(DEAD_SHARE)} of the fair {_percent(1 / num_experts)}).'
+        )
+    elif dead:
         ids, loads = ', '.join(map(str, dead)), ', '.join(_percent(layer['load'][e]) for e in dead)
         yield (
             f'dead, and so candidates for pruning: expert {ids} (load {loads}; below '
@@ -151,7 +159,9 @@ def _speciality(layer: dict, run: dict) -> Iterator[str]:
             f'only {_number(best["num_units"], "decision")} had something to compare with: the '
             'shares are rough.'
         )
-    if layer.get('granularity') in _STILL_DEPENDENT:
+    # A token can be all that there is of an image.
+    several = layer['num_decisions'] > run.get('num_images', 0)
+    if layer.get('granularity') in _STILL_DEPENDENT and several:
         yield (
             f'one decision per {layer["granularity"]}: those of one image resemble each other, so '
             'the p-values are too small; trust the nats.'
@@ -230,17 +240,25 @@ def _together(layer: dict) -> Iterator[str]:
     num_experts, together = layer['num_experts'], layer['coactivation']
     if num_experts < 2 or layer['num_decisions'] < 2:
         return
+    if layer.get('kind') == 'factorised':
+        yield (
+            f'on average {sum(layer["active_share"]):.1f} of the {num_experts} experts have a '
+            'coefficient above 0.'
+        )
+        return
     if layer.get('top_k') == num_experts:
         yield f'every decision uses all {num_experts} experts, so only their weights can differ.'
         return
-    alive = [e for e in range(num_experts) if e not in layer['dead_experts']]
+    experts = layer.get('coactivation_experts') or range(num_experts)
+    alive = [i for i, e in enumerate(experts) if e not in layer['dead_experts']]
     for i, a in enumerate(alive):
         for b in alive[i + 1 :]:
             either = together[a][a] + together[b][b] - together[a][b]
             if either > 0 and together[a][b] >= TOGETHER_SHARE * either:
                 yield (
-                    f'experts {a} and {b} are redundant as a choice: of the decisions with either, '
-                    f'{_percent(together[a][b] / either)} use both; they act as one expert.'
+                    f'experts {experts[a]} and {experts[b]} are redundant as a choice: of the '
+                    f'decisions with either, {_percent(together[a][b] / either)} use both; they '
+                    'act as one expert.'
                 )
 
 
@@ -272,6 +290,25 @@ def _effects(interventions: list[dict], experts: dict) -> Iterator[str]:
                 f'from {before:.3f}.'
             )
     yield from _routing_effects(interventions, experts)
+
+
+def _polysemanticity(layer: dict, experts: dict) -> Iterator[str]:
+    """How many classes hang on one expert?"""
+    found = layer.get('polysemanticity')
+    if not found:
+        return
+    metric, count = _main_metric(experts)[0], found['num_zeroed']
+    if not found['num_mattering']:
+        yield f'zeroing any single one of {count} experts lowers the {metric} of no class.'
+        return
+    most = max(range(count), key=lambda i: found['drops'][i])
+    worst = math.sqrt(len(experts['run']['classes']) - 1)
+    yield (
+        f'class-level polysemanticity {found["mean"]:.2f} (0: one class alone hangs on each '
+        f'expert; at most {worst:.2f}), mean of the {found["num_mattering"]} of {count} experts '
+        f'whose zeroing lowers some class; expert {found["experts"][most]} costs most, '
+        f'{100 * found["drops"][most]:.1f} points of {metric} of class {found["classes"][most]}.'
+    )
 
 
 def _routing_effects(interventions: list[dict], experts: dict) -> Iterator[str]:

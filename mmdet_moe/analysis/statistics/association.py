@@ -30,6 +30,8 @@ from mmdet_moe.analysis.records.contents import concatenated
 from mmdet_moe.analysis.statistics.bins import Bins
 from mmdet_moe.moe.metrics import entropy, mutual_information, shares
 
+#: Decisions that one association remembers, at most; and weights of all of them together.
+MAX_UNITS, MAX_WEIGHTS = 200_000, 1 << 24
 # Equal up to the order of summation; far below any information that matters.
 _ROUNDING = 1e-9
 
@@ -125,14 +127,17 @@ class Association:
     Args:
         num_bins: B. None: bins are any numbers, discovered as they come; their table is not kept.
         num_experts: E.
-        max_units: How many decisions are remembered.
+        max_units: How many decisions are remembered; by default :data:`MAX_UNITS`, or as many as
+            have :data:`MAX_WEIGHTS` weights.
         seed: Of the sample. The same decisions in the same order give the same sample, however
             they are divided into calls.
     """
 
     def __init__(
-        self, num_bins: int | None, num_experts: int, max_units: int = 200_000, seed: int = 0
+        self, num_bins: int | None, num_experts: int, max_units: int | None = None, seed: int = 0
     ) -> None:
+        if max_units is None:
+            max_units = max(1, min(MAX_UNITS, MAX_WEIGHTS // max(num_experts, 1)))
         if num_experts < 1 or max_units < 1 or (num_bins is not None and num_bins < 1):
             raise ValueError(
                 f'num_bins={num_bins}, num_experts={num_experts} and max_units={max_units} must be '
@@ -229,11 +234,17 @@ class Association:
         counts = counts.T.tocsr()
         joint = torch.from_numpy(counts @ weights)
         observed = float(mutual_information(joint))
+
+        def permuted_counts(order: np.ndarray) -> sparse.csr_array:
+            # Other columns instead of other rows of the weights, which are many more numbers.
+            return sparse.csr_array(
+                (counts.data, order[counts.indices], counts.indptr), shape=counts.shape
+            )
+
         rng = np.random.default_rng(seed)
         permuted = np.array(
             [
-                # take() copies rows several times faster than an index does.
-                float(mutual_information(torch.from_numpy(counts @ weights.take(order, axis=0))))
+                float(mutual_information(torch.from_numpy(permuted_counts(order) @ weights)))
                 for order in _permutations(units.strata, permutations, rng)
             ]
         )

@@ -115,9 +115,13 @@ class ClassificationMetrics:
         Returns:
             ``accuracy`` and ``per_class``, the accuracy on each class's own images, in 0..1.
         """
-        correct = labels == self.true_labels
-        per_class = {}
-        for i, name in enumerate(self.classes):
-            mine = self.true_labels == i
-            per_class[name] = float(correct[mine].mean()) if mine.any() else None
-        return {'accuracy': float(correct.mean()), 'per_class': per_class}
+        correct, count = labels == self.true_labels, len(self.classes)
+        images = np.bincount(self.true_labels, minlength=count)
+        hits = np.bincount(self.true_labels, correct, count)
+        return {
+            'accuracy': float(correct.mean()),
+            'per_class': {
+                name: float(hit / number) if number else None
+                for name, hit, number in zip(self.classes, hits, images, strict=True)
+            },
+        }

@@ -13,6 +13,8 @@ from mmdet_moe.moe.utilization import (
     sums_of_decisions,
 )
 
+#: Of a layer with more experts, only those with the most weight are told of pair by pair.
+MAX_PAIRED = 64
 #: More pyramid levels than any detector has.
 MAX_LEVELS = 32
 
@@ -29,7 +31,7 @@ class LayerStatistics:
         seed: Of their samples.
     """
 
-    def __init__(self, num_experts: int, max_units: int = 200_000, seed: int = 0) -> None:
+    def __init__(self, num_experts: int, max_units: int | None = None, seed: int = 0) -> None:
         self.num_experts = num_experts
         self._sums: dict[str, torch.Tensor] = {}
         self._together = np.zeros((num_experts, num_experts))
@@ -85,6 +87,11 @@ class LayerStatistics:
         """Share of the decisions in which both are chosen, (E, E); the diagonal: chosen at all."""
         return self._together / max(self.report().num_items, 1)
 
+    def paired(self) -> list[int]:
+        """The experts that co-activation is told of: all, or those with the most weight."""
+        order = np.argsort(-np.array(self.report().importance), kind='stable')
+        return sorted(order[:MAX_PAIRED].tolist())
+
     def _associations(self, permutations: int) -> dict[str, dict]:
         """With what the decisions go together, by attribute."""
         found = {}
@@ -100,19 +107,21 @@ class LayerStatistics:
 
     def as_dict(self, permutations: int = 999) -> dict:
         """The statistics of ``experts.json``, with the associations of source ``decisions``."""
-        report = self.report()
+        report, paired = self.report(), self.paired()
         return {
             'num_experts': self.num_experts,
             'num_decisions': report.num_items,
             'load': report.load,
             'importance': report.importance,
+            'active_share': np.diag(self.coactivation()).tolist(),
             'load_cv2': report.load_cv2,
             'usage_entropy': report.usage_entropy,
             'decision_entropy': report.decision_entropy,
             'mi_input': report.mi_input,
             'dead_experts': report.dead_experts(DEAD_SHARE),
             'collapsed': report.has_collapsed(COLLAPSE_SHARE),
-            'coactivation': self.coactivation().tolist(),
+            'coactivation_experts': paired,
+            'coactivation': self.coactivation()[np.ix_(paired, paired)].tolist(),
             'associations': {'decisions': self._associations(permutations)},
         }
 

@@ -35,7 +35,7 @@ class Outcomes:
     #: float32 (n,), square root of the box's area in px; NaN for a classifier's image
     size: np.ndarray
     level: np.ndarray  #: int32 (n,), pyramid level; -1 where unknown
-    #: float32 (n, E) by MoE layer, of the decision behind the row (of a missed object: the mean
+    #: float32 (n, E) by layer, of the decision behind the row (of a missed object: the mean
     #: over the anchors assigned to it). NaN where the layer took no part
     weights: dict[str, np.ndarray]
 
@@ -50,7 +50,7 @@ def outcomes_of(
 
     Args:
         records: Of all files.
-        layers: Names of the MoE layers.
+        layers: Names of the layers of experts.
         score_thr: Least score of a detection; a classifier has none.
     """
     return concatenated(

@@ -1,11 +1,13 @@
 """``experts.json``, without history and verdict, from the records of a study, file by file."""
 
+from collections.abc import Iterator
 from dataclasses import asdict
 
 import numpy as np
 
 from mmdet_moe.analysis.data import AnalysisData
 from mmdet_moe.analysis.records.contents import (
+    BoxRecords,
     ClassifierRecords,
     DetectorRecords,
     ImageRecords,
@@ -26,9 +28,11 @@ from mmdet_moe.analysis.statistics.bins import (
 )
 from mmdet_moe.analysis.statistics.evaluation import ClassificationMetrics, DetectionMetrics
 from mmdet_moe.analysis.statistics.layer_statistics import MAX_LEVELS, LayerStatistics
+from mmdet_moe.analysis.statistics.polysemanticity import polysemanticity
 from mmdet_moe.analysis.study import Study
+from mmdet_moe.moe import MoELayer
 
-SCHEMA, VERSION = 'mmdet_moe.experts', 1
+SCHEMA, VERSION = 'mmdet_moe.experts', 2
 
 
 def summarise(study: Study, run: dict, permutations: int = 999) -> dict:
@@ -52,6 +56,7 @@ def summarise(study: Study, run: dict, permutations: int = 999) -> dict:
             num_detections += int((records.detections.score >= study.score_thr).sum())
         else:
             num_objects += len(records.classes.label)
+    measured = metrics_of(study)
     return {
         'schema': SCHEMA,
         'version': VERSION,
@@ -66,12 +71,14 @@ def summarise(study: Study, run: dict, permutations: int = 999) -> dict:
             'superclasses': study.data.superclasses,
             'num_levels': study.tracer.num_levels,
         },
-        **metrics_of(study),
+        **measured,
         'layers': {
             name: {
+                'kind': 'sparse' if isinstance(layer, MoELayer) else 'factorised',
                 'top_k': layer.top_k,
                 'granularity': layer.granularity,
                 **summary.as_dict(permutations),
+                'polysemanticity': polysemanticity(name, **measured),
             }
             for (name, layer), summary in zip(study.layers.items(), summaries, strict=True)
         },
@@ -88,16 +95,25 @@ def metrics_of(study: Study) -> dict:
         metrics = ClassificationMetrics(study.data.classes, classes.label)
         unchanged = classes.prediction
     # Only if all images have been through them: metrics of a part cannot be compared.
-    is_complete = study.changed.num_images == len(study.data)
-    interventions = [
-        {
-            **asdict(intervention),
-            'metrics': metrics(concatenated([changed[number] for changed in study.changed])),
-        }
-        for number, intervention in enumerate(study.interventions)
+    is_complete = bool(study.interventions) and study.changed.num_images == len(study.data)
+    interventions = (
+        [
+            {**asdict(intervention), 'metrics': metrics(found)}
+            for intervention, found in zip(study.interventions, _changed(study), strict=True)
+        ]
         if is_complete
-    ]
+        else []
+    )
     return {'metrics': metrics(unchanged), 'interventions': interventions}
+
+
+def _changed(study: Study) -> Iterator[BoxRecords | np.ndarray]:
+    """What was predicted for all images, with one intervention after the other."""
+    if study.is_detector:  # only those of one are in memory
+        for number in range(len(study.interventions)):
+            yield concatenated([changed[number] for changed in study.changed])
+    else:
+        yield from concatenated(list(study.changed)).prediction.T
 
 
 class _LayerSummary:

@@ -6,13 +6,15 @@ from pathlib import Path
 from mmengine.dist import is_main_process
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
+from torch.utils.hooks import RemovableHandle
 
 from mmdet_moe.engine.hooks.balancing_loss_hook import BalancingLossHook
-from mmdet_moe.engine.hooks.layers import moe_layers_of
-from mmdet_moe.moe import MoELayer
+from mmdet_moe.engine.hooks.layers import expert_layers_of
+from mmdet_moe.moe import ExpertLayer, MoELayer, Routing
 from mmdet_moe.moe.utilization import (
     COLLAPSE_SHARE,
     DEAD_SHARE,
+    FEW_EXPERTS,
     Utilization,
     UtilizationReport,
 )
@@ -28,14 +30,16 @@ _MAX_POINTS = 256
 
 @HOOKS.register_module()
 class ExpertUtilizationHook(Hook):
-    """Logs load, importance, entropy and mutual information of every MoE layer.
+    """Logs load, importance, entropy and mutual information of every layer of experts.
 
     In training every ``interval`` iterations over the iterations since the last report, in
     validation and test over the whole data set; to the log and as scalars
     (``train/moe/<layer>/load_0``, …) to every visualisation backend. After a validation or a test
     the report is written to ``expert_utilization_val.json`` or ``expert_utilization_test.json`` in
-    the work directory, too. Under distributed training everything is summed over the ranks. With
-    test-time augmentation only the last variant of each image is counted.
+    the work directory, too. The coefficients of μMoE layers are looked at in validation and test
+    alone: in training that would cost more than the layer. Under distributed training everything is
+    summed over the ranks. With test-time augmentation only the last variant of each image is
+    counted, of sparse layers.
 
     It warns when MoE layers are trained without any balancing, when experts are dead, and when the
     routing has collapsed, i.e. when the decision does not depend on the input. The last cannot be
@@ -72,6 +76,8 @@ class ExpertUtilizationHook(Hook):
         self.collapse_share = collapse_share
         self.draw = draw
         self._layers: dict[str, MoELayer] = {}
+        self._dense: dict[str, ExpertLayer] = {}  # μMoE layers
+        self._handles: list[RemovableHandle] = []
         self._windows: dict[str, dict[str, Utilization]] = {}
         self._trains = False
         self._past: dict[str, _Past] = {}
@@ -80,7 +86,8 @@ class ExpertUtilizationHook(Hook):
 
     def before_run(self, runner: Runner) -> None:
         """Find the layers before anything is loaded or trained."""
-        self._layers = moe_layers_of(runner, self)
+        for name, layer in expert_layers_of(runner, self).items():
+            (self._layers if isinstance(layer, MoELayer) else self._dense)[name] = layer
 
     def before_train(self, runner: Runner) -> None:
         """Warn about layers that nothing balances; recall the past of a resumed run."""
@@ -117,7 +124,7 @@ class ExpertUtilizationHook(Hook):
 
     def before_val_epoch(self, runner: Runner) -> None:
         """Start anew."""
-        self._windows.pop('val', None)
+        self._begin('val')
 
     def after_val_iter(self, runner: Runner, batch_idx: int, data_batch=None, outputs=None) -> None:
         """Accumulate."""
@@ -132,7 +139,7 @@ class ExpertUtilizationHook(Hook):
 
     def before_test_epoch(self, runner: Runner) -> None:
         """Start anew."""
-        self._windows.pop('test', None)
+        self._begin('test')
 
     def after_test_iter(
         self, runner: Runner, batch_idx: int, data_batch=None, outputs=None
@@ -144,6 +151,21 @@ class ExpertUtilizationHook(Hook):
         """Report on the whole test set."""
         self._report(runner, 'test', warn=True)
 
+    def _begin(self, mode: str) -> None:
+        self._end()
+        window = self._windows[mode] = {}
+        for name, layer in self._dense.items():
+
+            def add(routing: Routing, _: list, name: str = name) -> None:
+                window.setdefault(name, Utilization(routing.num_experts)).update(routing)
+
+            self._handles.append(layer.observe(add))
+
+    def _end(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
     def _accumulate(self, mode: str) -> None:
         window = self._windows.setdefault(mode, {})
         for name, layer in self._layers.items():
@@ -152,6 +174,7 @@ class ExpertUtilizationHook(Hook):
             window[name].update(layer.routing, layer.router)
 
     def _report(self, runner: Runner, mode: str, warn: bool) -> None:
+        self._end()
         reports = {name: u.report() for name, u in self._windows.pop(mode, {}).items()}
         if not is_main_process():
             return
@@ -207,13 +230,18 @@ class ExpertUtilizationHook(Hook):
         # Formatted here: MMEngine's logger drops a warning whose unformatted text it has seen, so
         # the second layer would be silent.
         if dead := report.dead_experts(self.dead_share):
+            named = dead if len(dead) <= FEW_EXPERTS else len(dead)
+            advice = (
+                'use fewer experts'
+                if name in self._dense
+                else 'balance more strongly or use fewer experts'
+            )
             runner.logger.warning(
-                f'DEAD EXPERTS in {name}: {dead} of {report.num_experts} get less than '
-                f'{100 * self.dead_share:g} % of their fair share of the items; balance more '
-                'strongly or use fewer experts.'
+                f'DEAD EXPERTS in {name}: {named} of {report.num_experts} get less than '
+                f'{100 * self.dead_share:g} % of their fair share of the items; {advice}.'
             )
         if report.has_collapsed(self.collapse_share):
-            load = [round(x, 3) for x in report.load]
+            load = [round(x, 3) for x in report.load[:FEW_EXPERTS]]
             runner.logger.warning(
                 f'COLLAPSED ROUTING in {name}: the choice of the expert does not depend on the '
                 f'input (mutual information {report.mi_input:.4f} nats, load {load}); the layer '

@@ -1,4 +1,4 @@
-"""What the hooks share: the MoE layers of the model that a Runner trains."""
+"""What the hooks share: the layers of experts of the model that a Runner trains."""
 
 from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
@@ -6,7 +6,7 @@ from mmengine.runner import Runner
 from torch import nn
 
 from mmdet_moe.errors import ConfigError
-from mmdet_moe.moe import MoELayer, find_moe_layers
+from mmdet_moe.moe import ExpertLayer, MoELayer, find_expert_layers
 
 
 def unwrapped_model(runner: Runner) -> nn.Module:
@@ -14,14 +14,14 @@ def unwrapped_model(runner: Runner) -> nn.Module:
     return runner.model.module if is_model_wrapper(runner.model) else runner.model
 
 
-def moe_layers_of(runner: Runner, hook: Hook) -> dict[str, MoELayer]:
-    """The MoE layers of the runner's model by name.
+def expert_layers_of(runner: Runner, hook: Hook) -> dict[str, ExpertLayer]:
+    """The layers of experts of the runner's model by name.
 
     Raises:
         ConfigError: If there are none: the hook would do nothing.
     """
     model = unwrapped_model(runner)
-    layers = find_moe_layers(model)
+    layers = find_expert_layers(model)
     if not layers:
         raise ConfigError(
             f'{type(hook).__name__} found no MoE layer in {type(model).__name__}; '
@@ -29,3 +29,20 @@ def moe_layers_of(runner: Runner, hook: Hook) -> dict[str, MoELayer]:
             'remove the hook from custom_hooks'
         )
     return layers
+
+
+def moe_layers_of(runner: Runner, hook: Hook) -> dict[str, MoELayer]:
+    """Those that can be balanced, the sparse ones.
+
+    Raises:
+        ConfigError: If there are none: the hook would do nothing.
+    """
+    layers = expert_layers_of(runner, hook)
+    sparse = {name: layer for name, layer in layers.items() if isinstance(layer, MoELayer)}
+    if not sparse:
+        raise ConfigError(
+            f'{type(hook).__name__}: the model has only μMoE layers ({", ".join(layers)}), whose '
+            'experts all take part in every item and need no balancing; remove the hook from '
+            'custom_hooks'
+        )
+    return sparse

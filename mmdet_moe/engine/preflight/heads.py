@@ -12,7 +12,10 @@ from mmdet_moe.errors import ConfigError
 _CLASSIFIER = 'mmpretrain.models.classifiers.image.ImageClassifier'
 _PREPROCESSOR = 'mmpretrain.models.utils.data_preprocessor.ClsDataPreprocessor'
 _NECK = 'mmpretrain.models.necks.gap.GlobalAveragePooling'
-_HEAD = 'mmpretrain.models.heads.linear_head.LinearClsHead'
+_HEADS = (
+    'mmpretrain.models.heads.linear_head.LinearClsHead',
+    'mmdet_moe.models.presets.mumoe_cls_head',
+)
 # Stage i, counted from 0, gives base_channels * expansion * 2 ** i channels.
 _RESNETS = (
     'mmpretrain.models.backbones.resnet.ResNet',
@@ -130,7 +133,7 @@ def _check_images(
 
 def _check_features(cfg: Config, classifier: Mapping[str, Any], field: str) -> None:
     head, neck = classifier.get('head'), classifier.get('neck')
-    if _name(cfg, head) != _HEAD or _name(cfg, neck) != _NECK or neck.get('dim', 2) != 2:
+    if _name(cfg, head) not in _HEADS or _name(cfg, neck) != _NECK or neck.get('dim', 2) != 2:
         return
     found, given = head.get('in_channels'), _resnet_channels(classifier['backbone'])
     if None not in (found, given) and found != given:

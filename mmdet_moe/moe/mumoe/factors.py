@@ -67,7 +67,7 @@ class Factors(nn.Module, ABC):
 
     @abstractmethod
     def reset_parameters(self) -> None:
-        """Draw initial weights as the paper does (appendix)."""
+        """Draw initial weights as the paper does (appendix), but for :func:`_spread`."""
 
     @abstractmethod
     def forward(self, x: Tensor, coefficients: Sequence[Tensor]) -> Tensor:
@@ -151,7 +151,7 @@ class CPFactors(Factors):
     def reset_parameters(self) -> None:
         *experts, input, output = self.factors
         for level, factor in enumerate(experts):
-            nn.init.normal_(factor, 1.0, 1.0) if level == 0 else nn.init.ones_(factor)
+            nn.init.normal_(factor, 1.0, _spread(level))
         nn.init.uniform_(input, -(self.in_features**-0.5), self.in_features**-0.5)
         nn.init.uniform_(output, -(output.shape[1] ** -0.5), output.shape[1] ** -0.5)
 
@@ -211,7 +211,7 @@ class TRFactors(Factors):
 
     @staticmethod
     def shapes(dims: tuple[int, ...], rank: int | Sequence[int]) -> list[tuple[int, ...]]:
-        ranks = [rank] * len(dims) if isinstance(rank, int) else list(rank)
+        ranks = list(rank) if isinstance(rank, (list, tuple)) else [rank] * len(dims)
         for value in ranks:
             check_integer('TRMuMoE', 'rank', value, 1)
         if len(ranks) != len(dims):
@@ -238,7 +238,7 @@ class TRFactors(Factors):
         *experts, input, output = self.factors
         for level, core in enumerate(experts):
             slices = torch.eye(core.shape[0], core.shape[2])[:, None].repeat(1, core.shape[1], 1)
-            core.copy_(slices * (1 + torch.randn_like(slices)) if level == 0 else slices)
+            core.copy_(slices * (1 + _spread(level) * torch.randn_like(slices)))
         nn.init.uniform_(input, -(self.in_features**-0.5), self.in_features**-0.5)
         bound = (output.shape[0] * output.shape[2]) ** -0.5
         nn.init.uniform_(output, -bound, bound)
@@ -290,6 +290,15 @@ class TRFactors(Factors):
         link = _contract(x, input[:, :-1], input[:, -1]) if self.bias else _contract(x, input)
         ring = (chain @ link).flatten(-2)  # (T, R₁ · R₃)
         return ring @ output.permute(2, 0, 1).flatten(0, 1)
+
+
+def _spread(level: int) -> float:
+    """Standard deviation of what the experts of a level start with, whose mean is 1.
+
+    With the paper's 0 for all but the first level their experts are alike, and since the gate
+    starts at 0 they get equal gradients and stay alike: the level is never used.
+    """
+    return 1.0 if level == 0 else 0.01
 
 
 def _contract(rows: Tensor, core: Tensor, bias: Tensor | None = None) -> Tensor:

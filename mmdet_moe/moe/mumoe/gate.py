@@ -7,19 +7,7 @@ from torch.nn import functional as F
 from mmdet_moe.errors import ConfigError
 from mmdet_moe.moe.items import at_least_float32
 from mmdet_moe.moe.precision import no_autocast
-
-
-def entmax15(x: Tensor) -> Tensor:  # replaced by the op of mmdet_moe.ops
-    """1.5-entmax along the last dimension (Peters et al., 2019), by sorting."""
-    x = (x - x.amax(-1, keepdim=True)) / 2
-    ordered = x.sort(-1, descending=True).values
-    count = torch.arange(1, x.shape[-1] + 1, device=x.device, dtype=x.dtype)
-    mean = ordered.cumsum(-1) / count
-    spread = count * ((ordered**2).cumsum(-1) / count - mean**2)
-    tau = mean - ((1 - spread) / count).clamp(min=0).sqrt()
-    size = (tau <= ordered).sum(-1, keepdim=True)
-    return (x - tau.gather(-1, size - 1)).clamp(min=0) ** 2
-
+from mmdet_moe.ops import entmax15
 
 NORMS = {
     'bn': lambda size: nn.BatchNorm1d(size, affine=False),
@@ -57,9 +45,12 @@ class ExpertGate(nn.Module):
         """The normalised logits of rows (T, I): (T, N) for each level, at least float32."""
         with no_autocast(x.device.type):
             x = at_least_float32(x)
+            # One product for all levels: x is read once, and its gradients need not be added.
+            weights = torch.cat(tuple(self.weights), dim=1).to(x.dtype)
+            parts = (x @ weights).split([weight.shape[1] for weight in self.weights], dim=1)
             return tuple(
-                self._normalised(x @ weight.to(x.dtype), norm)
-                for weight, norm in zip(self.weights, self.norms, strict=True)
+                self._normalised(part.contiguous(), norm)  # that of a view takes far longer
+                for part, norm in zip(parts, self.norms, strict=True)
             )
 
     def activate(self, logits: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -70,7 +61,7 @@ class ExpertGate(nn.Module):
         return self.activate(self.logits(x))
 
     def _normalised(self, logits: Tensor, norm: nn.Module) -> Tensor:
-        if isinstance(norm, nn.BatchNorm1d) and norm.running_mean.dtype != logits.dtype:
+        if self.norm == 'bn' and norm.running_mean.dtype != logits.dtype:
             return norm(logits.to(norm.running_mean.dtype)).to(logits.dtype)
         return norm(logits)
 

@@ -3,6 +3,7 @@
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from math import prod
 from typing import Any
 
@@ -307,8 +308,10 @@ class MuMoEConv1x1(MuMoE):
         """C'."""
         return self.out_features
 
-    def _items(self, x: Tensor) -> Items:
-        return Pixels.of(self._strided(x))
+    def _items(self, x: Tensor) -> Pixels:
+        shape = self._strided(x).shape
+        # What is left out by strides has no memory format of its own.
+        return replace(Pixels.of(x), shape=(shape[0], *shape[2:]))
 
     def _strided(self, x: Tensor) -> Tensor:
         return x if self.stride == 1 else x[:, :, :: self.stride, :: self.stride]
@@ -318,9 +321,8 @@ class MuMoEConv1x1(MuMoE):
             raise ConfigError(
                 f'μMoE layer "{self.name}" takes inputs (N, C, H, W), got {tuple(x.shape)}'
             )
-        x = self._strided(x)
-        pixels = Pixels.of(x)
-        return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1]), pixels.place
+        rows = self._strided(x).permute(0, 2, 3, 1).reshape(-1, x.shape[1])
+        return rows, self._items(x).place
 
 
 @MODELS.register_module()

@@ -12,8 +12,9 @@ from mmdet_moe.errors import ConfigError
 from mmdet_moe.moe.mumoe import CPMuMoE, MuMoE, MuMoEConv1x1, MuMoEMLP, TRMuMoE
 from mmdet_moe.moe.surgery.experts import plain_conv
 
-_KINDS = {'CPMuMoE': ('cp', CPMuMoE), 'TRMuMoE': ('tr', TRMuMoE)}
-_OPTIONS = ('num_experts', 'rank', 'norm', 'activation', 'budget')
+#: By type: factorisation, and what takes the place of a linear layer.
+KINDS = {'CPMuMoE': ('cp', CPMuMoE), 'TRMuMoE': ('tr', TRMuMoE)}
+MUMOE_OPTIONS = ('num_experts', 'rank', 'norm', 'activation', 'budget')
 
 
 @dataclass(frozen=True)
@@ -43,15 +44,15 @@ class FactorisedEntry:
         options = dict(given)
         at, every, kind = options.pop('at'), options.pop('every', None), options.pop('type')
         name = str(getattr(kind, '__name__', kind)).removeprefix('mmdet_moe.')
-        if name not in _KINDS:
+        if name not in KINDS:
             raise ConfigError(
-                f'experts: at={at!r} has type={kind!r}; use one of {tuple(_KINDS)}, or no type for '
+                f'experts: at={at!r} has type={kind!r}; use one of {tuple(KINDS)}, or no type for '
                 'sparse experts'
             )
-        if unknown := sorted(set(options) - set(_OPTIONS)):
+        if unknown := sorted(set(options) - set(MUMOE_OPTIONS)):
             raise ConfigError(
                 f'experts: at={at!r} has options {", ".join(unknown)} that {name} does not know; '
-                f'there are {", ".join(_OPTIONS)}'
+                f'there are {", ".join(MUMOE_OPTIONS)}'
             )
         if 'num_experts' not in options:
             raise ConfigError(f'experts: at={at!r} needs num_experts')
@@ -63,7 +64,7 @@ class FactorisedEntry:
         Raises:
             ConfigError: If the module is none that a μMoE can stand for.
         """
-        factorisation, linear = _KINDS[self.kind]
+        factorisation, linear = KINDS[self.kind]
         conv, _ = plain_conv(module)
         if isinstance(module, nn.Linear):
             sizes = (module.in_features, module.out_features)

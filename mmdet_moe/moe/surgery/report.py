@@ -28,6 +28,8 @@ class Row:
             and of all (the router included). ``dense`` is None where it is not known.
         dense_flops, flops: Of the dense module and of the layer, in one forward pass. None where
             nothing was run.
+        levels: Experts of each level of a μMoE, in which all of them take part in every item; empty
+            for sparse experts.
     """
 
     path: str
@@ -42,6 +44,7 @@ class Row:
     total: int
     dense_flops: int | None = None
     flops: int | None = None
+    levels: tuple[int, ...] = ()
 
     @classmethod
     def of(
@@ -63,6 +66,7 @@ class Row:
             total=total,
             dense_flops=dense_flops,
             flops=flops,
+            levels=getattr(layer, 'levels', ()),
         )
 
 
@@ -85,8 +89,12 @@ class Report:
         lines = [(*heads, *(('GFLOPs: dense', 'active') if has_flops else ()))]
         for row in (*self.rows, self.whole):
             is_layer = row is not self.whole
-            numbers = [str(row.num_experts), str(row.top_k), str(row.shared), row.granularity]
-            numbers.append(f'{row.width:.2f}' if row.dense is not None else '-')
+            experts = ' × '.join(map(str, row.levels or (row.num_experts,)))
+            chosen = 'all' if row.levels else str(row.top_k)
+            numbers = [experts, chosen, str(row.shared), row.granularity]
+            # A μMoE's experts have a rank instead.
+            has_width = row.dense is not None and not row.levels
+            numbers.append(f'{row.width:.2f}' if has_width else '-')
             cells = [row.path, row.kind, *(numbers if is_layer else [''] * len(numbers))]
             cells += [_scaled(n, 1e6, ' M') for n in (row.dense, row.active, row.total)]
             if has_flops:

@@ -1,7 +1,7 @@
 // What the CPU and the CUDA kernels share: the look at their arguments.
 //
 // Letters: T routed items, E experts, K experts per item, M = T * K routes, R <= M of them that are
-// kept, W values per row. The Python functions in mmdet_moe/ops/functional.py refuse bad arguments
+// kept, W values per row (N along the last dimension, for entmax15). The Python functions in mmdet_moe/ops/functional.py refuse bad arguments
 // with sentences for users; the checks here keep a direct call of torch.ops.mmdet_moe.* from
 // touching memory that is not its own.
 //
@@ -104,6 +104,24 @@ inline void check_combine_backward(
       grad.scalar_type() == y.scalar_type() && grad.size(0) == inverse.size(0) &&
           row_width(grad) == row_width(y),
       "mmdet_moe: grad must have y's dtype and one row of y's width per item");
+}
+
+// entmax15 works along the last dimension, of N values.
+inline void check_entmax15(const Tensor& x, const char* name) {
+  check_rows(x, name);
+  STD_TORCH_CHECK(
+      x.scalar_type() == ScalarType::Double || x.scalar_type() == ScalarType::Float,
+      "mmdet_moe: ", name, " must be float64 or float32");
+  STD_TORCH_CHECK(
+      x.size(x.dim() - 1) >= 1, "mmdet_moe: the last dimension of ", name, " must not be empty");
+}
+
+inline void check_entmax15_backward(const Tensor& grad, const Tensor& p) {
+  check_entmax15(p, "p");
+  check_same_device(grad, p);
+  bool fits = grad.scalar_type() == p.scalar_type() && grad.dim() == p.dim();
+  for (int64_t d = 0; fits && d < p.dim(); ++d) fits = grad.size(d) == p.size(d);
+  STD_TORCH_CHECK(fits, "mmdet_moe: grad must have p's dtype and shape");
 }
 
 }  // namespace mmdet_moe

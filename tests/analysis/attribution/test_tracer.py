@@ -300,7 +300,7 @@ def test_patches_are_not_guessed_without_a_place(filled):
 
 
 def test_models_without_experts_are_refused():
-    with pytest.raises(ConfigError, match=r'SingleStageDetector\) has no MoE layer'):
+    with pytest.raises(ConfigError, match=r'SingleStageDetector\) has neither an MoE nor'):
         Tracer(build_single('retina'))
 
 

@@ -711,7 +711,7 @@ def test_mistakes_are_one_sentence(save, image_file, tmp_path, capsys):
     assert 'no config file' in mistake(capsys, image_file, tmp_path / 'no.py', checkpoint)
     sentence = mistake(capsys, *good, '--layer', 'bbox_head.moe')
     assert sentence == (
-        "--layer: there is no MoE layer 'bbox_head.moe'; choose bbox_head.cls_moe or "
+        "--layer: there is no layer of experts 'bbox_head.moe'; choose bbox_head.cls_moe or "
         'bbox_head.reg_moe'
     )
     assert '--score-thr' in mistake(capsys, *good, '--score-thr', '1.5')
@@ -722,7 +722,7 @@ def test_mistakes_are_one_sentence(save, image_file, tmp_path, capsys):
 def test_model_and_checkpoint_have_to_fit(save, image_file, capsys):
     config, checkpoint, _ = save(detector())
     dense, dense_checkpoint, _ = save(detector('retina'), 'dense')
-    assert 'no MoE layer' in mistake(capsys, image_file, dense, dense_checkpoint)
+    assert 'neither an MoE nor a μMoE layer' in mistake(capsys, image_file, dense, dense_checkpoint)
     assert 'dense model' in mistake(capsys, image_file, config, dense_checkpoint)
     larger = detector()
     larger['model']['bbox_head']['num_experts'] = 5

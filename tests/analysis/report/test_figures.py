@@ -12,7 +12,13 @@ from matplotlib.colors import to_rgb
 from matplotlib.patches import Rectangle, StepPatch
 from synthetic import SIZE_EDGES, association, make_experts
 
-from mmdet_moe.analysis.report.figures import MAX_CLASSES, draw_figures, write_figures
+from mmdet_moe.analysis.report.figures import (
+    MAX_CLASSES,
+    draw_figures,
+    draw_polysemanticity,
+    write_comparison,
+    write_figures,
+)
 from mmdet_moe.drawing import style
 
 LAYER = 'bbox_head.cls_moe'
@@ -29,6 +35,13 @@ CASES = {
         'num_levels': None,
         'classes': 100,
         'layers': ('backbone.a_stage_with_a_long_name.and_a_longer_name_of_its_block.moe_layer',),
+    },
+    'a hundred factorised experts': {
+        'num_experts': 100,
+        'kind': 'factorised',
+        'num_levels': 3,
+        'classes': 30,
+        'history': False,
     },
 }
 
@@ -104,6 +117,7 @@ def test_which_figures_there_are():
         *('usage', 'information', 'coactivation', 'history', 'interventions', 'decisions_level'),
         *('objects_size_given_expert', 'objects_expert_given_size', 'objects_size_coco'),
         *('objects_class', 'objects_superclass', 'objects_level', 'objects_position'),
+        'polysemanticity',
     }
     assert [name for layer, name in figures if layer == 'all'] == ['interventions']
 
@@ -117,7 +131,7 @@ def test_files(tmp_path):
     options = dict(task='classification', num_levels=None, num_experts=2, history=False)
     experts = make_experts(layers=('backbone.layer4',), **options)
     paths = write_figures(experts, tmp_path / 'figures')
-    assert len(paths) == len(set(paths)) == 2 * (5 + 1)
+    assert len(paths) == len(set(paths)) == 2 * (6 + 1)
     assert sorted(paths) == sorted(p for p in tmp_path.rglob('*') if p.is_file())
     assert {p.parent.name for p in paths} == {'backbone.layer4', 'all'}
     for path in paths:
@@ -385,3 +399,66 @@ def test_nothing_counted_nothing_drawn():
     }
     names = [name for _, name in draw_all(experts)]
     assert names == ['usage', 'coactivation']
+
+
+def test_many_experts_are_those_with_the_most_weight():
+    """Numbers at the axes are those of the experts shown, and the titles say how many they are."""
+    experts, figures = draw(**CASES['a hundred factorised experts'])
+    shown = experts['layers'][LAYER]['coactivation_experts']
+    assert len(shown) == 64
+    for name in ('usage', 'coactivation', 'objects_class', 'objects_expert_given_size'):
+        figure = figures[LAYER, name]
+        assert '64 of 100 experts' in figure.get_suptitle().replace('\n', ' ')
+        axes = figure.axes[0]
+        ticks = axes.get_yticks() if 'given_size' in name else axes.get_xticks()
+        labels = axes.get_yticklabels() if 'given_size' in name else axes.get_xticklabels()
+        found = {int(t): label.get_text() for t, label in zip(ticks, labels, strict=True)}
+        known = {place: text for place, text in found.items() if text}
+        assert len(known) > 4
+        assert all(text == str(shown[place]) for place, text in known.items())
+    titles = figures[LAYER, 'usage'].get_suptitle() + figures[LAYER, 'coactivation'].get_suptitle()
+    assert 'coefficients' in titles
+    assert 'chosen' not in titles
+    assert '16 that cost most' in figures[LAYER, 'interventions'].get_suptitle()
+
+
+def test_drops_are_those_of_the_interventions():
+    experts, figures = draw()
+    before = experts['metrics']['per_class']
+    left, right, *_ = figures[LAYER, 'polysemanticity'].axes
+    (mesh,) = (c for c in left.collections if isinstance(c, QuadMesh))
+    rows = [int(label.get_text()) for label in left.get_yticklabels()]
+    columns = [label.get_text() for label in left.get_xticklabels()]
+    after = {
+        entry['expert']: entry['metrics']['per_class']
+        for entry in experts['interventions']
+        if (entry['layer'], entry['kind']) == (LAYER, 'zeroed')
+    }
+    expected = [[100 * max(0, before[c] - after[e][c]) for c in columns] for e in rows]
+    np.testing.assert_allclose(np.reshape(mesh.get_array(), (len(rows), -1)), expected)
+    assert sorted(rows) == list(after)
+    assert sum(patch.get_height() for patch in right.patches) == len(rows)
+
+
+def test_polysemanticity_of_several_runs(tmp_path):
+    """One point for each layer, sparse and factorised apart; nothing where nobody was zeroed."""
+    runs = [make_experts(layers=('a', 'b'), num_experts=4, history=False)]
+    runs += [
+        make_experts(layers=('head',), num_experts=e, kind='factorised', seed=e) for e in (8, 16)
+    ]
+    nothing = make_experts(layers=('a',), interventions=False)
+    assert write_comparison([nothing], tmp_path) == []
+    with style():
+        (axes,) = draw_polysemanticity([*runs, nothing]).axes
+    points = {line.get_label(): line for line in axes.lines if line.get_marker() != 'None'}
+    assert set(points) == {'sparse MoE', 'μMoE'}
+    layers = runs[0]['layers'].values()
+    assert points['sparse MoE'].get_xdata().tolist() == [4, 4]
+    assert sorted(points['sparse MoE'].get_ydata()) == sorted(
+        layer['polysemanticity']['mean'] for layer in layers
+    )
+    assert points['μMoE'].get_xdata().tolist() == [8, 16]
+    assert [path.name for path in write_comparison(runs, tmp_path)] == [
+        'polysemanticity.png',
+        'polysemanticity.pdf',
+    ]

@@ -40,6 +40,7 @@ def tables(experts, tmp_path):
         'experts.csv',
         'interventions.csv',
         'layers.csv',
+        'polysemanticity.csv',
     ]
     assert sorted(paths) == sorted((tmp_path / 'a' / 'tables').iterdir())  # nothing temporary
     return read(tmp_path / 'a' / 'tables')
@@ -60,6 +61,7 @@ def test_layers_and_experts(experts, tables):
         layer, e = experts['layers'][row['layer']], int(row['expert'])
         assert same(row['load'], layer['load'][e])
         assert same(row['importance'], layer['importance'][e])
+        assert same(row['active_share'], layer['active_share'][e])
         assert row['dead'] == str(e == 1)
     assert len(tables['coactivation']) == 2 * 4 * 4
     for row in tables['coactivation']:
@@ -133,3 +135,32 @@ def test_a_later_run_replaces_everything(tmp_path):
     assert {row['layer'] for row in tables['association_counts']} == {'backbone.layer4'}
     assert [row['metric'] for row in tables['interventions']] == ['accuracy']
     assert tables['interventions'][0]['value'] == ''
+
+
+def test_polysemanticity(tables, experts):
+    rows = iter(tables['polysemanticity'])
+    for name, layer in experts['layers'].items():
+        found = layer['polysemanticity']
+        for e, value, of_class, drop in zip(
+            *(found[key] for key in ('experts', 'values', 'classes', 'drops')), strict=True
+        ):
+            row = next(rows)
+            assert (row['layer'], row['expert'], row['class']) == (name, str(e), of_class)
+            assert same(row['polysemanticity'], value)
+            assert same(row['drop'], drop)
+    assert next(rows, None) is None
+    means = [row['polysemanticity'] for row in tables['layers']]
+    assert [float(mean) for mean in means] == [
+        layer['polysemanticity']['mean'] for layer in experts['layers'].values()
+    ]
+
+
+def test_pairs_of_many_experts(tmp_path):
+    experts = make_experts(num_experts=70, layers=('a',), history=False, interventions=False)
+    write_tables(experts, tmp_path)
+    layer, rows = experts['layers']['a'], read(tmp_path)['coactivation']
+    assert len(rows) == 64 * 64
+    places = {str(e): i for i, e in enumerate(layer['coactivation_experts'])}
+    for row in rows:
+        a, b = places[row['expert']], places[row['other_expert']]
+        assert same(row['share'], layer['coactivation'][a][b])

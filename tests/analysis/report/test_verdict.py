@@ -237,7 +237,9 @@ def test_rare_bins_are_no_examples():
 
 def test_neighbours_are_not_independent():
     found = {'objects': {'class': association(0.4, 0.01, 0.001)}}
-    assert 'p-values are too small' in said(layer(granularity='pixel', associations=found))
+    pixels = layer(granularity='pixel', associations=found)
+    assert 'p-values are too small' in said({**pixels, 'num_decisions': 90_000})
+    assert 'p-values are too small' not in said({**pixels, 'num_decisions': 500})  # one an image
     assert 'p-values are too small' not in said(layer(associations=found))
 
 
@@ -282,3 +284,35 @@ def test_from_data_to_words():
     assert 'strongly specialised by class (objects, 0.69' in text
     assert 'p = 0.001, 300 decisions' in text
     assert 'carries 50 % of objects of class' in text
+
+
+def test_polysemanticity():
+    found = {
+        'num_zeroed': 4,
+        'num_mattering': 2,
+        'mean': 0.5,
+        'experts': [0, 1, 2, 3],
+        'values': [None, 0.2, None, 0.8],
+        'classes': [None, 'cat', None, 'dog'],
+        'drops': [0.0, 0.4, 0.0, 0.125],
+    }
+    experts = experts_of(layer(polysemanticity=found), task='classification')
+    experts['run']['classes'] = list('abcde')
+    (sentence,) = (s for s in verdict(experts) if 'polysemanticity' in s)
+    assert 'polysemanticity 0.50' in sentence
+    assert 'at most 2.00' in sentence
+    assert 'of the 2 of 4 experts' in sentence
+    assert 'expert 1 costs most, 40.0 points of accuracy of class cat' in sentence
+    nobody = {**found, 'num_mattering': 0}
+    assert 'any single one of 4 experts lowers the AP of no class' in said(
+        layer(polysemanticity=nobody)
+    )
+
+
+def test_factorised_layers_choose_nobody():
+    of_layer = layer(kind='factorised', top_k=4, active_share=[1.0, 0.5, 0.5, 0.25])
+    text = said(of_layer)
+    assert 'on average 2.2 of the 4 experts have a coefficient above 0' in text
+    assert 'every decision uses all' not in text
+    dead = layer(num_experts=40, load=[0.0] * 40, dead_experts=list(range(20)))
+    assert '20 of 40 experts are dead' in said({**dead, 'coactivation': np.eye(40).tolist()})

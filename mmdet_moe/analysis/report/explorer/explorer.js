@@ -9,6 +9,7 @@
 (() => {
   const NO_WEIGHT = 255;
   const WEIGHT_STEPS = 254;
+  const FINE = 257; // small weights travel in finer steps, see packing.py
   const KINDS = ['correct', 'wrong', 'missed'];
   const SYMBOLS = ['✓', '✗', '○'];
   const SIZE_LIMITS = [32, 96];
@@ -31,6 +32,7 @@
   const whole = (n) => n.toLocaleString('en-US');
   const fixed = (x, digits = 3) => (x === null || x === undefined ? '–' : x.toFixed(digits));
   const percent = (x) => `${(100 * x).toFixed(x > 0 && x < 0.01 ? 1 : 0)} %`;
+  const weightText = (steps) => { const w = steps / WEIGHT_STEPS; return w > 0 && w < 0.1 ? w.toPrecision(2) : w.toFixed(2); };
   const plural = (n, noun) => `${whole(n)} ${noun}${n === 1 ? '' : 's'}`;
 
   function element(tag, properties = {}, ...children) {
@@ -149,11 +151,14 @@
     return { dtick: step, tick0: 0, tickangle: 0 };
   }
 
-  const expertAxis = (count, div) => ({
-    title: 'expert', showgrid: false, zeroline: false, range: [-0.5, count - 0.5], ...expertTicks(count, div.clientWidth - 110),
+  /* Numbers of the experts; as text they are categories, of which some numbers are missing. */
+  const expertAxis = (numbers, div) => ({
+    title: 'expert', showgrid: false, zeroline: false, type: typeof numbers[0] === 'string' ? 'category' : 'linear',
+    range: [-0.5, numbers.length - 0.5], ...expertTicks(numbers.length, div.clientWidth - 110),
   });
 
-  function heatMap(div, table, names, experts, { rowTitle, hover, description, square }) {
+  function heatMap(div, table, names, numbers, { rowTitle, hover, description, square }) {
+    const experts = numbers.length;
     const rowHeight = square ? Math.max(8, Math.min(40, 300 / experts)) : Math.max(18, Math.min(30, 200 / names.length));
     const narrow = div.clientWidth < 420;
     const digits = Math.max(...table.flat()) < 0.1 ? 3 : 2;
@@ -161,8 +166,8 @@
     plot(div, [{
       type: 'heatmap',
       z: table,
-      x: range(experts),
-      y: range(names.length),
+      x: numbers,
+      y: square ? numbers : range(names.length),
       zmin: 0,
       colorscale: [[0, colours[0]], [0.5, colours[1]], [1, colours[2]]],
       xgap: experts > 24 ? 0 : 1,
@@ -175,11 +180,11 @@
       showscale: experts > (narrow ? 5 : 10),
     }], {
       height: Math.round(names.length * rowHeight + 62),
-      xaxis: expertAxis(experts, div),
+      xaxis: expertAxis(numbers, div),
       yaxis: {
         title: rowTitle, autorange: 'reversed', showgrid: false, zeroline: false,
         ...(square
-          ? expertTicks(experts, experts * rowHeight * 1.4)
+          ? { type: expertAxis(numbers, div).type, ...expertTicks(experts, experts * rowHeight * 1.4) }
           : { tickvals: range(names.length), ticktext: names.map((n) => chartText(shortened(n, narrow ? 14 : 22))) }),
       },
     }, description);
@@ -254,7 +259,7 @@
         if (button) this.chooseExpert(Number(button.dataset.expert));
       });
       experts.addEventListener('keydown', (event) => {
-        const target = stepped(event, this.expert, this.layer.num_experts, 1);
+        const target = stepped(event, this.expert, this.width, 1);
         if (target === null) return;
         event.preventDefault();
         this.chooseExpert(target);
@@ -293,13 +298,24 @@
       }
     }
 
+    /* Experts that are shown: of very many not all. What is about them goes by their places. */
+    get width() { return this.layer.load.length; }
+
+    /* The number of the expert at a place. */
+    number(expert = this.expert) { return expert < 0 || !this.layer.experts ? expert : this.layer.experts[expert]; }
+
+    numbers() { return this.layer.experts ? this.layer.experts.map(String) : range(this.width); }
+
     // Choices ------------------------------------------------------------------------------------
 
     async chooseLayer(name) {
       const turn = ++this.turn;
       const layer = this.payload.layers[name];
       const packed = this.payload.columns.weights[name];
-      if (packed && !this.inflated[name]) this.inflated[name] = await unpack(packed);
+      if (packed && !this.inflated[name]) {
+        const steps = await unpack(packed);
+        this.inflated[name] = packed.dtype === 'uint8' ? steps : Float32Array.from(steps, (x) => x / FINE);
+      }
       if (!layer.tables) {
         const history = layer.history ? await unpackTable(layer.history.load) : null;
         layer.tables = { coactivation: await unpackTable(layer.coactivation), history };
@@ -326,7 +342,7 @@
         button.setAttribute('aria-checked', String(checked));
         button.tabIndex = checked ? 0 : -1;
       }
-      this.root.style.setProperty('--key', expertColour(expert));
+      this.root.style.setProperty('--key', expertColour(this.number()));
       this.refresh();
       if (this.layer.history) drawSoon(this.chart('history'), () => this.drawHistory());
     }
@@ -339,8 +355,8 @@
         const note = dead.includes(expert) ? ', never chosen' : '';
         return element('button', {
           type: 'button', class: note ? 'expert dead' : 'expert', role: 'radio', 'data-expert': expert,
-          'aria-label': `Expert ${expert}, load ${percent(share)}${note}`, title: `Load ${percent(share)}${note}`,
-        }, badge(expert), element('span', { class: 'load', 'aria-hidden': 'true' }, percent(share)));
+          'aria-label': `Expert ${this.number(expert)}, load ${percent(share)}${note}`, title: `Load ${percent(share)}${note}`,
+        }, badge(this.number(expert)), element('span', { class: 'load', 'aria-hidden': 'true' }, percent(share)));
       }));
     }
 
@@ -348,11 +364,13 @@
       const { layer } = this;
       const per = layer.granularity === 'image' && this.levels ? 'image and pyramid level' : layer.granularity;
       const many = layer.dead_experts.length;
-      const dead = many ? ` Never chosen: ${many > 8 ? `${many} experts, shown pale` : `expert ${layer.dead_experts.join(', ')}`}.` : '';
+      const dead = many ? ` Never chosen: ${many > 8 ? `${many} experts, shown pale` : `expert ${layer.dead_experts.map((e) => this.number(e)).join(', ')}`}.` : '';
+      const dense = layer.kind === 'factorised';
       const facts = this.$('.layer-facts');
       facts.replaceChildren(
-        `${layer.num_experts} experts, ${layer.top_k} chosen per decision. One decision per ${per}, `
-        + `${whole(layer.num_decisions)} in all. Percentages: load.${dead}`,
+        `${layer.num_experts} experts, ${dense ? 'each with a coefficient' : `${layer.top_k} chosen`} per decision. One decision per ${per}, `
+        + `${whole(layer.num_decisions)} in all. Percentages: ${dense ? 'share of the coefficients above 0' : 'load'}.${dead}`
+        + `${layer.left_out ? ` Shown are ${layer.left_out}.` : ''}`,
       );
       if (layer.collapsed) {
         facts.append(element('span', { class: 'collapsed' }, 'Collapsed: the choice of the experts hardly depends on the input.'));
@@ -376,7 +394,7 @@
       const { kind, label } = this.columns;
       const test = this.classTest(klass);
       const bySize = this.hasSizes && sizes.size < 3;
-      const experts = this.layer.num_experts;
+      const experts = this.width;
       this.matching = []; // rows of any expert
       this.rows = []; // rows that the chosen expert took part in
       for (let row = 0; this.weights && row < this.count; row++) {
@@ -393,7 +411,7 @@
       this.drawHistograms();
     }
 
-    steps(row, expert = this.expert) { return this.weights[row * this.layer.num_experts + expert]; }
+    steps(row, expert = this.expert) { return this.weights[row * this.width + expert]; }
 
     /* Highest weight first; of equal ones one row of every image, then a second one; then by score. */
     ranked(rows) {
@@ -413,7 +431,7 @@
 
     mainExpert(row) {
       let best = -1;
-      for (let e = 0, most = 0; this.weights && e < this.layer.num_experts; e++) {
+      for (let e = 0, most = 0; this.weights && e < this.width; e++) {
         const weight = this.steps(row, e);
         if (weight !== NO_WEIGHT && weight > most) [best, most] = [e, weight];
       }
@@ -445,7 +463,7 @@
     drawWall() {
       const shown = this.wallRows.slice(0, this.shown);
       const noun = this.detection ? 'object' : 'image';
-      this.$('.wall-title').textContent = `What expert ${this.expert} works on`;
+      this.$('.wall-title').textContent = `What expert ${this.number()} works on`;
       this.$('.wall').replaceChildren(...shown.map((row, i) => this.tile(row, i)));
       this.$('.wall').hidden = !shown.length;
       this.$('.wall-hint').hidden = !shown.length;
@@ -459,6 +477,7 @@
       const { kept, all } = this.payload.rows;
       if (kept < all) count.append(` · from a sample of ${whole(kept)} of all ${whole(all)} ${noun}s`);
 
+      count.append(this.hangsOn());
       this.$('.empty').hidden = shown.length > 0;
       this.$('.empty-reset').hidden = !this.weights || !filtersActive();
       const dead = this.layer.dead_experts.includes(this.expert);
@@ -466,13 +485,22 @@
         ? `Decisions of this layer do not belong to single ${noun}s. Its statistics are below.`
         : this.rows.length
           ? `${plural(this.rows.length, noun)} ${this.rows.length === 1 ? 'matches' : 'match'}, but none of their pictures is stored.`
-          : dead ? `Expert ${this.expert} is never chosen.`
-            : filtersActive() ? `No ${noun} of expert ${this.expert} matches these filters.` : `Expert ${this.expert} took part in no ${noun}.`;
+          : dead ? `Expert ${this.number()} is never chosen.`
+            : filtersActive() ? `No ${noun} of expert ${this.number()} matches these filters.` : `Expert ${this.number()} took part in no ${noun}.`;
+    }
+
+    /* What zeroing the chosen expert does, where that was measured. */
+    hangsOn() {
+      const found = this.layer.polysemanticity;
+      const i = found ? found.experts.indexOf(this.number()) : -1;
+      if (i < 0) return '';
+      if (found.classes[i] === null) return ' · zeroed, no class gets worse';
+      return ` · zeroed, class ${found.classes[i]} loses ${(100 * found.drops[i]).toFixed(1)} points; polysemanticity ${found.values[i].toFixed(2)}`;
     }
 
     tile(row, index) {
       const { label, kind, image, size } = this.columns;
-      const weight = (this.steps(row) / WEIGHT_STEPS).toFixed(2);
+      const weight = weightText(this.steps(row));
       const pixels = this.sizeBin[row] < 0 ? '' : `, ${Math.round(size[row])} px`;
       const picture = element('span', { class: 'picture' },
         element('img', { src: jpeg(this.payload.pool.crops[this.cropOf.get(row)]), alt: '', decoding: 'async', draggable: false }),
@@ -543,7 +571,7 @@
       this.$('.histograms').hidden = !some;
     }
 
-    bars() { return { color: expertColour(this.expert), line: { color: theme('soft'), width: 0.5 } }; }
+    bars() { return { color: expertColour(this.number()), line: { color: theme('soft'), width: 0.5 } }; }
 
     /* Steps over the whole width of every bin. */
     reference(centres, shares, width) {
@@ -579,7 +607,7 @@
           const to = Math.min(edges[i + 1], high);
           return { text, from, to, x: (from + to) / 2, y: 1, yref: 'paper', yanchor: 'bottom', showarrow: false, font: { size: 12, color: theme('soft') } };
         }).filter(({ from, to }) => to - from > 0.14 * (high - sizes.low)).map(({ from, to, ...annotation }) => annotation),
-      }, `Object sizes of expert ${this.expert}: most weight at ${top}.`);
+      }, `Object sizes of expert ${this.number()}: most weight at ${top}.`);
     }
 
     levelNames() {
@@ -599,7 +627,7 @@
         height: 200,
         xaxis: { title: 'pyramid level', tickvals: range(this.levels), ticktext: names.map(chartText), showgrid: false, zeroline: false, range: [-0.6, this.levels - 0.4] },
         yaxis: shareAxis('share'),
-      }, `Levels of expert ${this.expert}: most weight on ${names[own.indexOf(Math.max(...own))]}.`);
+      }, `Levels of expert ${this.number()}: most weight on ${names[own.indexOf(Math.max(...own))]}.`);
     }
 
     drawClasses(div, { own, all }) {
@@ -622,13 +650,16 @@
         height: 20 * names.length + 62,
         xaxis: shareAxis('share'),
         yaxis: { tickvals: range(names.length), ticktext: texts.map(chartText), range: [names.length - 0.4, -0.6], showgrid: false, zeroline: false },
-      }, `Classes of expert ${this.expert}: most weight on ${names[values.indexOf(Math.max(...values))]}.`);
+      }, `Classes of expert ${this.number()}: most weight on ${names[values.indexOf(Math.max(...values))]}.`);
     }
 
     // The whole layer ----------------------------------------------------------------------------
 
     drawOverview() {
       this.$('.layer-name').textContent = this.layerName;
+      const dense = this.layer.kind === 'factorised';
+      this.$('.load-hint').textContent = dense ? 'Load: share of the coefficients above 0. Importance: mean coefficient.' : 'Load: share of the choices that fall on an expert. Importance: share of the weight.';
+      this.$('.coactivation-hint').textContent = dense ? 'Share of the decisions in which both coefficients are above 0; the diagonal: above 0 at all.' : 'Share of the decisions in which both experts are chosen; the diagonal: chosen at all.';
       drawSoon(this.chart('load'), () => this.drawLoad());
       drawSoon(this.chart('coactivation'), () => this.drawCoactivation());
       this.$('[data-chart="history"]').hidden = !this.layer.history;
@@ -649,22 +680,23 @@
 
     drawLoad() {
       const { load, importance, num_experts: experts } = this.layer;
-      const bar = (name, y, color) => ({ type: 'bar', name, x: range(experts), y, marker: { color }, hovertemplate: `expert %{x}: ${name} %{y:.1%}<extra></extra>` });
+      const numbers = this.numbers();
+      const bar = (name, y, color) => ({ type: 'bar', name, x: numbers, y, marker: { color }, hovertemplate: `expert %{x}: ${name} %{y:.1%}<extra></extra>` });
       plot(this.chart('load'), [bar('load', load, theme('bar')), bar('importance', importance, '#E69F00')], {
         height: 270,
         margin: { t: 34 },
         showlegend: true,
         legend: { orientation: 'h', x: 0, y: 1.02, yanchor: 'bottom' },
         bargap: 0.3,
-        xaxis: expertAxis(experts, this.chart('load')),
+        xaxis: expertAxis(numbers, this.chart('load')),
         yaxis: shareAxis('share'),
         shapes: [{ type: 'line', xref: 'paper', x0: 0, x1: 1, y0: 1 / experts, y1: 1 / experts, line: { color: theme('soft'), width: 1.5, dash: 'dot' } }],
-      }, `Load of the experts: ${load.map((x, e) => `${e}: ${percent(x)}`).join(', ')}.`);
+      }, `Load of the experts: ${load.map((x, e) => `${numbers[e]}: ${percent(x)}`).join(', ')}.`);
     }
 
     drawCoactivation() {
-      const experts = this.layer.num_experts;
-      heatMap(this.chart('coactivation'), this.layer.tables.coactivation, range(experts).map(String), experts, {
+      const numbers = this.numbers();
+      heatMap(this.chart('coactivation'), this.layer.tables.coactivation, numbers, numbers, {
         rowTitle: 'expert', square: true,
         hover: 'experts %{y} and %{x}: %{z:.1%} of the decisions',
         description: 'Share of the decisions in which two experts are chosen together.',
@@ -673,15 +705,15 @@
 
     drawHistory() {
       const { step } = this.layer.history;
-      const experts = this.layer.num_experts;
+      const experts = this.width;
       // Of many lines only that of the chosen expert can be followed; it is drawn last.
       const few = experts <= 8;
       const order = range(experts).sort((a, b) => (few ? 0 : (a === this.expert) - (b === this.expert)));
-      this.$('.history-hint').textContent = few ? '' : ` Coloured: expert ${this.expert}.`;
+      this.$('.history-hint').textContent = few ? '' : ` Coloured: expert ${this.number()}.`;
       plot(this.chart('history'), order.map((expert) => ({
-        type: 'scatter', mode: 'lines', name: `expert ${expert}`, x: step, y: this.layer.tables.history.map((row) => row[expert]),
-        line: few || expert === this.expert ? { color: expertColour(expert), width: 2 } : { color: theme('rule'), width: 1 },
-        hovertemplate: `expert ${expert}, step %{x}: %{y:.1%}<extra></extra>`,
+        type: 'scatter', mode: 'lines', name: `expert ${this.number(expert)}`, x: step, y: this.layer.tables.history.map((row) => row[expert]),
+        line: few || expert === this.expert ? { color: expertColour(this.number(expert)), width: 2 } : { color: theme('rule'), width: 1 },
+        hovertemplate: `expert ${this.number(expert)}, step %{x}: %{y:.1%}<extra></extra>`,
       })), {
         height: 270,
         margin: { t: few ? 34 : 8 },
@@ -714,7 +746,7 @@
           + `${many && !open ? 'Those that tell most about the experts. ' : ''}${inWords(association)}`;
         drawSoon($('.chart', card), () => {
           const shares = byExpert ? columnShares(association.table) : association.table.map(normalised);
-          heatMap($('.chart', card), rows.map((i) => shares[i]), rows.map((i) => String(association.bins[i])), this.layer.num_experts, {
+          heatMap($('.chart', card), rows.map((i) => shares[i]), rows.map((i) => String(association.bins[i])), this.numbers(), {
             hover: byExpert ? 'expert %{x}: %{z:.1%} of its weight on %{customdata}' : '%{customdata}: %{z:.1%} by expert %{x}',
             description: `Experts and ${noun}. ${inWords(association)}`,
           });
@@ -742,11 +774,14 @@
       const base = this.payload.metrics;
       const names = Object.keys(base);
       const mine = this.payload.interventions.filter((i) => i.layer === this.layerName || i.layer === 'all');
-      const title = { only: (e) => `only expert ${e}`, without: (e) => `without expert ${e}`, equal: () => 'all experts, equal weights', random: () => 'random experts' };
+      const title = { only: (e) => `only expert ${e}`, without: (e) => `without expert ${e}`, zeroed: (e) => `expert ${e} zeroed`, equal: () => 'all experts, equal weights', random: () => 'random experts' };
       const rows = mine.map((i) => ['', [
         (title[i.kind] ? title[i.kind](i.expert) : i.kind) + (i.layer === 'all' ? ' (all layers)' : ''),
         ...names.map((name) => difference(i.metrics?.[name], base[name])),
       ]]);
+      const all = this.layer.polysemanticity?.num_zeroed || 0;
+      const zeroed = mine.filter((i) => i.kind === 'zeroed').length;
+      this.$('.zeroed-hint').textContent = zeroed < all ? ` Of the ${whole(all)} experts that were zeroed, the ${zeroed} that cost most.` : '';
       this.$('.interventions').hidden = !rows.length;
       rows.unshift(['base', ['unchanged', ...names.map((name) => fixed(base[name]))]]);
       this.$('.interventions .table-scroll').replaceChildren(table(['Routing', ...names], rows, []));
@@ -890,11 +925,11 @@
     box(row, chosen, width, height) {
       const { run } = this;
       const expert = run.mainExpert(row);
-      const colour = expert < 0 ? '#7A7A7A' : expertColour(expert);
+      const colour = expert < 0 ? '#7A7A7A' : expertColour(run.number(expert));
       const [x1, y1, x2, y2] = run.columns.box.subarray(4 * row, 4 * row + 4);
       const style = [chosen && 'chosen', run.columns.kind[row] === 2 && 'missed', y1 < 0.06 * height && 'at-top', x1 > 0.93 * width && 'at-right'];
       const node = element('div', { class: ['box', ...style.filter(Boolean)].join(' '), 'data-row': row, 'aria-hidden': 'true' },
-        element('span', { class: 'tag' }, expert < 0 ? '–' : String(expert)));
+        element('span', { class: 'tag' }, expert < 0 ? '–' : String(run.number(expert))));
       node.style.setProperty('--colour', colour);
       node.style.setProperty('--on-colour', textOn(colour));
       place(node, [x1, y1, Math.min(x2, width), Math.min(y2, height)], width, height);
@@ -903,15 +938,15 @@
 
     entry(row, chosen, place) {
       const { run } = this;
-      const experts = range(run.layer.num_experts)
+      const experts = range(run.width)
         .map((e) => [e, run.steps(row, e)])
         .filter(([, weight]) => weight !== NO_WEIGHT && weight > 0)
         .sort((a, b) => b[1] - a[1] || a[0] - b[0]);
-      const named = experts.slice(0, 6).map(([e, weight]) => `expert ${e}: ${(weight / WEIGHT_STEPS).toFixed(2)}`);
+      const named = experts.slice(0, 6).map(([e, weight]) => `expert ${run.number(e)}: ${weightText(weight)}`);
       if (experts.length > 6) named.push(`${experts.length - 6} more`);
       const pixels = run.sizeBin[row] < 0 ? '' : ` · ${Math.round(run.columns.size[row])} px`;
       return element('li', { class: chosen ? 'entry chosen' : 'entry', 'data-row': row, tabIndex: place ? -1 : 0 },
-        badge(run.mainExpert(row)),
+        badge(run.number(run.mainExpert(row))),
         element('span', { class: 'what' }, `${SYMBOLS[run.columns.kind[row]]} ${run.describe(row)}`),
         element('span', { class: 'weights' }, (named.join(' · ') || 'no expert known') + pixels));
     },

@@ -7,6 +7,8 @@ import numpy as np
 
 #: Weights travel in steps of 1 / 254; 255 stands for NaN.
 WEIGHT_STEPS, NO_WEIGHT = 254, 255
+#: Those of a layer with more experts than this are small; they travel in so many steps for each.
+FEW_EXPERTS, FINE = 32, 257
 
 
 def pack(array: np.ndarray) -> dict:
@@ -21,3 +23,16 @@ def quantise(values: np.ndarray) -> np.ndarray:
     """Floats of 0..1 as uint8 in steps of 1 / :data:`WEIGHT_STEPS`; NaN as :data:`NO_WEIGHT`."""
     steps = np.rint(np.clip(np.nan_to_num(values), 0, 1) * WEIGHT_STEPS)
     return np.where(np.isnan(values), NO_WEIGHT, steps).astype(np.uint8)
+
+
+def quantise_weights(values: np.ndarray) -> np.ndarray:
+    """Weights (n, E): uint8 as :func:`quantise`; uint16 in finer steps where E is large."""
+    if values.shape[1] <= FEW_EXPERTS:
+        return quantise(values)
+    steps = np.where(np.isnan(values), NO_WEIGHT, np.clip(values, 0, 1) * WEIGHT_STEPS)
+    return np.rint(steps * FINE).astype(np.uint16)  # NO_WEIGHT becomes the largest number
+
+
+def in_steps(weights: np.ndarray) -> np.ndarray:
+    """What :func:`quantise_weights` gave in steps of 1 / :data:`WEIGHT_STEPS`, with fractions."""
+    return weights if weights.dtype == np.uint8 else weights.astype(np.float32) / FINE

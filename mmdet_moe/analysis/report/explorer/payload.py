@@ -11,8 +11,14 @@ import numpy as np
 
 from mmdet_moe.analysis.files import write_file
 from mmdet_moe.analysis.records.contents import select
-from mmdet_moe.analysis.report.explorer.packing import pack, quantise
+from mmdet_moe.analysis.report.explorer.packing import (
+    in_steps,
+    pack,
+    quantise,
+    quantise_weights,
+)
 from mmdet_moe.analysis.report.explorer.pool import fill_pool
+from mmdet_moe.analysis.report.shown import shown_interventions, shown_layer
 from mmdet_moe.analysis.statistics.outcomes import Outcomes
 from mmdet_moe.errors import ConfigError
 
@@ -33,9 +39,11 @@ def build_payload(
 ) -> dict:
     """Gather everything that a report shows of one run.
 
-    All outcomes are kept as columns. Where there are so many that they alone would use up the
-    budget, the outcomes of images at even distances are kept. Crops and whole images are JPEG, of a
-    choice of images (see :mod:`~mmdet_moe.analysis.report.explorer.pool`).
+    Of a layer with very many experts only those with the most weight are told of
+    (:mod:`~mmdet_moe.analysis.report.shown`). All outcomes are kept as columns. Where there are so
+    many that they alone would use up the budget, the outcomes of images at even distances are kept.
+    Crops and whole images are JPEG, of a choice of images (see
+    :mod:`~mmdet_moe.analysis.report.explorer.pool`).
 
     Args:
         experts: The content of ``experts.json``.
@@ -47,31 +55,40 @@ def build_payload(
     Returns:
         JSON-able.
     """
+    layers = {name: shown_layer(layer) for name, layer in experts['layers'].items()}
+    metrics = _overall(experts.get('metrics'))
+    interventions = experts.get('interventions') or []
     payload = {
         'schema': SCHEMA,
         'version': VERSION,
         'run': experts['run'],
-        'metrics': _overall(experts.get('metrics')),
+        'metrics': metrics,
         'layers': {
             name: _layer(layer, (experts.get('history') or {}).get(name))
-            for name, layer in experts['layers'].items()
+            for name, layer in layers.items()
         },
         'interventions': [
             {**entry, 'metrics': _overall(entry['metrics'])}
-            for entry in experts.get('interventions') or []
+            for name in dict.fromkeys(entry['layer'] for entry in interventions)
+            for entry in shown_interventions(
+                [entry for entry in interventions if entry['layer'] == name],
+                next(iter(metrics), ''),
+            )
         ],
         'verdict': experts.get('verdict') or [],
     }
     payload = _jsonable(payload)
     room = budget - len(_dumps(payload))
     total = len(outcomes)
-    outcomes = _known_layers(outcomes, experts['layers'])
+    outcomes = _known_layers(outcomes, layers)
     columns = _columns(outcomes)
     if len(_dumps(columns)) > _COLUMN_SHARE * room:
         outcomes, columns = _thinned(outcomes, columns, _COLUMN_SHARE * room)
     payload['rows'] = {'kept': len(outcomes), 'all': total}
     payload['columns'] = columns
-    weights = {name: quantise(values) for name, values in outcomes.weights.items()}
+    weights = {
+        name: in_steps(quantise_weights(values)) for name, values in outcomes.weights.items()
+    }
     # 256 bytes for the punctuation and the names of what is added below.
     room = budget - len(_dumps(payload)) - 256
     pool = fill_pool(outcomes, weights, load_image, room)
@@ -104,6 +121,7 @@ def _layer(layer: dict, history: dict | None) -> dict:
         steps = np.asarray(history['step'])
         kept = np.unique(np.linspace(0, len(steps) - 1, _HISTORY_STEPS).round().astype(int))
         load = np.asarray(history['load'], np.float32)[kept]
+        load = load[:, layer['experts']] if 'experts' in layer else load
         entry['history'] = {'step': steps[kept].tolist(), 'load': pack(load)}
     return entry
 
@@ -129,7 +147,7 @@ def _known_layers(outcomes: Outcomes, layers: dict[str, dict]) -> Outcomes:
                 f'the outcomes have weights of shape {values.shape} for {name}, '
                 f'expected {(len(outcomes), layer["num_experts"])}'
             )
-        weights[name] = values
+        weights[name] = values[:, layer['experts']] if 'experts' in layer else values
     return replace(outcomes, weights=weights)
 
 
@@ -144,7 +162,9 @@ def _columns(outcomes: Outcomes) -> dict:
         'kind': pack(outcomes.kind.astype(np.uint8)),
         'size': pack(outcomes.size.astype(np.float32)),
         'level': pack(outcomes.level.astype(np.int32)),
-        'weights': {name: pack(quantise(values)) for name, values in outcomes.weights.items()},
+        'weights': {
+            name: pack(quantise_weights(values)) for name, values in outcomes.weights.items()
+        },
     }
 
 

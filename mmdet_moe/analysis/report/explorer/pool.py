@@ -80,7 +80,7 @@ class _Cell:
 
     Attributes:
         candidates: int (c,), the best rows, best first.
-        rank: int (c,), how good they are.
+        rank: float (c,), how good they are.
         counts: Which of some rows, (m,) to bool (m,), satisfy the cell as well as a candidate.
     """
 
@@ -103,7 +103,7 @@ def fill_pool(
 
     Args:
         outcomes: n rows.
-        weights: uint8 (n, E) by layer, from :func:`.packing.quantise`.
+        weights: (n, E) by layer, from :func:`.packing.in_steps`.
         load_image: The RGB image, uint8 (H, W, 3), of an index.
         budget: Bytes of JSON that all of it may take.
     """
@@ -131,7 +131,7 @@ class _Filler:
         size_bin = np.digitize(np.nan_to_num(outcomes.size), SIZE_LIMITS)
         # Nine cells at most; a classifier's images are all "small".
         self.group = size_bin * 3 + outcomes.kind
-        self.highest = np.zeros(len(outcomes), np.uint8)
+        self.highest = np.zeros(len(outcomes), np.float32)
         for values in weights.values():
             seen = np.where(values == NO_WEIGHT, 0, values)
             np.maximum(self.highest, seen.max(axis=1), out=self.highest)
@@ -150,10 +150,10 @@ class _Filler:
         """Positions in ``rows``: highest rank, then variety of images, then highest score."""
         if len(rows) > 64 * limit:
             # The sorts below are for the rows that have a chance; ties keep the better scores.
-            keep = np.lexsort((rows, -self.score[rows], -rank.astype(int)))[: 64 * limit]
+            keep = np.lexsort((rows, -self.score[rows], -rank.astype(float)))[: 64 * limit]
             return keep[self._ranking(rows[keep], rank[keep], limit)]
         image, score = self.outcomes.image[rows], self.score[rows]
-        minus = -rank.astype(int)
+        minus = -rank.astype(float)
         order = np.lexsort((rows, -score, image, minus))
         repeat = np.empty(len(rows), int)
         repeat[order] = _repeats(minus[order], image[order])
@@ -170,7 +170,7 @@ class _Filler:
         candidates = rows[chosen]
         if counts is None:
             counts = partial(np.isin, test_elements=candidates)
-        return _Cell(candidates, rank[chosen].astype(int), counts)
+        return _Cell(candidates, rank[chosen].astype(float), counts)
 
     def _expert_cells(self, weights: dict[str, np.ndarray]) -> tuple[list[_Cell], list[_Cell]]:
         experts, groups = [], []
@@ -292,7 +292,7 @@ class _Filler:
     def _most_varied(self, rows: np.ndarray, wanted: int) -> list[int]:
         """At most :data:`CROPS_PER_IMAGE` rows of an image, of many classes, sizes and kinds."""
         key = self.outcomes.label[rows].astype(np.int64) * 9 + self.group[rows]
-        order = np.lexsort((rows, -self.score[rows], -self.highest[rows].astype(int), key))
+        order = np.lexsort((rows, -self.score[rows], -self.highest[rows], key))
         ranked = rows[order][np.argsort(_repeats(key[order]), kind='stable')].tolist()
         ranked.remove(wanted)
         return [wanted, *ranked[: CROPS_PER_IMAGE - 1]]

@@ -5,6 +5,7 @@
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
+#include <cstddef>
 #include <cstdint>
 #include <cstring>
 
@@ -100,6 +101,15 @@ MMDET_MOE_INLINE void weighted_sum_loop(
   }
 }
 
+// The sum of partial sums, in a fixed order; overwrites them.
+template <typename W, size_t kLanes>
+MMDET_MOE_INLINE W sum_lanes(W (&lanes)[kLanes]) {
+  for (size_t width = kLanes / 2; width > 0; width /= 2) {
+    for (size_t l = 0; l < width; ++l) lanes[l] += lanes[l + width];
+  }
+  return lanes[0];
+}
+
 // out[i] = weight * grad[i]; returns sum_i grad[i] * y[i], in an order that depends on n alone.
 template <typename T>
 MMDET_MOE_INLINE wide_t<T> scale_and_dot_loop(
@@ -121,10 +131,7 @@ MMDET_MOE_INLINE wide_t<T> scale_and_dot_loop(
     out[i] = static_cast<T>(weight * g);
     sum[l] += g * static_cast<W>(y[i]);
   }
-  for (int64_t width = kLanes / 2; width > 0; width /= 2) {
-    for (int64_t l = 0; l < width; ++l) sum[l] += sum[l + width];
-  }
-  return sum[0];
+  return sum_lanes(sum);
 }
 
 // Attributes of this kind belong on plain functions, hence one overload per type.

@@ -10,4 +10,6 @@ STABLE_TORCH_LIBRARY_IMPL(mmdet_moe, CPU, m) {
   m.impl("dispatch_backward", TORCH_BOX(&mmdet_moe::cpu::dispatch_backward));
   m.impl("combine", TORCH_BOX(&mmdet_moe::cpu::combine));
   m.impl("combine_backward", TORCH_BOX(&mmdet_moe::cpu::combine_backward));
+  m.impl("entmax15", TORCH_BOX(&mmdet_moe::cpu::entmax15));
+  m.impl("entmax15_backward", TORCH_BOX(&mmdet_moe::cpu::entmax15_backward));
 }

@@ -1,4 +1,4 @@
-// The CPU implementations of the five ops, which library.cpp registers, and what they share.
+// The CPU implementations of the ops, which library.cpp registers, and what they share.
 #pragma once
 
 #include "../arguments.h"
@@ -6,6 +6,8 @@
 #include <tuple>
 
 namespace mmdet_moe::cpu {
+
+constexpr int64_t kBytesPerThread = 1 << 15;  // less than this is not worth another thread
 
 // Uninitialised memory.
 Tensor new_tensor(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType dtype);
@@ -16,5 +18,7 @@ Tensor dispatch_backward(Tensor grad, Tensor order, int64_t k, int64_t num_items
 Tensor combine(Tensor y, Tensor weights, Tensor inverse);
 std::tuple<Tensor, Tensor> combine_backward(
     Tensor grad, Tensor y, Tensor weights, Tensor inverse);
+Tensor entmax15(Tensor x);
+Tensor entmax15_backward(Tensor grad, Tensor p);
 
 }  // namespace mmdet_moe::cpu

@@ -20,7 +20,6 @@ MMDET_MOE_DEFINE_KERNELS(Half)
 namespace {
 
 constexpr int64_t kStretch = 8192;         // values of a row in one task
-constexpr int64_t kBytesPerThread = 1 << 15;  // less than this is not worth another thread
 constexpr int64_t kLargerThanCaches = 16 << 20;
 constexpr int64_t kRowsAhead = 2;
 constexpr int64_t kBlock = 512;  // values that are computed before they are stored past the caches

@@ -116,6 +116,7 @@ def layer_entry(weights, outcomes, classes, superclasses, granularity, detection
         attributes['position'] = table(line * 3 + column, cells)
     image = {k: v for k, v in attributes['class'].items() if k in ('mi', 'chance', 'p_value')}
     image |= {'permutations': 999, 'num_units': 1000, 'mi_max': 1.2}
+    paired = sorted(np.argsort(-importance, kind='stable')[:64].tolist())
     sources = ('decisions', 'objects', 'detections') if detection else ('decisions', 'objects')
     return {
         'num_experts': experts,
@@ -130,7 +131,8 @@ def layer_entry(weights, outcomes, classes, superclasses, granularity, detection
         'mi_input': 0.7,
         'dead_experts': np.flatnonzero(load == 0).tolist(),
         'collapsed': False,
-        'coactivation': (chosen.T.astype(float) @ chosen / len(chosen)).tolist(),
+        'coactivation_experts': paired,
+        'coactivation': (chosen.T.astype(float) @ chosen / len(chosen))[paired][:, paired].tolist(),
         'associations': {source: {**attributes, 'image': image} for source in sources},
     }
 
@@ -247,7 +249,7 @@ def detection_run(
     return FakeRun(entry, outcomes, width, height)
 
 
-def classification_run(num_images=120, num_classes=100, experts=10, seed=0) -> FakeRun:
+def classification_run(num_images=120, num_classes=100, experts=10, top_k=2, seed=0) -> FakeRun:
     rng = np.random.default_rng(seed)
     classes = [f'class {i}' for i in range(num_classes)]
     label = rng.integers(0, num_classes, num_images).astype(np.int32)
@@ -264,7 +266,7 @@ def classification_run(num_images=120, num_classes=100, experts=10, seed=0) -> F
         weights={},
     )
     prefers = rng.normal(0, 2, (num_classes, experts))
-    weights = routed(prefers[label], 2).astype(np.float32)
+    weights = routed(prefers[label], top_k).astype(np.float32)
     outcomes.weights['backbone.layer3'] = weights
     entry = layer_entry(weights, outcomes, classes, None, 'image', False)
     layers = {'backbone.layer3': entry}

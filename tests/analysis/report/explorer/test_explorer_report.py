@@ -537,6 +537,51 @@ def test_one_layer_of_64_experts(open_report, tmp_path):
     assert_no_horizontal_scroll(page)
 
 
+def test_very_many_experts_with_small_coefficients(open_report, tmp_path):
+    """Those with the most weight, under their own numbers; all that the page says is of them."""
+    run = classification_run(num_classes=10, experts=100, top_k=100)
+    layer, weights = (
+        run.experts['layers']['backbone.layer3'],
+        run.outcomes.weights['backbone.layer3'],
+    )
+    shown = layer['coactivation_experts']
+    layer |= {'kind': 'factorised', 'granularity': 'token'}
+    layer['polysemanticity'] = {
+        'num_zeroed': 100, 'num_mattering': 1, 'mean': 0.5, 'experts': list(range(100)),
+        'values': [0.5 if e == shown[40] else None for e in range(100)],
+        'classes': ['class 3' if e == shown[40] else None for e in range(100)],
+        'drops': [0.25 if e == shown[40] else 0 for e in range(100)],
+    }  # fmt: skip
+    metrics = run.experts['metrics']
+    run.experts['interventions'] = [
+        {'layer': 'backbone.layer3', 'kind': 'zeroed', 'expert': e,
+         'metrics': {**metrics, 'accuracy': 0.6 - 0.001 * e}} for e in range(100)
+    ]  # fmt: skip
+    run.experts['history'] = None
+    page = open_report(make_report(tmp_path, run))
+    assert page.locator('.expert').count() == 64
+    facts = page.locator('.layer-facts').inner_text()
+    assert '100 experts, each with a coefficient per decision' in facts
+    assert '64 of 100 experts, those with the most weight' in facts
+    place = 40
+    choose_expert(page, place)
+    assert page.locator('.wall-title').inner_text() == f'What expert {shown[place]} works on'
+    column = weights[:, shown[place]]
+    assert column[shown_rows(page)[0]] == pytest.approx(column.max(), rel=1e-3)
+    ranked = column[shown_rows(page)]
+    assert (np.diff(ranked) <= 1e-4).all()
+    text = page.locator('.count').inner_text()
+    assert 'zeroed, class class 3 loses 25.0 points; polysemanticity 0.50' in text
+    first = page.locator('.tile .numbers').first.inner_text()
+    assert float(first.split()[1]) == pytest.approx(column.max(), rel=0.06)
+    assert chart_values(page, 'load', axis='x') == [str(e) for e in shown]
+    assert chart_values(page, 'coactivation', axis='x') == [str(e) for e in shown]
+    hint = page.locator('.zeroed-hint').inner_text()
+    assert 'Of the 100 experts that were zeroed, the 16 that cost most' in hint
+    rows = page.locator('.interventions tbody th').all_inner_texts()
+    assert rows == ['unchanged', *(f'expert {e} zeroed' for e in range(99, 83, -1))]
+
+
 def test_dark_screens(open_report, single_report):
     page = open_report(single_report, color_scheme='dark')
     background = page.evaluate('getComputedStyle(document.body).backgroundColor')

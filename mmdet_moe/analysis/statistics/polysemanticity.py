@@ -1,0 +1,70 @@
+"""How many classes hang on one expert: class-level polysemanticity (arXiv 2402.12550).
+
+An expert's contribution is zeroed, and each class's accuracy (AP of a detector) measured again. The
+drops, those below 0 counted as 0, are divided by the largest one; the polysemanticity of the expert
+is the L2 distance of that vector to the one-hot vector of the class hit most. 0: one class alone
+hangs on the expert; the square root of C − 1: all C classes alike. An expert whose zeroing lowers
+no class has none.
+"""
+
+import numpy as np
+
+
+def class_drops(layer: str, metrics: dict, interventions: list[dict]) -> dict[int, np.ndarray]:
+    """By how much each class falls with an expert zeroed.
+
+    Args:
+        layer: The name of the layer.
+        metrics: Of the unchanged model, with ``per_class``; as in ``experts.json``.
+        interventions: As in ``experts.json``.
+
+    Returns:
+        By expert: float64 (C,), at least 0, in the order of ``per_class``; 0 for a class without
+        anything to measure by.
+    """
+
+    def per_class(of: dict) -> np.ndarray:
+        return np.array(list(of['per_class'].values()), float)  # None becomes NaN
+
+    if not metrics.get('per_class'):
+        return {}
+    return {
+        entry['expert']: np.nan_to_num(per_class(metrics) - per_class(entry['metrics'])).clip(min=0)
+        for entry in interventions
+        if entry['layer'] == layer and entry['kind'] == 'zeroed'
+    }
+
+
+def polysemanticity(layer: str, metrics: dict, interventions: list[dict]) -> dict | None:
+    """The layer's entry of ``experts.json``; None if no expert was zeroed.
+
+    Args:
+        layer, metrics, interventions: As of :func:`class_drops`.
+
+    Returns:
+        ``num_zeroed``, ``num_mattering``: how many were zeroed, and lower some class; ``mean``:
+        over the latter; and for each that was zeroed: ``experts``, ``values`` (null where it
+        lowers no class), ``classes`` (the name of the one hit most, or null), ``drops`` (of that
+        class, in 0..1).
+    """
+    drops = class_drops(layer, metrics, interventions)
+    if not drops:
+        return None
+    names = list(metrics['per_class'])
+    values, classes = [], []
+    for drop in drops.values():
+        hit = int(drop.argmax())
+        one_hot = np.eye(len(names))[hit]
+        matters = drop[hit] > 0
+        values.append(float(np.linalg.norm(drop / drop[hit] - one_hot)) if matters else None)
+        classes.append(names[hit] if matters else None)
+    known = [value for value in values if value is not None]
+    return {
+        'num_zeroed': len(drops),
+        'num_mattering': len(known),
+        'mean': float(np.mean(known)) if known else None,
+        'experts': list(drops),
+        'values': values,
+        'classes': classes,
+        'drops': [float(drop.max()) for drop in drops.values()],
+    }
