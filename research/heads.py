@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mmdet_moe.analysis.statistics.polysemanticity import of_drops
 from mmdet_moe.moe import MoELayer, MuMoE
 from mmdet_moe.moe.dispatcher import Dispatcher
 from mmdet_moe.moe.losses import ImportanceLoss
@@ -137,22 +138,6 @@ def without_each(head: MuMoE | MoELayer, features: Tensor) -> Iterator[tuple[int
         yield expert, rows, head.run_experts(features[rows], dispatcher) if len(rows) else kept[:0]
 
 
-def polysemanticity(drops: np.ndarray) -> float | None:
-    """Class-level polysemanticity of one expert (arXiv 2402.12550).
-
-    Args:
-        drops: By how much each class's accuracy falls without it, (C,); rises count as 0.
-
-    Returns:
-        The distance of the drops, divided by the largest one, to the one-hot vector of the class
-        hit most: 0 for an expert of one class, √(C − 1) for one of all alike; None if no class
-        falls.
-    """
-    drops = drops.clip(min=0)
-    hit = int(drops.argmax())
-    return float(np.linalg.norm(np.delete(drops, hit) / drops[hit])) if drops[hit] > 0 else None
-
-
 def look_at_experts(head: MuMoE | MoELayer, data: Data, seed: int) -> dict:
     """Zero each expert, and compare the classes that it hits with chance.
 
@@ -182,7 +167,7 @@ def look_at_experts(head: MuMoE | MoELayer, data: Data, seed: int) -> dict:
         now = logits.argmax(1).numpy() == labels[rows]
         lost, won = rows[right[rows] & ~now], rows[~right[rows] & now]
         chance = [
-            polysemanticity(
+            of_drops(
                 drops(
                     rng.choice(np.flatnonzero(right), len(lost), replace=False),
                     rng.choice(np.flatnonzero(~right), len(won), replace=False),
@@ -191,7 +176,7 @@ def look_at_experts(head: MuMoE | MoELayer, data: Data, seed: int) -> dict:
             for _ in range(_DRAWS)
         ]
         known = [value for value in chance if value is not None]
-        found['values'].append(polysemanticity(drops(lost, won)))
+        found['values'].append(of_drops(drops(lost, won)))
         found['by_chance'].append(float(np.mean(known)) if known else None)
         for key, rows_of in (('lost', lost), ('won', won), ('items', rows)):
             found[key].append(len(rows_of))

@@ -297,19 +297,26 @@ def _compare(data: Path, work_dir: Path, biased: int, seed: int) -> None:
 
 def markdown_table(found: Sequence[dict]) -> str:
     """Mean ± standard deviation over classes and seeds, in per cent, one row per method."""
-    columns = ('method', 'runs', *GROUPS, 'change of the rest', 'edits')
+    columns = (
+        'method', 'runs', *GROUPS, 'change of the disadvantaged', 'change of the rest', 'edits',
+    )  # fmt: skip
 
     def rows() -> Iterator[list[str]]:
         for method in METHODS:
             seen = [run['methods'][method] for run in found]
             before = [run['methods']['as trained'] for run in found]
-            change = [100 * (a['rest'] - b['rest']) for a, b in zip(seen, before, strict=True)]
+            changes = (
+                mean_and_std(
+                    [100 * (a[g] - b[g]) for a, b in zip(seen, before, strict=True)], digits=2
+                )
+                for g in ('disadvantaged', 'rest')
+            )
             edits = np.mean([len(run['edits']) for run in found])
             yield [
                 method,
                 str(len(found)),
                 *(mean_and_std([100 * run[g] for run in seen], digits=1) for g in GROUPS),
-                mean_and_std(change, digits=2),
+                *changes,
                 f'{edits:.1f}' if method == 'edited' else '–',
             ]
 

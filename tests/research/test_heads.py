@@ -1,6 +1,5 @@
 """Heads on cached features: their training, and what each expert is good for."""
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -12,7 +11,6 @@ from research.heads import (
     Recipe,
     accuracy,
     look_at_experts,
-    polysemanticity,
     predict,
     train_head,
     without_each,
@@ -98,13 +96,6 @@ def test_an_expert_is_zeroed(kind, data):
         expected = (whole - contributions[:, expert])[rows]
         torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
     assert expert == len(said) - 1
-
-
-def test_polysemanticity():
-    assert polysemanticity(np.array([0.0, 0.4, -0.3])) == 0
-    assert polysemanticity(np.full(10, 0.2)) == pytest.approx(3)
-    assert polysemanticity(np.array([0.1, 0.2, 0.2])) == pytest.approx((0.25 + 1) ** 0.5)
-    assert polysemanticity(np.array([0.0, -0.1])) is None
 
 
 class OneExpertPerClass(CPMuMoE):

@@ -139,7 +139,8 @@ def test_experiment(quick, tmp_path, monkeypatch):
     lines = [[c.strip() for c in line.split('|')[1:-1]] for line in page.read_text().splitlines()]
     assert [line[0] for line in lines[3:-1]] == list(METHODS)
     assert lines[4] == [
-        'edited', '2', '50.0 ± 0.0', '51.0 ± 0.0', *['50.0 ± 0.0'] * 3, '1.00 ± 0.00', '2.0'
+        'edited', '2', '50.0 ± 0.0', '51.0 ± 0.0', *['50.0 ± 0.0'] * 3, '0.00 ± 0.00',
+        '1.00 ± 0.00', '2.0',
     ]  # fmt: skip
     monkeypatch.setattr(mumoe_editing, 'compare', None)
     EditingExperiment(tmp_path, tmp_path / 'runs', [5], 1).run()
