@@ -14,6 +14,7 @@ from functools import cache, partial
 from itertools import product
 from math import prod
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -45,6 +46,12 @@ RECIPES = tuple(
     Recipe(lr, decay, epochs=10)
     for lr, decay in product((3e-4, 1e-3, 3e-3), (1.0, 3.0, 10.0))
 )  # fmt: skip
+#: Tried on the CP head of 16 experts in the same way, for the lines that end so.
+CP_RECIPES = tuple(
+    Recipe(1e-3, decay, epochs=10, dropout=dropout)
+    for decay, dropout in product((0.1, 0.3, 1.0), (0.0, 0.5))
+)
+CP_RECIPE = 'recipe of CP'
 
 
 @dataclass(frozen=True)
@@ -86,6 +93,8 @@ def _heads() -> Iterator[Head]:
     yield from (Head('CP, matched', e, cp | matched) for e in all_sizes)
     sparse = dict(granularity='token', top_k=2)
     yield from (Head('sparse, k = 2', (e,), sparse) for e in SPARSE)
+    yield Head(f'linear, {CP_RECIPE}')
+    yield from (Head(f'CP, matched, {CP_RECIPE}', e, cp | matched) for e in some)
     yield from (Head('TR, matched', e, tr | matched) for e in some)
     yield from (Head('CP, random gate', e, cp | matched, random_gate=True) for e in some)
     yield from (Head(f'CP, rank {FIXED_RANK}', e, cp | dict(rank=FIXED_RANK)) for e in some)
@@ -93,6 +102,7 @@ def _heads() -> Iterator[Head]:
 
 HEADS = tuple(_heads())
 LINEAR = HEADS[0]
+CP = next(head for head in HEADS if head.name == 'CP, matched, E = 16')
 
 
 class MuMoEExperiment:
@@ -105,7 +115,7 @@ class MuMoEExperiment:
         seeds: Of each head.
         jobs: Trainings at a time, in processes of one thread.
         heads: What is trained.
-        recipes: What is tried on the linear layer.
+        recipes: What is tried on a head, to choose the recipe of others.
     """
 
     def __init__(
@@ -115,7 +125,9 @@ class MuMoEExperiment:
         seeds: Sequence[int],
         jobs: int,
         heads: Sequence[Head] = HEADS,
-        recipes: Sequence[Recipe] = RECIPES,
+        recipes: Mapping[Head, Sequence[Recipe]] = MappingProxyType(
+            {LINEAR: RECIPES, CP: CP_RECIPES}
+        ),
     ) -> None:
         if not seeds or len(set(seeds)) < len(seeds):
             raise ConfigError(f'--seeds {" ".join(map(str, seeds))}: give different numbers')
@@ -137,32 +149,40 @@ class MuMoEExperiment:
         if not table_only:
             # One process computes the features; the others find them.
             _data(self.data, self.work_dir, 'train'), _data(self.data, self.work_dir, 'test')
-            recipe = self.tuned()
             runs = [(head, seed) for head in self.heads for seed in self.seeds]
             todo = [run for run in runs if self.result(*run) is None]
             print(f'{len(runs) - len(todo)} of {len(runs)} heads are trained.', flush=True)
-            work = [partial(_train, h, s, recipe, self.data, self.work_dir) for h, s in todo]
+            work = [
+                partial(_train, h, s, self.recipe_of(h), self.data, self.work_dir) for h, s in todo
+            ]
             in_processes(work, self.jobs, self.write)
         self.write()
 
-    def tuned(self) -> Recipe:
-        """The recipe that is best for the linear layer, on held-out training images."""
-        path = self.work_dir / 'recipe.json'
+    def recipe_of(self, head: Head) -> Recipe:
+        """The recipe that is best for the linear layer, or for the CP head, in held-out images."""
+        return self.tuned(CP if head.line.endswith(CP_RECIPE) else LINEAR)
+
+    def tuned(self, head: Head) -> Recipe:
+        """The best recipe for a head, on the last tenth of the training images."""
+        path = self._recipe_path(head)
         if path.exists():
             return Recipe(**json.loads(path.read_text())['best'])
         data = _data(self.data, self.work_dir, 'train')
         kept = len(data) * 9 // 10  # the data set goes round the classes, so both parts have all
         tried = []
-        for recipe in self.recipes:
-            head, _ = build(LINEAR, 0, self.data)
-            train_head(head, data[:kept], recipe, seed=0)
-            found = accuracy(predict(head, data[kept:].features), data[kept:].labels)
+        for recipe in self.recipes[head]:
+            layer, _ = build(head, 0, self.data)
+            train_head(layer, data[:kept], recipe, seed=0)
+            found = accuracy(predict(layer, data[kept:].features), data[kept:].labels)
             tried.append({'recipe': asdict(recipe), 'accuracy': found})
-            print(f'{recipe}: {found:.4f}', flush=True)
+            print(f'{head.name}, {recipe}: {found:.4f}', flush=True)
         best = max(tried, key=lambda entry: entry['accuracy'])
         content = {'best': best['recipe'], 'tried': tried}
         write_file(path, json.dumps(content, indent=2).encode())
         return Recipe(**best['recipe'])
+
+    def _recipe_path(self, head: Head) -> Path:
+        return self.work_dir / f'recipe_{_folder_name(head)}.json'
 
     def result(self, head: Head, seed: int) -> dict | None:
         """What a finished training has left.
@@ -174,7 +194,7 @@ class MuMoEExperiment:
         if not path.exists():
             return None
         found = json.loads(path.read_text())
-        if found['settings'] != settings(head, self.tuned()):
+        if found['settings'] != settings(head, self.recipe_of(head)):
             raise ConfigError(
                 f'{path.parent} holds a head with other settings; move it away, or choose another '
                 '--work-dir'
@@ -193,18 +213,27 @@ class MuMoEExperiment:
 
     def headline(self) -> str:
         """Stands above the table."""
-        recipe = self.tuned()
-        return (
-            f'AdamW, learning rate {recipe.lr:g} (cosine to 0), weight decay '
-            f'{recipe.weight_decay:g}, {recipe.epochs} epochs in batches of {recipe.batch_size}: '
-            f'the best of {len(self.recipes)} recipes for the linear layer, on the last tenth of '
-            'the training images.'
-        )
+        texts = []
+        for head, use in ((LINEAR, 'all rows but the following'), (CP, f'the rows "{CP_RECIPE}"')):
+            if self._recipe_path(head).exists():
+                recipe = self.tuned(head)
+                texts.append(
+                    f'Recipe of {use}: the best of {len(self.recipes[head])} for `{head.name}` on '
+                    f'the last tenth of the training images, AdamW with learning rate '
+                    f'{recipe.lr:g} (cosine to 0), weight decay {recipe.weight_decay:g}, dropout '
+                    f'{recipe.dropout:g} of the features, {recipe.epochs} epochs in batches of '
+                    f'{recipe.batch_size}.'
+                )
+        return '\n'.join(texts)
 
 
 def run_dir(work_dir: Path, head: Head, seed: int) -> Path:
     """Where a head lives."""
-    return work_dir / folder_name(head.name).replace('=', '') / f'seed{seed}'
+    return work_dir / _folder_name(head) / f'seed{seed}'
+
+
+def _folder_name(head: Head) -> str:
+    return folder_name(head.name).replace('=', '')
 
 
 def settings(head: Head, recipe: Recipe) -> dict:

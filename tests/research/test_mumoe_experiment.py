@@ -73,6 +73,7 @@ TINY = (
     Head('narrow', entry=dict(rank=5)),
     Head('CP', (2, 2), dict(type='mmdet_moe.CPMuMoE', rank=4)),
     Head('sparse', (3,), dict(granularity='token', top_k=2)),
+    Head(f'CP, {mumoe.CP_RECIPE}', (2, 2), dict(type='mmdet_moe.CPMuMoE', rank=4)),
     Head('random gate', (4,), dict(type='mmdet_moe.TRMuMoE', rank=2), random_gate=True),
 )
 
@@ -96,7 +97,11 @@ def test_experiment(data, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(experiment_module, 'RESULTS', page)
     monkeypatch.setattr(experiment_module, 'PICTURES', tmp_path / 'pictures')
     monkeypatch.setattr(mumoe, 'SEEDS', (3,))
-    recipes = (Recipe(1e-3, 1.0, 1, 50), Recipe(1e-2, 0.0, 1, 50))
+    monkeypatch.setattr(mumoe, 'CP', TINY[2])
+    recipes = {
+        LINEAR: (Recipe(1e-3, 1.0, 1, 50),),
+        TINY[2]: (Recipe(1e-2, 0.0, 1, 50), Recipe(2e-2, 0.0, 1, 50)),
+    }
     experiment = MuMoEExperiment(data, tmp_path / 'runs', [3], 1, TINY, recipes)
     experiment.run()
     first = page.read_text()
@@ -118,10 +123,14 @@ def test_experiment(data, tmp_path, monkeypatch, capsys):
         1, abs=0.1
     )  # drawn, and as it was: the loss has no say
 
+    used = [experiment.result(head, 3)['settings']['recipe']['lr'] for head in TINY]
+    assert used[:3] + used[5:] == [1e-3] * 4
+    assert used[4] in (1e-2, 2e-2)
+
     capsys.readouterr()
     monkeypatch.setattr(mumoe, '_train', None)
     experiment.run()
-    assert '5 of 5 heads are trained.' in capsys.readouterr().out
+    assert '6 of 6 heads are trained.' in capsys.readouterr().out
     assert page.read_text() == first
     other = Head('CP', (2, 2), dict(type='mmdet_moe.CPMuMoE', rank=5))
     with pytest.raises(ConfigError, match='a head with other settings; move it away'):
@@ -129,15 +138,14 @@ def test_experiment(data, tmp_path, monkeypatch, capsys):
 
 
 def test_recipe_is_chosen_on_held_out_training_images(data, tmp_path, monkeypatch):
-    experiment = MuMoEExperiment(
-        data, tmp_path / 'runs', [0], 1, TINY, (Recipe(1e-9, 0.0, 1, 30), Recipe(1e-2, 0.0, 1, 30))
-    )
+    recipes = {LINEAR: (Recipe(1e-9, 0.0, 1, 30), Recipe(1e-2, 0.0, 1, 30))}
+    experiment = MuMoEExperiment(data, tmp_path / 'runs', [0], 1, TINY, recipes)
     trained, judged = [], []
     monkeypatch.setattr(mumoe, 'train_head', lambda _, part, *__, **___: trained.append(part))
     monkeypatch.setattr(
         mumoe, 'accuracy', lambda _, labels: judged.append(labels) or [0.1, 0.2][len(judged) - 1]
     )
-    assert experiment.tuned() == Recipe(1e-2, 0.0, 1, 30)
+    assert experiment.tuned(LINEAR) == Recipe(1e-2, 0.0, 1, 30)
     assert [len(part) for part in trained] == [90, 90]
     assert np.array_equal(judged[0], np.arange(90, 100))
 
