@@ -15,8 +15,7 @@ from pathlib import Path
 # The checkout, for what is not installed.
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-from mmdet_moe.datasets import digit_scenes, download, fashion_mnist
-from mmdet_moe.datasets.class_folders import prepare_from_classes
+from mmdet_moe.datasets import class_folders, digit_scenes, download, fashion_mnist
 from mmdet_moe.datasets.sprites import SOURCES
 from mmdet_moe.errors import ConfigError
 
@@ -181,7 +180,8 @@ def run_cifar(args: argparse.Namespace) -> None:
     """Download CIFAR-10 or CIFAR-100, or make it of a folder of images for each class."""
     if args.source is not None:
         _check_no_download(args, download.CIFAR_URL_BASE)
-        _report_images(args, prepare_from_classes(args.command, args.source, args.out))
+        counts = class_folders.prepare_from_classes(args.command, args.source, args.out)
+        _report_images(args, counts)
         return
     _report(
         args,
