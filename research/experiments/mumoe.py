@@ -41,6 +41,8 @@ MATCHED, FIXED_RANK = 'match', 64
 LEVELS = (2, 4, 8, 16, 32, 64, (16, 16), (32, 32))
 FEWER = (4, 16, 64, (32, 32))
 SPARSE = (4, 16, 64)
+#: 256 on one level and on two, of a rank that does not depend on the gate.
+ONE_OR_TWO_LEVELS = ((16,), (64,), (256,), (16, 16))
 #: Tried on the linear layer, with the last tenth of the training images held out.
 RECIPES = tuple(
     Recipe(lr, decay, epochs=10)
@@ -95,9 +97,10 @@ def _heads() -> Iterator[Head]:
     yield from (Head('sparse, k = 2', (e,), sparse) for e in SPARSE)
     yield Head(f'linear, {CP_RECIPE}')
     yield from (Head(f'CP, matched, {CP_RECIPE}', e, cp | matched) for e in some)
+    fixed = dict(rank=FIXED_RANK)
+    yield from (Head(f'CP, rank {FIXED_RANK}', e, cp | fixed) for e in ONE_OR_TWO_LEVELS)
     yield from (Head('TR, matched', e, tr | matched) for e in some)
     yield from (Head('CP, random gate', e, cp | matched, random_gate=True) for e in some)
-    yield from (Head(f'CP, rank {FIXED_RANK}', e, cp | dict(rank=FIXED_RANK)) for e in some)
 
 
 HEADS = tuple(_heads())
