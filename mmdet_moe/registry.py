@@ -6,6 +6,7 @@ classes. Inside MoE modules :data:`MODELS` also finds everything of MMEngine; na
 keep their prefix (``mmdet.ResNet``).
 """
 
+from importlib.util import find_spec
 from typing import Any
 
 from mmengine.registry import DATASETS as MMENGINE_DATASETS
@@ -45,7 +46,11 @@ METRICS = Registry(
     'metric', parent=MMENGINE_METRICS, scope=SCOPE, locations=['mmdet_moe.engine.metrics']
 )
 DATASETS = Registry(
-    'dataset', parent=MMENGINE_DATASETS, scope=SCOPE, locations=['mmdet_moe.datasets']
+    'dataset',
+    parent=MMENGINE_DATASETS,
+    scope=SCOPE,
+    locations=['mmdet_moe.datasets']
+    + ['mmdet_moe.datasets.cifar'] * (find_spec('mmpretrain') is not None),
 )
 # The package itself registers nothing in these; projects do.
 FUNCTIONS = Registry('function', parent=MMENGINE_FUNCTIONS, scope=SCOPE)

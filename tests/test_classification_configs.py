@@ -20,7 +20,7 @@ CONFIGS = Path(mmdet_moe.__file__).parents[1] / 'configs'
 SPARSE = sorted(CONFIGS.glob('resnet18_moe_*.py'))
 MUMOE = sorted([*CONFIGS.glob('resnet18_mumoe_*.py'), *CONFIGS.glob('mlp_mixer_*.py')])
 CLASSIFIERS = [*SPARSE, *MUMOE]
-DATA = {'cifar100': ('CIFAR100', 3, 100), 'fashion_mnist': ('FashionMNIST', 1, 10)}
+DATA = {'cifar100': ('mmdet_moe.CIFAR100', 3, 100), 'fashion_mnist': ('FashionMNIST', 1, 10)}
 
 # Mean and standard deviation of the training images' pixels, as everyone who uses the data sets has
 # them (Fashion-MNIST: 0.2860 and 0.3530 of 255), and the random crop: size and padding.

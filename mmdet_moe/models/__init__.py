@@ -14,13 +14,17 @@ __getattr__ = get_missing
 with needs('mmdet', 'MoERetinaHead', 'MoEShared2FCBBoxHead'):
     from mmdet_moe.models.dense_heads.moe_retina_head import MoERetinaHead
     from mmdet_moe.models.roi_heads.moe_bbox_head import MoEShared2FCBBoxHead
-with needs('mmpretrain', 'ClassifierMixture', 'MobileNetV2_CIFAR', 'MoEResNet_CIFAR'):
+with needs(
+    'mmpretrain', 'ClassifierMixture', 'EfficientNetLite0', 'MobileNetV2_CIFAR', 'MoEResNet_CIFAR'
+):
+    from mmdet_moe.models.backbones.efficientnet_lite import EfficientNetLite0
     from mmdet_moe.models.backbones.mobilenet_v2_cifar import MobileNetV2_CIFAR
     from mmdet_moe.models.backbones.moe_resnet_cifar import MoEResNet_CIFAR
     from mmdet_moe.models.classifiers.classifier_mixture import ClassifierMixture
 
 __all__ = [
     'ClassifierMixture',
+    'EfficientNetLite0',
     'MoEResNet_CIFAR',
     'MoERetinaHead',
     'MoEShared2FCBBoxHead',

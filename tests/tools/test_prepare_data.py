@@ -16,7 +16,8 @@ from miniature import (
 )
 from mmpretrain.datasets import CIFAR10, CIFAR100
 
-from mmdet_moe.datasets import download, fashion_mnist
+from mmdet_moe.datasets import class_folders, download, fashion_mnist
+from mmdet_moe.models.backbones import efficientnet_lite
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / 'tools' / 'prepare_data.py'
@@ -198,3 +199,31 @@ def test_defaults_are_where_the_configs_look(main, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         main(['coco', '--splits', 'test2017'])
     assert 'invalid choice' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('name', ['cifar10', 'cifar100'])
+def test_cifar_from_images(main, tmp_path, capsys, monkeypatch, name):
+    results, calls = [{'train': 5, 'test': 2}, None], []
+    monkeypatch.setattr(
+        class_folders, 'prepare_from_classes', lambda *args: calls.append(args) or results.pop(0)
+    )
+    command = [name, '--source', 'images', '--out', str(tmp_path)]
+    assert main(command) == main(command) == 0
+    assert calls == [(name, 'images', str(tmp_path))] * 2
+    written, again = capsys.readouterr().out.splitlines()
+    assert written == f'{tmp_path}: written, 5 train images, 2 test images'
+    assert again == f'{tmp_path}: already there'
+    for option in (['--remove-archives'], ['--url-base', 'http://127.0.0.1:9']):
+        assert main([*command, *option]) == 2
+        assert 'are for a download: leave them out with --source' in capsys.readouterr().err
+
+
+def test_efficientnet_lite0(main, tmp_path, capsys, monkeypatch):
+    calls = []
+    monkeypatch.setattr(
+        efficientnet_lite, 'prepare_lite0', lambda *args: calls.append(args) or 'the file'
+    )
+    assert main(['efficientnet-lite0']) == 0
+    assert main(['efficientnet-lite0', '--out', str(tmp_path), '--source', 'x.pth']) == 0
+    assert calls == [('data', None), (str(tmp_path), 'x.pth')]
+    assert capsys.readouterr().out == 'the file: written\n' * 2

@@ -1,6 +1,7 @@
-# CIFAR-100 in its published form (`tools/prepare_data.py cifar100` downloads it). Another folder:
-# `export CIFAR100_ROOT=DIR`, or `--cfg-options data_root=DIR`.
-dataset_type = 'CIFAR100'
+# CIFAR-100 in its published form: `tools/prepare_data.py cifar100` downloads it, or makes it of a
+# folder of images for each class with `--source DIR`. Another place: `export CIFAR100_ROOT=DIR`, or
+# `--cfg-options data_root=DIR`.
+dataset_type = 'mmdet_moe.CIFAR100'
 data_root = '{{$CIFAR100_ROOT:data/cifar100}}'
 data_preprocessor = dict(
     num_classes=100,

@@ -1,7 +1,7 @@
 # CIFAR-10-Rotate (arXiv 2208.02813): is this image rotated by 30 degrees? The ten classes are
 # hidden clusters. CIFAR-10 in its published form (`tools/prepare_data.py cifar10` downloads it);
 # another folder: `export CIFAR10_ROOT=DIR`, or `--cfg-options data_root=DIR`.
-dataset_type = 'CIFAR10'
+dataset_type = 'mmdet_moe.CIFAR10'
 data_root = '{{$CIFAR10_ROOT:data/cifar10}}'
 data_preprocessor = dict(
     num_classes=2,

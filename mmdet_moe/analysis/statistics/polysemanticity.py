@@ -35,6 +35,17 @@ def class_drops(layer: str, metrics: dict, interventions: list[dict]) -> dict[in
     }
 
 
+def of_drops(drops: np.ndarray) -> float | None:
+    """The polysemanticity of one expert; None if no class falls.
+
+    Args:
+        drops: By how much each class falls without it, (C,); what is below 0 counts as 0.
+    """
+    drops = drops.clip(min=0)
+    hit = int(drops.argmax())
+    return float(np.linalg.norm(np.delete(drops, hit) / drops[hit])) if drops[hit] > 0 else None
+
+
 def polysemanticity(layer: str, metrics: dict, interventions: list[dict]) -> dict | None:
     """The layer's entry of ``experts.json``; None if no expert was zeroed.
 
@@ -53,11 +64,8 @@ def polysemanticity(layer: str, metrics: dict, interventions: list[dict]) -> dic
     names = list(metrics['per_class'])
     values, classes = [], []
     for drop in drops.values():
-        hit = int(drop.argmax())
-        one_hot = np.eye(len(names))[hit]
-        matters = drop[hit] > 0
-        values.append(float(np.linalg.norm(drop / drop[hit] - one_hot)) if matters else None)
-        classes.append(names[hit] if matters else None)
+        values.append(of_drops(drop))
+        classes.append(None if values[-1] is None else names[int(drop.argmax())])
     known = [value for value in values if value is not None]
     return {
         'num_zeroed': len(drops),

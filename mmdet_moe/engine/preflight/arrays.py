@@ -9,6 +9,7 @@ is checked, and any data set in that format passes.
 import os.path as osp
 import shlex
 
+from mmdet_moe.datasets.class_folders import checksums
 from mmdet_moe.datasets.download import CIFAR, md5_of
 from mmdet_moe.datasets.idx import check_pair, read_idx
 from mmdet_moe.engine.preflight.datasets import Dataset, classes_of, inherits, is_remote
@@ -122,12 +123,15 @@ def _check_cifar(dataset: Dataset, good_files: set[tuple]) -> None:
     cls = dataset.cls
     run = _run(dataset)
     again = f'delete it and run {run}' if run else 'copy it again'
-    for name, md5 in (
-        *cls.train_list,
-        *cls.test_list,
-        (cls.meta['filename'], cls.meta.get('md5')),
-    ):
-        path = osp.join(_root(dataset), cls.base_folder, name)
+    folder = osp.join(_root(dataset), cls.base_folder)
+    if hasattr(cls, 'expected_files'):
+        expected = cls.expected_files(folder)
+    else:
+        _check_who_reads_it(dataset, folder)
+        meta = (cls.meta['filename'], cls.meta.get('md5'))
+        expected = [*cls.train_list, *cls.test_list, meta]
+    for name, md5 in expected:
+        path = osp.join(folder, name)
         if (path, md5) in good_files:
             continue
         _check_is_there(dataset, path)
@@ -139,6 +143,15 @@ def _check_cifar(dataset: Dataset, good_files: set[tuple]) -> None:
                 f'incomplete, damaged or something else: {again}'
             )
         good_files.add((path, md5))
+
+
+def _check_who_reads_it(dataset: Dataset, folder: str) -> None:
+    if checksums(folder) is not None:
+        raise ConfigError(
+            f"{_field(dataset)}: '{folder}' was made from images by tools/prepare_data.py, whose "
+            f"files MMPretrain's own class refuses: set "
+            f"{dataset.field}.type='mmdet_moe.{dataset.cls.__name__}'"
+        )
 
 
 def _check_is_there(dataset: Dataset, path: str) -> None:

@@ -1,0 +1,446 @@
+"""Heads of CIFAR-100 on frozen ImageNet features: a μMoE of E experts against a linear layer.
+
+The claim to be tested (arXiv 2402.12550, figure 4): with as many parameters as the linear layer a
+μMoE is as accurate, and the more experts it has, the fewer classes hang on each of them.
+"""
+
+import json
+import multiprocessing
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, field
+from functools import cache, partial
+from itertools import product
+from math import prod
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+import torch
+from mmengine.config import Config
+from mmengine.registry import init_default_scope
+from torch import nn
+
+from mmdet_moe.analysis.files import write_file
+from mmdet_moe.analysis.models import build_model
+from mmdet_moe.cli import load_config
+from mmdet_moe.drawing import new_figure, style
+from mmdet_moe.errors import ConfigError
+from research.experiments.experiment import CONFIGS, SEEDS, folder_name, publish
+from research.experiments.markdown import NOTHING, mean_and_std, table
+from research.features import FeatureCache
+from research.heads import Data, Recipe, accuracy, look_at_experts, predict, train_head
+from research.runs import mean_std
+
+HEAD = 'head.fc'
+MATCHED, FIXED_RANK = 'match', 64
+#: Experts of the μMoE heads: from 256 on two levels, because the gate of one costs more parameters
+#: than the linear layer has.
+LEVELS = (2, 4, 8, 16, 32, 64, (16, 16), (32, 32))
+FEWER = (4, 16, 64, (32, 32))
+SPARSE = (4, 16, 64)
+#: 256 on one level and on two, of a rank that does not depend on the gate.
+ONE_OR_TWO_LEVELS = ((16,), (64,), (256,), (16, 16))
+#: Tried on the linear layer, with the last tenth of the training images held out.
+RECIPES = tuple(
+    Recipe(lr, decay, epochs=10)
+    for lr, decay in product((3e-4, 1e-3, 3e-3), (1.0, 3.0, 10.0))
+)  # fmt: skip
+#: Tried on the CP head of 16 experts in the same way, for the lines that end so.
+CP_RECIPES = tuple(
+    Recipe(1e-3, decay, epochs=10, dropout=dropout)
+    for decay, dropout in product((0.1, 0.3, 1.0), (0.0, 0.5))
+)
+CP_RECIPE = 'recipe of CP'
+
+
+@dataclass(frozen=True)
+class Head:
+    """One kind of head.
+
+    Attributes:
+        line: As table and picture call those that differ in E alone.
+        experts: E, by level; empty for the linear layer.
+        entry: What ``experts`` of the config says, without the number. Without experts: the
+            ``rank`` of two linear layers in a row.
+        random_gate: Whether the gate is drawn at random and never trained.
+    """
+
+    line: str
+    experts: tuple[int, ...] = ()
+    entry: Mapping[str, Any] | None = field(default=None, hash=False)
+    random_gate: bool = False
+
+    @property
+    def name(self) -> str:
+        """Of the row."""
+        return f'{self.line}, E = {"×".join(map(str, self.experts))}' if self.experts else self.line
+
+    @property
+    def config(self) -> str:
+        """Its config below ``configs/``."""
+        kind = 'dense' if not self.experts else 'mumoe' if 'type' in self.entry else 'moe'
+        return f'efficientnet_lite0_{kind}_cifar100'
+
+
+def _heads() -> Iterator[Head]:
+    yield Head('linear')
+    # The ranks of CP, matched, with 64 and with 2 experts: what the rank costs without any experts.
+    yield from (Head(f'linear, rank {rank}', entry=dict(rank=rank)) for rank in (31, 90))
+    all_sizes, some = ([(e,) if isinstance(e, int) else e for e in es] for es in (LEVELS, FEWER))
+    cp, tr = dict(type='mmdet_moe.CPMuMoE'), dict(type='mmdet_moe.TRMuMoE')
+    matched = dict(rank=MATCHED)
+    yield from (Head('CP, matched', e, cp | matched) for e in all_sizes)
+    sparse = dict(granularity='token', top_k=2)
+    yield from (Head('sparse, k = 2', (e,), sparse) for e in SPARSE)
+    yield Head(f'linear, {CP_RECIPE}')
+    yield from (Head(f'CP, matched, {CP_RECIPE}', e, cp | matched) for e in some)
+    fixed = dict(rank=FIXED_RANK)
+    yield from (Head(f'CP, rank {FIXED_RANK}', e, cp | fixed) for e in ONE_OR_TWO_LEVELS)
+    yield from (Head('TR, matched', e, tr | matched) for e in some)
+    yield from (Head('CP, random gate', e, cp | matched, random_gate=True) for e in some)
+
+
+HEADS = tuple(_heads())
+LINEAR = HEADS[0]
+CP = next(head for head in HEADS if head.name == 'CP, matched, E = 16')
+
+
+class MuMoEExperiment:
+    """All heads with some seeds, on the features of one frozen backbone.
+
+    Args:
+        data: Folder of CIFAR-100.
+        work_dir: Where features and heads live: ``<head>/seed<seed>``, each with a checkpoint and a
+            config for the tools.
+        seeds: Of each head.
+        jobs: Trainings at a time, in processes of one thread.
+        heads: What is trained.
+        recipes: What is tried on a head, to choose the recipe of others.
+    """
+
+    def __init__(
+        self,
+        data: Path,
+        work_dir: Path,
+        seeds: Sequence[int],
+        jobs: int,
+        heads: Sequence[Head] = HEADS,
+        recipes: Mapping[Head, Sequence[Recipe]] = MappingProxyType(
+            {LINEAR: RECIPES, CP: CP_RECIPES}
+        ),
+    ) -> None:
+        if not seeds or len(set(seeds)) < len(seeds):
+            raise ConfigError(f'--seeds {" ".join(map(str, seeds))}: give different numbers')
+        if jobs < 1:
+            raise ConfigError(f'--jobs {jobs}: give at least 1')
+        self.data, self.work_dir = data.resolve(), work_dir.resolve()
+        self.seeds, self.jobs, self.heads, self.recipes = list(seeds), jobs, heads, recipes
+        self.written: Path | None = None
+
+    def run(self, table_only: bool = False) -> None:
+        """Train what is missing, and write table and picture.
+
+        Args:
+            table_only: Train nothing.
+
+        Raises:
+            ConfigError: If data or weights are missing, or heads were trained with other settings.
+        """
+        if not table_only:
+            # One process computes the features; the others find them.
+            _data(self.data, self.work_dir, 'train'), _data(self.data, self.work_dir, 'test')
+            runs = [(head, seed) for head in self.heads for seed in self.seeds]
+            todo = [run for run in runs if self.result(*run) is None]
+            print(f'{len(runs) - len(todo)} of {len(runs)} heads are trained.', flush=True)
+            work = [
+                partial(_train, h, s, self.recipe_of(h), self.data, self.work_dir) for h, s in todo
+            ]
+            in_processes(work, self.jobs, self.write)
+        self.write()
+
+    def recipe_of(self, head: Head) -> Recipe:
+        """The recipe that is best for the linear layer, or for the CP head, in held-out images."""
+        return self.tuned(CP if head.line.endswith(CP_RECIPE) else LINEAR)
+
+    def tuned(self, head: Head) -> Recipe:
+        """The best recipe for a head, on the last tenth of the training images."""
+        path = self._recipe_path(head)
+        if path.exists():
+            return Recipe(**json.loads(path.read_text())['best'])
+        data = _data(self.data, self.work_dir, 'train')
+        kept = len(data) * 9 // 10  # the data set goes round the classes, so both parts have all
+        tried = []
+        for recipe in self.recipes[head]:
+            layer, _ = build(head, 0, self.data)
+            train_head(layer, data[:kept], recipe, seed=0)
+            found = accuracy(predict(layer, data[kept:].features), data[kept:].labels)
+            tried.append({'recipe': asdict(recipe), 'accuracy': found})
+            print(f'{head.name}, {recipe}: {found:.4f}', flush=True)
+        best = max(tried, key=lambda entry: entry['accuracy'])
+        content = {'best': best['recipe'], 'tried': tried}
+        write_file(path, json.dumps(content, indent=2).encode())
+        return Recipe(**best['recipe'])
+
+    def _recipe_path(self, head: Head) -> Path:
+        return self.work_dir / f'recipe_{_folder_name(head)}.json'
+
+    def result(self, head: Head, seed: int) -> dict | None:
+        """What a finished training has left.
+
+        Raises:
+            ConfigError: If its settings were others.
+        """
+        path = run_dir(self.work_dir, head, seed) / 'result.json'
+        if not path.exists():
+            return None
+        found = json.loads(path.read_text())
+        if found['settings'] != settings(head, self.recipe_of(head)):
+            raise ConfigError(
+                f'{path.parent} holds a head with other settings; move it away, or choose another '
+                '--work-dir'
+            )
+        return found
+
+    def write(self) -> None:
+        """Table and picture of what is there."""
+        results = {h: [r for s in self.seeds if (r := self.result(h, s))] for h in self.heads}
+        complete = self.seeds == list(SEEDS) and all(
+            len(found) == len(self.seeds) for found in results.values()
+        )
+        text = f'{self.headline()}\n\n{markdown_table(results)}'
+        pictures = {'mumoe-polysemanticity.png': partial(plot_polysemanticity, results)}
+        self.written = publish(complete, self.work_dir, {'mumoe': text}, pictures)
+
+    def headline(self) -> str:
+        """Stands above the table."""
+        texts = []
+        for head, use in ((LINEAR, 'all rows but the following'), (CP, f'the rows "{CP_RECIPE}"')):
+            if self._recipe_path(head).exists():
+                recipe = self.tuned(head)
+                texts.append(
+                    f'Recipe of {use}: the best of {len(self.recipes[head])} for `{head.name}` on '
+                    f'the last tenth of the training images, AdamW with learning rate '
+                    f'{recipe.lr:g} (cosine to 0), weight decay {recipe.weight_decay:g}, dropout '
+                    f'{recipe.dropout:g} of the features, {recipe.epochs} epochs in batches of '
+                    f'{recipe.batch_size}.'
+                )
+        return '\n'.join(texts)
+
+
+def run_dir(work_dir: Path, head: Head, seed: int) -> Path:
+    """Where a head lives."""
+    return work_dir / _folder_name(head) / f'seed{seed}'
+
+
+def _folder_name(head: Head) -> str:
+    return folder_name(head.name).replace('=', '')
+
+
+def settings(head: Head, recipe: Recipe) -> dict:
+    """What the figures of a head depend on, as JSON has it."""
+    return json.loads(json.dumps({'head': asdict(head), 'recipe': asdict(recipe)}))
+
+
+@cache
+def _data(data: Path, work_dir: Path, split: str) -> Data:
+    """The features of a split; once in each process."""
+    torch.set_num_threads(1)
+    features = FeatureCache(_config(LINEAR, data), work_dir / 'features')
+    return Data(*features.load(split))
+
+
+def _config(head: Head, data: Path) -> Config:
+    cfg = load_config(str(CONFIGS / f'{head.config}.py'), {'data_root': str(data)})
+    if head.experts:
+        experts = head.experts[0] if len(head.experts) == 1 else list(head.experts)
+        cfg.model.experts = [dict(at=HEAD, num_experts=experts, **head.entry)]
+    return cfg
+
+
+def build(head: Head, seed: int, data: Path) -> tuple[nn.Module, nn.Module]:
+    """An untrained head, and the whole model that it is part of."""
+    cfg = _config(head, data)
+    init_default_scope(cfg.default_scope)
+    torch.manual_seed(seed)
+    model = build_model(cfg)
+    model.init_weights()
+    layer = model.get_submodule(HEAD)
+    if head.entry is not None and not head.experts:
+        narrow = nn.Linear(layer.in_features, head.entry['rank'], bias=False)
+        layer = nn.Sequential(narrow, nn.Linear(head.entry['rank'], layer.out_features))
+    if head.random_gate:
+        for weight in layer.gate.weights:
+            nn.init.normal_(weight.requires_grad_(False))
+    return layer, model
+
+
+def _train(head: Head, seed: int, recipe: Recipe, data: Path, work_dir: Path) -> None:
+    """Train one head, look at its experts, and leave checkpoint, config and figures."""
+    train, test = (_data(data, work_dir, split) for split in ('train', 'test'))
+    started = time.process_time()
+    layer, model = build(head, seed, data)
+    loss = train_head(layer, train, recipe, seed)
+    result = {
+        'settings': settings(head, recipe),
+        'accuracy': accuracy(predict(layer, test.features), test.labels),
+        'loss': loss,
+        'parameters': sum(p.numel() for p in layer.parameters()),
+        'experts': look_at_experts(layer, test, seed) if head.experts else None,
+        'cpu_seconds': time.process_time() - started,
+    }
+    folder = run_dir(work_dir, head, seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    if model.get_submodule(HEAD) is layer:
+        _config(head, data).dump(folder / 'config.py')
+        torch.save({'state_dict': model.state_dict(), 'meta': {}}, folder / 'head.pth')
+    write_file(folder / 'result.json', json.dumps(result).encode())
+
+
+def in_processes(
+    work: Sequence[Callable[[], None]], jobs: int, after_each: Callable[[], None]
+) -> None:
+    """Do all of it, in this process or in several.
+
+    Args:
+        work: What is to be done; picklable for more than one job.
+        jobs: Processes.
+        after_each: Done here whenever a part is finished.
+    """
+    started = time.time()
+
+    def report(done: int) -> None:
+        minutes = (time.time() - started) / 60
+        left = minutes / done * (len(work) - done)
+        print(f'{done}/{len(work)} runs, {minutes:.0f} min, {left:.0f} min left', flush=True)
+        after_each()
+
+    if jobs == 1:
+        for done, part in enumerate(work, start=1):
+            part()
+            report(done)
+        return
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context('spawn')) as pool:
+        futures = [pool.submit(part) for part in work]
+        try:
+            for done, future in enumerate(as_completed(futures), start=1):
+                future.result()
+                report(done)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def markdown_table(results: Mapping[Head, Sequence[dict]]) -> str:
+    """Mean ± standard deviation over the seeds, one row per head."""
+    columns = (
+        'head', 'seeds', 'parameters', 'training loss', 'test accuracy (%)', 'polysemanticity',
+        'by chance',
+        'ratio', 'experts that matter', 'images lost by each', 'images of each (%)',
+    )  # fmt: skip
+
+    def rows() -> Iterator[list[str]]:
+        for head, found in results.items():
+            if not found:
+                continue
+            cells = [head.name, str(len(found)), f'{found[0]["parameters"]:,}']
+            cells.append(mean_and_std([run['loss'] for run in found]))
+            cells.append(mean_and_std([100 * run['accuracy'] for run in found], digits=2))
+            if not head.experts:
+                yield cells + [NOTHING] * 6
+                continue
+            seen = [summary(run['experts']) for run in found]
+            yield [
+                *cells,
+                *(_cell(seen, key) for key in ('value', 'chance', 'ratio')),
+                f'{mean_std([of["mattering"] for of in seen])[0]:.0f} of {prod(head.experts)}',
+                f'{mean_std([of["lost"] for of in seen])[0]:.1f}',
+                f'{mean_std([of["items"] for of in seen])[0]:.1f}',
+            ]
+
+    return table(columns, rows())
+
+
+def _cell(seen: Sequence[dict], key: str) -> str:
+    values = [of[key] for of in seen if of[key] is not None]
+    return mean_and_std(values, digits=2) if values else NOTHING
+
+
+def summary(experts: dict) -> dict:
+    """Means over the experts of one head that lower some class.
+
+    Args:
+        experts: Of :func:`~research.heads.look_at_experts`.
+
+    Returns:
+        ``value``, ``chance`` and their ``ratio``: the polysemanticity (None where no expert
+        matters); ``mattering``: how many experts do; ``lost``: images that one of them loses;
+        ``items``: per cent of the images that one of all experts contributes to.
+    """
+    rows = [i for i, value in enumerate(experts['values']) if value is not None]
+    values = [experts['values'][i] for i in rows]
+    chances = [c for i in rows if (c := experts['by_chance'][i]) is not None]
+    value = float(np.mean(values)) if values else None
+    chance = float(np.mean(chances)) if chances else None
+    return {
+        'value': value,
+        'chance': chance,
+        'ratio': value / chance if value is not None and chance else None,
+        'mattering': len(rows),
+        'lost': float(np.mean([experts['lost'][i] for i in rows])) if rows else 0.0,
+        'items': 100 * float(np.mean(experts['items'])) / experts['num_images'],
+    }
+
+
+def plot_polysemanticity(results: Mapping[Head, Sequence[dict]], path: Path) -> None:
+    """Polysemanticity against E: as it is, beside chance (grey), and divided by it.
+
+    Args:
+        results: Of each head, one for each seed.
+        path: The file to write.
+    """
+    lines: dict[str, list[tuple[int, list[dict]]]] = {}
+    for head, found in results.items():
+        if head.experts and found:
+            seen = [summary(run['experts']) for run in found]
+            lines.setdefault(head.line, []).append((prod(head.experts), seen))
+    marks = ('o', 's', '^', 'D', 'v')
+    sizes = sorted({prod(head.experts) for head in HEADS if head.experts})
+    with style():
+        figure = new_figure(7.2, 3.0)
+        left, right = figure.subplots(1, 2)
+        for index, (line, points) in enumerate(lines.items()):
+            shared = dict(marker=marks[index % len(marks)], markersize=3.5, capsize=2)
+            colour = f'C{index}'
+            for axes, key in ((left, 'value'), (right, 'ratio')):
+                axes.errorbar(*_means(points, key), color=colour, label=line, **shared)
+            left.errorbar(*_means(points, 'chance'), color='0.7', linestyle='--', **shared)
+        left.plot([], [], color='0.7', linestyle='--', label='by chance, each line')
+        right.axhline(1, color='0.7', linestyle='--')
+        left.set_ylabel('class-level polysemanticity')
+        right.set_ylabel('divided by that of chance')
+        for axes in (left, right):
+            axes.set_xscale('log', base=2)
+            axes.set_xticks(sizes, [str(size) for size in sizes])
+            axes.minorticks_off()
+            axes.set_xlim(sizes[0] / 1.3, sizes[-1] * 1.3)
+            axes.set_xlabel('experts E')
+            axes.set_ylim(bottom=0)
+        left.legend()
+        figure.savefig(path, dpi=130)
+
+
+def _means(
+    points: Sequence[tuple[int, Sequence[dict]]], key: str
+) -> tuple[list[int], list[float], list[float]]:
+    """E, mean and standard deviation over the seeds."""
+    found = [(size, [of[key] for of in seen if of[key] is not None]) for size, seen in points]
+    found = [(size, values) for size, values in found if values]
+    moments = [mean_std(values) for _, values in found]
+    return (
+        [size for size, _ in found],
+        [mean for mean, _ in moments],
+        [np.nan_to_num(std) for _, std in moments],
+    )
