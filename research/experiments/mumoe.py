@@ -14,7 +14,6 @@ from functools import cache, partial
 from itertools import product
 from math import prod
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -43,17 +42,11 @@ FEWER = (4, 16, 64, (32, 32))
 SPARSE = (4, 16, 64)
 #: 256 on one level and on two, of a rank that does not depend on the gate.
 ONE_OR_TWO_LEVELS = ((16,), (64,), (256,), (16, 16))
-#: Tried on the linear layer, with the last tenth of the training images held out.
+#: Tried on one head of each kind, with the last tenth of the training images held out.
 RECIPES = tuple(
-    Recipe(lr, decay, epochs=10)
-    for lr, decay in product((3e-4, 1e-3, 3e-3), (1.0, 3.0, 10.0))
-)  # fmt: skip
-#: Tried on the CP head of 16 experts in the same way, for the lines that end so.
-CP_RECIPES = tuple(
-    Recipe(1e-3, decay, epochs=10, dropout=dropout)
-    for decay, dropout in product((0.1, 0.3, 1.0), (0.0, 0.5))
+    Recipe(lr, decay, epochs=10, dropout=dropout)
+    for lr, decay, dropout in product((1e-3, 3e-3), (1.0, 3.0), (0.0, 0.3))
 )
-CP_RECIPE = 'recipe of CP'
 
 
 @dataclass(frozen=True)
@@ -79,6 +72,13 @@ class Head:
         return f'{self.line}, E = {"×".join(map(str, self.experts))}' if self.experts else self.line
 
     @property
+    def kind(self) -> str:
+        """Heads of one kind share a recipe: ``'linear'``, ``'sparse'``, or the μMoE's class."""
+        if not self.experts:
+            return 'linear'
+        return self.entry.get('type', 'sparse').removeprefix('mmdet_moe.')
+
+    @property
     def config(self) -> str:
         """Its config below ``configs/``."""
         kind = 'dense' if not self.experts else 'mumoe' if 'type' in self.entry else 'moe'
@@ -95,17 +95,17 @@ def _heads() -> Iterator[Head]:
     yield from (Head('CP, matched', e, cp | matched) for e in all_sizes)
     sparse = dict(granularity='token', top_k=2)
     yield from (Head('sparse, k = 2', (e,), sparse) for e in SPARSE)
-    yield Head(f'linear, {CP_RECIPE}')
-    yield from (Head(f'CP, matched, {CP_RECIPE}', e, cp | matched) for e in some)
     fixed = dict(rank=FIXED_RANK)
     yield from (Head(f'CP, rank {FIXED_RANK}', e, cp | fixed) for e in ONE_OR_TWO_LEVELS)
     yield from (Head('TR, matched', e, tr | matched) for e in some)
     yield from (Head('CP, random gate', e, cp | matched, random_gate=True) for e in some)
+    yield Head('CP, matched, softmax', (16,), cp | matched | dict(activation='softmax'))
 
 
 HEADS = tuple(_heads())
 LINEAR = HEADS[0]
-CP = next(head for head in HEADS if head.name == 'CP, matched, E = 16')
+#: The recipe of a kind of head is chosen for this one.
+TUNED = {'linear': LINEAR} | {head.kind: head for head in HEADS if head.experts == (16,)}
 
 
 class MuMoEExperiment:
@@ -118,7 +118,7 @@ class MuMoEExperiment:
         seeds: Of each head.
         jobs: Trainings at a time, in processes of one thread.
         heads: What is trained.
-        recipes: What is tried on a head, to choose the recipe of others.
+        recipes: What is tried on a head of each kind, to choose that of all.
     """
 
     def __init__(
@@ -128,9 +128,7 @@ class MuMoEExperiment:
         seeds: Sequence[int],
         jobs: int,
         heads: Sequence[Head] = HEADS,
-        recipes: Mapping[Head, Sequence[Recipe]] = MappingProxyType(
-            {LINEAR: RECIPES, CP: CP_RECIPES}
-        ),
+        recipes: Sequence[Recipe] = RECIPES,
     ) -> None:
         if not seeds or len(set(seeds)) < len(seeds):
             raise ConfigError(f'--seeds {" ".join(map(str, seeds))}: give different numbers')
@@ -152,6 +150,16 @@ class MuMoEExperiment:
         if not table_only:
             # One process computes the features; the others find them.
             _data(self.data, self.work_dir, 'train'), _data(self.data, self.work_dir, 'test')
+            kinds = {head.kind for head in self.heads}
+            untuned = [
+                TUNED[kind] for kind in sorted(kinds) if not self._recipe_path(kind).exists()
+            ]
+            work = [
+                partial(_tune, head, self.recipes, self._recipe_path(head.kind), self.data,
+                        self.work_dir)
+                for head in untuned
+            ]  # fmt: skip
+            in_processes(work, self.jobs, lambda: None)
             runs = [(head, seed) for head in self.heads for seed in self.seeds]
             todo = [run for run in runs if self.result(*run) is None]
             print(f'{len(runs) - len(todo)} of {len(runs)} heads are trained.', flush=True)
@@ -162,30 +170,11 @@ class MuMoEExperiment:
         self.write()
 
     def recipe_of(self, head: Head) -> Recipe:
-        """The recipe that is best for the linear layer, or for the CP head, in held-out images."""
-        return self.tuned(CP if head.line.endswith(CP_RECIPE) else LINEAR)
+        """The recipe that is best for heads of its kind, on held-out images."""
+        return Recipe(**json.loads(self._recipe_path(head.kind).read_text())['best'])
 
-    def tuned(self, head: Head) -> Recipe:
-        """The best recipe for a head, on the last tenth of the training images."""
-        path = self._recipe_path(head)
-        if path.exists():
-            return Recipe(**json.loads(path.read_text())['best'])
-        data = _data(self.data, self.work_dir, 'train')
-        kept = len(data) * 9 // 10  # the data set goes round the classes, so both parts have all
-        tried = []
-        for recipe in self.recipes[head]:
-            layer, _ = build(head, 0, self.data)
-            train_head(layer, data[:kept], recipe, seed=0)
-            found = accuracy(predict(layer, data[kept:].features), data[kept:].labels)
-            tried.append({'recipe': asdict(recipe), 'accuracy': found})
-            print(f'{head.name}, {recipe}: {found:.4f}', flush=True)
-        best = max(tried, key=lambda entry: entry['accuracy'])
-        content = {'best': best['recipe'], 'tried': tried}
-        write_file(path, json.dumps(content, indent=2).encode())
-        return Recipe(**best['recipe'])
-
-    def _recipe_path(self, head: Head) -> Path:
-        return self.work_dir / f'recipe_{_folder_name(head)}.json'
+    def _recipe_path(self, kind: str) -> Path:
+        return self.work_dir / f'recipe_{kind}.json'
 
     def result(self, head: Head, seed: int) -> dict | None:
         """What a finished training has left.
@@ -217,17 +206,18 @@ class MuMoEExperiment:
     def headline(self) -> str:
         """Stands above the table."""
         texts = []
-        for head, use in ((LINEAR, 'all rows but the following'), (CP, f'the rows "{CP_RECIPE}"')):
-            if self._recipe_path(head).exists():
-                recipe = self.tuned(head)
+        for kind, head in TUNED.items():
+            if self._recipe_path(kind).exists():
+                recipe = self.recipe_of(head)
                 texts.append(
-                    f'Recipe of {use}: the best of {len(self.recipes[head])} for `{head.name}` on '
-                    f'the last tenth of the training images, AdamW with learning rate '
-                    f'{recipe.lr:g} (cosine to 0), weight decay {recipe.weight_decay:g}, dropout '
-                    f'{recipe.dropout:g} of the features, {recipe.epochs} epochs in batches of '
-                    f'{recipe.batch_size}.'
+                    f'{kind} (chosen for `{head.name}`): learning rate {recipe.lr:g}, weight decay '
+                    f'{recipe.weight_decay:g}, dropout {recipe.dropout:g}'
                 )
-        return '\n'.join(texts)
+        return (
+            f'AdamW, cosine to 0, {RECIPES[0].epochs} epochs in batches of '
+            f'{RECIPES[0].batch_size}; of {len(self.recipes)} recipes the best for each kind of '
+            f'head, on the last tenth of the training images. {"; ".join(texts)}.'
+        )
 
 
 def run_dir(work_dir: Path, head: Head, seed: int) -> Path:
@@ -275,6 +265,22 @@ def build(head: Head, seed: int, data: Path) -> tuple[nn.Module, nn.Module]:
         for weight in layer.gate.weights:
             nn.init.normal_(weight.requires_grad_(False))
     return layer, model
+
+
+def _tune(head: Head, recipes: Sequence[Recipe], path: Path, data: Path, work_dir: Path) -> None:
+    """Choose the best recipe for a head, on the last tenth of the training images."""
+    images = _data(data, work_dir, 'train')
+    kept = len(images) * 9 // 10  # the data set goes round the classes, so both parts have all
+    tried = []
+    for recipe in recipes:
+        layer, _ = build(head, 0, data)
+        train_head(layer, images[:kept], recipe, seed=0)
+        found = accuracy(predict(layer, images[kept:].features), images[kept:].labels)
+        tried.append({'recipe': asdict(recipe), 'accuracy': found})
+        print(f'{head.name}, {recipe}: {found:.4f}', flush=True)
+    best = max(tried, key=lambda entry: entry['accuracy'])
+    content = {'best': best['recipe'], 'tried': tried}
+    write_file(path, json.dumps(content, indent=2).encode())
 
 
 def _train(head: Head, seed: int, recipe: Recipe, data: Path, work_dir: Path) -> None:

@@ -73,7 +73,6 @@ TINY = (
     Head('narrow', entry=dict(rank=5)),
     Head('CP', (2, 2), dict(type='mmdet_moe.CPMuMoE', rank=4)),
     Head('sparse', (3,), dict(granularity='token', top_k=2)),
-    Head(f'CP, {mumoe.CP_RECIPE}', (2, 2), dict(type='mmdet_moe.CPMuMoE', rank=4)),
     Head('random gate', (4,), dict(type='mmdet_moe.TRMuMoE', rank=2), random_gate=True),
 )
 
@@ -97,11 +96,8 @@ def test_experiment(data, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(experiment_module, 'RESULTS', page)
     monkeypatch.setattr(experiment_module, 'PICTURES', tmp_path / 'pictures')
     monkeypatch.setattr(mumoe, 'SEEDS', (3,))
-    monkeypatch.setattr(mumoe, 'CP', TINY[2])
-    recipes = {
-        LINEAR: (Recipe(1e-3, 1.0, 1, 50),),
-        TINY[2]: (Recipe(1e-2, 0.0, 1, 50), Recipe(2e-2, 0.0, 1, 50)),
-    }
+    monkeypatch.setattr(mumoe, 'TUNED', {head.kind: head for head in TINY if head.name != 'narrow'})
+    recipes = (Recipe(1e-3, 1.0, 1, 50), Recipe(2e-2, 0.0, 1, 50))
     experiment = MuMoEExperiment(data, tmp_path / 'runs', [3], 1, TINY, recipes)
     experiment.run()
     first = page.read_text()
