@@ -105,7 +105,7 @@ def _heads() -> Iterator[Head]:
 HEADS = tuple(_heads())
 LINEAR = HEADS[0]
 #: The recipe of a kind of head is chosen for this one.
-TUNED = {'linear': LINEAR} | {head.kind: head for head in HEADS if head.experts == (16,)}
+TUNED = {head.kind: head for head in reversed(HEADS) if head.experts in ((), (16,))}
 
 
 class MuMoEExperiment:
