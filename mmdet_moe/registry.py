@@ -6,7 +6,6 @@ classes. Inside MoE modules :data:`MODELS` also finds everything of MMEngine; na
 keep their prefix (``mmdet.ResNet``).
 """
 
-from importlib.util import find_spec
 from typing import Any
 
 from mmengine.registry import DATASETS as MMENGINE_DATASETS
@@ -49,8 +48,7 @@ DATASETS = Registry(
     'dataset',
     parent=MMENGINE_DATASETS,
     scope=SCOPE,
-    locations=['mmdet_moe.datasets']
-    + ['mmdet_moe.datasets.cifar'] * (find_spec('mmpretrain') is not None),
+    locations=['mmdet_moe.datasets', 'mmdet_moe.datasets.of_toolboxes'],
 )
 # The package itself registers nothing in these; projects do.
 FUNCTIONS = Registry('function', parent=MMENGINE_FUNCTIONS, scope=SCOPE)

@@ -211,10 +211,12 @@ class _Memory:
         weights_TE.scatter_add_(1, dispatcher.expert_ids, weights)
         used = weights_TE.any(dim=0).nonzero().flatten().tolist()
         outputs = self._outputs(layer, tree_leaves((x_T, args, kwargs)))
-        if outputs is None or not used:
+        if not len(x_T) or (outputs is None and used):
             return usual(x_T, dispatcher, *args, **kwargs)
+        outputs = {} if outputs is None else outputs
         total: Tensor | None = None
-        for expert in used:
+        # If nobody has a say, because the only expert is zeroed: 0 times what any of them gives.
+        for expert in used or [0]:
             output = outputs.get(expert)
             if output is None:
                 ids = torch.full((len(x_T), 1), expert, device=x_T.device)
