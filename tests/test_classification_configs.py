@@ -179,6 +179,7 @@ def test_one_line_swaps_the_balancing():
     ]
 
 
+@pytest.mark.sweep(keep=1 / 2)
 @pytest.mark.parametrize('position', range(5))
 @pytest.mark.parametrize('num_experts', [4, 10])
 def test_position_and_number_of_experts_in_one_line_each(position, num_experts, tmp_path):
