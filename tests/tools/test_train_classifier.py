@@ -37,7 +37,7 @@ visualizer = dict(type='UniversalVisualizer', vis_backends=[dict(type='LocalVisB
 model = dict(
     type='ImageClassifier',
     backbone=dict(type='mmdet_moe.MoEResNet', depth=18, in_channels={channels}, stem_channels=8,
-                  base_channels=8, out_indices=(3,), norm_eval=False, moe_stages=4, num_experts=3,
+                  base_channels=8, out_indices=(3,), norm_eval=True, moe_stages=4, num_experts=3,
                   top_k=2),
     neck=dict(type='GlobalAveragePooling'),
     head=dict(type='LinearClsHead', num_classes={classes}, in_channels=64,
