@@ -1,5 +1,6 @@
 """What all layers of experts have in common, sparse or factorised."""
 
+from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -46,9 +47,9 @@ class ExpertLayer(BaseModule):
         """Say what stood here before; it goes to the ``meta`` device, where it costs nothing."""
         self._dense = (dense.to('meta'),)  # in a tuple, so that it is no part of the layer
 
+    @abstractmethod
     def observe(self, observer: Observer) -> RemovableHandle:
         """Be told of what each call decides, until the handle's ``remove()``."""
-        raise NotImplementedError
 
     def begin(self) -> None:
         """A forward pass of the model begins, in which the layer may be called several times."""

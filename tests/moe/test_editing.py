@@ -183,7 +183,11 @@ def test_sparse_experts(name, edit, randomise):
 @pytest.mark.parametrize('edit', EDITS, ids=str)
 def test_precisions(edit, dtype):
     model = nn.ModuleDict({'moe': moe(ConvExperts(C, OUT, 3, E), 'image')}).to(dtype)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
     apply_edits(model, [edit])
+    changed = [name for name, value in model.state_dict().items() if (value != before[name]).any()]
+    assert changed
+    assert all(name.startswith('moe.experts.') for name in changed)
 
 
 def test_edits_compose_in_order():

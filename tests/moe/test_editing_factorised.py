@@ -191,6 +191,7 @@ def test_edited_in_inference_mode_and_trained_on():
     with torch.inference_mode():
         apply_edits(model, [Edit('moe', 3, 2, scale=0.5)])
     model['moe'](x).sum().backward()
+    assert all(p.grad.shape == p.shape for p in model.parameters())
 
 
 def test_trained_on_after_the_edits_are_undone():
