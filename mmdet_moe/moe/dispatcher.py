@@ -107,7 +107,7 @@ class Dispatcher:
         """
         whole = cls(expert_ids, weights, 1)
         whole.is_whole = True
-        whole.offsets = torch.tensor([0, len(expert_ids)], device=expert_ids.device)
+        whole.offsets = torch.arange(2, device=expert_ids.device) * len(expert_ids)
         whole.bounds = [0, len(expert_ids)]
         return whole
 

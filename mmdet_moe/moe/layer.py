@@ -25,7 +25,7 @@ from mmdet_moe.moe.experts import Experts, upcycle
 from mmdet_moe.moe.granularity import GRANULARITIES
 from mmdet_moe.moe.items import Items
 from mmdet_moe.moe.routers import Router
-from mmdet_moe.moe.routing import Routing
+from mmdet_moe.moe.routing import Routing, spread
 from mmdet_moe.registry import MODELS
 
 EXPERT_INITS = ('independent', 'shared')
@@ -586,7 +586,8 @@ def _areas(routing: Routing, maps: list[Tensor], items: list[Items]) -> Tensor:
     per_level = [
         math.prod(m.shape[1:]) / (m.shape[1] * len(p)) for m, p in zip(maps, items, strict=True)
     ]
-    return routing.weights.new_tensor(per_level)[routing.level_ids]
+    weights = routing.weights
+    return spread(tuple(per_level), routing.items_per_level, weights.device, weights.dtype)
 
 
 def _transposed(output: Any) -> Any:

@@ -7,7 +7,7 @@ levels, C channels.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
@@ -105,9 +105,8 @@ class Routing:
     @cached_property
     def level_ids(self) -> Tensor:
         """int64 (T,): the index of each item's map in the list that the router was given."""
-        sizes = torch.tensor(self.items_per_level, device=self.expert_ids.device)
-        return torch.repeat_interleave(
-            torch.arange(len(sizes), device=sizes.device), sizes, output_size=self.num_items
+        return spread(
+            tuple(range(len(self.items_per_level))), self.items_per_level, self.expert_ids.device
         )
 
     @cached_property
@@ -115,9 +114,12 @@ class Routing:
         """int64 (T,): the index of each item's image in the batch."""
         if self.num_images < 0:
             raise RuntimeError('The calls of this routing held different numbers of images')
-        images = torch.arange(self.num_images, device=self.expert_ids.device)
         items_per_image = [items // max(self.num_images, 1) for items in self.items_per_level]
-        return torch.cat([images.repeat_interleave(items) for items in items_per_image])
+        return spread(
+            tuple(range(self.num_images)) * len(items_per_image),
+            tuple(items for items in items_per_image for _ in range(self.num_images)),
+            self.expert_ids.device,
+        )
 
     def dense_weights(self) -> Tensor:
         """(T, E): the weights with an exact 0 for every expert that was not chosen."""
@@ -166,3 +168,15 @@ class Routing:
             values_TK = values_TK * self.known_decision_weights()[:, None]
         total = values_TK.new_zeros(self.num_experts)
         return total.index_add(0, self.expert_ids.flatten(), values_TK.flatten())
+
+
+@lru_cache(maxsize=256)  # a model repeats its few shapes, and a copy from the host waits for a GPU
+def spread(
+    values: tuple[float, ...],
+    repeats: tuple[int, ...],
+    device: torch.device,
+    dtype: torch.dtype = torch.int64,
+) -> Tensor:
+    """Each value as often as it is to be repeated, (sum of ``repeats``,); not to be changed."""
+    once = torch.tensor(values, dtype=dtype)
+    return once.repeat_interleave(torch.tensor(repeats, dtype=torch.int64)).to(device)
