@@ -33,7 +33,7 @@ class Dispatcher:
         self.weights = weights
         self.num_experts = num_experts
         chosen = expert_ids.masked_fill(weights == 0, -1)
-        self._order, self.offsets, self._inverse = ops.sort_routes(chosen, num_experts)
+        self.offsets, self._inverse = ops.sort_routes(chosen, num_experts)
 
     @classmethod
     def to_one(cls, expert_ids: Tensor, weights: Tensor) -> 'Dispatcher':
@@ -47,13 +47,13 @@ class Dispatcher:
         whole.expert_ids, whole.weights, whole.num_experts = expert_ids, weights, 1
         whole.offsets = torch.tensor([0, len(expert_ids)], device=expert_ids.device)
         whole.bounds = [0, len(expert_ids)]
-        whole._order = whole._inverse = None
+        whole._inverse = None
         return whole
 
     @property
     def is_whole(self) -> bool:
         """Whether all items go to one expert as they are."""
-        return self._order is None
+        return self._inverse is None
 
     def used_experts(self) -> set[int]:
         """The experts that get items."""
@@ -73,7 +73,7 @@ class Dispatcher:
         """Copy the items to rows in the order of the experts: (T, ...) to (R, ...)."""
         if self.is_whole:
             return x_T
-        return ops.dispatch(x_T, self._order[: self.bounds[-1]], self.top_k)
+        return ops.dispatch(x_T, self._inverse, self.bounds[-1])
 
     def split(self, rows_R: Tensor) -> tuple[Tensor, ...]:
         """Each expert's rows, views of E lengths from 0 on.
