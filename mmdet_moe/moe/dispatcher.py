@@ -43,7 +43,7 @@ class Sorting:
         self.watched: tuple[Tensor, Callable[[bool], None]] | None = None
 
     @cached_property
-    def tables(self) -> tuple[Tensor, Tensor, Tensor]:
+    def tables(self) -> tuple[Tensor, Tensor]:
         """What :func:`mmdet_moe.ops.sort_routes` gives for the keys ``level · E + expert``."""
         keys = self._ids
         if self._num_levels > 1:
@@ -54,7 +54,7 @@ class Sorting:
     @cached_property
     def bounds(self) -> list[int]:
         """The offsets on the host; the only thing here that waits for the device."""
-        offsets = self.tables[1]
+        offsets = self.tables[0]
         if self.watched is None:
             return offsets.tolist()
         flag, tell = self.watched
@@ -119,7 +119,7 @@ class Dispatcher:
     @cached_property
     def offsets(self) -> Tensor:
         """int64 (E + 1,): expert e owns the rows ``offsets[e]`` to ``offsets[e + 1]``."""
-        offsets = self._sorting.tables[1]
+        offsets = self._sorting.tables[0]
         if offsets.shape[0] == self.num_experts + 1:
             return offsets
         start = self._level * self.num_experts
@@ -139,7 +139,7 @@ class Dispatcher:
 
     @cached_property
     def _inverse(self) -> Tensor:
-        inverse = self._sorting.tables[2]
+        inverse = self._sorting.tables[1]
         if len(inverse) == len(self.expert_ids):
             return inverse
         own = inverse[self._first_item : self._first_item + len(self.expert_ids)]
@@ -156,11 +156,7 @@ class Dispatcher:
         """Copy the items to rows in the order of the experts: (T, ...) to (R, ...)."""
         if self.is_whole:
             return x_T
-        order = self._sorting.tables[0]
-        if len(order) != self.expert_ids.numel():
-            order = order[self._first_row : self._first_row + self.bounds[-1]]
-            order = order - self._first_item * self.top_k
-        return ops.dispatch(x_T, order[: self.bounds[-1]], self.top_k)
+        return ops.dispatch(x_T, self._inverse, self.bounds[-1])
 
     def split(self, rows_R: Tensor) -> tuple[Tensor, ...]:
         """Each expert's rows, views of E lengths from 0 on.

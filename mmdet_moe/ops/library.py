@@ -10,10 +10,9 @@ from torch import Tensor
 from mmdet_moe.ops import native, reference
 
 _SCHEMAS = (
-    'sort_routes(Tensor expert_ids, int num_experts) -> (Tensor order, Tensor offsets, '
-    'Tensor inverse)',
-    'dispatch(Tensor x, Tensor order, int k) -> Tensor',
-    'dispatch_backward(Tensor grad, Tensor order, int k, int num_items) -> Tensor',
+    'sort_routes(Tensor expert_ids, int num_experts) -> (Tensor offsets, Tensor inverse)',
+    'dispatch(Tensor x, Tensor inverse, SymInt num_rows) -> Tensor',
+    'dispatch_backward(Tensor grad, Tensor inverse) -> Tensor',
     'combine(Tensor y, Tensor weights, Tensor inverse) -> Tensor',
     'combine_backward(Tensor grad, Tensor y, Tensor weights, Tensor inverse) -> (Tensor grad_y, '
     'Tensor grad_weights)',
@@ -25,20 +24,16 @@ _SCHEMAS = (
 _LIBRARY = torch.library.Library('mmdet_moe', 'DEF')
 
 
-def _sort_routes_shapes(expert_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    return (
-        expert_ids.new_empty(expert_ids.shape[0] * expert_ids.shape[1]),
-        expert_ids.new_empty(num_experts + 1),
-        expert_ids.new_empty(expert_ids.shape),
-    )
+def _sort_routes_shapes(expert_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+    return expert_ids.new_empty(num_experts + 1), expert_ids.new_empty(expert_ids.shape)
 
 
-def _dispatch_shape(x: Tensor, order: Tensor, k: int) -> Tensor:
-    return x.new_empty(order.shape[0], *x.shape[1:])
+def _dispatch_shape(x: Tensor, inverse: Tensor, num_rows: int) -> Tensor:
+    return x.new_empty(num_rows, *x.shape[1:])
 
 
-def _dispatch_backward_shape(grad: Tensor, order: Tensor, k: int, num_items: int) -> Tensor:
-    return grad.new_empty(num_items, *grad.shape[1:])
+def _dispatch_backward_shape(grad: Tensor, inverse: Tensor) -> Tensor:
+    return grad.new_empty(inverse.shape[0], *grad.shape[1:])
 
 
 def _combine_shape(y: Tensor, weights: Tensor, inverse: Tensor) -> Tensor:
@@ -60,25 +55,21 @@ def _entmax15_backward_shape(grad: Tensor, p: Tensor) -> Tensor:
 
 
 def _save_for_dispatch(ctx, inputs, output) -> None:
-    x, order, k = inputs
-    ctx.save_for_backward(order)
-    ctx.k, ctx.num_items = k, x.shape[0]
+    ctx.save_for_backward(inputs[1])
 
 
 def _dispatch_gradient(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
-    (order,) = ctx.saved_tensors
-    return torch.ops.mmdet_moe.dispatch_backward(grad, order, ctx.k, ctx.num_items), None, None
+    return torch.ops.mmdet_moe.dispatch_backward(grad, *ctx.saved_tensors), None, None
 
 
 def _save_for_dispatch_backward(ctx, inputs, output) -> None:
-    _, order, k, _ = inputs
-    ctx.save_for_backward(order)
-    ctx.k = k
+    rows, inverse = inputs
+    ctx.save_for_backward(inverse)
+    ctx.num_rows = rows.shape[0]
 
 
-def _dispatch_backward_gradient(ctx, grad: Tensor) -> tuple[Tensor, None, None, None]:
-    (order,) = ctx.saved_tensors
-    return torch.ops.mmdet_moe.dispatch(grad, order, ctx.k), None, None, None
+def _dispatch_backward_gradient(ctx, grad: Tensor) -> tuple[Tensor, None]:
+    return torch.ops.mmdet_moe.dispatch(grad, *ctx.saved_tensors, ctx.num_rows), None
 
 
 def _save_inputs(ctx, inputs, output) -> None:

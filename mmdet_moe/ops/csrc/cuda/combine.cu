@@ -87,8 +87,8 @@ __global__ void __launch_bounds__(kThreads) sum_parts_kernel(
 
 Tensor combine(Tensor y, Tensor weights, Tensor inverse) {
   check_combine(y, weights, inverse);
-  const int64_t items = inverse.size(0), k = inverse.size(1);
-  checked_routes(items, k);
+  const int64_t items = inverse.size(0);
+  checked_routes(items, inverse.size(1));
   const DeviceGuard guard(y.get_device_index());
   const cudaStream_t stream = current_stream(y);
   y = torch::stable::contiguous(y);
@@ -99,8 +99,7 @@ Tensor combine(Tensor y, Tensor weights, Tensor inverse) {
 
   with_type(y, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    gather_sum<T, true>(
-        out, y, weights.const_data_ptr<wide_t<T>>(), inverse.const_data_ptr<int64_t>(), k, stream);
+    gather_sum<T, true>(out, y, weights.const_data_ptr<wide_t<T>>(), inverse, stream);
   });
   return out;
 }
