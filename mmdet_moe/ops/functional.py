@@ -3,10 +3,7 @@
 import torch
 from torch import Tensor
 
-from mmdet_moe.ops import (
-    library,  # noqa: F401  # registers torch.ops.mmdet_moe.*
-    reference,
-)
+from mmdet_moe.ops import library, reference
 
 # PyTorch 2.6 knows only whether it exports to ONNX.
 _is_exporting = getattr(torch.compiler, 'is_exporting', torch.onnx.is_in_onnx_export)
@@ -38,7 +35,7 @@ def sort_routes(expert_ids_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor
         )
     if num_experts < 1:
         raise ValueError(f'num_experts must be at least 1, got {num_experts}')
-    return torch.ops.mmdet_moe.sort_routes(expert_ids_TK, num_experts)
+    return library.sort_routes(expert_ids_TK, num_experts)
 
 
 def dispatch(x_T: Tensor, inverse_TK: Tensor, num_rows: int) -> Tensor:
@@ -72,7 +69,7 @@ def dispatch(x_T: Tensor, inverse_TK: Tensor, num_rows: int) -> Tensor:
             f'num_rows must be between 0 and the {inverse_TK.numel()} positions of inverse, got '
             f'{num_rows}'
         )
-    return torch.ops.mmdet_moe.dispatch(x_T, inverse_TK, num_rows)
+    return library.dispatch(x_T, inverse_TK, num_rows)
 
 
 def combine(y_R: Tensor, weights_TK: Tensor, inverse_TK: Tensor) -> Tensor:
@@ -106,7 +103,7 @@ def combine(y_R: Tensor, weights_TK: Tensor, inverse_TK: Tensor) -> Tensor:
             f'y has {y_R.shape[0]} rows, but inverse has only {inverse_TK.numel()} positions'
         )
     wide = torch.float64 if y_R.dtype == torch.float64 else torch.float32
-    return torch.ops.mmdet_moe.combine(y_R, weights_TK.to(wide), inverse_TK)
+    return library.combine(y_R, weights_TK.to(wide), inverse_TK)
 
 
 def entmax15(x: Tensor) -> Tensor:
@@ -141,7 +138,7 @@ def entmax15(x: Tensor) -> Tensor:
     wide = x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
     # The older ONNX exporter, torch.onnx.export(dynamo=False), does not count as the first.
     plain = _is_exporting() or torch.onnx.is_in_onnx_export()
-    op = reference.entmax15 if plain else torch.ops.mmdet_moe.entmax15
+    op = reference.entmax15 if plain else library.entmax15
     return op(wide).to(x.dtype)
 
 
