@@ -3,10 +3,7 @@
 import torch
 from torch import Tensor
 
-from mmdet_moe.ops import (
-    library,  # noqa: F401  # registers torch.ops.mmdet_moe.*
-    reference,
-)
+from mmdet_moe.ops import library, reference
 
 # PyTorch 2.6 knows only whether it exports to ONNX.
 _is_exporting = getattr(torch.compiler, 'is_exporting', torch.onnx.is_in_onnx_export)
@@ -38,7 +35,7 @@ def sort_routes(expert_ids_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor
         )
     if num_experts < 1:
         raise ValueError(f'num_experts must be at least 1, got {num_experts}')
-    return torch.ops.mmdet_moe.sort_routes(expert_ids_TK, num_experts)
+    return library.sort_routes(expert_ids_TK, num_experts)
 
 
 def dispatch(x_T: Tensor, inverse_TK: Tensor, num_rows: int) -> Tensor:
@@ -75,7 +72,7 @@ def dispatch(x_T: Tensor, inverse_TK: Tensor, num_rows: int) -> Tensor:
         )
     if _is_channels_last(x_T):  # rows are copied as they lie in memory
         return _channels_first(dispatch(_channels_to_last(x_T), inverse_TK, num_rows))
-    return torch.ops.mmdet_moe.dispatch(x_T, inverse_TK, num_rows)
+    return library.dispatch(x_T, inverse_TK, num_rows)
 
 
 def combine(y_R: Tensor, weights_TK: Tensor, inverse_TK: Tensor) -> Tensor:
@@ -112,7 +109,7 @@ def combine(y_R: Tensor, weights_TK: Tensor, inverse_TK: Tensor) -> Tensor:
     if _is_channels_last(y_R):
         return _channels_first(combine(_channels_to_last(y_R), weights_TK, inverse_TK))
     wide = torch.float64 if y_R.dtype == torch.float64 else torch.float32
-    return torch.ops.mmdet_moe.combine(y_R, weights_TK.to(wide), inverse_TK)
+    return library.combine(y_R, weights_TK.to(wide), inverse_TK)
 
 
 def entmax15(x: Tensor) -> Tensor:
@@ -147,7 +144,7 @@ def entmax15(x: Tensor) -> Tensor:
     wide = x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
     # The older ONNX exporter, torch.onnx.export(dynamo=False), does not count as the first.
     plain = _is_exporting() or torch.onnx.is_in_onnx_export()
-    op = reference.entmax15 if plain else torch.ops.mmdet_moe.entmax15
+    op = reference.entmax15 if plain else library.entmax15
     return op(wide).to(x.dtype)
 
 
