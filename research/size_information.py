@@ -13,7 +13,7 @@ so that the decisions of one image stay together.
 import argparse
 import json
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,12 +22,13 @@ import torch
 from mmengine.config import Config
 from torch import Tensor
 
-from mmdet_moe.analysis.command import parse, prepare
+from mmdet_moe.analysis.data import AnalysisData
 from mmdet_moe.analysis.files import write_file
+from mmdet_moe.analysis.models import load_model
 from mmdet_moe.analysis.records.contents import DetectorRecords
 from mmdet_moe.analysis.statistics.bins import box_sizes, position_bin, size_bin
 from mmdet_moe.analysis.study import Study
-from mmdet_moe.cli import load_config
+from mmdet_moe.cli import load_config, set_loader_defaults
 from mmdet_moe.moe.layer import find_moe_layers
 from mmdet_moe.moe.metrics import conditional_entropy, entropy, mutual_information, shares
 from mmdet_moe.moe.routers import LevelNorm, RouterLinear
@@ -180,29 +181,32 @@ def measure(work_dir: Path, device: str | None = None) -> dict:
 
     Args:
         work_dir: Where the run lives; a file :data:`FILE` is written there.
-        device: As of ``tools/analyze_experts.py``.
+        device: As of :func:`~mmdet_moe.analysis.models.load_model`.
 
     Returns:
         ``'layers'``: by layer ``'trained'`` and ``'random'``, a list of as many as :data:`DRAWS`.
     """
     (config,) = work_dir.glob('*.py')
     cfg: Config = load_config(str(config))
-    arguments = [str(config), str(latest_checkpoint(work_dir)), '--out', str(work_dir / 'sizes')]
-    args = parse([*arguments, *([] if device is None else ['--device', device])])
-    study = prepare(args, cfg)
-    found = {name: {'trained': value} for name, value in _figures(study).items()}
-    model, plan = study.model, {'random': True}
+    set_loader_defaults(cfg)
+    checkpoint = latest_checkpoint(work_dir)
+    model, _ = load_model(cfg, str(checkpoint), device)
+    data, folder = AnalysisData(cfg, 'val'), work_dir / 'records'
+
+    def study(name: str) -> Study:
+        plan = {'router': name, 'checkpoint': checkpoint.stat().st_mtime}
+        return Study(model, data, folder / name, plan, score_thr=0.0, overwrite=True)
+
+    trained = study('trained')
+    found = {name: {'trained': value} for name, value in _figures(trained).items()}
     for draw in range(DRAWS):
-        norms = randomise(model, draw)
-        if norms:
-            _settle(study, norms)
-        folder = args.out / f'random{draw}'
-        random = Study(model, study.data, folder, plan, study.score_thr, overwrite=True)
-        for name, value in _figures(random).items():
+        if norms := randomise(model, draw):
+            _settle(trained, norms)
+        for name, value in _figures(study(f'random{draw}')).items():
             found[name].setdefault('random', []).append(value)
     result = {'layers': found}
     write_file(work_dir / FILE, json.dumps(result, indent=1).encode())
-    shutil.rmtree(args.out)
+    shutil.rmtree(folder)
     return result
 
 
@@ -222,13 +226,13 @@ def _settle(study: Study, norms: list[LevelNorm]) -> None:
         norm.eval()
 
 
-def main(argv: Sequence[str] | None = None, run: Callable[..., dict] = measure) -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Measure one run."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('work_dir', type=Path)
     parser.add_argument('--device')
     args = parser.parse_args(argv)
-    run(args.work_dir, args.device)
+    measure(args.work_dir, args.device)
 
 
 if __name__ == '__main__':
