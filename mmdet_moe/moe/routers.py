@@ -342,19 +342,18 @@ class _PooledRouter(Router):
         """(items, F) of one feature map (N, C, H, W), at least float32."""
 
     def compute_logits(self, x: Tensor, items: Items) -> Tensor:
-        """Of a single map."""
-        return self.logits_of_levels([x], [items])[0]
+        return linear(self.fc, self.features(x, items))
 
     def logits_of_levels(self, maps: list[Tensor], items: Sequence[Items]) -> list[Tensor]:
+        if self.norm is None:
+            return super().logits_of_levels(maps, items)
+        if len(maps) != self._num_levels:
+            raise ConfigError(
+                f'normalise_levels={self._num_levels}, but the router is given {len(maps)} '
+                'feature maps together; give that number'
+            )
         features = [self.features(m, p) for m, p in zip(maps, items, strict=True)]
-        if self.norm is not None:
-            if len(maps) != self._num_levels:
-                raise ConfigError(
-                    f'normalise_levels={self._num_levels}, but the router is given {len(maps)} '
-                    'feature maps together; give that number'
-                )
-            features = [self.norm(f, level) for level, f in enumerate(features)]
-        return [linear(self.fc, f) for f in features]
+        return [linear(self.fc, self.norm(f, level)) for level, f in enumerate(features)]
 
     def _build_fc(self, features: int) -> RouterLinear:
         if self._num_levels is not None:
