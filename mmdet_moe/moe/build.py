@@ -53,9 +53,9 @@ def build_experts(
                 )
             expert = build({**expert, 'num_experts': num_experts})
         else:
-            expert = [build(expert) for _ in range(num_experts)]
+            expert = ModuleExperts([build(expert) for _ in range(num_experts)], are_copies=True)
     elif isinstance(expert, nn.Module) and not isinstance(expert, (nn.ModuleList, Experts)):
-        expert = independent_copies(expert, num_experts)
+        expert = ModuleExperts(independent_copies(expert, num_experts), are_copies=True)
     experts = expert if isinstance(expert, Experts) else ModuleExperts(expert)
     if experts.num_experts != num_experts:
         raise ConfigError(

@@ -4,6 +4,8 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -17,7 +19,7 @@ from mmdet_moe.errors import ConfigError, NonFiniteRouterError, explained
 from mmdet_moe.moe.build import build_experts, build_router
 from mmdet_moe.moe.capacity import overflow
 from mmdet_moe.moe.constraints import in_backward
-from mmdet_moe.moe.dispatcher import Dispatcher, unpack
+from mmdet_moe.moe.dispatcher import Dispatcher, Sorting, unpack
 from mmdet_moe.moe.expert_layer import ExpertLayer, Observer, find_expert_layers
 from mmdet_moe.moe.experts import Experts, upcycle
 from mmdet_moe.moe.granularity import GRANULARITIES
@@ -140,6 +142,8 @@ class MoELayer(ExpertLayer):
         )
         self._latest = _Calls()
         self._norms_checked = False
+        # Of a forward pass on a GPU: flag, event and iteration, see check_finite.
+        self._unread: tuple[Tensor, torch.cuda.Event, int | None] | None = None
         self.register_load_state_dict_pre_hook(_upcycle_same_place)
 
     def init_weights(self) -> None:
@@ -270,7 +274,7 @@ class MoELayer(ExpertLayer):
         except RuntimeError:
             self._check_channels(maps, items)
             raise
-        self._check_finite(routing)
+        is_finite = self._check_finite(routing)
         if self.training and self.capacity_factor is not None:
             routing.dropped = overflow(routing, self.capacity_factor)
         if self.decision_weight == 'area':
@@ -279,10 +283,13 @@ class MoELayer(ExpertLayer):
             routing.decision_weights = None
         self._remember(routing, items)
         used: set[int] = set()
-        outputs = [
-            self._mix(m, p, *routing.level(i), routing, used, args, kwargs)
-            for i, (m, p) in enumerate(zip(maps, items, strict=True))
-        ]
+        with self.experts.one_pass():
+            outputs = [
+                self._mix(m, p, dispatcher, used, args, kwargs)
+                for m, p, dispatcher in zip(
+                    maps, items, self._dispatchers(routing, is_finite), strict=True
+                )
+            ]
         if torch.is_grad_enabled():
             outputs[0] = self._keep_in_graph(outputs[0], used)
         if self.batch_dim:
@@ -347,20 +354,12 @@ class MoELayer(ExpertLayer):
         self,
         x: Tensor,
         items: Items,
-        expert_ids: Tensor,
-        factors: Tensor,
-        routing: Routing,
+        dispatcher: Dispatcher,
         used: set[int],
         args: tuple,
         kwargs: dict,
     ) -> Any:
         """Steps 3 to 5 for one map, and what stands beside the mixture."""
-        if self.num_experts == 1 and routing.is_plain:
-            dispatcher = Dispatcher.to_one(expert_ids, factors)
-        else:
-            dispatcher = Dispatcher(expert_ids, factors, self.num_experts)
-        if torch.is_grad_enabled() and self.experts.separate_parameters and not dispatcher.is_whole:
-            used |= dispatcher.used_experts()
         if self.whole_maps:
             y, rebuild = self._mix_maps(x, items, dispatcher, args, kwargs)
         else:
@@ -371,6 +370,8 @@ class MoELayer(ExpertLayer):
                 output = self.run_experts(items.crop(x), dispatcher, *others[0], **others[1])
             y, rebuild = unpack(output)
             y = items.place(y)
+        if torch.is_grad_enabled() and self.experts.separate_parameters and not dispatcher.is_whole:
+            used |= dispatcher.used_experts()
         for expert in self.shared or ():
             y = y + unpack(expert(x, *args, **kwargs))[0]
         if self.shared:
@@ -388,7 +389,8 @@ class MoELayer(ExpertLayer):
         # If nobody has a say, because the chosen ones are zeroed: 0 times what any of them gives.
         for expert in sorted(dispatcher.used_experts()) or [0]:
             ids = torch.full((len(x), 1), expert, device=x.device)
-            whole = Dispatcher(ids, factors.new_ones(ids.shape), self.num_experts)
+            ones = factors.new_ones(ids.shape)
+            whole = Dispatcher.to_one(ids, ones, expert, self.num_experts)
             y, rebuild = unpack(self.run_experts(x, whole, *args, **kwargs))
             if y.shape[2:] != x.shape[2:]:
                 raise ConfigError(
@@ -464,12 +466,69 @@ class MoELayer(ExpertLayer):
             "inside that looks at one token at a time, such as an FFN, or granularity='image'"
         )
 
-    def _check_finite(self, routing: Routing) -> None:
+    def _dispatchers(self, routing: Routing, is_finite: Tensor | None) -> Iterator[Dispatcher]:
+        """One for each map; all of them are sorted together."""
+        if self.num_experts == 1 and routing.is_plain:
+            for level in range(len(routing.items_per_level)):
+                yield Dispatcher.to_one(*routing.level(level))
+        else:
+            factors, sizes = routing.kept_factors, routing.items_per_level
+            sorting = Sorting(
+                routing.expert_ids,
+                factors,
+                self.num_experts,
+                sizes,
+                routing.level_ids if len(sizes) > 1 else None,
+            )
+            if is_finite is not None:
+                sorting.watched = (is_finite, partial(self._refuse_unless, _current_iteration()))
+            for level, first in enumerate(accumulate(sizes[:-1], initial=0)):
+                yield Dispatcher(*routing.level(level), self.num_experts, sorting, level, first)
+            if sorting.watched is None:
+                return
+        if is_finite is not None:
+            self._look_later(is_finite)
+
+    def _check_finite(self, routing: Routing) -> Tensor | None:
+        """Raise if the decision is not finite; on a GPU, a flag that says it there.
+
+        Reading the flag would wait for the GPU, so it is read together with the bounds of the
+        experts' rows where these are needed, and else when the layer is called again.
+        """
+        self.check_finite()
         # The weights as well: the noise has parameters of its own. A sum is finite if all is.
-        if math.isfinite(float(routing.logits.detach().sum() + routing.weights.detach().sum())):
+        is_finite = (routing.logits.detach().sum() + routing.weights.detach().sum()).isfinite()
+        if is_finite.device.type != 'cpu':
+            return is_finite
+        self._refuse_unless(_current_iteration(), bool(is_finite))
+        return None
+
+    def _look_later(self, is_finite: Tensor) -> None:
+        if is_finite.device.type != 'cuda' or torch.cuda.is_current_stream_capturing():
+            return
+        on_host = torch.empty((), dtype=torch.bool, pin_memory=True)
+        on_host.copy_(is_finite, non_blocking=True)
+        copied = torch.cuda.Event()
+        copied.record()
+        self._unread = (on_host, copied, _current_iteration())
+
+    def check_finite(self) -> None:
+        """Raise what the latest forward pass on a GPU left to be looked at, if anything.
+
+        Raises:
+            NonFiniteRouterError: If the router's decision was not finite.
+        """
+        if self._unread is not None:
+            on_host, copied, iteration = self._unread
+            self._unread = None
+            copied.synchronize()
+            self._refuse_unless(iteration, bool(on_host))
+
+    def _refuse_unless(self, iteration: int | None, is_finite: bool) -> None:
+        if is_finite:
             return
         message = f'The router of MoE layer "{self.name}" produced values that are not finite'
-        if self.training and (iteration := _current_iteration()) is not None:
+        if self.training and iteration is not None:
             message += f' at training iteration {iteration}'
         raise NonFiniteRouterError(
             f'{message}; the input or a weight has become NaN or infinite: lower the learning rate '
@@ -484,7 +543,7 @@ class MoELayer(ExpertLayer):
 
     def __getstate__(self) -> dict[str, Any]:
         # deepcopy (EMA) and pickle see neither the latest Routing nor the graph behind it.
-        return {**self.__dict__, '_latest': _Calls()}
+        return {**self.__dict__, '_latest': _Calls(), '_unread': None}
 
     def extra_repr(self) -> str:
         return f'granularity={self.granularity!r}, grid_size={self.grid_size}'

@@ -98,6 +98,11 @@ class Routing:
         return self.weights if self.gates is None else self.gates
 
     @cached_property
+    def kept_factors(self) -> Tensor:
+        """:attr:`factors`, 0 where a route is dropped."""
+        return self.factors if self.dropped is None else self.factors.masked_fill(self.dropped, 0)
+
+    @cached_property
     def level_ids(self) -> Tensor:
         """int64 (T,): the index of each item's map in the list that the router was given."""
         sizes = torch.tensor(self.items_per_level, device=self.expert_ids.device)
@@ -141,14 +146,11 @@ class Routing:
 
     def level(self, index: int) -> tuple[Tensor, Tensor]:
         """``expert_ids`` of one level's items, and their factors, 0 where a route is dropped."""
-        if len(self.items_per_level) == 1 and self.dropped is None:
-            return self.expert_ids, self.factors
+        if len(self.items_per_level) == 1:
+            return self.expert_ids, self.kept_factors
         start = sum(self.items_per_level[:index])
         items = slice(start, start + self.items_per_level[index])
-        factors = self.factors[items]
-        if self.dropped is not None:
-            factors = factors.masked_fill(self.dropped[items], 0)
-        return self.expert_ids[items], factors
+        return self.expert_ids[items], self.kept_factors[items]
 
     def of_level(self, index: int) -> 'Routing':
         """The decisions of one level alone."""

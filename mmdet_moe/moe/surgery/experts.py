@@ -15,7 +15,9 @@ from mmdet_moe.moe.experts import (
     StackedExperts,
     independent_copies,
 )
+from mmdet_moe.moe.experts.conv import IMPLS as CONV_IMPLS
 from mmdet_moe.moe.experts.conv import is_plain_conv
+from mmdet_moe.moe.experts.modules import IMPLS as MODULE_IMPLS
 
 
 def make_experts(
@@ -30,7 +32,7 @@ def make_experts(
         num_experts: E.
         expert_init: ``'shared'``: the others are copies; ``'independent'``: with fresh weights.
         granularity: What one decision covers.
-        impl: How stacked convolutions are evaluated, see :class:`ConvExperts`.
+        impl: How they are evaluated, see :class:`ConvExperts` and :class:`ModuleExperts`.
 
     Raises:
         ConfigError: If ``impl`` does not fit.
@@ -40,12 +42,12 @@ def make_experts(
     if conv is not None and granularity != 'token':
         stacked = ConvExperts.like(conv, num_experts, impl=impl)
         stacked.dense_scope, dense = scope, conv
-    elif impl != 'auto':
+    elif impl in CONV_IMPLS and impl not in MODULE_IMPLS:
         raise ConfigError(
             f'impl={impl!r} is for plain convolutions, but {type(module).__name__} is more than '
-            'one; remove impl'
+            f'one; use one of {MODULE_IMPLS}'
         )
-    elif type(module) is nn.Linear and granularity in ('token', 'pixel'):
+    elif type(module) is nn.Linear and granularity in ('token', 'pixel') and impl == 'auto':
         stacked = LinearExperts(
             module.in_features, module.out_features, num_experts, module.bias is not None
         )
@@ -55,7 +57,7 @@ def make_experts(
         if expert_init == 'shared':
             for clone in fresh[1:]:
                 clone.load_state_dict(module.state_dict())
-        return ModuleExperts(fresh)
+        return ModuleExperts(fresh, impl, are_copies=True)
     stacked.to(dense.weight)
     stacked.set_expert(0, dense)
     if expert_init == 'shared':
