@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from mmdet_moe import ops
 from mmdet_moe.errors import ConfigError
+from mmdet_moe.moe.routing import spread
 
 
 class Sorting:
@@ -98,17 +99,21 @@ class Dispatcher:
         self._level, self._first_item = level, first_item
 
     @classmethod
-    def to_one(cls, expert_ids: Tensor, weights: Tensor) -> 'Dispatcher':
-        """All T items to the only expert, each with weight 1: nothing has to be moved.
+    def to_one(
+        cls, expert_ids: Tensor, weights: Tensor, expert: int = 0, num_experts: int = 1
+    ) -> 'Dispatcher':
+        """All T items to one expert, each with weight 1: nothing has to be moved or sorted.
 
         Args:
-            expert_ids: (T, 1) of zeros.
+            expert_ids: (T, 1), all of them ``expert``.
             weights: (T, 1) of ones.
+            expert: Which one.
+            num_experts: E.
         """
-        whole = cls(expert_ids, weights, 1)
+        whole = cls(expert_ids, weights, num_experts)
         whole.is_whole = True
-        whole.offsets = torch.arange(2, device=expert_ids.device) * len(expert_ids)
-        whole.bounds = [0, len(expert_ids)]
+        whole.bounds = [0] * (expert + 1) + [len(expert_ids)] * (num_experts - expert)
+        whole.offsets = spread(tuple(whole.bounds), (1,) * (num_experts + 1), expert_ids.device)
         return whole
 
     @property

@@ -1,7 +1,7 @@
 """The MoE layer: a router that routes, experts that compute, glued by dispatch and combine."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -62,6 +62,10 @@ class MoELayer(ExpertLayer):
             :class:`~mmdet_moe.moe.LinearExperts`). ``'token'``: every vector along the last
             dimension of an input (N, ..., C), which is no feature map.
         grid_size: g for patch granularity. Small maps get fewer patches.
+        whole_maps: Each expert that anybody chose computes the whole feature map, and the outputs
+            are mixed patch by patch or pixel by pixel. For experts that see more than their item (a
+            subnet of a head, group normalisation), which need to keep the size of the map. It costs
+            what all E experts cost.
         decision_weight: What one decision counts in the balancing. ``'uniform'``: 1. ``'area'``:
             the pixels of its part of the feature map. ``'positives'``:
             the positive anchors in it, which only a detection head knows; the head tells them
@@ -103,6 +107,7 @@ class MoELayer(ExpertLayer):
         capacity_factor: float | None = None,
         shared: Sequence[nn.Module] = (),
         batch_dim: int = 0,
+        whole_maps: bool = False,
     ) -> None:
         super().__init__()
         _check_options(capacity_factor, expert_init, decision_weight, upcycle_noise, batch_dim)
@@ -117,6 +122,12 @@ class MoELayer(ExpertLayer):
         self.decision_weight = decision_weight
         self.upcycle_noise = upcycle_noise
         self.batch_dim = batch_dim
+        if whole_maps and granularity not in ('patch', 'pixel'):
+            raise ConfigError(
+                f'whole_maps=True has no effect with granularity={granularity!r}; set '
+                "granularity='patch' or 'pixel'"
+            )
+        self.whole_maps = whole_maps
         self.router = build_router(router, in_channels, num_experts, top_k)
         self.num_experts, self.top_k = self.router.num_experts, self.router.top_k
         self.experts = build_experts(expert, num_experts)
@@ -125,7 +136,9 @@ class MoELayer(ExpertLayer):
         self.share_initial_weights()
         GRANULARITIES[granularity].check(self)
         self.halo, self.stride = (
-            self.experts.receptive_field(self.router.in_channels) if grid_size > 1 else (0, 1)
+            self.experts.receptive_field(self.router.in_channels)
+            if grid_size > 1 and not whole_maps
+            else (0, 1)
         )
         self._latest = _Calls()
         self._norms_checked = False
@@ -347,20 +360,46 @@ class MoELayer(ExpertLayer):
         kwargs: dict,
     ) -> Any:
         """Steps 3 to 5 for one map, and what stands beside the mixture."""
-        others = (args, kwargs)
-        if args or kwargs:
-            others = tree_map(lambda other: self._as_items(other, x, items), others)
-        with self._tokens_explained() if self.granularity == 'token' else nullcontext():
-            output = self.run_experts(items.crop(x), dispatcher, *others[0], **others[1])
+        if self.whole_maps:
+            y, rebuild = self._mix_maps(x, items, dispatcher, args, kwargs)
+        else:
+            others = (args, kwargs)
+            if args or kwargs:
+                others = tree_map(lambda other: self._as_items(other, x, items), others)
+            with self._tokens_explained() if self.granularity == 'token' else nullcontext():
+                output = self.run_experts(items.crop(x), dispatcher, *others[0], **others[1])
+            y, rebuild = unpack(output)
+            y = items.place(y)
         if torch.is_grad_enabled() and self.experts.separate_parameters and not dispatcher.is_whole:
             used |= dispatcher.used_experts()
-        y, rebuild = unpack(output)
-        y = items.place(y)
         for expert in self.shared or ():
             y = y + unpack(expert(x, *args, **kwargs))[0]
         if self.shared:
             y = y / (1 + len(self.shared))
         return rebuild(y if self.shortcut is None else y + self.shortcut(x))
+
+    def _mix_maps(
+        self, x: Tensor, items: Items, dispatcher: Dispatcher, args: tuple, kwargs: dict
+    ) -> tuple[Tensor, Callable[[Tensor], Any]]:
+        """What the experts make of a whole map, mixed item by item; as :func:`unpack` gives it."""
+        factors_TE = dispatcher.weights.new_zeros(len(dispatcher.weights), self.num_experts)
+        factors_TE = factors_TE.scatter_add(1, dispatcher.expert_ids, dispatcher.weights)
+        factors = items.spread(factors_TE)
+        total: Tensor | None = None
+        # If nobody has a say, because the chosen ones are zeroed: 0 times what any of them gives.
+        for expert in sorted(dispatcher.used_experts()) or [0]:
+            ids = torch.full((len(x), 1), expert, device=x.device)
+            ones = factors.new_ones(ids.shape)
+            whole = Dispatcher.to_one(ids, ones, expert, self.num_experts)
+            y, rebuild = unpack(self.run_experts(x, whole, *args, **kwargs))
+            if y.shape[2:] != x.shape[2:]:
+                raise ConfigError(
+                    f'MoE layer "{self.name}": whole_maps=True needs experts that keep the size of '
+                    f'the map, but an expert made {tuple(y.shape[2:])} of {tuple(x.shape[2:])}'
+                )
+            part = y * factors[:, expert, None].to(y.dtype)
+            total = part if total is None else total + part
+        return total, rebuild
 
     def _as_items(self, other: Any, x: Tensor, items: Items) -> Any:
         if not isinstance(other, Tensor):

@@ -6,7 +6,7 @@ levels, C channels.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
 import torch
@@ -153,6 +153,18 @@ class Routing:
         start = sum(self.items_per_level[:index])
         items = slice(start, start + self.items_per_level[index])
         return self.expert_ids[items], self.kept_factors[items]
+
+    def of_level(self, index: int) -> 'Routing':
+        """The decisions of one level alone."""
+        start = sum(self.items_per_level[:index])
+        items = slice(start, start + self.items_per_level[index])
+        names = ('expert_ids', 'weights', 'logits', 'decision_weights', 'dropped', 'gates')
+        parts = {name: getattr(self, name) for name in names}
+        return replace(
+            self,
+            **{name: None if part is None else part[items] for name, part in parts.items()},
+            items_per_level=(self.items_per_level[index],),
+        )
 
     def known_decision_weights(self) -> Tensor:
         """``decision_weights``, or an error that says who should have given them."""
