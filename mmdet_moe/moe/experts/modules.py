@@ -104,6 +104,7 @@ class ModuleExperts(ModuleList, Experts):
             self.impl == 'auto'
             and self._can_gather
             and x_T.device.type == 'cuda'
+            and not torch.is_grad_enabled()
             and not dispatcher.is_whole
             and 0 < dispatcher.expert_ids.numel() <= MOST_GATHERED
             and not any(_is_watched_or_random(part) for expert in self for part in expert.modules())
