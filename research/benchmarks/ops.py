@@ -40,7 +40,8 @@ def _compare_ops(bench: Benchmark, num_items: int, channels: int, memory: str, l
     k, num_experts = 2, 8
     x = bench.tensor(num_items, channels)
     ids, weights = bench.routing(num_items, num_experts, k)
-    order, _, inverse = ops.sort_routes(ids, num_experts)
+    _, inverse = ops.sort_routes(ids, num_experts)
+    order, num_rows = inverse.flatten().argsort(), inverse.numel()
     inputs: Inputs = {'x': x, 'weights': weights}
 
     def index_add() -> Tensor:
@@ -51,12 +52,12 @@ def _compare_ops(bench: Benchmark, num_items: int, channels: int, memory: str, l
     kernels = 'compiled kernels' if native.is_native(bench.device) else 'reference'
     ours = Computation(
         f'ours ({kernels})',
-        lambda: ops.combine(ops.dispatch(x, order, k), weights, inverse),
+        lambda: ops.combine(ops.dispatch(x, inverse, num_rows), weights, inverse),
         inputs,
     )
     plain = Computation(
         'plain PyTorch (ops.reference)',
-        lambda: reference.combine(reference.dispatch(x, order, k), weights, inverse),
+        lambda: reference.combine(reference.dispatch(x, inverse, num_rows), weights, inverse),
         inputs,
     )
     added = Computation('index_select + index_add_', index_add, inputs)
@@ -101,12 +102,12 @@ def _compare_ops(bench: Benchmark, num_items: int, channels: int, memory: str, l
         )
 
     x, weights = x.detach(), weights.detach().float()
-    y, grad = ops.dispatch(x, order, k), bench.tensor(*x.shape).detach()
-    # Reads int64 ids, writes order and inverse.
-    sort_bytes = 3 * ids.numel() * ids.element_size()
+    y, grad = ops.dispatch(x, inverse, num_rows), bench.tensor(*x.shape).detach()
+    # Reads int64 ids, writes inverse.
+    sort_bytes = 2 * ids.numel() * ids.element_size()
     parts: dict[str, tuple[int, Callable[[Any], Any]]] = {
         'sort_routes': (sort_bytes, lambda o: o.sort_routes(ids, num_experts)),
-        'dispatch': (dispatch * row_bytes, lambda o: o.dispatch(x, order, k)),
+        'dispatch': (dispatch * row_bytes, lambda o: o.dispatch(x, inverse, num_rows)),
         'combine': (combine * row_bytes, lambda o: o.combine(y, weights, inverse)),
         'combine, backward': (
             combine_backward * row_bytes,
@@ -114,7 +115,7 @@ def _compare_ops(bench: Benchmark, num_items: int, channels: int, memory: str, l
         ),
         'dispatch, backward': (
             dispatch_backward * row_bytes,
-            lambda o: o.dispatch_backward(y, order, k, num_items),
+            lambda o: o.dispatch_backward(y, inverse),
         ),
     }
     rows = _copies(x, moved[FORWARD], written[FORWARD])
