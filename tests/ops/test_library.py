@@ -177,3 +177,24 @@ def test_direct_calls_cannot_touch_memory_of_others():
         ops.combine(y, weights, inverse - 1)
     with pytest.raises((RuntimeError, IndexError)):
         ops.combine_backward(x, y, weights, inverse - 1)
+
+
+@pytest.mark.filterwarnings('ignore')  # about what is traced
+def test_registered_and_eager_gradients_agree():
+    """The public functions pass by the registered autograd, but not where something is traced."""
+    _, num_rows, inverse, x, _, weights = example()
+    ops = torch.ops.mmdet_moe
+
+    def layer(dispatch, combine):
+        return lambda x, w: combine(dispatch(x, inverse, num_rows).square(), w, inverse)
+
+    eager, registered = layer(dispatch, combine), layer(ops.dispatch, ops.combine)
+    results = []
+    for function in (eager, registered):
+        y = function(x, weights)
+        results.append((y, *torch.autograd.grad(y.square().sum(), (x, weights))))
+    torch.testing.assert_close(*results, rtol=0, atol=0)
+    with torch.no_grad():
+        assert torch.equal(eager(x, weights), results[0][0])
+    traced = torch.jit.trace(eager, (x, weights), check_trace=False)
+    assert {'mmdet_moe::dispatch', 'mmdet_moe::combine'} <= {n.kind() for n in traced.graph.nodes()}
