@@ -53,9 +53,9 @@ def build_experts(
                 )
             expert = build({**expert, 'num_experts': num_experts})
         else:
-            expert = ModuleExperts([build(expert) for _ in range(num_experts)], are_copies=True)
+            expert = [build(expert) for _ in range(num_experts)]
     elif isinstance(expert, nn.Module) and not isinstance(expert, (nn.ModuleList, Experts)):
-        expert = ModuleExperts(independent_copies(expert, num_experts), are_copies=True)
+        expert = independent_copies(expert, num_experts)
     experts = expert if isinstance(expert, Experts) else ModuleExperts(expert)
     if experts.num_experts != num_experts:
         raise ConfigError(

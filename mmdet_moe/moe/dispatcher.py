@@ -75,10 +75,6 @@ class Dispatcher:
         sorting: That of all levels, if this map is one of several.
         level: Which one.
         first_item: Number of its first item among those of all levels.
-
-    Attributes:
-        evaluates_all: Whether all experts take part in the graph, whoever has items; set by
-            experts that are evaluated in such a way.
     """
 
     def __init__(
@@ -93,7 +89,6 @@ class Dispatcher:
         self.expert_ids = expert_ids
         self.weights = weights
         self.num_experts = num_experts
-        self.evaluates_all = False
         self.is_whole = False
         self._sorting = sorting or Sorting(expert_ids, weights, num_experts)
         self._level, self._first_item = level, first_item
@@ -152,9 +147,7 @@ class Dispatcher:
         return own - self._first_row
 
     def used_experts(self) -> set[int]:
-        """The experts that get items; all, if all take part in the graph anyway."""
-        if self.evaluates_all:
-            return set(range(self.num_experts))
+        """The experts that get items."""
         return {e for e, (start, stop) in enumerate(pairwise(self.bounds)) if stop > start}
 
     def dispatch(self, x_T: Tensor) -> Tensor:

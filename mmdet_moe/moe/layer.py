@@ -283,13 +283,12 @@ class MoELayer(ExpertLayer):
             routing.decision_weights = None
         self._remember(routing, items)
         used: set[int] = set()
-        with self.experts.one_pass():
-            outputs = [
-                self._mix(m, p, dispatcher, used, args, kwargs)
-                for m, p, dispatcher in zip(
-                    maps, items, self._dispatchers(routing, is_finite), strict=True
-                )
-            ]
+        outputs = [
+            self._mix(m, p, dispatcher, used, args, kwargs)
+            for m, p, dispatcher in zip(
+                maps, items, self._dispatchers(routing, is_finite), strict=True
+            )
+        ]
         if torch.is_grad_enabled():
             outputs[0] = self._keep_in_graph(outputs[0], used)
         if self.batch_dim:
@@ -495,6 +494,8 @@ class MoELayer(ExpertLayer):
         Reading the flag would wait for the GPU, so it is read together with the bounds of the
         experts' rows where these are needed, and else when the layer is called again.
         """
+        if routing.logits.is_cuda and torch.cuda.is_current_stream_capturing():
+            return None  # in a CUDA graph nobody is there to look
         self.check_finite()
         # The weights as well: the noise has parameters of its own. A sum is finite if all is.
         is_finite = (routing.logits.detach().sum() + routing.weights.detach().sum()).isfinite()
@@ -504,7 +505,7 @@ class MoELayer(ExpertLayer):
         return None
 
     def _look_later(self, is_finite: Tensor) -> None:
-        if is_finite.device.type != 'cuda' or torch.cuda.is_current_stream_capturing():
+        if is_finite.device.type != 'cuda':
             return
         on_host = torch.empty((), dtype=torch.bool, pin_memory=True)
         on_host.copy_(is_finite, non_blocking=True)

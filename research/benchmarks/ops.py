@@ -41,9 +41,8 @@ def _compare_ops(bench: Benchmark, num_items: int, channels: int, memory: str, l
     k, num_experts = 2, 8
     x = bench.tensor(num_items, channels)
     ids, weights = bench.routing(num_items, num_experts, k)
-    offsets, inverse = ops.sort_routes(ids, num_experts)
-    num_rows = int(offsets[-1])
-    order = inverse.flatten().argsort()
+    _, inverse = ops.sort_routes(ids, num_experts)
+    order, num_rows = inverse.flatten().argsort(), inverse.numel()
     inputs: Inputs = {'x': x, 'weights': weights}
 
     def index_add() -> Tensor:

@@ -182,7 +182,7 @@ def test_direct_calls_cannot_touch_memory_of_others():
 @pytest.mark.parametrize('width', [(3, 4), (1, 4), (1, 1)])
 def test_maps_keep_their_memory_format(width):
     """Values and gradients those of contiguous maps, bit for bit."""
-    offsets, inverse = sort_routes(torch.tensor([[0, 2], [1, 0], [2, 1]]), 3)
+    _, inverse = sort_routes(torch.tensor([[0, 2], [1, 0], [2, 1]]), 3)
     x, weights = torch.randn(3, 5, *width), torch.rand(3, 2)
     results = []
     for layout in (torch.contiguous_format, torch.channels_last):
@@ -194,3 +194,24 @@ def test_maps_keep_their_memory_format(width):
         results.append((rows, y, *torch.autograd.grad(y.square().sum(), maps)))
     for a, b in zip(*results, strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.filterwarnings('ignore')  # about what is traced
+def test_registered_and_eager_gradients_agree():
+    """The public functions pass by the registered autograd, but not where something is traced."""
+    _, num_rows, inverse, x, _, weights = example()
+    ops = torch.ops.mmdet_moe
+
+    def layer(dispatch, combine):
+        return lambda x, w: combine(dispatch(x, inverse, num_rows).square(), w, inverse)
+
+    eager, registered = layer(dispatch, combine), layer(ops.dispatch, ops.combine)
+    results = []
+    for function in (eager, registered):
+        y = function(x, weights)
+        results.append((y, *torch.autograd.grad(y.square().sum(), (x, weights))))
+    torch.testing.assert_close(*results, rtol=0, atol=0)
+    with torch.no_grad():
+        assert torch.equal(eager(x, weights), results[0][0])
+    traced = torch.jit.trace(eager, (x, weights), check_trace=False)
+    assert {'mmdet_moe::dispatch', 'mmdet_moe::combine'} <= {n.kind() for n in traced.graph.nodes()}

@@ -1,7 +1,6 @@
 """What an MoE layer needs of its experts, of whatever kind they are."""
 
 from abc import ABC, abstractmethod
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from mmengine.model import BaseModule, initialize
@@ -43,10 +42,6 @@ class Experts(nn.Module, ABC):
         Returns:
             (T, ...).
         """
-
-    def one_pass(self) -> AbstractContextManager:
-        """Around all calls of one forward pass of the layer: what they share is computed once."""
-        return nullcontext()
 
     @abstractmethod
     def receptive_field(self, in_channels: int) -> tuple[int, int]:

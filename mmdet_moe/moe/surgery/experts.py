@@ -15,9 +15,7 @@ from mmdet_moe.moe.experts import (
     StackedExperts,
     independent_copies,
 )
-from mmdet_moe.moe.experts.conv import IMPLS as CONV_IMPLS
 from mmdet_moe.moe.experts.conv import is_plain_conv
-from mmdet_moe.moe.experts.modules import IMPLS as MODULE_IMPLS
 
 
 def make_experts(
@@ -32,7 +30,7 @@ def make_experts(
         num_experts: E.
         expert_init: ``'shared'``: the others are copies; ``'independent'``: with fresh weights.
         granularity: What one decision covers.
-        impl: How they are evaluated, see :class:`ConvExperts` and :class:`ModuleExperts`.
+        impl: How stacked convolutions are evaluated, see :class:`ConvExperts`.
 
     Raises:
         ConfigError: If ``impl`` does not fit.
@@ -42,12 +40,12 @@ def make_experts(
     if conv is not None and granularity != 'token':
         stacked = ConvExperts.like(conv, num_experts, impl=impl)
         stacked.dense_scope, dense = scope, conv
-    elif impl in CONV_IMPLS and impl not in MODULE_IMPLS:
+    elif impl != 'auto':
         raise ConfigError(
             f'impl={impl!r} is for plain convolutions, but {type(module).__name__} is more than '
-            f'one; use one of {MODULE_IMPLS}'
+            'one; remove impl'
         )
-    elif type(module) is nn.Linear and granularity in ('token', 'pixel') and impl == 'auto':
+    elif type(module) is nn.Linear and granularity in ('token', 'pixel'):
         stacked = LinearExperts(
             module.in_features, module.out_features, num_experts, module.bias is not None
         )
@@ -57,7 +55,7 @@ def make_experts(
         if expert_init == 'shared':
             for clone in fresh[1:]:
                 clone.load_state_dict(module.state_dict())
-        return ModuleExperts(fresh, impl, are_copies=True)
+        return ModuleExperts(fresh)
     stacked.to(dense.weight)
     stacked.set_expert(0, dense)
     if expert_init == 'shared':

@@ -28,6 +28,11 @@ inline int64_t row_width(const Tensor& rows) {
   return width;
 }
 
+// Itself, if it is: PyTorch's own function takes a microsecond to find that out.
+inline Tensor as_contiguous(const Tensor& tensor) {
+  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+}
+
 // The sizes of `rows` with another number of rows.
 inline std::vector<int64_t> with_rows(const Tensor& rows, int64_t count) {
   std::vector<int64_t> sizes(rows.sizes().begin(), rows.sizes().end());

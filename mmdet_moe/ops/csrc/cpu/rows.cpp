@@ -129,8 +129,8 @@ void check_rows_are_filled(const int64_t* inverse, int64_t routes, int64_t num_r
 
 Tensor dispatch(Tensor x, Tensor inverse, int64_t num_rows) {
   check_dispatch(x, inverse, num_rows);
-  x = torch::stable::contiguous(x);
-  inverse = torch::stable::contiguous(inverse);
+  x = as_contiguous(x);
+  inverse = as_contiguous(inverse);
   const int64_t items = inverse.size(0), k = inverse.size(1);
   const int64_t bytes = row_width(x) * x.element_size();
   const int64_t* position = inverse.const_data_ptr<int64_t>();
@@ -157,8 +157,8 @@ Tensor dispatch(Tensor x, Tensor inverse, int64_t num_rows) {
 
 Tensor dispatch_backward(Tensor grad, Tensor inverse) {
   check_dispatch_backward(grad, inverse);
-  grad = torch::stable::contiguous(grad);
-  inverse = torch::stable::contiguous(inverse);
+  grad = as_contiguous(grad);
+  inverse = as_contiguous(inverse);
   const int64_t items = inverse.size(0), k = inverse.size(1), width = row_width(grad);
   const int64_t* position = inverse.const_data_ptr<int64_t>();
   check_positions(position, items * k);
@@ -174,9 +174,9 @@ Tensor dispatch_backward(Tensor grad, Tensor inverse) {
 
 Tensor combine(Tensor y, Tensor weights, Tensor inverse) {
   check_combine(y, weights, inverse);
-  y = torch::stable::contiguous(y);
-  weights = torch::stable::contiguous(weights);
-  inverse = torch::stable::contiguous(inverse);
+  y = as_contiguous(y);
+  weights = as_contiguous(weights);
+  inverse = as_contiguous(inverse);
   const int64_t items = inverse.size(0), k = inverse.size(1), width = row_width(y);
   const int64_t* position = inverse.const_data_ptr<int64_t>();
   check_positions(position, items * k);
@@ -193,10 +193,10 @@ Tensor combine(Tensor y, Tensor weights, Tensor inverse) {
 std::tuple<Tensor, Tensor> combine_backward(
     Tensor grad, Tensor y, Tensor weights, Tensor inverse) {
   check_combine_backward(grad, y, weights, inverse);
-  grad = torch::stable::contiguous(grad);
-  y = torch::stable::contiguous(y);
-  weights = torch::stable::contiguous(weights);
-  inverse = torch::stable::contiguous(inverse);
+  grad = as_contiguous(grad);
+  y = as_contiguous(y);
+  weights = as_contiguous(weights);
+  inverse = as_contiguous(inverse);
   const int64_t items = inverse.size(0), k = inverse.size(1), width = row_width(y);
   const int64_t count = y.size(0), parts = stretches(width);
   const int64_t* position = inverse.const_data_ptr<int64_t>();

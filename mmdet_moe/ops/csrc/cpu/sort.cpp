@@ -11,7 +11,7 @@ constexpr int64_t kRoutesPerTask = 1 << 14;
 std::tuple<Tensor, Tensor> sort_routes(Tensor expert_ids, int64_t num_experts) {
   check_ids(expert_ids, "expert_ids", 2);
   STD_TORCH_CHECK(num_experts >= 1, "mmdet_moe: num_experts must be at least 1");
-  const Tensor ids = torch::stable::contiguous(expert_ids);
+  const Tensor ids = as_contiguous(expert_ids);
   const int64_t routes = ids.numel();
   const int64_t buckets = num_experts + 1;  // the last one is for "no choice"
   Tensor offsets = new_tensor(ids, {buckets}, ScalarType::Long);

@@ -4,9 +4,7 @@
 namespace mmdet_moe::cuda {
 namespace {
 
-// Vectors per lane, and routes of an item that are looked up before the first is used.
-constexpr int kCopyDepth = 4;
-constexpr uint32_t kTargets = 4;
+constexpr int kCopyDepth = 4;  // vectors per lane
 
 // out[inverse[t, j]] = x[t] for positions below `num_rows`: each item is read once and written k
 // times.
@@ -19,19 +17,19 @@ __global__ void __launch_bounds__(kThreads) dispatch_kernel(
   const int64_t first = place.row * k;
   Vector vectors[kCopyDepth];
   load_once(vectors, x + place.row * width, true, place.column, width, layout.lane_bits);
-  for (uint32_t j = 0; j < k; j += kTargets) {
+  for (uint32_t j = 0; j < k; j += kTogether) {
     // All loads before the first use of one: the assertion is a barrier to the compiler.
-    int64_t rows[kTargets];
+    int64_t rows[kTogether];
 #pragma unroll
-    for (uint32_t i = 0; i < kTargets; ++i) {
+    for (uint32_t i = 0; i < kTogether; ++i) {
       rows[i] = j + i < k ? inverse[first + j + i] : num_rows;
     }
     bool valid = true;
 #pragma unroll
-    for (uint32_t i = 0; i < kTargets; ++i) valid = valid && rows[i] >= 0;
+    for (uint32_t i = 0; i < kTogether; ++i) valid = valid && rows[i] >= 0;
     CUDA_KERNEL_ASSERT_MSG(valid, "mmdet_moe: inverse must not hold negative positions");
 #pragma unroll
-    for (uint32_t i = 0; i < kTargets; ++i) {
+    for (uint32_t i = 0; i < kTogether; ++i) {
       // The compiler takes it that an assertion may return; nothing may be touched even then.
       if (rows[i] < 0 || rows[i] >= num_rows) continue;
       Vector* to = out + rows[i] * width;
@@ -62,8 +60,8 @@ Tensor dispatch(Tensor x, Tensor inverse, int64_t num_rows) {
   checked_routes(inverse.size(0), inverse.size(1));
   const DeviceGuard guard(x.get_device_index());
   const cudaStream_t stream = current_stream(x);
-  x = torch::stable::contiguous(x);
-  inverse = torch::stable::contiguous(inverse);
+  x = as_contiguous(x);
+  inverse = as_contiguous(inverse);
   Tensor out = new_tensor(x, with_rows(x, num_rows), x.scalar_type());
   if (out.numel() == 0) return out;
 
@@ -85,8 +83,8 @@ Tensor dispatch_backward(Tensor grad, Tensor inverse) {
   checked_routes(inverse.size(0), inverse.size(1));
   const DeviceGuard guard(grad.get_device_index());
   const cudaStream_t stream = current_stream(grad);
-  grad = torch::stable::contiguous(grad);
-  inverse = torch::stable::contiguous(inverse);
+  grad = as_contiguous(grad);
+  inverse = as_contiguous(inverse);
   Tensor out = new_tensor(grad, with_rows(grad, inverse.size(0)), grad.scalar_type());
   if (out.numel() == 0) return out;
 

@@ -50,7 +50,7 @@ std::tuple<Tensor, Tensor> sort_routes(Tensor expert_ids, int64_t num_experts) {
       "mmdet_moe: num_experts must be at least 1 and below ", INT32_MAX, ", got ", num_experts);
   const DeviceGuard guard(expert_ids.get_device_index());
   const cudaStream_t stream = current_stream(expert_ids);
-  const Tensor ids = torch::stable::contiguous(expert_ids);
+  const Tensor ids = as_contiguous(expert_ids);
   const int64_t items = ids.size(0), k = ids.size(1);
   const uint32_t count = checked_routes(items, k);
   Tensor offsets = new_tensor(ids, {num_experts + 1}, ScalarType::Long);
