@@ -206,7 +206,7 @@ def _waits(iteration: Callable[[], object]) -> int:
             iteration()
         finally:
             torch.cuda.set_sync_debug_mode('default')
-    return sum('synchroniz' in str(warning.message) for warning in found)
+    return sum('synchronizing CUDA' in str(warning.message) for warning in found)
 
 
 def _batch(model: nn.Module, size: int, images: int = 2) -> dict[str, Any]:

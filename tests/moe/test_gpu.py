@@ -100,7 +100,7 @@ def waits(function):
             function()
         finally:
             torch.cuda.set_sync_debug_mode('default')
-    return [f'{w.filename}:{w.lineno}' for w in found if 'synchroniz' in str(w.message)]
+    return [f'{w.filename}:{w.lineno}' for w in found if 'synchronizing CUDA' in str(w.message)]
 
 
 @pytest.mark.parametrize('trains', [False, True])
