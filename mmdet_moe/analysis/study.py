@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from mmdet_moe.analysis.attribution import Tracer, replaced
+from mmdet_moe.analysis.controls import RandomRouters
 from mmdet_moe.analysis.data import AnalysisData
 from mmdet_moe.analysis.files import write_file
 from mmdet_moe.analysis.interventions import (
@@ -40,7 +41,7 @@ from mmdet_moe.analysis.records.contents import (
 from mmdet_moe.analysis.records.files import RecordFiles
 
 #: Raise it whenever the records of the same analysis would have other contents.
-RECORD_FORMAT = 4
+RECORD_FORMAT = 5
 #: Images in one file of records: what an interruption costs at most.
 IMAGES_PER_FILE = 64
 Progress = Callable[[int], None]
@@ -108,6 +109,12 @@ class Study:
         return self.tracer.is_detector
 
     @cached_property
+    def controls(self) -> dict[str, RandomRouters]:
+        """By layer: routers with random weights, the same ones in every run."""
+        drawn = {name: RandomRouters.of(layer, name) for name, layer in self.layers.items()}
+        return {name: routers for name, routers in drawn.items() if routers is not None}
+
+    @cached_property
     def interventions(self) -> list[Intervention]:
         """All that are made; to be asked for after the statistics pass, which tells who is zeroed.
 
@@ -145,6 +152,7 @@ class Study:
             progress: Told the number of images that are done, after each batch.
         """
         recorder = Recorder(self.tracer, self.data)
+        self.tracer.controls = self.controls
         with self.tracer:
             for first, end, batches in self._chunks(self.records, progress):
                 for indices, batch in batches:

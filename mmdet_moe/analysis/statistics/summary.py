@@ -5,6 +5,7 @@ from dataclasses import asdict
 
 import numpy as np
 
+from mmdet_moe.analysis.controls import Controls, RandomRouters
 from mmdet_moe.analysis.data import AnalysisData
 from mmdet_moe.analysis.records.contents import (
     BoxRecords,
@@ -44,9 +45,13 @@ def summarise(study: Study, run: dict, permutations: int = 999) -> dict:
         permutations: Of each test.
     """
     summaries = [
-        _LayerSummary(layer.num_experts, study.data, study.score_thr)
-        for layer in study.layers.values()
+        _LayerSummary(layer.num_experts, study.data, study.score_thr, study.controls.get(name))
+        for name, layer in study.layers.items()
     ]
+    for records in study.records if study.controls else ():
+        for summary, layer in zip(summaries, records.layers, strict=True):
+            if summary.controls is not None:
+                summary.controls.learn(layer, len(records.images.index) / len(study.data))
     num_objects = num_detections = 0
     for records in study.records:
         for summary, layer in zip(summaries, records.layers, strict=True):
@@ -119,8 +124,15 @@ def _changed(study: Study) -> Iterator[BoxRecords | np.ndarray]:
 class _LayerSummary:
     """All statistics of one layer."""
 
-    def __init__(self, num_experts: int, data: AnalysisData, score_thr: float) -> None:
+    def __init__(
+        self,
+        num_experts: int,
+        data: AnalysisData,
+        score_thr: float,
+        routers: RandomRouters | None,
+    ) -> None:
         self.num_experts = num_experts
+        self.controls = None if routers is None else Controls(routers)
         self.score_thr = score_thr
         self.decisions = LayerStatistics(num_experts)
         self.group_of = _group_of(data)
@@ -143,10 +155,16 @@ class _LayerSummary:
         links = layer.links
         made = layer.decisions
         self.decisions.add(made)
+        ones = np.ones(len(made.unit))
+        if self.controls is not None:
+            self.controls.use(layer.controls)
+            bins = {'level': made.level, 'position': position_bin(*made.centre.T)}
+            self._control('decisions', bins, made.unit, ones, made.level)
         if self.source_of is not None:
-            ones = np.ones(len(made.unit))
-            self._count('decisions', self._of_images(made.image), made.unit, ones, made.weights)
-        behind = (links.unit, links.share, links.weights)
+            self._count(
+                'decisions', self._of_images(made.image), made.unit, ones, made.weights, made.level
+            )
+        behind = (links.unit, links.share, links.weights, links.level)
         if isinstance(records, ClassifierRecords):
             bins = self._of_classes(records.classes.label[links.owner])
             if self.bins['cluster'] is not None:
@@ -165,7 +183,8 @@ class _LayerSummary:
             found.box[shown], found.image[shown], found.level[shown], records.images
         )
         ones = np.ones(int(shown.sum()))
-        self._count('detections', bins, behind.unit[shown], ones, behind.weights[shown])
+        level = found.level[shown]
+        self._count('detections', bins, behind.unit[shown], ones, behind.weights[shown], level)
 
     def _of_classes(self, label: np.ndarray) -> dict[str, np.ndarray]:
         bins = {'class': label}
@@ -197,12 +216,26 @@ class _LayerSummary:
         unit: np.ndarray,
         share: np.ndarray,
         weights: np.ndarray,
+        level: np.ndarray,
     ) -> None:
+        self._control(source, bins, unit, share, level)
         tables = self.associations.setdefault(source, {})
         for attribute, values in bins.items():
             if attribute not in tables:
                 tables[attribute] = Association(len(self.bins[attribute]), self.num_experts)
             tables[attribute].add(unit, values, share, weights)
+
+    def _control(
+        self,
+        source: str,
+        bins: dict[str, np.ndarray],
+        unit: np.ndarray,
+        share: np.ndarray,
+        level: np.ndarray,
+    ) -> None:
+        if self.controls is not None:
+            sizes = {attribute: len(self.bins[attribute]) for attribute in bins}
+            self.controls.add(source, bins, unit, share, level, sizes)
 
     def as_dict(self, permutations: int) -> dict:
         """The layer's part of ``experts.json``."""
@@ -216,6 +249,8 @@ class _LayerSummary:
                         continue
                     bins, result = level_bins(self._levels), result.first(self._levels)
                 found[attribute] = result.as_dict(bins)
+        if self.controls is not None:
+            self.controls.fill(summary['associations'])
         return summary
 
 
