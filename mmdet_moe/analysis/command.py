@@ -153,6 +153,8 @@ def analyse(args: argparse.Namespace) -> dict:
             'split': args.split,
         },
     )
+    for name, found in study.compare_experts().items():
+        experts['layers'][name]['similarity'] = found
     experts['history'] = read_history(Path(args.checkpoint).parent)
     experts['verdict'] = verdict(experts)
     write_results(study, experts, args.out, other)

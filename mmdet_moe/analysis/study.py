@@ -39,6 +39,7 @@ from mmdet_moe.analysis.records.contents import (
     concatenated,
 )
 from mmdet_moe.analysis.records.files import RecordFiles
+from mmdet_moe.analysis.statistics.similarity import expert_similarity
 
 #: Raise it whenever the records of the same analysis would have other contents.
 RECORD_FORMAT = 5
@@ -171,6 +172,16 @@ class Study:
                 parts.append(self._changed(indices, batch))
                 progress(len(indices))
             self.changed.write(first, end, concatenated(parts))
+
+    def compare_experts(self) -> dict[str, dict]:
+        """How alike the experts of each layer are, unless an earlier run has found out."""
+        path = self._folder / 'similarity.json'
+        kept = json.loads(path.read_text()) if path.exists() else {}
+        if kept.get('plan') != self._plan:
+            found = expert_similarity(self.model, self.layers, self.data)
+            kept = {'plan': self._plan, 'layers': found}
+            write_file(path, json.dumps(kept).encode())
+        return kept['layers']
 
     def _changed(self, indices: list[int], batch: dict) -> list[BoxRecords] | ChangedClassRecords:
         """The predictions for one batch, with each intervention."""
