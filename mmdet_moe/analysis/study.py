@@ -60,6 +60,7 @@ class Study:
         overwrite: Replace the records of another analysis.
 
     Attributes:
+        plan: What identifies the analysis, its layers and images included.
         left_out: Layers whose decisions belong to no image that is known, with the reasons.
         records: What the statistics pass left, see
             :mod:`~mmdet_moe.analysis.records.contents`.
@@ -90,7 +91,7 @@ class Study:
         plan = {**plan, 'layers': list(self.layers), 'images': len(data)}
         kind = DetectorRecords if self.is_detector else ClassifierRecords
         self.records = RecordFiles(kind, folder / 'statistics', plan, overwrite)
-        self._folder, self._plan, self._overwrite = folder, plan, overwrite
+        self.plan, self._folder, self._overwrite = plan, folder, overwrite
         write_file(left_out, content)  # the folder is that of this analysis
 
     def _leave_out(self, path: Path, plan: dict) -> dict[str, str]:
@@ -141,7 +142,7 @@ class Study:
         """What the interventions left: the boxes with each of :attr:`interventions`, or classes."""
         kind = list[BoxRecords] if self.is_detector else ChangedClassRecords
         made = [asdict(intervention) for intervention in self.interventions]
-        plan = {**self._plan, 'interventions': made}
+        plan = {**self.plan, 'interventions': made}
         return RecordFiles(kind, self._folder / 'interventions', plan, self._overwrite)
 
     # Passes --------------------------------------------------------------------------------------
@@ -177,9 +178,9 @@ class Study:
         """How alike the experts of each layer are, unless an earlier run has found out."""
         path = self._folder / 'similarity.json'
         kept = json.loads(path.read_text()) if path.exists() else {}
-        if kept.get('plan') != self._plan:
+        if kept.get('plan') != self.plan:
             found = expert_similarity(self.model, self.layers, self.data)
-            kept = {'plan': self._plan, 'layers': found}
+            kept = {'plan': self.plan, 'layers': found}
             write_file(path, json.dumps(kept).encode())
         return kept['layers']
 

@@ -176,6 +176,14 @@ class Tracer:
                 found.update({name: behind(levels, name) for name in outputs})
             return found
 
+    def has_fixed_items(self, name: str) -> bool:
+        """Whether a layer decides for places of the images, and not for RoIs, queries or detections
+        that the model has found itself.
+        """
+        if self._origins.has_queries:
+            return name.startswith(('backbone.', 'neck.', 'encoder.'))
+        return not name.startswith('roi_head.')
+
     def _is_in_attention(self, name: str) -> bool:
         """Whether the tokens of a layer can be in another order, as in shifted windows."""
         segments = name.split('.')
