@@ -7,6 +7,8 @@ interventions on all layers at once); <source> is ``decisions``, ``objects`` or 
 ``usage``                        load and importance of the experts
 ``information``                  what the choice of the expert depends on: mutual information
 ``coactivation``                 which experts are chosen together
+``similarity``                   how alike the experts' weights and outputs are, and their tree
+``similarity_training``          how alike their weights are over the training
 ``history``                      load and importance over the training
 ``interventions``                change of the metrics with experts taken away or equalised
 ``polysemanticity``              which classes hang on which expert
@@ -38,6 +40,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullFormatter, NullLocator
 
 from mmdet_moe.analysis.files import write_file
+from mmdet_moe.analysis.report.likeness import draw_similarity, draw_similarity_over_training
 from mmdet_moe.analysis.report.shown import shown_interventions, shown_layer
 from mmdet_moe.analysis.statistics.bins import COCO_LIMITS
 from mmdet_moe.analysis.statistics.polysemanticity import class_drops
@@ -126,6 +129,12 @@ def draw_figures(experts: dict) -> Iterator[tuple[str, str, Figure]]:
         if (figure := _information(name, layer, experts['run'])) is not None:
             yield name, 'information', figure
         yield name, 'coactivation', _coactivation(name, layer)
+        similarity = layer.get('similarity') or {}
+        if similarity.get('weights'):
+            yield name, 'similarity', draw_similarity(name, similarity)
+        if similarity.get('training'):
+            drawn = draw_similarity_over_training(name, similarity['training'])
+            yield name, 'similarity_training', drawn
         if name in histories and histories[name]['step']:
             yield name, 'history', _history(name, histories[name])
         for source, attributes in layer['associations'].items():

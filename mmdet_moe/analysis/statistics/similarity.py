@@ -9,9 +9,12 @@ are compared at the same items by every expert, whoever the router would send th
 Letters: E experts, n examples (items, or positions of items that are maps), C features.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+import copy
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,6 +27,7 @@ from torch.utils._pytree import tree_map
 from mmdet_moe.analysis.attribution import replaced
 from mmdet_moe.analysis.data import AnalysisData
 from mmdet_moe.analysis.interventions import MANY_EXPERTS
+from mmdet_moe.analysis.models import load_weights
 from mmdet_moe.moe import MoELayer
 from mmdet_moe.moe.dispatcher import Dispatcher, unpack
 from mmdet_moe.moe.expert_layer import ExpertLayer
@@ -298,6 +302,50 @@ def _similarity(layer: ExpertLayer, features: Tensor | None) -> dict:
         'linkage_of': distance_of,
         'linkage': linkage(distance, 'average').tolist(),
     }
+
+
+def over_training(
+    model: nn.Module, layers: Iterable[str], checkpoints: dict[int, Path]
+) -> dict[str, dict[str, list]]:
+    """How the similarity of the experts' weights goes on in a training.
+
+    Args:
+        model: Is not changed.
+        layers: Names of its layers.
+        checkpoints: Of the same model, by iteration or epoch, see :func:`checkpoints_in`.
+
+    Returns:
+        By layer: ``step`` (S), ascending, and ``mean``, ``least`` and ``most`` of the cosines of
+        two experts' weights, (S) each; without layers that are not compared.
+
+    Raises:
+        ConfigError: If a checkpoint is of another model.
+    """
+    copied = copy.deepcopy(model).cpu()
+    compared = {name: copied.get_submodule(name) for name in layers}
+    compared = {name: layer for name, layer in compared.items() if too_many(layer) is None}
+    found = {name: {'step': [], 'mean': [], 'least': [], 'most': []} for name in compared}
+    for step, path in sorted(checkpoints.items()):
+        load_weights(copied, str(path))
+        for name, layer in compared.items():
+            matrix = weight_cosines(layer)
+            values = matrix[~np.eye(len(matrix), dtype=bool)]
+            known = np.isfinite(values).any()
+            found[name]['step'].append(step)
+            for key, reduce in (('mean', np.nanmean), ('least', np.nanmin), ('most', np.nanmax)):
+                found[name][key].append(float(reduce(values)) if known else None)
+    return found
+
+
+def checkpoints_in(work_dir: Path) -> dict[int, Path]:
+    """The checkpoints that a training left in its folder, by iteration, or else by epoch."""
+    for kind in ('iter', 'epoch'):
+        names = re.compile(rf'{kind}_(\d+)\.pth')
+        found = {path: names.fullmatch(path.name) for path in work_dir.glob('*.pth')}
+        steps = {int(match[1]): path for path, match in found.items() if match}
+        if steps:
+            return steps
+    return {}
 
 
 def _listed(matrix: np.ndarray) -> list[list[float | None]]:
