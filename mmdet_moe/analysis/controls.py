@@ -35,6 +35,7 @@ from mmdet_moe.moe.items import at_least_float32
 from mmdet_moe.moe.metrics import entropy, mutual_information, shares
 from mmdet_moe.moe.mumoe import MuMoE
 from mmdet_moe.moe.precision import no_autocast
+from mmdet_moe.moe.routers import PooledRouter, linear
 
 RANDOM, LEVEL = 'random', 'level'
 #: How often random weights are drawn; of layers with many experts less often, see MAX_LOGITS.
@@ -134,12 +135,17 @@ class _SparseRouters(RandomRouters):
 
     def attach(self) -> RemovableHandle:
         def see(_: nn.Module, inputs: tuple, __: Any) -> None:
-            maps, items = inputs
-            with torch.no_grad(), no_autocast(maps[0].device.type):
-                draws = [
-                    torch.cat([router.compute_logits(*x) for x in zip(maps, items, strict=True)])
-                    for router in self.routers
-                ]
+            pairs = list(zip(*inputs, strict=True))
+            with torch.no_grad(), no_autocast(pairs[0][0].device.type):
+                if isinstance(first := self.routers[0], PooledRouter):
+                    # A convolution before the last layer, which costs the most, is drawn once.
+                    features = torch.cat([first.features(*pair) for pair in pairs])
+                    draws = [linear(router.fc, features) for router in self.routers]
+                else:
+                    draws = [
+                        torch.cat([router.compute_logits(*pair) for pair in pairs])
+                        for router in self.routers
+                    ]
             self._calls.append(torch.stack(draws, dim=1))
 
         return self.layer.router.register_forward_hook(see)

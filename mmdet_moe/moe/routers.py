@@ -259,7 +259,7 @@ def linear(fc: nn.Linear, x: Tensor) -> Tensor:
     return F.linear(x, fc.weight.to(x.dtype), bias)
 
 
-class _PooledRouter(Router):
+class PooledRouter(Router):
     """Base class of routers whose logits are a linear layer of pooled features."""
 
     def __init__(
@@ -284,9 +284,16 @@ class _PooledRouter(Router):
             nn.init.zeros_(fc.bias)
         return fc
 
+    @abstractmethod
+    def features(self, x: Tensor, items: Items) -> Tensor:
+        """What the linear layer ``fc`` is applied to, (items, features), at least float32."""
+
+    def compute_logits(self, x: Tensor, items: Items) -> Tensor:
+        return linear(self.fc, self.features(x, items))
+
 
 @MODELS.register_module()
-class GAPRouter(_PooledRouter):
+class GAPRouter(PooledRouter):
     """Global average pooling, then a linear layer (GAP-FC).
 
     Args: as :class:`Router`, and
@@ -298,12 +305,12 @@ class GAPRouter(_PooledRouter):
         super().__init__(in_channels, num_experts, top_k, **kwargs)
         self.fc = self._build_fc(in_channels)
 
-    def compute_logits(self, x: Tensor, items: Items) -> Tensor:
-        return linear(self.fc, items.pooled(x))
+    def features(self, x: Tensor, items: Items) -> Tensor:
+        return items.pooled(x)
 
 
 @MODELS.register_module()
-class ConvGAPRouter(_PooledRouter):
+class ConvGAPRouter(PooledRouter):
     """A 3×3 convolution with ReLU first, then global average pooling and a linear layer.
 
     Args: as :class:`GAPRouter`, and
@@ -319,8 +326,7 @@ class ConvGAPRouter(_PooledRouter):
         self.conv = nn.Conv2d(in_channels, conv_channels, 3, padding=1)
         self.fc = self._build_fc(conv_channels)
 
-    def compute_logits(self, x: Tensor, items: Items) -> Tensor:
+    def features(self, x: Tensor, items: Items) -> Tensor:
         x = x.to(torch.promote_types(x.dtype, torch.float32))
         weight, bias = self.conv.weight.to(x.dtype), self.conv.bias.to(x.dtype)
-        features = F.relu(F.conv2d(x, weight, bias, padding=1))
-        return linear(self.fc, items.pool(features))
+        return items.pool(F.relu(F.conv2d(x, weight, bias, padding=1)))

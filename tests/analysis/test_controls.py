@@ -7,6 +7,7 @@ from scipy.stats import entropy
 from sklearn.metrics import mutual_info_score
 from test_study import Data
 from tiny_models import build_single, make_batch
+from torch import nn
 
 from mmdet_moe.analysis.attribution import Tracer
 from mmdet_moe.analysis.controls import DRAWS, Controls, RandomRouters, information_within
@@ -19,6 +20,7 @@ from mmdet_moe.analysis.records.contents import (
 )
 from mmdet_moe.moe import LinearExperts, MoELayer, add_experts
 from mmdet_moe.moe.mumoe import CPMuMoE
+from mmdet_moe.moe.routers import Router
 
 LATERAL = 'neck.lateral_convs.0.conv'
 MUMOE = dict(at=LATERAL, type='mmdet_moe.CPMuMoE', num_experts=(2, 3), rank=4)
@@ -78,16 +80,19 @@ def test_a_head_on_all_levels(randomise):
 
 
 def test_patches_of_a_convolutional_router(randomise):
-    """The convolution is drawn anew as well."""
+    """The convolution is drawn anew as well, once for all draws."""
     model = build_single('retina')
     add_experts(model, [PATCHES])
     tracer, records, inputs = recorded(randomise(model).eval())
     (found,) = records.layers
     ((maps,),) = inputs.values()
     rows, columns = maps[0].shape[2] // 2, maps[0].shape[3] // 2
-    for draw, router in enumerate(tracer.controls[LATERAL].routers):
-        features = router.conv(maps[0]).relu()
-        parts = features.unfold(2, rows, rows).unfold(3, columns, columns).mean((4, 5))
+    routers = tracer.controls[LATERAL].routers
+    own = tracer.layers[LATERAL].router.conv.weight
+    assert not torch.allclose(routers[0].conv.weight, own)
+    features = routers[0].conv(maps[0]).relu()
+    parts = features.unfold(2, rows, rows).unfold(3, columns, columns).mean((4, 5))
+    for draw, router in enumerate(routers):
         expected = router.fc(parts.permute(0, 2, 3, 1).flatten(0, 2)).detach().numpy()
         np.testing.assert_allclose(
             found.controls.logits[:, draw], by_unit(found, expected), rtol=1e-4, atol=1e-5
@@ -272,3 +277,34 @@ def test_information_within_strata():
     expected = sum(totals[s] * information(tables[s]) for s in (0, 2)) / totals.sum()
     assert information_within(tables) == pytest.approx(expected)
     assert information_within(tables * 0) == 0
+
+
+def test_routers_of_other_kinds():
+    """Everything of them is drawn anew, parameters of their own included."""
+
+    class Own(Router):
+        def __init__(self):
+            super().__init__(4, 3, 2)
+            self.matrix = nn.Parameter(torch.zeros(4, 3))
+
+        def compute_logits(self, x, items):
+            return items.pooled(x) @ self.matrix
+
+    layer = MoELayer(LinearExperts(4, 4, 3), 3, 2, router=Own(), granularity='token').eval()
+    controls = RandomRouters.of(layer, 'a')
+    handle = controls.attach()
+    x = torch.randn(2, 5, 4)
+    layer(x)
+    layer(-x)
+    handle.remove()
+    layer(x)
+    found = controls.logits(torch.arange(20))
+    assert found.shape == (20, DRAWS, 3)
+    rows = torch.cat([x, -x]).flatten(0, 1)
+    for draw, router in enumerate(controls.routers):
+        assert router.matrix.std() > 0.1
+        expected = (rows @ router.matrix).detach()
+        np.testing.assert_allclose(found[:, draw], expected, atol=1e-6)
+    assert not layer.router.matrix.any()
+    controls.forget()
+    assert controls._calls == []
