@@ -35,7 +35,7 @@ from mmdet_moe.moe.items import at_least_float32
 from mmdet_moe.moe.metrics import entropy, mutual_information, shares
 from mmdet_moe.moe.mumoe import MuMoE
 from mmdet_moe.moe.precision import no_autocast
-from mmdet_moe.moe.routers import PooledRouter, linear
+from mmdet_moe.moe.routers import GAPRouter, linear
 
 RANDOM, LEVEL = 'random', 'level'
 #: How often random weights are drawn; of layers with many experts less often, see MAX_LOGITS.
@@ -137,7 +137,8 @@ class _SparseRouters(RandomRouters):
         def see(_: nn.Module, inputs: tuple, __: Any) -> None:
             pairs = list(zip(*inputs, strict=True))
             with torch.no_grad(), no_autocast(pairs[0][0].device.type):
-                if isinstance(first := self.routers[0], PooledRouter):
+                first = self.routers[0]
+                if type(first).compute_logits is GAPRouter.compute_logits:
                     # A convolution before the last layer, which costs the most, is drawn once.
                     features = torch.cat([first.features(*pair) for pair in pairs])
                     draws = [linear(router.fc, features) for router in self.routers]

@@ -259,7 +259,7 @@ def linear(fc: nn.Linear, x: Tensor) -> Tensor:
     return F.linear(x, fc.weight.to(x.dtype), bias)
 
 
-class PooledRouter(Router):
+class _PooledRouter(Router):
     """Base class of routers whose logits are a linear layer of pooled features."""
 
     def __init__(
@@ -276,6 +276,13 @@ class PooledRouter(Router):
             raise ConfigError(f'init_std={init_std} must not be negative')
         self._bias, self._init_std = bias, init_std
 
+    @abstractmethod
+    def features(self, x: Tensor, items: Items) -> Tensor:
+        """(items, F) of one feature map (N, C, H, W), at least float32."""
+
+    def compute_logits(self, x: Tensor, items: Items) -> Tensor:
+        return linear(self.fc, self.features(x, items))
+
     def _build_fc(self, features: int) -> RouterLinear:
         fc = RouterLinear(features, self.num_experts, bias=self._bias)
         # Small logits: at the start no expert is preferred, and the noise decides.
@@ -284,16 +291,9 @@ class PooledRouter(Router):
             nn.init.zeros_(fc.bias)
         return fc
 
-    @abstractmethod
-    def features(self, x: Tensor, items: Items) -> Tensor:
-        """What the linear layer ``fc`` is applied to, (items, features), at least float32."""
-
-    def compute_logits(self, x: Tensor, items: Items) -> Tensor:
-        return linear(self.fc, self.features(x, items))
-
 
 @MODELS.register_module()
-class GAPRouter(PooledRouter):
+class GAPRouter(_PooledRouter):
     """Global average pooling, then a linear layer (GAP-FC).
 
     Args: as :class:`Router`, and
@@ -310,7 +310,7 @@ class GAPRouter(PooledRouter):
 
 
 @MODELS.register_module()
-class ConvGAPRouter(PooledRouter):
+class ConvGAPRouter(_PooledRouter):
     """A 3×3 convolution with ReLU first, then global average pooling and a linear layer.
 
     Args: as :class:`GAPRouter`, and

@@ -127,11 +127,14 @@ def _layer(layer: dict, history: dict | None) -> dict:
 
 
 def _association(table: dict) -> dict:
-    # Both conditional tables follow from the counts.
-    tables = ('counts', 'bin_given_expert', 'expert_given_bin')
-    entry = {key: value for key, value in table.items() if key not in tables}
-    if table.get('counts') is not None:
-        entry['counts'] = pack(np.asarray(table['counts'], np.float32))
+    # Both conditional tables follow from the counts; the intervals of their cells are in the file.
+    packed = ('counts', 'cell_p')
+    shares = ('bin_given_expert', 'expert_given_bin')
+    left_out = (*packed, *shares, *(f'{name}_interval' for name in shares))
+    entry = {key: value for key, value in table.items() if key not in left_out}
+    for key in packed:
+        if table.get(key) is not None:
+            entry[key] = pack(np.asarray(table[key], np.float32))
     return entry
 
 
