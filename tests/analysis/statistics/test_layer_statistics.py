@@ -172,9 +172,7 @@ def test_json_and_bounded_memory():
     statistics = LayerStatistics(3, max_entries=40)
     for start in range(0, 500, 50):
         weights = rng.dirichlet(np.ones(3), 50).astype(np.float32)
-        statistics.add(
-            decisions(weights, np.arange(50) % 4, np.arange(start, start + 50) // 2)
-        )
+        statistics.add(decisions(weights, np.arange(50) % 4, np.arange(start, start + 50) // 2))
     found = statistics.as_dict(9)
     assert found['num_decisions'] == 500
     assert 36 <= found['associations']['decisions']['level']['num_units'] <= 40
