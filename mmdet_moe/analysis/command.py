@@ -25,7 +25,7 @@ from mmdet_moe.analysis.report.figures import write_comparison, write_figures
 from mmdet_moe.analysis.report.history import read_history
 from mmdet_moe.analysis.report.likeness import likeness
 from mmdet_moe.analysis.report.tables import write_tables
-from mmdet_moe.analysis.report.verdict import verdict
+from mmdet_moe.analysis.report.verdict import spoken, verdict
 from mmdet_moe.analysis.statistics.outcomes import outcomes_of
 from mmdet_moe.analysis.statistics.similarity import checkpoints_in, over_training
 from mmdet_moe.analysis.statistics.stability import stability_to
@@ -84,6 +84,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         action='store_true',
         help="how alike the experts' weights are in every iter_N.pth (or epoch_N.pth) beside the "
         'checkpoint',
+    )
+    parser.add_argument(
+        '--verbose', action='store_true', help='print the whole verdict, not three lines a layer'
     )
     parser.add_argument(
         '--overwrite', action='store_true', help='replace what another analysis left in the folder'
@@ -175,7 +178,7 @@ def analyse(args: argparse.Namespace) -> dict:
     write_results(study, experts, args.out, other)
     if others:
         write_comparison([experts, *others], args.out / 'figures')
-    _print_results(experts, args.out)
+    _print_results(experts, args.out, args.verbose)
     return experts
 
 
@@ -272,14 +275,14 @@ def write_results(study: Study, experts: dict, out: Path, other: dict | None = N
     write_report([payload] if other is None else [payload, other], out / REPORT_FILE)
 
 
-def _print_results(experts: dict, out: Path) -> None:
+def _print_results(experts: dict, out: Path, verbose: bool) -> None:
     metrics = ', '.join(
-        f'{name} {value:.3f}'
-        for name, value in experts['metrics'].items()
-        if isinstance(value, float)
+        f'{name} {experts["metrics"][name]:.3f} ({ends[0]:.3f} to {ends[1]:.3f})'
+        for name, ends in experts['metrics_interval'].items()
+        if ends is not None
     )
     print(f'\n{metrics}\n')
-    for sentence in experts['verdict']:
-        print(f'- {sentence}')
-    print(f'\nReport: {out / REPORT_FILE}')
+    print('\n'.join(spoken(experts['verdict'], verbose)))
+    more = '' if verbose else ' (has more sentences, as --verbose has)'
+    print(f'\nReport{more}: {out / REPORT_FILE}')
     print(f'Figures, tables, statistics: {out}{os.sep}{{figures,tables,{EXPERTS_FILE}}}')
