@@ -174,7 +174,7 @@ def analyse(args: argparse.Namespace) -> dict:
         experts['layers'][name]['similarity'] = {**found, 'training': training.get(name)}
     experts['stability'] = [stability_to(study, folder) for folder in args.compare]
     experts['history'] = read_history(Path(args.checkpoint).parent)
-    experts['verdict'] = [*verdict(experts), *likeness(experts)]
+    experts['verdict'] = verdict(experts, likeness(experts))
     write_results(study, experts, args.out, other)
     if others:
         write_comparison([experts, *others], args.out / 'figures')

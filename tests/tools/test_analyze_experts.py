@@ -307,8 +307,12 @@ def check_schema(experts, task):
         assert np.array(similarity['linkage']).shape == (experts_ - 1, 4)
         assert similarity['outputs']['num_examples'] > 50
         assert (similarity['reason'], similarity['training']) == (None, None)
-    assert experts['verdict']
-    assert all(isinstance(sentence, str) for sentence in experts['verdict'])
+    said = {entry['layer']: entry for entry in experts['verdict']}
+    assert said.keys() == {*experts['layers'], None}
+    for entry in said.values():
+        assert entry['name']
+        assert all(isinstance(sentence, str) for sentence in entry['lines'] + entry['details'])
+    assert all(1 <= len(said[layer]['lines']) <= 3 for layer in experts['layers'])
 
 
 def test_schema(detector, finished):
@@ -791,7 +795,8 @@ def test_two_checkpoints_of_a_training(detector, finished, tmp_path, capsys):
         assert other['layers'][name]['changed'] == pytest.approx(changed)
         assert changed > 0
         assert len(main[0]) == other['layers'][name]['num_decisions']
-        assert any(f'{name}: against finished' in s for s in experts['verdict'])
+        (said,) = [entry for entry in experts['verdict'] if entry['layer'] == name]
+        assert any(s.startswith('against finished, ') for s in said['details'])
         similarity = experts['layers'][name]['similarity']
         training = similarity['training']
         assert training['step'] == [3, 20]
