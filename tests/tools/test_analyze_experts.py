@@ -281,8 +281,12 @@ def check_schema(experts, task):
         for tables in layer['associations'].values():
             for table in tables.values():
                 check_association(table, experts_)
-    assert experts['verdict']
-    assert all(isinstance(sentence, str) for sentence in experts['verdict'])
+    said = {entry['layer']: entry for entry in experts['verdict']}
+    assert said.keys() == {*experts['layers'], None}
+    for entry in said.values():
+        assert entry['name']
+        assert all(isinstance(sentence, str) for sentence in entry['lines'] + entry['details'])
+    assert all(1 <= len(said[layer]['lines']) <= 3 for layer in experts['layers'])
 
 
 def test_schema(detector, finished):
