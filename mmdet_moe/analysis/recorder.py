@@ -140,10 +140,12 @@ class Recorder:
         ]
         has_clusters = self.data.clusters is not None
         clusters = [self.data.cluster(index) if has_clusters else -1 for index in indices.tolist()]
+        labels = np.array([self.data.label(index) for index in indices.tolist()], np.int32)
         classes = ClassRecords(
-            label=np.array([self.data.label(index) for index in indices.tolist()], np.int32),
+            label=labels,
             prediction=scores.argmax(1).numpy().astype(np.int32),
             score=scores.amax(1).numpy(),
+            true_score=scores.numpy()[np.arange(len(labels)), labels],
             cluster=np.array(clusters, np.int32),
         )
         layers = []

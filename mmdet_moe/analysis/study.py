@@ -40,7 +40,7 @@ from mmdet_moe.analysis.records.contents import (
 from mmdet_moe.analysis.records.files import RecordFiles
 
 #: Raise it whenever the records of the same analysis would have other contents.
-RECORD_FORMAT = 4
+RECORD_FORMAT = 5
 #: Images in one file of records: what an interruption costs at most.
 IMAGES_PER_FILE = 64
 Progress = Callable[[int], None]
