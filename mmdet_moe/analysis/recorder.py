@@ -46,6 +46,11 @@ class Recorder:
         self._parts: list[DetectorRecords | ClassifierRecords] = []
         self._num_objects = 0
 
+    @property
+    def num_images(self) -> int:
+        """Images since :meth:`take` was last called."""
+        return sum(len(part.images.index) for part in self._parts)
+
     def take(self) -> DetectorRecords | ClassifierRecords:
         """Everything since the last call."""
         records = concatenated(self._parts)

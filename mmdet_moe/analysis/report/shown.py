@@ -8,7 +8,7 @@ from mmdet_moe.analysis.statistics.layer_statistics import MAX_PAIRED
 MAX_SHOWN = MAX_PAIRED
 #: Interventions with one expert zeroed that pictures show, those that cost most.
 MAX_ZEROED = 16
-_TABLES = ('counts', 'bin_given_expert', 'expert_given_bin')
+_TABLES = ('counts', 'bin_given_expert', 'expert_given_bin', 'cell_p')
 
 
 def shown_layer(layer: dict) -> dict:
