@@ -225,6 +225,7 @@
   /* log2 of how many times as much as if the two were independent */
   const LIFTS = { low: -2, high: 2, colours: ['less', 'even', 'more'] };
   const SIGNIFICANT = 0.05;
+  const DEFAULT_SORTING = { by: 'weight', descending: true, seed: 0, least: 0 };
 
   class Run {
     constructor(payload, root) {
@@ -256,7 +257,7 @@
       for (let row = 1; row < this.count; row++) if (image[row] === image[row - 1]) this.place[row] = this.place[row - 1] + 1;
       // The class that a row counts as.
       this.counted = truth.map((t, row) => (isDetection[row] ? label[row] : t));
-      this.sorting = { by: 'weight', descending: true, seed: 0 };
+      this.sorting = { ...DEFAULT_SORTING };
       this.sizeBin = Int8Array.from(size, (s) => (Number.isNaN(s) ? -1 : s < SIZE_LIMITS[0] ? 0 : s < SIZE_LIMITS[1] ? 1 : 2));
       this.hasSizes = this.sizeBin.some((bin) => bin >= 0);
       this.levels = level.reduce((a, b) => Math.max(a, b), -1) + 1;
@@ -269,15 +270,16 @@
       const layer = names.includes(wanted.layer) ? wanted.layer
         : names.find((name) => this.payload.columns.weights[name]) || names[0];
       if (layer === undefined) return;
-      this.setSorting({ by: 'weight', descending: true, seed: 0, ...wanted.sorting });
+      this.setSorting({ ...DEFAULT_SORTING, ...wanted.sorting });
       this.$('.layer').value = layer;
       await this.chooseLayer(layer, wanted.expert);
     }
 
     setSorting(changes) {
       Object.assign(this.sorting, changes);
-      const { by, descending, seed } = this.sorting;
+      const { by, descending, seed, least } = this.sorting;
       this.$('.sort').value = by;
+      this.$('.least').value = least;
       this.$('.seed').value = seed;
       this.$('.seed-field').hidden = by !== 'random';
       const turn = this.$('.turn');
@@ -286,7 +288,7 @@
 
     sortBy(changes) {
       this.setSorting(changes);
-      this.refreshWall();
+      this.refresh();
       view.write();
     }
 
@@ -294,6 +296,7 @@
       this.$('.layer').addEventListener('change', (event) => this.chooseLayer(event.target.value).then(view.write));
       this.$('.sort').addEventListener('change', (event) => this.sortBy({ by: event.target.value, descending: true }));
       this.$('.seed').addEventListener('change', (event) => this.sortBy({ seed: Math.abs(Math.trunc(event.target.value)) || 0 }));
+      this.$('.least').addEventListener('change', (event) => this.sortBy({ least: Math.min(Math.max(Number(event.target.value) || 0, 0), 1) }));
       this.$('.turn').addEventListener('click', () => this.sortBy(
         this.sorting.by === 'random' ? { seed: this.sorting.seed + 1 } : { descending: !this.sorting.descending },
       ));
@@ -333,6 +336,7 @@
         this.focusTile(before);
       });
       this.$('.empty-reset').addEventListener('click', () => {
+        this.setSorting({ least: 0 });
         form.reset();
         $('input, select', form).focus();
       });
@@ -480,14 +484,14 @@
 
     refresh() {
       if (!this.layer) return;
-      const { sizes, kinds, klass, search, least } = readFilters();
+      const { sizes, kinds, klass, search } = readFilters();
       const { kind, is_detection: isDetection } = this.columns;
       const test = this.classTest(klass);
       const found = this.searchTest(search);
       const bySize = this.hasSizes && sizes.size < 3;
       const wanted = Number(this.population === 'detections');
       const experts = this.width;
-      this.lowest = Math.max(least * WEIGHT_STEPS, Number.MIN_VALUE);
+      this.lowest = Math.max(this.sorting.least * WEIGHT_STEPS, Number.MIN_VALUE);
       this.matching = []; // rows of any expert
       this.rows = []; // rows that the chosen expert took part in
       for (let row = 0; this.weights && row < this.count; row++) {
@@ -623,7 +627,7 @@
       this.$('.wall').replaceChildren(...shown.map((row, i) => this.tile(row, i)));
       this.$('.wall').hidden = !shown.length;
       this.$('.wall-hint').hidden = !shown.length;
-      this.$('.wall-settings').hidden = !this.rows.length;
+      this.$('.wall-settings').hidden = !this.weights;
       const csv = this.$('.csv');
       csv.title = `Every matching ${noun} of this expert as a table`;
       csv.textContent = `CSV of ${plural(this.rows.length, noun)}`;
@@ -652,14 +656,15 @@
       };
       this.$('.wall-hint').textContent = `${hints[by]} Arrow keys move, Enter opens the whole image.`;
       this.$('.empty').hidden = shown.length > 0;
-      this.$('.empty-reset').hidden = !this.weights || !filtersActive();
+      const filtered = filtersActive() || this.sorting.least > 0;
+      this.$('.empty-reset').hidden = !this.weights || !filtered;
       const dead = this.layer.dead_experts.includes(this.expert);
       this.$('.empty-text').textContent = !this.weights
         ? `Decisions of this layer do not belong to single ${noun}s. Its statistics are below.`
         : this.rows.length
           ? `${plural(this.rows.length, noun)} ${this.rows.length === 1 ? 'matches' : 'match'}, but none of their pictures is stored.`
           : dead ? `Expert ${this.number()} is never chosen.`
-            : filtersActive() ? `No ${noun} of expert ${this.number()} matches these filters.` : `Expert ${this.number()} took part in no ${noun}.`;
+            : filtered ? `No ${noun} of expert ${this.number()} matches these filters.` : `Expert ${this.number()} took part in no ${noun}.`;
     }
 
     /* The matching rows of the chosen expert as a file, in the order of the wall. */
@@ -719,9 +724,9 @@
         element('span', { class: kind[row] === CORRECT ? 'kind' : 'kind wrong', 'aria-hidden': 'true' }, this.detection || kind[row] === CORRECT ? TAGS[kind[row]] : '✗'));
       return element('li', {}, element('button', {
         type: 'button', class: 'tile', tabIndex: index ? -1 : 0, 'data-row': row,
-        'aria-label': `${this.describe(row)}, weight ${weight}${pixels}, image ${image[row]}`,
         title: `${this.describe(row)}${pixels}, ${this.fileName(image[row]) || `image ${image[row]}`}`,
-      }, picture, element('span', { class: 'name' }, `${name}${taken}`), element('span', { class: 'numbers' }, sorted)));
+      }, picture, element('span', { class: 'name' }, `${name}${taken}`), element('span', { class: 'numbers' }, sorted),
+      element('span', { class: 'unseen' }, `, ${this.result(row)}, weight ${weight}${pixels}, image ${image[row]}`)));
     }
 
     /* The row's box, in a crop that is shown whole in a square tile. */
@@ -1279,10 +1284,10 @@
   const ticked = (name) => new Set($$(`input[name="${name}"]:checked`, form).map((input) => Number(input.value)));
   const readFilters = () => ({
     sizes: ticked('size'), kinds: ticked('kind'), klass: form.elements.class.value,
-    search: form.elements.search.value.trim().toLowerCase(), least: Number(form.elements.least.value) || 0,
+    search: form.elements.search.value.trim().toLowerCase(),
   });
   const filtersActive = () => form.elements.class.value !== '' || form.elements.search.value.trim() !== ''
-    || Number(form.elements.least.value) > 0 || $$('input[type="checkbox"]', form).some((input) => !input.checked && !input.closest('[hidden]'));
+    || $$('input[type="checkbox"]', form).some((input) => !input.checked && !input.closest('[hidden]'));
 
   /* What can happen to the rows of the chosen population. */
   function showKinds() {
@@ -1299,15 +1304,15 @@
       const { runs } = view;
       if (!view.ready) return;
       const said = new URLSearchParams();
-      const { sizes, kinds, klass, search, least } = readFilters();
+      const { sizes, kinds, klass, search } = readFilters();
       if (form.elements.population?.value === 'detections') said.set('count', 'detections');
       if (form.elements.size && sizes.size < 3) said.set('size', [...sizes].join('.'));
       if (kinds.size < $$('input[name="kind"]', form).length) said.set('result', [...kinds].join('.'));
-      for (const [name, value] of Object.entries({ class: klass, search, least })) if (value) said.set(name, value);
+      for (const [name, value] of Object.entries({ class: klass, search })) if (value) said.set(name, value);
       runs.forEach((run, i) => {
         if (!run.layer) return;
-        const { by, descending, seed } = run.sorting;
-        said.set(`run${i}`, [run.layerName, run.expert, by, descending ? 'down' : 'up', seed].join('~'));
+        const { by, descending, seed, least } = run.sorting;
+        said.set(`run${i}`, [run.layerName, run.expert, by, descending ? 'down' : 'up', seed, least].join('~'));
       });
       if (viewer.dialog.open) said.set('open', `${runs.indexOf(viewer.run)}~${viewer.run.wallRows[viewer.index]}`);
       const hash = `#${said}`;
@@ -1324,14 +1329,14 @@
         const kept = said.get(name).split('.');
         for (const input of $$(`input[name="${field}"]`, form)) input.checked = kept.includes(input.value);
       }
-      for (const name of ['class', 'search', 'least']) if (said.has(name)) form.elements[name].value = said.get(name);
+      for (const name of ['class', 'search']) if (said.has(name)) form.elements[name].value = said.get(name);
       if (form.elements.class.selectedIndex < 0) form.elements.class.value = '';
       showKinds();
       for (const [i, run] of view.runs.entries()) {
-        const [layer, expert, by, direction, seed] = (said.get(`run${i}`) || '').split('~');
+        const [layer, expert, by, direction, seed, least] = (said.get(`run${i}`) || '').split('~');
         const known = [...run.$('.sort').options].some((option) => option.value === by);
         await run.start({
-          layer, expert: expert === undefined ? null : Number(expert), sorting: known ? { by, descending: direction !== 'up', seed: Number(seed) || 0 } : {},
+          layer, expert: expert === undefined ? null : Number(expert), sorting: known ? { by, descending: direction !== 'up', seed: Number(seed) || 0, least: Number(least) || 0 } : {},
         });
       }
       view.ready = true;
