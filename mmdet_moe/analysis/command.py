@@ -24,7 +24,7 @@ from mmdet_moe.analysis.report.explorer import (
 from mmdet_moe.analysis.report.figures import write_comparison, write_figures
 from mmdet_moe.analysis.report.history import read_history
 from mmdet_moe.analysis.report.tables import write_tables
-from mmdet_moe.analysis.report.verdict import verdict
+from mmdet_moe.analysis.report.verdict import spoken, verdict
 from mmdet_moe.analysis.statistics.outcomes import outcomes_of
 from mmdet_moe.analysis.statistics.summary import summarise
 from mmdet_moe.analysis.study import Study
@@ -74,6 +74,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         metavar='OTHER_DIR',
         help='results of another run, to stand beside this one in the report; may be repeated: the '
         'first stands there, all are in one figure of polysemanticity by the number of experts',
+    )
+    parser.add_argument(
+        '--verbose', action='store_true', help='print the whole verdict, not three lines a layer'
     )
     parser.add_argument(
         '--overwrite', action='store_true', help='replace what another analysis left in the folder'
@@ -158,7 +161,7 @@ def analyse(args: argparse.Namespace) -> dict:
     write_results(study, experts, args.out, other)
     if others:
         write_comparison([experts, *others], args.out / 'figures')
-    _print_results(experts, args.out)
+    _print_results(experts, args.out, args.verbose)
     return experts
 
 
@@ -269,14 +272,14 @@ def write_results(study: Study, experts: dict, out: Path, other: dict | None = N
     write_report([payload] if other is None else [payload, other], out / REPORT_FILE)
 
 
-def _print_results(experts: dict, out: Path) -> None:
+def _print_results(experts: dict, out: Path, verbose: bool) -> None:
     metrics = ', '.join(
-        f'{name} {value:.3f}'
-        for name, value in experts['metrics'].items()
-        if isinstance(value, float)
+        f'{name} {experts["metrics"][name]:.3f} ({ends[0]:.3f} to {ends[1]:.3f})'
+        for name, ends in experts['metrics_interval'].items()
+        if ends is not None
     )
     print(f'\n{metrics}\n')
-    for sentence in experts['verdict']:
-        print(f'- {sentence}')
-    print(f'\nReport: {out / REPORT_FILE}')
+    print('\n'.join(spoken(experts['verdict'], verbose)))
+    more = '' if verbose else ' (has more sentences, as --verbose has)'
+    print(f'\nReport{more}: {out / REPORT_FILE}')
     print(f'Figures, tables, statistics: {out}{os.sep}{{figures,tables,{EXPERTS_FILE}}}')

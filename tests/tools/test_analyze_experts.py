@@ -214,14 +214,19 @@ def files_in(folder):
 
 
 def check_association(table, experts, total=None):
-    numbers = {'mi', 'chance', 'p_value', 'permutations', 'num_units', 'mi_max', 'edges', 'unit'}
-    assert numbers <= set(table)
-    assert table['permutations'] == 19
-    assert 0 <= table['mi'] <= table['mi_max'] + 1e-9
-    assert 1 / 20 <= table['p_value'] <= 1
-    if 'bins' not in table:
-        assert 'counts' not in table
-        return
+    numbers = {
+        *('mi', 'chance', 'interval', 'p_value', 'p_adjusted', 'permutations', 'num_units'),
+        *('num_images', 'mi_max'),
+    }
+    assert set(table['given']) <= {'level', 'class'}
+    assert {'edges', 'unit'} <= set(table)
+    for found in (table, *table['given'].values()):
+        assert numbers <= set(found)
+        assert found['permutations'] == 19
+        assert 0 <= found['mi'] <= found['mi_max'] + 1e-9
+        assert 1 / 20 <= found['p_value'] <= found['p_adjusted'] <= 1
+        assert 0 <= found['interval'][0] <= found['interval'][1]
+        assert found['num_images'] <= found['num_units']
     counts = np.array(table['counts'])
     assert counts.shape == (len(table['bins']), experts)
     assert len(set(table['bins'])) == len(table['bins'])
@@ -236,9 +241,10 @@ def check_association(table, experts, total=None):
 
 def check_schema(experts, task):
     assert list(experts)[:2] == ['schema', 'version']
-    assert (experts['schema'], experts['version']) == ('mmdet_moe.experts', 2)
+    assert (experts['schema'], experts['version']) == ('mmdet_moe.experts', 3)
     assert set(experts) == {
-        'schema', 'version', 'run', 'metrics', 'layers', 'interventions', 'history', 'verdict',
+        'schema', 'version', 'run', 'metrics', 'metrics_interval', 'layers', 'interventions',
+        'history', 'verdict',
     }  # fmt: skip
     run = experts['run']
     assert set(run) == {
@@ -251,6 +257,12 @@ def check_schema(experts, task):
     for metrics in [experts['metrics'], *(i['metrics'] for i in experts['interventions'])]:
         assert set(metrics) == {*names, 'per_class'}
         assert list(metrics['per_class']) == run['classes']
+    assert set(experts['metrics_interval']) == names
+    for intervention in experts['interventions']:
+        for name, known in intervention['difference'].items():
+            change = intervention['metrics'][name] - experts['metrics'][name]
+            assert known['value'] == change
+            assert known['interval'][0] <= known['interval'][1]
     for layer in experts['layers'].values():
         experts_ = layer['num_experts']
         assert layer['kind'] == 'sparse'
@@ -267,11 +279,9 @@ def check_schema(experts, task):
             assert layer[key] >= 0
         assert isinstance(layer['collapsed'], bool)
         assert set(layer['associations']) <= {'decisions', 'objects', 'detections'}
-        for source, tables in layer['associations'].items():
+        for tables in layer['associations'].values():
             for table in tables.values():
                 check_association(table, experts_)
-            if source == 'decisions':
-                assert 'bins' not in tables['image']
     assert experts['verdict']
     assert all(isinstance(sentence, str) for sentence in experts['verdict'])
 

@@ -993,17 +993,16 @@
         Object.entries(this.layer.associations[source] || {}).map(([attribute, a]) => [source, attribute, a])));
       const has = (test) => found.some(([, , a]) => test(a));
       const corrected = has((a) => a.p_adjusted !== undefined);
-      const interval = (ends) => (ends ? ` [${ends.map((x) => fixed(x)).join(', ')}]` : '');
       const columns = [
         ['Attribute', ([, attribute]) => ATTRIBUTES[attribute] || attribute],
         ['Counted', ([source]) => this.countedAs(source).split(/[,(]/)[0]],
-        ['Information (nats)', ([, , a]) => `${fixed(a.mi)}${interval(a.interval)}`],
+        ['Information (nats)', ([, , a]) => `${fixed(a.mi)}${ends(a.interval)}`],
         ['of the maximum', ([, , a]) => (a.mi_max ? percent(a.mi / a.mi_max) : '–')],
         ['by chance', ([, , a]) => fixed(a.chance)],
         has((a) => a.controls?.random) && ['random router', ([, , a]) => fixed(a.controls?.random?.mi)],
         [corrected ? 'p, corrected' : 'p', ([, , a]) => pValue(corrected ? { ...a, p_value: a.p_adjusted } : a)],
         has((a) => a.given?.level) && ['beyond the level (nats)', ([, , { given }]) => (
-          given?.level ? `${fixed(given.level.mi)}${interval(given.level.interval)}, p ${pValue({ p_value: given.level.p_adjusted ?? given.level.p_value })}` : '–')],
+          given?.level ? `${fixed(given.level.mi)}${ends(given.level.interval)}, p ${pValue({ p_value: given.level.p_adjusted ?? given.level.p_value })}` : '–')],
         ['decisions', ([, , a]) => whole(a.num_units)],
         ['reads as', ([, , a]) => ((a.p_adjusted ?? a.p_value) <= SIGNIFICANT ? 'more than chance' : 'within chance')],
       ].filter(Boolean);
@@ -1026,11 +1025,12 @@
       const title = { only: (e) => `only expert ${e}`, without: (e) => `without expert ${e}`, zeroed: (e) => `expert ${e} zeroed`, equal: () => 'all experts, equal weights', random: () => 'random experts' };
       const rows = mine.map((i) => ['', [
         (title[i.kind] ? title[i.kind](i.expert) : i.kind) + (i.layer === 'all' ? ' (all layers)' : ''),
-        ...names.map((name) => difference(i.metrics?.[name], base[name])),
+        ...names.map((name) => difference(i.metrics?.[name], base[name]) + ends(i.difference?.[name]?.interval)),
       ]]);
       const all = this.layer.polysemanticity?.num_zeroed || 0;
       const zeroed = mine.filter((i) => i.kind === 'zeroed').length;
       this.$('.zeroed-hint').textContent = zeroed < all ? ` Of the ${whole(all)} experts that were zeroed, the ${zeroed} that cost most.` : '';
+      this.$('.interval-hint').textContent = mine.some((i) => i.difference) ? ' In brackets: 95 % interval, by a bootstrap over the same images.' : '';
       this.$('.interventions').hidden = !rows.length;
       rows.unshift(['base', ['unchanged', ...names.map((name) => fixed(base[name]))]]);
       this.$('.interventions .table-scroll').replaceChildren(table(['Routing', ...names], rows, []));
@@ -1047,7 +1047,7 @@
   }
 
   /* log2 of each cell against what independence would give, in the limits of the scale; 0 (white) where it is not told apart from it. */
-  function liftsOf(rows, { marks, p_value: p }) {
+  function liftsOf(rows, { marks, p_adjusted: p }) {
     const total = sum(rows.map(sum)) || 1;
     const experts = rows[0].map((_, e) => sum(rows.map((row) => row[e])));
     return rows.map((row, b) => row.map((x, e) => {
@@ -1069,7 +1069,9 @@
     return permutations && p <= 1.0001 / (permutations + 1) ? `≤ ${fixed(p)}` : fixed(p);
   }
 
-  const inWords = (a) => `Mutual information ${fixed(a.mi)} nats, p\u00a0${pValue(a).replace(/^(?!≤)/, '= ').replace(' ', '\u00a0')}.`;
+  const ends = (interval) => (interval ? ` [${interval.map((x) => fixed(x)).join(', ').replaceAll('-', '−')}]` : '');
+
+  const inWords = (a) => `Mutual information ${fixed(a.mi)} nats, p\u00a0${pValue({ ...a, p_value: a.p_adjusted ?? a.p_value }).replace(/^(?!≤)/, '= ').replace(' ', '\u00a0')}.`;
 
   function difference(value, base) {
     if ([value, base].some((x) => x === null || x === undefined)) return '–';

@@ -21,6 +21,7 @@ from mmdet_moe.analysis.report.explorer.packing import (
     unpack,
 )
 from mmdet_moe.analysis.report.explorer.pool import fill_pool
+from mmdet_moe.analysis.report.names import layer_names
 from mmdet_moe.analysis.report.shown import shown_interventions, shown_layer
 from mmdet_moe.analysis.statistics.outcomes import Outcomes
 from mmdet_moe.errors import ConfigError
@@ -74,16 +75,16 @@ def build_payload(
     layers = {name: shown_layer(layer) for name, layer in experts['layers'].items()}
     metrics = _overall(experts.get('metrics'))
     interventions = experts.get('interventions') or []
-    judged = _verdict(experts.get('verdict') or [], list(layers))
-    titles = {entry['layer']: entry['name'] for entry in judged}
+    titles = layer_names(experts['layers'])
     payload = {
         'schema': SCHEMA,
         'version': VERSION,
         'run': experts['run'],
         'metrics': metrics,
+        'metrics_interval': experts.get('metrics_interval') or {},
         'layers': {
             name: {
-                'title': titles.get(name, name),
+                'title': titles[name][:1].upper() + titles[name][1:],
                 **_layer(layer, (experts.get('history') or {}).get(name)),
             }
             for name, layer in layers.items()
@@ -96,7 +97,7 @@ def build_payload(
                 next(iter(metrics), ''),
             )
         ],
-        'verdict': judged,
+        'verdict': experts.get('verdict') or [],
     }
     payload = _jsonable(payload)
     room = budget - len(_dumps(payload))
@@ -154,20 +155,6 @@ def _overall(metrics: dict | None) -> dict:
     return {name: value for name, value in (metrics or {}).items() if name != 'per_class'}
 
 
-def _verdict(verdict: list, layers: list[str]) -> list[dict]:
-    """``{'layer', 'name', 'lines', 'details'}`` of each layer; 'layer' is None for all of them."""
-    if all(isinstance(entry, dict) for entry in verdict):
-        return verdict
-    found: dict[str | None, list[str]] = {}
-    for sentence in verdict:
-        name = next((name for name in layers if sentence.startswith(f'{name}: ')), None)
-        found.setdefault(name, []).append(sentence.removeprefix(f'{name}: '))
-    return [
-        {'layer': name, 'name': name or 'All layers', 'lines': said[:3], 'details': said[3:]}
-        for name, said in found.items()
-    ]
-
-
 def _layer(layer: dict, history: dict | None) -> dict:
     """A layer's entry of ``experts.json``, with its tables packed."""
     entry = {key: value for key, value in layer.items() if key != 'associations'}
@@ -186,9 +173,10 @@ def _layer(layer: dict, history: dict | None) -> dict:
 
 
 def _association(table: dict) -> dict:
-    # Both conditional tables follow from the counts.
-    tables = ('counts', 'bin_given_expert', 'expert_given_bin', 'cell_p')
-    entry = {key: value for key, value in table.items() if key not in tables}
+    # Both conditional tables follow from the counts; the intervals of their cells are in the file.
+    shares = ('bin_given_expert', 'expert_given_bin')
+    left_out = ('counts', 'cell_p', *shares, *(f'{name}_interval' for name in shares))
+    entry = {key: value for key, value in table.items() if key not in left_out}
     if table.get('counts') is not None:
         entry['counts'] = pack(np.asarray(table['counts'], np.float32))
     if table.get('cell_p') is not None:
@@ -301,7 +289,9 @@ def read_payload(path: Path, folder: Path | None = None) -> dict:
     try:
         _check_arrays(payload)
     except (KeyError, TypeError, ValueError, zlib.error):
-        raise ConfigError(f'{path} is damaged (some of its columns are not whole); {again}') from None
+        raise ConfigError(
+            f'{path} is damaged (some of its columns are not whole); {again}'
+        ) from None
     files = payload['files']
     if folder is not None and files['names'] and files['folder']:
         files['folder'] = _relative(path.absolute().parent / files['folder'], folder)

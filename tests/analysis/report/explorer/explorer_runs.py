@@ -259,7 +259,9 @@ def detection_run(
 def with_detections(rng, image, label, box, num_classes) -> Outcomes:
     """Objects with what a detector may make of them; what is wrong with it is drawn."""
     total = len(image)
-    kind = rng.choice([CORRECT, CLASSIFICATION, LOCALISATION, MISSED], total, p=[0.62, 0.1, 0.1, 0.18])
+    kind = rng.choice(
+        [CORRECT, CLASSIFICATION, LOCALISATION, MISSED], total, p=[0.62, 0.1, 0.1, 0.18]
+    )
     found = np.flatnonzero(kind != MISSED)
     # Beside the objects' own detections some that find nothing.
     more = rng.choice(total, total // 6, replace=False)
@@ -269,7 +271,9 @@ def with_detections(rng, image, label, box, num_classes) -> Outcomes:
     taken = np.isin(what, [CLASSIFICATION, BOTH])
     predicted = np.where(taken, (label[other] + 1) % num_classes, label[other])
     shift = rng.uniform(-0.06, 0.06, (len(other), 4)) * np.tile(box[other, 2:] - box[other, :2], 2)
-    iou = np.where(what == CORRECT, rng.uniform(0.5, 1, len(other)), rng.uniform(0.1, 0.5, len(other)))
+    iou = np.where(
+        what == CORRECT, rng.uniform(0.5, 1, len(other)), rng.uniform(0.1, 0.5, len(other))
+    )
     score = rng.uniform(0.3, 1, len(other))
     rows = np.concatenate([image, image[other]])
     order = np.argsort(rows, kind='stable')
