@@ -14,7 +14,7 @@ from tqdm import tqdm
 from mmdet_moe.analysis.attribution import KNOWN_HEADS
 from mmdet_moe.analysis.data import SPLITS, AnalysisData
 from mmdet_moe.analysis.files import EXPERTS_FILE, PAYLOAD_FILE, REPORT_FILE, write_file
-from mmdet_moe.analysis.models import load_model
+from mmdet_moe.analysis.models import load_model, task_of
 from mmdet_moe.analysis.report.explorer import (
     build_payload,
     read_payload,
@@ -138,11 +138,11 @@ def analyse(args: argparse.Namespace) -> dict:
     """
     _check(args)
     # Before the work, not after it.
-    other = read_payload(args.compare[0] / PAYLOAD_FILE) if args.compare else None
+    other = read_payload(args.compare[0] / PAYLOAD_FILE, args.out) if args.compare else None
     others = [_read_experts(folder / EXPERTS_FILE) for folder in args.compare]
     cfg = load_config(args.config, args.cfg_options)
     check_config(cfg, args.split, args.checkpoint)
-    study = prepare(args, cfg)
+    study = prepare(args, cfg, [experts['run']['task'] for experts in others])
     training = {}
     if args.over_training:
         steps = checkpoints_in(Path(args.checkpoint).parent)
@@ -184,8 +184,10 @@ def analyse(args: argparse.Namespace) -> dict:
 
 def _read_experts(path: Path) -> dict:
     try:
-        return json.loads(path.read_text(encoding='utf-8'))
-    except (OSError, ValueError):
+        experts = json.loads(path.read_text(encoding='utf-8'))
+        experts['run']['task']
+        return experts
+    except (OSError, ValueError, KeyError, TypeError):
         raise ConfigError(
             f'--compare: {path} is missing or damaged; name a folder that tools/analyze_experts.py '
             'wrote'
@@ -206,7 +208,8 @@ def _check(args: argparse.Namespace) -> None:
             f'--over-training: {Path(args.checkpoint).parent} holds neither iter_N.pth nor '
             'epoch_N.pth; leave the option out, or name a checkpoint in the folder of its training'
         )
-    check_folder(args.out, '--out')
+    for part in ('', 'records/statistics', 'records/interventions', 'tables', 'figures'):
+        check_folder(args.out / part, '--out')
     has_records = (args.out / 'records' / 'statistics').is_dir()
     if args.out.is_dir() and any(args.out.iterdir()) and not has_records:
         raise ConfigError(
@@ -214,14 +217,26 @@ def _check(args: argparse.Namespace) -> None:
         )
 
 
-def prepare(args: argparse.Namespace, cfg: Config) -> Study:
+def prepare(args: argparse.Namespace, cfg: Config, compared: Sequence[str] = ()) -> Study:
     """Model and data of an analysis.
 
+    Args:
+        args: As :func:`parse` gives them.
+        cfg: The config.
+        compared: Tasks of the runs to compare with.
+
     Raises:
-        ConfigError: If config, checkpoint and data do not fit together.
+        ConfigError: If config, checkpoint and data do not fit together, or another run has another
+            task.
     """
     set_loader_defaults(cfg)
     model, meta = load_model(cfg, args.checkpoint, args.device)
+    for folder, task in zip(args.compare, compared, strict=False):
+        if task != task_of(model):
+            raise ConfigError(
+                f'--compare: {folder} is an analysis of {task}, this model is one of '
+                f'{task_of(model)}; compare runs of the same task'
+            )
     data = AnalysisData(cfg, args.split, args.max_images)
     check_trained_classes(meta, data.dataset.metainfo, f'{args.split}_dataloader.dataset')
     plan = {
@@ -270,7 +285,11 @@ def write_results(study: Study, experts: dict, out: Path, other: dict | None = N
     write_tables(experts, out / 'tables')
     write_figures(experts, out / 'figures')
     outcomes = outcomes_of(study.records, list(study.layers), study.score_thr)
-    payload = build_payload(experts, outcomes, study.data.image)
+    payload = build_payload(
+        experts, outcomes, study.data.image, path_of=study.data.path, folder=out
+    )
+    if lost := payload['pool']['unreadable']:
+        print(f'note: {len(lost)} images are missing in the report, of which the first: {lost[0]}')
     write_payload(payload, out / PAYLOAD_FILE)
     write_report([payload] if other is None else [payload, other], out / REPORT_FILE)
 

@@ -24,6 +24,7 @@ from mmdet_moe.analysis.recorder import Recorder
 from mmdet_moe.analysis.records.contents import BoxRecords
 from mmdet_moe.analysis.records.files import RecordFiles
 from mmdet_moe.analysis.statistics import summary
+from mmdet_moe.analysis.statistics.matching import CORRECT
 from mmdet_moe.analysis.statistics.outcomes import outcomes_of
 from mmdet_moe.analysis.statistics.similarity import mean_between
 
@@ -506,7 +507,7 @@ def test_statistics_are_those_of_loops_over_the_images(detector, finished):
 
 
 def test_outcomes(detector, finished, monkeypatch):
-    """Every object is found or missed, once; what is said of them are the predictions."""
+    """Every object once and every detection once; what is said of them are the predictions."""
     kept = []
     monkeypatch.setattr(command, 'write_results', lambda study, *_: kept.append(study))
     monkeypatch.setattr(command, '_print_results', lambda *_: None)
@@ -514,14 +515,13 @@ def test_outcomes(detector, finished, monkeypatch):
     records, layers = kept[0].records, list(kept[0].layers)
     outcomes = outcomes_of(records, layers, kept[0].score_thr)
     experts = json.loads(content(finished))
-    is_object = outcomes.kind != 1
+    is_object = ~outcomes.is_detection
     assert is_object.sum() == experts['run']['num_objects']
-    assert (outcomes.kind != 2).sum() == experts['run']['num_detections']
-    assert (outcomes.kind == 0).sum() > 1
-    assert (outcomes.true_label[is_object] == outcomes.label[is_object]).all()
-    assert (outcomes.true_label[~is_object] == -1).all()
-    assert np.isnan(outcomes.score[outcomes.kind == 2]).all()
-    assert (outcomes.score[outcomes.kind != 2] >= THRESHOLD).all()
+    assert (~is_object).sum() == experts['run']['num_detections']
+    correct = outcomes.kind == CORRECT
+    assert correct[is_object].sum() == correct[~is_object].sum() > 1
+    assert (outcomes.true_label[correct] == outcomes.label[correct]).all()
+    assert (outcomes.score[~is_object] >= THRESHOLD).all()
     rows, _ = loops(detector)
     for name in LAYERS:
         weights = outcomes.weights[name]
@@ -530,8 +530,8 @@ def test_outcomes(detector, finished, monkeypatch):
         known = ~np.isnan(sums)
         assert (~known).sum() <= 1
         np.testing.assert_allclose(sums[known], 1, atol=1e-5)
-        # Missed objects: the mean over their anchors.
-        for r in np.flatnonzero(outcomes.kind == 2):
+        # Objects: the mean over their anchors.
+        for r in np.flatnonzero(is_object):
             mine = [
                 row for row in rows[name]['objects']
                 if row[0] == outcomes.image[r] and np.allclose(row[4][0], outcomes.box[r])

@@ -10,6 +10,7 @@ from mmdet_moe.analysis.data import AnalysisData
 from mmdet_moe.analysis.records.contents import (
     BoxRecords,
     ClassifierRecords,
+    DetectionRecords,
     DetectorRecords,
     ImageRecords,
     LayerRecords,
@@ -30,6 +31,7 @@ from mmdet_moe.analysis.statistics.bins import (
 from mmdet_moe.analysis.statistics.evaluation import ClassificationMetrics, DetectionMetrics
 from mmdet_moe.analysis.statistics.inference import interval, resampled_images
 from mmdet_moe.analysis.statistics.layer_statistics import MAX_LEVELS, LayerStatistics
+from mmdet_moe.analysis.statistics.matching import IGNORED
 from mmdet_moe.analysis.statistics.polysemanticity import polysemanticity
 from mmdet_moe.analysis.study import Study
 from mmdet_moe.moe import MoELayer
@@ -62,7 +64,7 @@ def summarise(study: Study, run: dict, permutations: int = 999) -> dict:
             summary.add(records, layer)
         if study.is_detector:
             num_objects += int((~records.objects.crowd).sum())
-            num_detections += int((records.detections.score >= study.score_thr).sum())
+            num_detections += int(_counts(records.detections, study.score_thr).sum())
         else:
             num_objects += len(records.classes.label)
     measured = metrics_of(study, permutations)
@@ -151,6 +153,11 @@ def _changed(study: Study) -> Iterator[BoxRecords | np.ndarray]:
         yield from concatenated(list(study.changed)).prediction.T
 
 
+def _counts(found: DetectionRecords, score_thr: float) -> np.ndarray:
+    """bool (d,): right or wrong, above the threshold; what lies on a crowd is neither."""
+    return (found.score >= score_thr) & (found.match != IGNORED)
+
+
 class _LayerSummary:
     """All statistics of one layer."""
 
@@ -209,7 +216,7 @@ class _LayerSummary:
         )
         self._count('objects', bins, bins, *behind, image)
         behind = layer.detections
-        shown = (found.match >= 0) & (found.score >= self.score_thr) & (behind.unit >= 0)
+        shown = _counts(found, self.score_thr) & (behind.unit >= 0)
         bins = self._of_classes(found.label[shown]) | self._of_boxes(
             found.box[shown], found.image[shown], found.level[shown], records.images
         )
