@@ -355,13 +355,6 @@ class _PooledRouter(Router):
         features = [self.features(m, p) for m, p in zip(maps, items, strict=True)]
         return [linear(self.fc, self.norm(f, level)) for level, f in enumerate(features)]
 
-    @abstractmethod
-    def features(self, x: Tensor, items: Items) -> Tensor:
-        """(items, F) of one feature map (N, C, H, W), at least float32."""
-
-    def compute_logits(self, x: Tensor, items: Items) -> Tensor:
-        return linear(self.fc, self.features(x, items))
-
     def _build_fc(self, features: int) -> RouterLinear:
         if self._num_levels is not None:
             self.norm = LevelNorm(self._num_levels, features)
