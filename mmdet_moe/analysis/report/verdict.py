@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator
 
+from mmdet_moe.analysis.statistics import counterfactual
 from mmdet_moe.moe.utilization import COLLAPSE_SHARE, DEAD_SHARE
 
 #: Strict, because about twenty associations are tested per layer: by chance alone one layer in five
@@ -83,6 +84,7 @@ def verdict(experts: dict) -> list[str]:
                 *_together(layer),
                 *_effects(of_layer, experts),
                 *_polysemanticity(layer, experts),
+                *filter(None, [counterfactual.said(layer.get('counterfactual'))]),
             )
         ]
     of_all = [entry for entry in interventions if entry['layer'] == 'all']

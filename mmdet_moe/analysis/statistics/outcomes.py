@@ -89,7 +89,7 @@ def _of_detector(records: DetectorRecords, layers: Sequence[str], score_thr: flo
         level=np.concatenate([found.level, lost.level]),
         weights={
             name: np.concatenate(
-                [layer.detections.weights[shown], _mean_weights(layer, len(missed))[missed]]
+                [layer.detections.weights[shown], mean_weights(layer, len(missed))[missed]]
             )
             for name, layer in zip(layers, records.layers, strict=True)
         },
@@ -111,13 +111,13 @@ def _of_classifier(records: ClassifierRecords, layers: Sequence[str]) -> Outcome
         size=np.full(count, np.nan, np.float32),
         level=np.full(count, -1, np.int32),
         weights={
-            name: _mean_weights(layer, count)
+            name: mean_weights(layer, count)
             for name, layer in zip(layers, records.layers, strict=True)
         },
     )
 
 
-def _mean_weights(layer: LayerRecords, count: int) -> np.ndarray:
+def mean_weights(layer: LayerRecords, count: int) -> np.ndarray:
     """float32 (count, E), of the decisions behind each object; NaN without any."""
     links = layer.links
     weights = np.full((count, links.weights.shape[1]), np.nan, np.float32)

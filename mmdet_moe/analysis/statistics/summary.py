@@ -26,6 +26,7 @@ from mmdet_moe.analysis.statistics.bins import (
     position_bin,
     size_bin,
 )
+from mmdet_moe.analysis.statistics.counterfactual import counterfactuals
 from mmdet_moe.analysis.statistics.evaluation import ClassificationMetrics, DetectionMetrics
 from mmdet_moe.analysis.statistics.layer_statistics import MAX_LEVELS, LayerStatistics
 from mmdet_moe.analysis.statistics.polysemanticity import polysemanticity
@@ -57,6 +58,7 @@ def summarise(study: Study, run: dict, permutations: int = 999) -> dict:
         else:
             num_objects += len(records.classes.label)
     measured = metrics_of(study)
+    alone = counterfactuals(study)
     return {
         'schema': SCHEMA,
         'version': VERSION,
@@ -79,6 +81,7 @@ def summarise(study: Study, run: dict, permutations: int = 999) -> dict:
                 'granularity': layer.granularity,
                 **summary.as_dict(permutations),
                 'polysemanticity': polysemanticity(name, **measured),
+                'counterfactual': alone[name],
             }
             for (name, layer), summary in zip(study.layers.items(), summaries, strict=True)
         },
