@@ -7,17 +7,22 @@ expert is the one with the most weight, summed over its decisions. That two choi
 not mean that one causes the other: both may follow the pyramid level, say.
 """
 
+from collections.abc import Iterable
+from itertools import pairwise
+
 import numpy as np
 import torch
 
-from mmdet_moe.analysis.records.contents import DecisionRecords, concatenated
+from mmdet_moe.analysis.records.contents import DecisionRecords
 from mmdet_moe.analysis.study import Study
 from mmdet_moe.moe.metrics import mutual_information
 
 #: Layers of more experts are left out: nobody can follow so many bands.
 MAX_EXPERTS = 64
-#: Of whole images, for the information that two layers have in common by chance.
-PERMUTATIONS = 199
+#: Of whole images, for the information that two layers have in common by chance; and how many
+#: units they are tried on at most, of images at even distances.
+PERMUTATIONS, MAX_UNITS = 199, 200_000
+Mains = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
 def flow(study: Study) -> dict | None:
@@ -25,24 +30,22 @@ def flow(study: Study) -> dict | None:
     names = [n for n in study.order if 1 < study.layers[n].num_experts <= MAX_EXPERTS]
     if len(names) < 2:
         return None
-    numbers = {name: number for number, name in enumerate(study.layers)}
-    made = {
-        name: concatenated([part.layers[numbers[name]].decisions for part in study.records])
-        for name in names
-    }
-    pairs = zip(names[:-1], names[1:], strict=True)
-    return {
-        'layers': names,
-        'steps': [{'from': a, 'to': b, **step(made[a], made[b])} for a, b in pairs],
-    }
+    number = {name: i for i, name in enumerate(study.layers)}
+    steps = []
+    for a, b in pairwise(names):
+        made = (
+            (part.layers[number[a]].decisions, part.layers[number[b]].decisions)
+            for part in study.records
+        )
+        steps.append({'from': a, 'to': b, **step(made)})
+    return {'layers': names, 'steps': steps}
 
 
-def step(first: DecisionRecords, second: DecisionRecords) -> dict:
+def step(made: Iterable[tuple[DecisionRecords, DecisionRecords]]) -> dict:
     """From one layer to the next one.
 
     Args:
-        first: All decisions of the layer, in the order of the images.
-        second: Those of the other one.
+        made: What both decided for the same images, file by file.
 
     Returns:
         ``unit`` (``'decision'`` or ``'image'``), ``num_units``, ``counts`` (E, E'), and ``mi``, the
@@ -51,40 +54,40 @@ def step(first: DecisionRecords, second: DecisionRecords) -> dict:
         such as what their levels do to both layers, stays. Both are None where images have
         different numbers of decisions.
     """
-    unit = 'decision'
-    if _correspond(first, second):
-        image, mains = first.image, [_main(first.weights), _main(second.weights)]
-    else:
-        unit = 'image'
-        sums = [_of_images(first), _of_images(second)]
-        image = np.intersect1d(sums[0][0], sums[1][0])
-        mains = [_main(total[np.isin(images, image)]) for images, total in sums]
-    experts = (first.weights.shape[1], second.weights.shape[1])
-    counts = _joint(*mains, experts)
-    observed = float(mutual_information(torch.from_numpy(counts)))
-    each = np.unique(image, return_counts=True)[1]
-    chance = p_value = None
-    if len(each) and (each == each[0]).all():
-        rng = np.random.default_rng(0)
-        blocks = mains[1].reshape(len(each), -1)
-        permuted = [
-            float(
-                mutual_information(
-                    torch.from_numpy(_joint(mains[0], rng.permutation(blocks).ravel(), experts))
-                )
-            )
-            for _ in range(PERMUTATIONS)
-        ]
-        chance = float(np.mean(permuted))
-        p_value = (1 + sum(mi >= observed - 1e-9 for mi in permuted)) / (1 + PERMUTATIONS)
-    return {
-        'unit': unit,
+    by_image: list[Mains] = []
+    by_decision: list[Mains] | None = []
+    for first, second in made:
+        experts = (first.weights.shape[1], second.weights.shape[1])
+        by_image.append(_of_images(first, second))
+        if by_decision is not None and _correspond(first, second):
+            order = np.argsort(first.unit, kind='stable')  # image by image
+            mains = (x.weights.argmax(1)[order] for x in (first, second))
+            by_decision.append((first.image[order], *mains))
+        else:
+            by_decision = None
+    parts = by_image if by_decision is None else by_decision
+    image, a, b = (np.concatenate(columns) for columns in zip(*parts, strict=True))
+    found = {
+        'unit': 'image' if by_decision is None else 'decision',
         'num_units': len(image),
-        'counts': counts.astype(int).tolist(),
-        'mi': observed,
-        'chance': chance,
-        'p_value': p_value,
+        'counts': _joint(a, b, experts).astype(int).tolist(),
+        'mi': _information(a, b, experts),
+        'chance': None,
+        'p_value': None,
     }
+    each = np.unique(image, return_counts=True)[1]
+    if len(each) and (each == each[0]).all():
+        stride = -(-len(image) // MAX_UNITS)
+        a, b = (x.reshape(len(each), -1)[::stride] for x in (a, b))
+        observed, rng = _information(a, b, experts), np.random.default_rng(0)
+        permuted = [_information(a, rng.permutation(b), experts) for _ in range(PERMUTATIONS)]
+        reached = sum(mi >= observed - 1e-9 for mi in permuted)
+        found |= {
+            'mi': observed,
+            'chance': float(np.mean(permuted)),
+            'p_value': (1 + reached) / (1 + PERMUTATIONS),
+        }
+    return found
 
 
 def _correspond(first: DecisionRecords, second: DecisionRecords) -> bool:
@@ -94,19 +97,23 @@ def _correspond(first: DecisionRecords, second: DecisionRecords) -> bool:
     )
 
 
-def _of_images(made: DecisionRecords) -> tuple[np.ndarray, np.ndarray]:
-    """The images with decisions, ascending, and the sums of their weights, (i, E)."""
-    images, which = np.unique(made.image, return_inverse=True)
-    total = np.zeros((len(images), made.weights.shape[1]))
-    np.add.at(total, which, made.weights)
-    return images, total
+def _of_images(first: DecisionRecords, second: DecisionRecords) -> Mains:
+    """The images that both decided on, and the main expert of each in both layers."""
+    image = np.intersect1d(first.image, second.image)
+    mains = []
+    for made in (first, second):
+        total = np.zeros((len(image), made.weights.shape[1]))
+        here = np.isin(made.image, image)
+        np.add.at(total, np.searchsorted(image, made.image[here]), made.weights[here])
+        mains.append(total.argmax(1))
+    return image, *mains
 
 
-def _main(weights: np.ndarray) -> np.ndarray:
-    return weights.argmax(1)
+def _information(first: np.ndarray, second: np.ndarray, experts: tuple[int, int]) -> float:
+    return float(mutual_information(torch.from_numpy(_joint(first, second, experts))))
 
 
 def _joint(first: np.ndarray, second: np.ndarray, experts: tuple[int, int]) -> np.ndarray:
     """float64 (E, E'): how often two main experts come together."""
-    pairs = np.bincount(first * experts[1] + second, minlength=experts[0] * experts[1])
+    pairs = np.bincount((first * experts[1] + second).ravel(), minlength=experts[0] * experts[1])
     return pairs.reshape(experts).astype(np.float64)
