@@ -23,8 +23,10 @@ from mmdet_moe.analysis.report.explorer import (
 )
 from mmdet_moe.analysis.report.figures import write_comparison, write_figures
 from mmdet_moe.analysis.report.history import read_history
+from mmdet_moe.analysis.report.pictures import MAX_IMAGES, pictures_of, write_looks
 from mmdet_moe.analysis.report.tables import write_tables
 from mmdet_moe.analysis.report.verdict import verdict
+from mmdet_moe.analysis.saliency import check_captum
 from mmdet_moe.analysis.statistics.outcomes import outcomes_of
 from mmdet_moe.analysis.statistics.summary import summarise
 from mmdet_moe.analysis.study import Study
@@ -74,6 +76,14 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         metavar='OTHER_DIR',
         help='results of another run, to stand beside this one in the report; may be repeated: the '
         'first stands there, all are in one figure of polysemanticity by the number of experts',
+    )
+    parser.add_argument(
+        '--cam',
+        type=int,
+        default=0,
+        metavar='N',
+        help='for N images, draw the routing of patches and pixels, and where the main experts of '
+        'the best detections look (class activation maps; needs captum)',
     )
     parser.add_argument(
         '--overwrite', action='store_true', help='replace what another analysis left in the folder'
@@ -155,7 +165,7 @@ def analyse(args: argparse.Namespace) -> dict:
     )
     experts['history'] = read_history(Path(args.checkpoint).parent)
     experts['verdict'] = verdict(experts)
-    write_results(study, experts, args.out, other)
+    write_results(study, experts, args.out, other, args.cam)
     if others:
         write_comparison([experts, *others], args.out / 'figures')
     _print_results(experts, args.out)
@@ -175,6 +185,10 @@ def _read_experts(path: Path) -> dict:
 def _check(args: argparse.Namespace) -> None:
     if args.max_images is not None and args.max_images < 1:
         raise ConfigError(f'--max-images={args.max_images} must be at least 1')
+    if not 0 <= args.cam <= MAX_IMAGES:
+        raise ConfigError(f'--cam={args.cam} must lie in 0..{MAX_IMAGES}')
+    if args.cam:
+        check_captum('--cam')
     if '://' in args.checkpoint:
         raise ConfigError(
             f"checkpoint: '{args.checkpoint}' is an address; download the file and give its path"
@@ -231,7 +245,9 @@ def _bar(name: str, total: int) -> Iterator[Callable[[int], None]]:
         yield progress
 
 
-def write_results(study: Study, experts: dict, out: Path, other: dict | None = None) -> None:
+def write_results(
+    study: Study, experts: dict, out: Path, other: dict | None = None, looks: int = 0
+) -> None:
     """Write everything that a user looks at.
 
     Args:
@@ -239,13 +255,17 @@ def write_results(study: Study, experts: dict, out: Path, other: dict | None = N
         experts: The content of ``experts.json``.
         out: The folder.
         other: Payload of a run to compare with.
+        looks: Number of images to look at with the experts.
     """
     content = json.dumps(experts, indent=1, allow_nan=False)
     write_file(out / EXPERTS_FILE, content.encode())
     write_tables(experts, out / 'tables')
     write_figures(experts, out / 'figures')
     outcomes = outcomes_of(study.records, list(study.layers), study.score_thr)
-    payload = build_payload(experts, outcomes, study.data.image)
+    figures = out / 'figures'
+    looked = write_looks(study, looks, figures) if looks else ()
+    pictures = pictures_of(experts, figures, looked)
+    payload = build_payload(experts, outcomes, study.data.image, pictures=pictures)
     write_payload(payload, out / PAYLOAD_FILE)
     write_report([payload] if other is None else [payload, other], out / REPORT_FILE)
 

@@ -84,9 +84,13 @@ def write_figures(experts: dict, folder: Path) -> list[Path]:
     paths = []
     with style():
         for layer, name, figure in draw_figures(experts):
-            place = folder / layer.replace('/', '_').replace('\\', '_')
-            paths += _write(figure, place, name)
+            paths += _write(figure, folder_of(folder, layer), name)
     return paths
+
+
+def folder_of(folder: Path, layer: str) -> Path:
+    """Where the figures of a layer are."""
+    return folder / layer.replace('/', '_').replace('\\', '_')
 
 
 def write_comparison(runs: Sequence[dict], folder: Path) -> list[Path]:

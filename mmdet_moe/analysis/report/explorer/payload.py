@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ def build_payload(
     outcomes: Outcomes,
     load_image: Callable[[int], np.ndarray],
     budget: int = 9_000_000,
+    pictures: Sequence[dict] = (),
 ) -> dict:
     """Gather everything that a report shows of one run.
 
@@ -51,6 +52,7 @@ def build_payload(
             shown without crops.
         load_image: The image of an index, RGB uint8 ``(H, W, 3)``, in its original size.
         budget: Bytes that the payload may take as JSON. Statistics are kept even beyond it.
+        pictures: From :func:`~mmdet_moe.analysis.report.pictures.pictures_of`, beside the budget.
 
     Returns:
         JSON-able.
@@ -76,6 +78,7 @@ def build_payload(
             )
         ],
         'verdict': experts.get('verdict') or [],
+        'flow': experts.get('flow'),
     }
     payload = _jsonable(payload)
     room = budget - len(_dumps(payload))
@@ -101,7 +104,7 @@ def build_payload(
             for index, image in pool.images.items()
         },
     }
-    return payload
+    return {**payload, 'pictures': list(pictures)}
 
 
 def _overall(metrics: dict | None) -> dict:
@@ -111,7 +114,9 @@ def _overall(metrics: dict | None) -> dict:
 
 def _layer(layer: dict, history: dict | None) -> dict:
     """A layer's entry of ``experts.json``, with its tables packed."""
-    entry = {key: value for key, value in layer.items() if key != 'associations'}
+    # The counterfactual is a picture.
+    left_out = ('associations', 'counterfactual')
+    entry = {key: value for key, value in layer.items() if key not in left_out}
     entry['coactivation'] = pack(np.asarray(layer['coactivation'], np.float32))
     entry['associations'] = {
         source: {name: _association(table) for name, table in attributes.items()}
