@@ -1,10 +1,11 @@
 """How the choices of one layer of experts go with those of the next one.
 
 A unit goes from its main expert in one layer to its main expert in the next one; the layers are
-taken in the order in which the model runs them. Where two layers decide for the same items (the
-same places of the same maps), the unit is the decision; elsewhere it is the image, whose main
-expert is the one with the most weight, summed over its decisions. That two choices go together does
-not mean that one causes the other: both may follow the pyramid level, say.
+taken in the order in which the model runs them. Through all layers the unit is the image, whose
+main expert is the one with the most weight, summed over its decisions. Successive layers that
+decide for the same items (the same places of the same maps) are followed decision by decision as
+well. That two choices go together does not mean that one causes the other: both may follow the
+pyramid level, say.
 """
 
 from collections.abc import Iterable
@@ -25,50 +26,68 @@ PERMUTATIONS, MAX_UNITS = 199, 200_000
 Mains = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
-def flow(study: Study) -> dict | None:
-    """``flow`` of ``experts.json``; None with fewer than two layers to follow."""
+def flows(study: Study) -> list[dict]:
+    """``flows`` of ``experts.json``; none with fewer than two layers to follow.
+
+    Each has a ``unit`` (``'image'`` or ``'decision'``), ``layers``, and ``steps`` between them.
+    That of the images is left out where all layers decide for the same items.
+    """
     names = [n for n in study.order if 1 < study.layers[n].num_experts <= MAX_EXPERTS]
     if len(names) < 2:
-        return None
+        return []
     number = {name: i for i, name in enumerate(study.layers)}
-    steps = []
-    for a, b in pairwise(names):
-        made = (
-            (part.layers[number[a]].decisions, part.layers[number[b]].decisions)
+
+    def step(first: str, second: str, unit: str) -> dict | None:
+        pairs = (
+            (part.layers[number[first]].decisions, part.layers[number[second]].decisions)
             for part in study.records
         )
-        steps.append({'from': a, 'to': b, **step(made)})
-    return {'layers': names, 'steps': steps}
+        found = count_step(pairs, unit)
+        return None if found is None else {'from': first, 'to': second, **found}
+
+    runs: list[list[dict]] = [[]]
+    for pair in pairwise(names):
+        found = step(*pair, 'decision')
+        if found is None:
+            runs.append([])
+        else:
+            runs[-1].append(found)
+    chosen = [('decision', steps) for steps in runs if steps]
+    if len(runs) > 1:
+        chosen.insert(0, ('image', [step(*pair, 'image') for pair in pairwise(names)]))
+    return [
+        {'unit': unit, 'layers': [steps[0]['from'], *(s['to'] for s in steps)], 'steps': steps}
+        for unit, steps in chosen
+    ]
 
 
-def step(made: Iterable[tuple[DecisionRecords, DecisionRecords]]) -> dict:
+def count_step(made: Iterable[tuple[DecisionRecords, DecisionRecords]], unit: str) -> dict | None:
     """From one layer to the next one.
 
     Args:
         made: What both decided for the same images, file by file.
+        unit: ``'image'``, or ``'decision'``.
 
     Returns:
-        ``unit`` (``'decision'`` or ``'image'``), ``num_units``, ``counts`` (E, E'), and ``mi``, the
-        mutual information of the two main experts in nats. ``chance`` is its mean, ``p_value`` the
-        share of it that is as large, with whole images permuted: what all images have in common,
-        such as what their levels do to both layers, stays. Both are None where images have
-        different numbers of decisions.
+        ``num_units``, ``counts`` (E, E'), and ``mi``, the mutual information of the two main
+        experts in nats. ``chance`` is its mean, ``p_value`` the share of it that is as large, with
+        whole images permuted: what all images have in common, such as what their levels do to both
+        layers, stays. Both are None where images have different numbers of decisions. None for
+        decisions that are not for the same items.
     """
-    by_image: list[Mains] = []
-    by_decision: list[Mains] | None = []
+    parts: list[Mains] = []
     for first, second in made:
         experts = (first.weights.shape[1], second.weights.shape[1])
-        by_image.append(_of_images(first, second))
-        if by_decision is not None and _correspond(first, second):
-            order = np.argsort(first.unit, kind='stable')  # image by image
-            mains = (x.weights.argmax(1)[order] for x in (first, second))
-            by_decision.append((first.image[order], *mains))
-        else:
-            by_decision = None
-    parts = by_image if by_decision is None else by_decision
+        if unit == 'image':
+            parts.append(_of_images(first, second))
+            continue
+        if not _correspond(first, second):
+            return None
+        order = np.argsort(first.unit, kind='stable')  # image by image
+        mains = (x.weights.argmax(1)[order] for x in (first, second))
+        parts.append((first.image[order], *mains))
     image, a, b = (np.concatenate(columns) for columns in zip(*parts, strict=True))
     found = {
-        'unit': 'image' if by_decision is None else 'decision',
         'num_units': len(image),
         'counts': _joint(a, b, experts).astype(int).tolist(),
         'mi': _information(a, b, experts),

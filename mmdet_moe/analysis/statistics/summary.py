@@ -28,7 +28,7 @@ from mmdet_moe.analysis.statistics.bins import (
 )
 from mmdet_moe.analysis.statistics.counterfactual import counterfactuals
 from mmdet_moe.analysis.statistics.evaluation import ClassificationMetrics, DetectionMetrics
-from mmdet_moe.analysis.statistics.flow import flow
+from mmdet_moe.analysis.statistics.flow import flows
 from mmdet_moe.analysis.statistics.layer_statistics import MAX_LEVELS, LayerStatistics
 from mmdet_moe.analysis.statistics.polysemanticity import polysemanticity
 from mmdet_moe.analysis.study import Study
@@ -75,7 +75,7 @@ def summarise(study: Study, run: dict, permutations: int = 999) -> dict:
             'num_levels': study.tracer.num_levels,
         },
         **measured,
-        'flow': flow(study),
+        'flows': flows(study),
         'layers': {
             name: {
                 'kind': 'sparse' if isinstance(layer, MoELayer) else 'factorised',

@@ -78,7 +78,7 @@ def build_payload(
             )
         ],
         'verdict': experts.get('verdict') or [],
-        'flow': experts.get('flow'),
+        'flows': experts.get('flows') or [],
     }
     payload = _jsonable(payload)
     room = budget - len(_dumps(payload))

@@ -44,7 +44,7 @@ def write_report(payloads: Sequence[dict], path: Path) -> None:
         superclasses=_union([payload['run'].get('superclasses') or {} for payload in payloads]),
         has_sizes=any(payload['run']['task'] == 'detection' for payload in payloads),
         payloads=[_json_for_html(_of_script(payload)) for payload in payloads],
-        flows=[_json_for_html(payload.get('flow') or {}) for payload in payloads],
+        flows=[_json_for_html(payload.get('flows') or []) for payload in payloads],
         colours=_json_for_html(expert_colours()),
         plotly=Markup(get_plotlyjs()),
         style=_texts('explorer.css', 'choices.css'),
@@ -59,7 +59,7 @@ def _texts(*names: str) -> Markup:
 
 def _of_script(payload: dict) -> dict:
     """Without what the template has written out."""
-    return {key: value for key, value in payload.items() if key not in ('flow', 'pictures')}
+    return {key: value for key, value in payload.items() if key not in ('flows', 'pictures')}
 
 
 def _titles(payloads: Sequence[dict]) -> list[str]:
