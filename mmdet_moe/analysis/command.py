@@ -14,7 +14,7 @@ from tqdm import tqdm
 from mmdet_moe.analysis.attribution import KNOWN_HEADS
 from mmdet_moe.analysis.data import SPLITS, AnalysisData
 from mmdet_moe.analysis.files import EXPERTS_FILE, PAYLOAD_FILE, REPORT_FILE, write_file
-from mmdet_moe.analysis.models import load_model
+from mmdet_moe.analysis.models import load_model, task_of
 from mmdet_moe.analysis.report.explorer import (
     build_payload,
     read_payload,
@@ -25,8 +25,9 @@ from mmdet_moe.analysis.report.figures import write_comparison, write_figures
 from mmdet_moe.analysis.report.history import read_history
 from mmdet_moe.analysis.report.pictures import MAX_IMAGES, pictures_of, write_looks
 from mmdet_moe.analysis.report.tables import write_tables
-from mmdet_moe.analysis.report.verdict import verdict
+from mmdet_moe.analysis.report.verdict import spoken, verdict
 from mmdet_moe.analysis.saliency import check_captum
+from mmdet_moe.analysis.statistics.counterfactual import sentences
 from mmdet_moe.analysis.statistics.outcomes import outcomes_of
 from mmdet_moe.analysis.statistics.summary import summarise
 from mmdet_moe.analysis.study import Study
@@ -86,6 +87,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         'the best detections look (class activation maps; needs captum)',
     )
     parser.add_argument(
+        '--verbose', action='store_true', help='print the whole verdict, not three lines a layer'
+    )
+    parser.add_argument(
         '--overwrite', action='store_true', help='replace what another analysis left in the folder'
     )
     parser.add_argument(
@@ -135,11 +139,11 @@ def analyse(args: argparse.Namespace) -> dict:
     """
     _check(args)
     # Before the work, not after it.
-    other = read_payload(args.compare[0] / PAYLOAD_FILE) if args.compare else None
+    other = read_payload(args.compare[0] / PAYLOAD_FILE, args.out) if args.compare else None
     others = [_read_experts(folder / EXPERTS_FILE) for folder in args.compare]
     cfg = load_config(args.config, args.cfg_options)
     check_config(cfg, args.split, args.checkpoint)
-    study = prepare(args, cfg)
+    study = prepare(args, cfg, [experts['run']['task'] for experts in others])
     if study.is_detector and not study.tracer.knows_origins:
         print(
             'note: the detections of this head do not tell which pyramid level they come from; '
@@ -164,18 +168,20 @@ def analyse(args: argparse.Namespace) -> dict:
         },
     )
     experts['history'] = read_history(Path(args.checkpoint).parent)
-    experts['verdict'] = verdict(experts)
+    experts['verdict'] = verdict(experts, sentences(experts))
     write_results(study, experts, args.out, other, args.cam)
     if others:
         write_comparison([experts, *others], args.out / 'figures')
-    _print_results(experts, args.out)
+    _print_results(experts, args.out, args.verbose)
     return experts
 
 
 def _read_experts(path: Path) -> dict:
     try:
-        return json.loads(path.read_text(encoding='utf-8'))
-    except (OSError, ValueError):
+        experts = json.loads(path.read_text(encoding='utf-8'))
+        experts['run']['task']
+        return experts
+    except (OSError, ValueError, KeyError, TypeError):
         raise ConfigError(
             f'--compare: {path} is missing or damaged; name a folder that tools/analyze_experts.py '
             'wrote'
@@ -195,7 +201,8 @@ def _check(args: argparse.Namespace) -> None:
         )
     if not 0 <= args.score_thr < 1:
         raise ConfigError(f'--score-thr={args.score_thr} must lie in 0..1, 1 excluded')
-    check_folder(args.out, '--out')
+    for part in ('', 'records/statistics', 'records/interventions', 'tables', 'figures'):
+        check_folder(args.out / part, '--out')
     has_records = (args.out / 'records' / 'statistics').is_dir()
     if args.out.is_dir() and any(args.out.iterdir()) and not has_records:
         raise ConfigError(
@@ -203,14 +210,26 @@ def _check(args: argparse.Namespace) -> None:
         )
 
 
-def prepare(args: argparse.Namespace, cfg: Config) -> Study:
+def prepare(args: argparse.Namespace, cfg: Config, compared: Sequence[str] = ()) -> Study:
     """Model and data of an analysis.
 
+    Args:
+        args: As :func:`parse` gives them.
+        cfg: The config.
+        compared: Tasks of the runs to compare with.
+
     Raises:
-        ConfigError: If config, checkpoint and data do not fit together.
+        ConfigError: If config, checkpoint and data do not fit together, or another run has another
+            task.
     """
     set_loader_defaults(cfg)
     model, meta = load_model(cfg, args.checkpoint, args.device)
+    for folder, task in zip(args.compare, compared, strict=False):
+        if task != task_of(model):
+            raise ConfigError(
+                f'--compare: {folder} is an analysis of {task}, this model is one of '
+                f'{task_of(model)}; compare runs of the same task'
+            )
     data = AnalysisData(cfg, args.split, args.max_images)
     check_trained_classes(meta, data.dataset.metainfo, f'{args.split}_dataloader.dataset')
     plan = {
@@ -264,20 +283,24 @@ def write_results(
     outcomes = outcomes_of(study.records, list(study.layers), study.score_thr)
     figures = out / 'figures'
     looked = write_looks(study, looks, figures) if looks else ()
-    pictures = pictures_of(experts, figures, looked)
-    payload = build_payload(experts, outcomes, study.data.image, pictures=pictures)
+    payload = build_payload(
+        experts, outcomes, study.data.image, path_of=study.data.path, folder=out,
+        pictures=pictures_of(experts, figures, looked),
+    )  # fmt: skip
+    if lost := payload['pool']['unreadable']:
+        print(f'note: {len(lost)} images are missing in the report, of which the first: {lost[0]}')
     write_payload(payload, out / PAYLOAD_FILE)
     write_report([payload] if other is None else [payload, other], out / REPORT_FILE)
 
 
-def _print_results(experts: dict, out: Path) -> None:
+def _print_results(experts: dict, out: Path, verbose: bool) -> None:
     metrics = ', '.join(
-        f'{name} {value:.3f}'
-        for name, value in experts['metrics'].items()
-        if isinstance(value, float)
+        f'{name} {experts["metrics"][name]:.3f} ({ends[0]:.3f} to {ends[1]:.3f})'
+        for name, ends in experts['metrics_interval'].items()
+        if ends is not None
     )
     print(f'\n{metrics}\n')
-    for sentence in experts['verdict']:
-        print(f'- {sentence}')
-    print(f'\nReport: {out / REPORT_FILE}')
+    print('\n'.join(spoken(experts['verdict'], verbose)))
+    more = '' if verbose else ' (has more sentences, as --verbose has)'
+    print(f'\nReport{more}: {out / REPORT_FILE}')
     print(f'Figures, tables, statistics: {out}{os.sep}{{figures,tables,{EXPERTS_FILE}}}')

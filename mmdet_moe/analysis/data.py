@@ -132,6 +132,10 @@ class AnalysisData:
         """What the data set knows of an image without loading it."""
         return self.dataset.get_data_info(index)
 
+    def path(self, index: int) -> str | None:
+        """The image's file, or address; None where all images are one array."""
+        return self.info(index).get('img_path')
+
     def image(self, index: int) -> np.ndarray:
         """uint8 (H, W, 3), RGB, as stored.
 

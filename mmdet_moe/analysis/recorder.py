@@ -46,6 +46,11 @@ class Recorder:
         self._parts: list[DetectorRecords | ClassifierRecords] = []
         self._num_objects = 0
 
+    @property
+    def num_images(self) -> int:
+        """Images since :meth:`take` was last called."""
+        return sum(len(part.images.index) for part in self._parts)
+
     def take(self) -> DetectorRecords | ClassifierRecords:
         """Everything since the last call."""
         records = concatenated(self._parts)
@@ -140,10 +145,12 @@ class Recorder:
         ]
         has_clusters = self.data.clusters is not None
         clusters = [self.data.cluster(index) if has_clusters else -1 for index in indices.tolist()]
+        labels = np.array([self.data.label(index) for index in indices.tolist()], np.int32)
         classes = ClassRecords(
-            label=np.array([self.data.label(index) for index in indices.tolist()], np.int32),
+            label=labels,
             prediction=scores.argmax(1).numpy().astype(np.int32),
             score=scores.amax(1).numpy(),
+            true_score=scores.numpy()[np.arange(len(labels)), labels],
             cluster=np.array(clusters, np.int32),
         )
         layers = []

@@ -40,7 +40,7 @@ from mmdet_moe.analysis.records.contents import (
 from mmdet_moe.analysis.records.files import RecordFiles
 
 #: Raise it whenever the records of the same analysis would have other contents.
-RECORD_FORMAT = 4
+RECORD_FORMAT = 5
 #: Images in one file of records: what an interruption costs at most.
 IMAGES_PER_FILE = 64
 Progress = Callable[[int], None]
@@ -151,23 +151,31 @@ class Study:
         """
         recorder = Recorder(self.tracer, self.data)
         with self.tracer:
-            for first, end, batches in self._chunks(self.records, progress):
-                for indices, batch in batches:
-                    recorder.add(indices, self.tracer.predict(batch))
-                    progress(len(indices))
-                self.records.write(first, end, recorder.take())
+            for first, batches in self._chunks(self.records, progress):
+                try:
+                    for indices, batch in batches:
+                        recorder.add(indices, self.tracer.predict(batch))
+                        progress(len(indices))
+                finally:  # an image that cannot be read costs none of those before it
+                    if recorder.num_images:
+                        end = first + recorder.num_images
+                        self.records.write(first, end, recorder.take())
 
     @torch.no_grad()
     def intervene(self, progress: Progress = lambda images: None) -> None:
         """Predict every image with every intervention, from where it stopped."""
         if not self.interventions:
             return
-        for first, end, batches in self._chunks(self.changed, progress):
-            parts = []
-            for indices, batch in batches:
-                parts.append(self._changed(indices, batch))
-                progress(len(indices))
-            self.changed.write(first, end, concatenated(parts))
+        for first, batches in self._chunks(self.changed, progress):
+            done = []
+            try:
+                for indices, batch in batches:
+                    done.append((indices[-1] + 1, self._changed(indices, batch)))
+                    progress(len(indices))
+            finally:
+                if done:
+                    ends, parts = zip(*done, strict=True)
+                    self.changed.write(first, ends[-1], concatenated(parts))
 
     def _changed(self, indices: list[int], batch: dict) -> list[BoxRecords] | ChangedClassRecords:
         """The predictions for one batch, with each intervention."""
@@ -186,8 +194,8 @@ class Study:
 
     def _chunks(
         self, records: RecordFiles, progress: Progress
-    ) -> Iterator[tuple[int, int, Iterator[tuple[list[int], dict]]]]:
-        """What is still to do: (first image, end, batches) of each file of records."""
+    ) -> Iterator[tuple[int, Iterator[tuple[list[int], dict]]]]:
+        """What is still to do: (first image, batches) of each file of records."""
         done, total = records.num_images, len(self.data)
         progress(done)
         if done == total:
@@ -200,7 +208,6 @@ class Study:
             starts = range(first, end, size)
             yield (
                 first,
-                end,
                 ((list(range(start, min(start + size, end))), next(batches)) for start in starts),
             )
 

@@ -139,7 +139,8 @@ def _layer(outcomes: Outcomes, name: str) -> dict:
     objects = {}
     for attribute, (bins, values) in attributes.items():
         table = Association(len(bins), EXPERTS)
-        table.add(np.arange(len(outcomes)), values, np.ones(len(outcomes)), weights)
+        ones = np.ones(len(outcomes))
+        table.add(np.arange(len(outcomes)), values, ones, weights, outcomes.image)
         objects[attribute] = table.result(permutations=1).as_dict(bins)
     summary = layer.as_dict(permutations=1)
     summary['associations']['objects'] = objects

@@ -101,11 +101,10 @@ def test_level_of_an_object_is_that_of_most_of_its_anchors(recorded):
             expected.append({level for level in levels if levels.count(level) == most})
     levels = records.objects.level.tolist()
     assert all(a in b for a, b in zip(levels, expected, strict=True))
-    records.detections.match[:] = -1
     outcomes = outcomes_of([records], names, 0.0)
-    missed = outcomes.kind == 2
-    assert outcomes.level[missed].tolist() == levels
-    assert outcomes.image[missed].tolist() == [4, 4, 4, 6]
+    objects = ~outcomes.is_detection
+    assert outcomes.level[objects].tolist() == levels
+    assert outcomes.image[objects].tolist() == [4, 4, 4, 6]
 
 
 def test_shares_of_an_object_sum_to_one(recorded):

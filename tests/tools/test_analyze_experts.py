@@ -24,6 +24,7 @@ from mmdet_moe.analysis.recorder import Recorder
 from mmdet_moe.analysis.records.contents import BoxRecords
 from mmdet_moe.analysis.records.files import RecordFiles
 from mmdet_moe.analysis.statistics import summary
+from mmdet_moe.analysis.statistics.matching import CORRECT
 from mmdet_moe.analysis.statistics.outcomes import outcomes_of
 
 DEMO = Path(mmdet_moe.__file__).parents[1] / 'configs' / 'demo'
@@ -213,14 +214,19 @@ def files_in(folder):
 
 
 def check_association(table, experts, total=None):
-    numbers = {'mi', 'chance', 'p_value', 'permutations', 'num_units', 'mi_max', 'edges', 'unit'}
-    assert numbers <= set(table)
-    assert table['permutations'] == 19
-    assert 0 <= table['mi'] <= table['mi_max'] + 1e-9
-    assert 1 / 20 <= table['p_value'] <= 1
-    if 'bins' not in table:
-        assert 'counts' not in table
-        return
+    numbers = {
+        *('mi', 'chance', 'interval', 'p_value', 'p_adjusted', 'permutations', 'num_units'),
+        *('num_images', 'mi_max'),
+    }
+    assert set(table['given']) <= {'level', 'class'}
+    assert {'edges', 'unit'} <= set(table)
+    for found in (table, *table['given'].values()):
+        assert numbers <= set(found)
+        assert found['permutations'] == 19
+        assert 0 <= found['mi'] <= found['mi_max'] + 1e-9
+        assert 1 / 20 <= found['p_value'] <= found['p_adjusted'] <= 1
+        assert 0 <= found['interval'][0] <= found['interval'][1]
+        assert found['num_images'] <= found['num_units']
     counts = np.array(table['counts'])
     assert counts.shape == (len(table['bins']), experts)
     assert len(set(table['bins'])) == len(table['bins'])
@@ -235,9 +241,10 @@ def check_association(table, experts, total=None):
 
 def check_schema(experts, task):
     assert list(experts)[:2] == ['schema', 'version']
-    assert (experts['schema'], experts['version']) == ('mmdet_moe.experts', 2)
+    assert (experts['schema'], experts['version']) == ('mmdet_moe.experts', 3)
     assert set(experts) == {
-        'schema', 'version', 'run', 'metrics', 'layers', 'interventions', 'history', 'verdict',
+        'schema', 'version', 'run', 'metrics', 'metrics_interval', 'layers', 'interventions',
+        'history', 'verdict',
     }  # fmt: skip
     run = experts['run']
     assert set(run) == {
@@ -250,6 +257,12 @@ def check_schema(experts, task):
     for metrics in [experts['metrics'], *(i['metrics'] for i in experts['interventions'])]:
         assert set(metrics) == {*names, 'per_class'}
         assert list(metrics['per_class']) == run['classes']
+    assert set(experts['metrics_interval']) == names
+    for intervention in experts['interventions']:
+        for name, known in intervention['difference'].items():
+            change = intervention['metrics'][name] - experts['metrics'][name]
+            assert known['value'] == change
+            assert known['interval'][0] <= known['interval'][1]
     for layer in experts['layers'].values():
         experts_ = layer['num_experts']
         assert layer['kind'] == 'sparse'
@@ -266,11 +279,9 @@ def check_schema(experts, task):
             assert layer[key] >= 0
         assert isinstance(layer['collapsed'], bool)
         assert set(layer['associations']) <= {'decisions', 'objects', 'detections'}
-        for source, tables in layer['associations'].items():
+        for tables in layer['associations'].values():
             for table in tables.values():
                 check_association(table, experts_)
-            if source == 'decisions':
-                assert 'bins' not in tables['image']
     assert experts['verdict']
     assert all(isinstance(sentence, str) for sentence in experts['verdict'])
 
@@ -466,7 +477,7 @@ def test_statistics_are_those_of_loops_over_the_images(detector, finished):
 
 
 def test_outcomes(detector, finished, monkeypatch):
-    """Every object is found or missed, once; what is said of them are the predictions."""
+    """Every object once and every detection once; what is said of them are the predictions."""
     kept = []
     monkeypatch.setattr(command, 'write_results', lambda study, *_: kept.append(study))
     monkeypatch.setattr(command, '_print_results', lambda *_: None)
@@ -474,14 +485,13 @@ def test_outcomes(detector, finished, monkeypatch):
     records, layers = kept[0].records, list(kept[0].layers)
     outcomes = outcomes_of(records, layers, kept[0].score_thr)
     experts = json.loads(content(finished))
-    is_object = outcomes.kind != 1
+    is_object = ~outcomes.is_detection
     assert is_object.sum() == experts['run']['num_objects']
-    assert (outcomes.kind != 2).sum() == experts['run']['num_detections']
-    assert (outcomes.kind == 0).sum() > 1
-    assert (outcomes.true_label[is_object] == outcomes.label[is_object]).all()
-    assert (outcomes.true_label[~is_object] == -1).all()
-    assert np.isnan(outcomes.score[outcomes.kind == 2]).all()
-    assert (outcomes.score[outcomes.kind != 2] >= THRESHOLD).all()
+    assert (~is_object).sum() == experts['run']['num_detections']
+    correct = outcomes.kind == CORRECT
+    assert correct[is_object].sum() == correct[~is_object].sum() > 1
+    assert (outcomes.true_label[correct] == outcomes.label[correct]).all()
+    assert (outcomes.score[~is_object] >= THRESHOLD).all()
     rows, _ = loops(detector)
     for name in LAYERS:
         weights = outcomes.weights[name]
@@ -490,8 +500,8 @@ def test_outcomes(detector, finished, monkeypatch):
         known = ~np.isnan(sums)
         assert (~known).sum() <= 1
         np.testing.assert_allclose(sums[known], 1, atol=1e-5)
-        # Missed objects: the mean over their anchors.
-        for r in np.flatnonzero(outcomes.kind == 2):
+        # Objects: the mean over their anchors.
+        for r in np.flatnonzero(is_object):
             mine = [
                 row for row in rows[name]['objects']
                 if row[0] == outcomes.image[r] and np.allclose(row[4][0], outcomes.box[r])

@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from mmdet_moe.analysis.attribution.families import origins_of
 from mmdet_moe.analysis.attribution.places import PLACE_FIELD, UNKNOWN, Origins, Places
+from mmdet_moe.analysis.models import task_of
 from mmdet_moe.errors import ConfigError
 from mmdet_moe.moe.expert_layer import ExpertLayer, Observer, find_expert_layers
 from mmdet_moe.moe.items import Items, Pixels, Tokens
@@ -73,7 +74,7 @@ class Tracer:
     @property
     def is_detector(self) -> bool:
         """Whether the model predicts boxes."""
-        return hasattr(self.model, 'bbox_head') or hasattr(self.model, 'roi_head')
+        return task_of(self.model) == 'detection'
 
     @property
     def knows_origins(self) -> bool:

@@ -60,7 +60,8 @@ class ClassRecords:
 
     label: np.ndarray  #: int32 (i,), the true class
     prediction: np.ndarray  #: int32 (i,)
-    score: np.ndarray  #: float32 (i,)
+    score: np.ndarray  #: float32 (i,), of the predicted class, in 0..1
+    true_score: np.ndarray  #: float32 (i,), of the true class
     cluster: np.ndarray  #: int32 (i,), the hidden cluster; -1 where there are none
 
 

@@ -11,7 +11,8 @@ so that they are read back unchanged.
                            layer with more than 64 experts those with the most weight
 ``polysemanticity.csv``    one per layer and expert that was zeroed: its polysemanticity, the class
                            hit most and its drop
-``associations.csv``       one per layer, source and attribute: the mutual information
+``associations.csv``       one per layer, source, attribute and what is given (empty: nothing): the
+                           mutual information
 ``association_counts.csv`` one per layer, source, attribute, bin and expert
 ``interventions.csv``      one per intervention, metric and class; the unchanged model first
 =========================  ==========================================================
@@ -37,7 +38,10 @@ _LAYER_SCALARS = (
     'decision_entropy',
     'mi_input',
 )
-_INFORMATION = ('mi', 'chance', 'p_value', 'permutations', 'num_units', 'mi_max')
+_INFORMATION = (
+    *('mi', 'chance', 'mi_max', 'p_value', 'p_adjusted', 'permutations', 'num_units', 'num_images'),
+)
+_INTERVAL = ('low', 'high')  # 95 %, of the information, or of the change of a metric
 
 
 def write_tables(experts: dict, folder: Path) -> list[Path]:
@@ -87,10 +91,15 @@ def write_tables(experts: dict, folder: Path) -> list[Path]:
             ],
         ),
         'associations': (
-            ('layer', 'source', 'attribute', *_INFORMATION),
+            ('layer', 'source', 'attribute', 'given', *_INFORMATION, *_INTERVAL),
             [
-                (*where, *(association.get(key) for key in _INFORMATION))
+                (
+                    *(*where, given),
+                    *(found.get(key) for key in _INFORMATION),
+                    *(found.get('interval') or (None, None)),
+                )
                 for *where, association in _associations(layers)
+                for given, found in {None: association, **(association.get('given') or {})}.items()
             ],
         ),
         'association_counts': (
@@ -101,7 +110,7 @@ def write_tables(experts: dict, folder: Path) -> list[Path]:
             list(_count_rows(layers)),
         ),
         'interventions': (
-            ('layer', 'kind', 'expert', 'metric', 'class', 'value', 'change'),
+            ('layer', 'kind', 'expert', 'metric', 'class', 'value', 'change', *_INTERVAL),
             list(_intervention_rows(experts)),
         ),
     }
@@ -149,7 +158,10 @@ def _intervention_rows(experts: dict) -> Iterator[tuple]:
         for (metric, label), value in _metrics(entry['metrics'] or {}):
             reference = before.get((metric, label))
             change = None if value is None or reference is None else value - reference
-            yield entry['layer'], entry['kind'], entry['expert'], metric, label, value, change
+            known = {} if label is not None else (entry.get('difference') or {}).get(metric) or {}
+            ends = known.get('interval') or (None, None)
+            whose = (entry['layer'], entry['kind'], entry['expert'])
+            yield *whose, metric, label, value, change, *ends
 
 
 def _metrics(metrics: dict) -> Iterator[tuple[tuple[str, str | None], float | None]]:

@@ -29,6 +29,7 @@ from mmdet_moe.analysis.records.contents import (
     select,
 )
 from mmdet_moe.analysis.statistics.bins import COCO_SIZES, box_sizes, coco_size_bin
+from mmdet_moe.analysis.statistics.inference import interval, resampled_images
 from mmdet_moe.analysis.statistics.matching import IGNORED, match
 from mmdet_moe.analysis.statistics.outcomes import mean_weights
 from mmdet_moe.analysis.study import Study
@@ -308,31 +309,36 @@ def summary(
     }  # fmt: skip
 
 
-def _means(
-    quantities: Sequence[tuple[np.ndarray, np.ndarray]], image: np.ndarray, seed: int = 0
-) -> list[dict]:
+def _means(quantities: Sequence[tuple[np.ndarray, np.ndarray]], image: np.ndarray) -> list[dict]:
     """``{value, interval, num}`` of the mean of each quantity over those objects of a mask.
 
     Args:
         quantities: Q pairs of values, float (n,), and masks, bool (n,).
         image: int (n,), which are drawn with all of their objects.
-        seed: Of the bootstrap.
     """
     images, which = np.unique(image, return_inverse=True)
     if not len(images):
         return [{'value': None, 'interval': None, 'num': 0} for _ in quantities]
     sums = np.stack([np.bincount(which, v * m, len(images)) for v, m in quantities], 1)
     nums = np.stack([np.bincount(which, m, len(images)) for _, m in quantities], 1)
-    even = np.full(len(images), 1 / len(images))
-    drawn = np.random.default_rng(seed).multinomial(len(images), even, SAMPLES).astype(np.float64)
+    drawn = resampled_images(len(images), SAMPLES).T.astype(np.float64)
     found = []
     with np.errstate(invalid='ignore'):
         sampled = (drawn @ sums) / (drawn @ nums)  # NaN where no image with such an object is drawn
     for total, num, means in zip(sums.sum(0), nums.sum(0), sampled.T, strict=True):
-        interval = np.nanpercentile(means, (2.5, 97.5)).tolist() if num else None
         value = float(total / num) if num else None
-        found.append({'value': value, 'interval': interval, 'num': int(num)})
+        found.append({'value': value, 'interval': interval(means), 'num': int(num)})
     return found
+
+
+def sentences(experts: dict) -> list[str]:
+    """What the verdict says on the choices; each starts with the path of the layer and a colon.
+
+    Args:
+        experts: The content of ``experts.json``.
+    """
+    alone = {path: layer.get('counterfactual') for path, layer in experts['layers'].items()}
+    return [f'{path}: {sentence}' for path, found in alone.items() if (sentence := said(found))]
 
 
 def said(counterfactual: dict | None) -> str | None:

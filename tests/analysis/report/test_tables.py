@@ -76,11 +76,18 @@ def test_associations(experts, tables):
         for source, attributes in content['associations'].items()
         for attribute, association in attributes.items()
     }
-    rows = {(r['layer'], r['source'], r['attribute']): r for r in tables['associations']}
-    assert rows.keys() == known.keys()
-    for where, row in rows.items():
-        for key in ('mi', 'chance', 'p_value', 'permutations', 'num_units', 'mi_max'):
-            assert same(row[key], known[where][key])
+    keys = ('layer', 'source', 'attribute')
+    rows = {(*map(row.get, keys), row['given']): row for row in tables['associations']}
+    assert rows.keys() == {(*where, given) for where in known for given in ('', 'level')}
+    for (*where, given), row in rows.items():
+        found = known[tuple(where)]
+        found = found['given'][given] if given else found
+        for key in (
+            *('mi', 'chance', 'p_value', 'p_adjusted', 'permutations', 'num_units', 'mi_max'),
+            'num_images',
+        ):
+            assert same(row[key], found[key])
+        assert [float(row['low']), float(row['high'])] == found['interval']
 
     rows = tables['association_counts']
     assert len(rows) == sum(4 * len(a.get('bins', ())) for a in known.values())
@@ -117,6 +124,10 @@ def test_interventions(experts, tables):
             assert same(row['value'], value)
             reference = experts['metrics'][metric]
             reference = reference[name] if isinstance(reference, dict) else reference
+            known = entry.get('difference', {}).get(metric)
+            low, high = known['interval'] if known else (None, None)
+            assert same(row['low'], low)
+            assert same(row['high'], high)
             if value is None:
                 assert row['change'] == ''
             else:
