@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from mmdet_moe.analysis.attribution import KNOWN_HEADS
 from mmdet_moe.analysis.data import SPLITS, AnalysisData
+from mmdet_moe.analysis.exports import check_projector, write_fiftyone, write_projector
 from mmdet_moe.analysis.files import EXPERTS_FILE, PAYLOAD_FILE, REPORT_FILE, write_file
 from mmdet_moe.analysis.models import load_model, task_of
 from mmdet_moe.analysis.report.explorer import (
@@ -85,6 +86,18 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         metavar='N',
         help='for N images, draw the routing of patches and pixels, and where the main experts of '
         'the best detections look (class activation maps; needs captum)',
+    )
+    parser.add_argument(
+        '--fiftyone',
+        type=Path,
+        metavar='DIR',
+        help='write objects and detections with their experts and errors for FiftyOne, too',
+    )
+    parser.add_argument(
+        '--projector',
+        type=Path,
+        metavar='DIR',
+        help="write what the routers are given for TensorBoard's projector, too",
     )
     parser.add_argument(
         '--verbose', action='store_true', help='print the whole verdict, not three lines a layer'
@@ -169,7 +182,9 @@ def analyse(args: argparse.Namespace) -> dict:
     )
     experts['history'] = read_history(Path(args.checkpoint).parent)
     experts['verdict'] = verdict(experts, sentences(experts))
-    write_results(study, experts, args.out, other, args.cam)
+    write_results(study, experts, args.out, other, args.cam, args.fiftyone)
+    if args.projector:
+        write_projector(study, args.projector)
     if others:
         write_comparison([experts, *others], args.out / 'figures')
     _print_results(experts, args.out, args.verbose)
@@ -195,6 +210,11 @@ def _check(args: argparse.Namespace) -> None:
         raise ConfigError(f'--cam={args.cam} must lie in 0..{MAX_IMAGES}')
     if args.cam:
         check_captum('--cam')
+    if args.projector:
+        check_folder(args.projector, '--projector')
+        check_projector(args.projector)
+    if args.fiftyone:
+        check_folder(args.fiftyone, '--fiftyone')
     if '://' in args.checkpoint:
         raise ConfigError(
             f"checkpoint: '{args.checkpoint}' is an address; download the file and give its path"
@@ -265,7 +285,12 @@ def _bar(name: str, total: int) -> Iterator[Callable[[int], None]]:
 
 
 def write_results(
-    study: Study, experts: dict, out: Path, other: dict | None = None, looks: int = 0
+    study: Study,
+    experts: dict,
+    out: Path,
+    other: dict | None = None,
+    looks: int = 0,
+    fiftyone: Path | None = None,
 ) -> None:
     """Write everything that a user looks at.
 
@@ -275,12 +300,15 @@ def write_results(
         out: The folder.
         other: Payload of a run to compare with.
         looks: Number of images to look at with the experts.
+        fiftyone: Folder of the export for FiftyOne; None for none.
     """
     content = json.dumps(experts, indent=1, allow_nan=False)
     write_file(out / EXPERTS_FILE, content.encode())
     write_tables(experts, out / 'tables')
     write_figures(experts, out / 'figures')
     outcomes = outcomes_of(study.records, list(study.layers), study.score_thr)
+    if fiftyone is not None:
+        write_fiftyone(study.data, outcomes, study.data.classes, fiftyone)
     figures = out / 'figures'
     looked = write_looks(study, looks, figures) if looks else ()
     payload = build_payload(

@@ -155,7 +155,8 @@ def test_classifier_against_scikit_learn():
     predicted = rng.integers(0, 3, (40, 3)).astype(np.int32)
     right = predicted[:, [0, 2]] == label[:, None]
     chosen = right.argmax(1)
-    classes = ClassRecords(label, predicted[:, 1], np.ones(40, np.float32), np.full(40, -1))
+    sure = np.ones(40, np.float32)
+    classes = ClassRecords(label, predicted[:, 1], sure, sure, np.full(40, -1))
     images = ImageRecords(np.arange(40, dtype=np.int32), np.full((40, 2), 8, np.int32))
     records = ClassifierRecords(images, classes, [LayerRecords(None, links(chosen))])
     changed = [ChangedClassRecords(predicted)]
