@@ -9,6 +9,7 @@ covers. ``tensorboard --logdir DIR`` shows them, as PCA, UMAP or t-SNE, coloured
 from collections.abc import Callable
 from contextlib import ExitStack
 from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -151,8 +152,8 @@ def _cells(items: Items, rows: int, picture: np.ndarray) -> list[np.ndarray]:
     x, y = np.clip(x * width, 0, width), np.clip(y * height, 0, height)
     return [
         _thumbnail(picture[int(top) : int(np.ceil(bottom)), int(left) : int(np.ceil(right))])
-        for top, bottom in zip(y[:-1], y[1:], strict=True)
-        for left, right in zip(x[:-1], x[1:], strict=True)
+        for top, bottom in pairwise(y)
+        for left, right in pairwise(x)
     ]
 
 
