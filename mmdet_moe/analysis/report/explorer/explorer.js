@@ -24,6 +24,7 @@
   const CLASSES_IN_CHART = 12;
   const CLASSES_IN_HEAT_MAP = 24;
   const CROWDED = 12;
+  const ROWS = 4096; // of an image in a random order, see pool.py
   /* Of the experts, as in all pictures. A number always stands beside a colour. */
   const COLOURS = JSON.parse(document.querySelector('#colours').textContent);
   const ARRAYS = {
@@ -542,7 +543,11 @@
       if (this.keysOf?.seed !== seed) {
         const { image } = this.columns;
         const mask = hashed(seed);
-        this.keysOf = { seed, keys: Uint32Array.from(image, (i, row) => hashed(Math.imul(i, 4096) + this.place[row] ^ mask)) };
+        const keys = Float64Array.from(image, (i, row) => {
+          const ofImage = hashed(i ^ mask);
+          return ofImage * ROWS + (hashed(ofImage ^ this.place[row]) % ROWS);
+        });
+        this.keysOf = { seed, keys };
       }
       return this.keysOf.keys;
     }
@@ -644,8 +649,8 @@
       const hints = {
         weight: 'Equal weights in random order.',
         random: this.uniform >= shown.length
-          ? 'A uniform random sample.'
-          : `The first ${whole(this.uniform)} are a uniform random sample; of the next ones some have no picture and are left out.`,
+          ? `A random sample of the images, one random ${noun} of each.`
+          : `The first ${whole(this.uniform)} are a random sample of the images, one random ${noun} of each; of the next ones some have no picture and are left out.`,
         score: noun === 'object' ? 'Score of the detection that finds the object; without one last.' : '',
         size: 'Square root of the box area.',
         loss: {
@@ -940,7 +945,7 @@
       const order = range(experts).sort((a, b) => (few ? 0 : (a === this.expert) - (b === this.expert)));
       this.$('.history-hint').textContent = few ? '' : ` Coloured: expert ${this.number()}.`;
       plot(this.chart('history'), order.map((expert) => ({
-        type: 'scatter', mode: 'lines', name: `expert ${this.number(expert)}`, x: step, y: this.layer.tables.history.map((row) => row[expert]),
+        type: 'scatter', mode: step.length > 1 ? 'lines' : 'markers', name: `expert ${this.number(expert)}`, x: step, y: this.layer.tables.history.map((row) => row[expert]),
         line: few || expert === this.expert ? { color: expertColour(this.number(expert)), width: 2 } : { color: theme('rule'), width: 1 },
         hovertemplate: `expert ${this.number(expert)}, step %{x}: %{y:.1%}<extra></extra>`,
       })), {
@@ -969,7 +974,7 @@
         const open = button.getAttribute('aria-expanded') === 'true';
         button.hidden = !many;
         button.textContent = open ? `Show the ${CLASSES_IN_HEAT_MAP} most telling` : `Show all ${association.bins.length}`;
-        const rows = many && !open ? mostTelling(association.table).slice(0, CLASSES_IN_HEAT_MAP) : range(association.bins.length);
+        const rows = many && !open ? mostTelling(association.table).slice(0, CLASSES_IN_HEAT_MAP) : range(association.bins.length).filter((i) => sum(association.table[i]) > 0);
         const unit = association.unit ? `, in ${association.unit}` : '';
         $('.hint', card).textContent = `${byExpert ? `Numbers: share of each expert’s weight by ${noun}${unit}; columns sum to 1.` : `Numbers: share of each ${noun}${unit} by expert; rows sum to 1.`} `
           + `${many && !open ? 'Those that tell most about the experts. ' : ''}${inWords(association)}`;
@@ -992,7 +997,6 @@
       const found = [population === 'images' ? 'objects' : population, 'decisions'].flatMap((source) => (
         Object.entries(this.layer.associations[source] || {}).map(([attribute, a]) => [source, attribute, a])));
       const has = (test) => found.some(([, , a]) => test(a));
-      const corrected = has((a) => a.p_adjusted !== undefined);
       const columns = [
         ['Attribute', ([, attribute]) => ATTRIBUTES[attribute] || attribute],
         ['Counted', ([source]) => this.countedAs(source).split(/[,(]/)[0]],
@@ -1000,21 +1004,20 @@
         ['of the maximum', ([, , a]) => (a.mi_max ? percent(a.mi / a.mi_max) : '–')],
         ['by chance', ([, , a]) => fixed(a.chance)],
         has((a) => a.controls?.random) && ['random router', ([, , a]) => fixed(a.controls?.random?.mi)],
-        [corrected ? 'p, corrected' : 'p', ([, , a]) => pValue(corrected ? { ...a, p_value: a.p_adjusted } : a)],
+        ['p, corrected', ([, , a]) => pValue(a)],
         has((a) => a.given?.level) && ['beyond the level (nats)', ([, , { given }]) => (
-          given?.level ? `${fixed(given.level.mi)}${ends(given.level.interval)}, p ${pValue({ p_value: given.level.p_adjusted ?? given.level.p_value })}` : '–')],
+          given?.level ? `${fixed(given.level.mi)}${ends(given.level.interval)}, p ${pValue(given.level)}` : '–')],
         ['decisions', ([, , a]) => whole(a.num_units)],
-        ['reads as', ([, , a]) => ((a.p_adjusted ?? a.p_value) <= SIGNIFICANT ? 'more than chance' : 'within chance')],
+        ['reads as', ([, , a]) => (a.p_adjusted > SIGNIFICANT ? 'within chance' : a.given?.level?.p_adjusted > SIGNIFICANT ? 'through the level' : 'more than chance')],
       ].filter(Boolean);
       const rows = found.map((entry) => {
-        const p = entry[2].p_adjusted ?? entry[2].p_value;
-        return [p !== null && p <= SIGNIFICANT ? '' : 'muted', columns.map(([, of]) => of(entry))];
+        return [entry[2].p_adjusted <= SIGNIFICANT ? '' : 'muted', columns.map(([, of]) => of(entry))];
       });
       this.$('.associations').hidden = !rows.length;
       this.$('.association-hint').textContent = 'What the choice of the experts tells about an attribute. By chance: the mean of the same after shuffling the decisions.'
         + `${has((a) => a.interval) ? ' In brackets: 95 % interval, by a bootstrap over the images.' : ''}`
-        + `${corrected ? ' p is corrected for the number of tests.' : ''}`
-        + `${has((a) => a.given?.level) ? ' Beyond the level: within the pyramid levels alone.' : ''}`;
+        + ' p is corrected for all tests of the layer.'
+        + `${has((a) => a.given?.level) ? ' Beyond the level: within the pyramid levels alone; through the level: clear, but not beyond it.' : ''}`;
       this.$('.associations .table-scroll').replaceChildren(table(columns.map(([title]) => title), rows, [1, columns.length - 1]));
     }
 
@@ -1064,14 +1067,14 @@
     return range(rows.length).sort((a, b) => gain[b] - gain[a] || a - b);
   }
 
-  function pValue({ p_value: p, permutations }) {
+  function pValue({ p_adjusted: p, permutations }) {
     if (p === null || p === undefined) return '–';
     return permutations && p <= 1.0001 / (permutations + 1) ? `≤ ${fixed(p)}` : fixed(p);
   }
 
   const ends = (interval) => (interval ? ` [${interval.map((x) => fixed(x)).join(', ').replaceAll('-', '−')}]` : '');
 
-  const inWords = (a) => `Mutual information ${fixed(a.mi)} nats, p\u00a0${pValue({ ...a, p_value: a.p_adjusted ?? a.p_value }).replace(/^(?!≤)/, '= ').replace(' ', '\u00a0')}.`;
+  const inWords = (a) => `Mutual information ${fixed(a.mi)} nats, p\u00a0${pValue(a).replace(/^(?!≤)/, '= ').replace(' ', '\u00a0')}.`;
 
   function difference(value, base) {
     if ([value, base].some((x) => x === null || x === undefined)) return '–';

@@ -4,7 +4,7 @@ A whole image costs more than ten times as much as a crop, so images are chosen,
 brings crops of (nearly) all of its rows. What chooses the images are *cells*, sets of rows of which
 somebody will want to see some:
 
-1. an expert of a layer, a random sample of the objects (detections) that it took part in,
+1. an expert of a layer, a random sample of the images, one random object (detection) of each,
 2. the same expert, its highest weights first,
 3. the same by object size, and by what became of the object (detection),
 4. a class by the same.
@@ -36,10 +36,12 @@ CROP_SIDE = 96
 #: Longest side of a whole image, and of one where very many experts have to share the budget.
 IMAGE_SIDE, IMAGE_SIDE_CROWDED, CROWDED = 480, 320, 64
 IMAGE_QUALITY, CROP_QUALITY = 70, 80
+#: Places of rows in the random order of an image.
+ROWS = 4096
 #: Rows of each expert's random sample.
 SAMPLE = 24
 #: Crops that an image brings by itself. Further ones are cut where a cell asks for them.
-CROPS_PER_IMAGE = 16
+CROPS_PER_IMAGE = 8
 #: How much of its surroundings a crop shows, as a multiple of the box's longer side.
 CONTEXT, MIN_CONTEXT_SIDE = 1.3, 24
 #: Weights that differ by no more than these steps (of 254) are as good as each other.
@@ -83,21 +85,23 @@ class Pool:
 
 
 def random_keys(image: np.ndarray, seed: int = 0) -> np.ndarray:
-    """A random order of rows, which depends on nothing but an image's number and its rows'.
+    """A random order of the images, and of the rows within each.
 
-    ``explorer.js`` has the same function, so that the page's random sample is one of all rows and
-    not of those with pictures: for the seed 0 its beginning has pictures.
+    It depends on nothing but an image's number and a row's place in its image. ``explorer.js`` has
+    the same function, so that the page's random sample is one of all images and not of those with
+    pictures: for the seed 0 its beginning has pictures. All experts share it, and so the pictures.
 
     Args:
         image: int (n,), ascending.
         seed: Of the order.
 
     Returns:
-        uint32 (n,); ascending keys are the order.
+        int64 (n,); ascending keys are the order.
     """
-    place = np.arange(len(image)) - np.searchsorted(image, image)
-    x = (image.astype(np.uint64) * 4096 + place.astype(np.uint64)) & 0xFFFFFFFF
-    return _hashed(x.astype(np.uint32) ^ _hashed(np.array([seed], np.uint32)))
+    place = (np.arange(len(image)) - np.searchsorted(image, image)).astype(np.uint32)
+    of_image = _hashed(image.astype(np.uint32) ^ _hashed(np.array([seed], np.uint32)))
+    of_row = _hashed(of_image ^ place) % np.uint32(ROWS)
+    return of_image.astype(np.int64) * ROWS + of_row
 
 
 def _hashed(x: np.ndarray) -> np.ndarray:
@@ -166,6 +170,7 @@ class _Filler:
         # Where a row is shown.
         shared = outcomes.is_detection & (outcomes.kind == CORRECT)
         self.pictured = np.arange(len(outcomes)) + np.where(shared, outcomes.partner, 0)
+        self.own = self.pictured == np.arange(len(outcomes))
         size_bin = np.digitize(np.nan_to_num(outcomes.size), SIZE_LIMITS)
         # A classifier's images are all "small".
         kind = outcomes.is_detection * len(KINDS) + outcomes.kind
@@ -179,13 +184,11 @@ class _Filler:
         images, starts = np.unique(outcomes.image[order], return_index=True)
         parts = np.split(order, starts[1:]) if len(images) else []
         self.rows_of = {
-            image: part[self.pictured[part] == part]
-            for image, part in zip(images.tolist(), parts, strict=True)
+            image: part[self.own[part]] for image, part in zip(images.tolist(), parts, strict=True)
         }
-        self.samples = self._sample_cells(weights)
-        self.experts, self.expert_groups = self._expert_cells(weights)
+        self.samples, self.experts, self.expert_groups = self._expert_cells(weights)
         self.class_groups = self._class_cells()
-        crowded = len(self.experts) > CROWDED
+        crowded = sum(values.shape[1] for values in weights.values()) > CROWDED
         self.image_side = IMAGE_SIDE_CROWDED if crowded else IMAGE_SIDE
 
     # Cells ---------------------------------------------------------------------------------------
@@ -204,41 +207,33 @@ class _Filler:
         counts: Callable[[np.ndarray], np.ndarray] | None = None,
     ) -> _Cell:
         chosen = self._ranking(rows, rank, limit)
-        candidates = rows[chosen]
+        candidates = self.pictured[rows[chosen]]
         if counts is None:
             counts = partial(np.isin, test_elements=candidates)
         return _Cell(candidates, rank[chosen].astype(float), counts)
 
-    def _sample_cells(self, weights: dict[str, np.ndarray]) -> list[_Cell]:
-        cells = []
-        for values in weights.values():
-            for column in values.T:
-                took_part = (column > 0) & (column != NO_WEIGHT)
-                for population in (False, True):
-                    rows = np.flatnonzero(took_part & (self.outcomes.is_detection == population))
-                    if len(rows):
-                        chosen = self._ranking(rows, np.zeros(len(rows)), SAMPLE)
-                        candidates = self.pictured[rows[chosen]]
-                        # One after the other: none is as good as the one before.
-                        rank = -(TOLERANCE + 1.0) * np.arange(len(candidates))
-                        counts = partial(np.isin, test_elements=candidates)
-                        cells.append(_Cell(candidates, rank, counts))
-        return cells
-
-    def _expert_cells(self, weights: dict[str, np.ndarray]) -> tuple[list[_Cell], list[_Cell]]:
-        experts, groups = [], []
-        for values in weights.values():
-            for column in values.T:
-                took_part = (column > 0) & (column != NO_WEIGHT)
-                rows = np.flatnonzero(took_part & (self.pictured == np.arange(len(column))))
+    def _expert_cells(
+        self, weights: dict[str, np.ndarray]
+    ) -> tuple[list[_Cell], list[_Cell], list[_Cell]]:
+        samples, experts, groups = [], [], []
+        for column in (column for values in weights.values() for column in values.T):
+            took_part = (column > 0) & (column != NO_WEIGHT)
+            for population in (False, True):
+                rows = np.flatnonzero(took_part & (self.outcomes.is_detection == population))
                 if not len(rows):
                     continue
+                chosen = self._ranking(rows, np.zeros(len(rows)), SAMPLE)
+                # One after the other: none is as good as the one before.
+                rank = -(TOLERANCE + 1.0) * np.arange(len(chosen))
+                candidates = self.pictured[rows[chosen]]
+                samples.append(_Cell(candidates, rank, partial(np.isin, test_elements=candidates)))
                 experts.append(self._cell(rows, column[rows], 48))
-                for group in np.unique(self.group[rows]).tolist():
-                    part = rows[self.group[rows] == group]
-                    counts = partial(self._in_group, column=column, group=group)
-                    groups.append(self._cell(part, column[part], 12, counts))
-        return experts, groups
+            rows = np.flatnonzero(took_part & self.own)
+            for group in np.unique(self.group[rows]).tolist():
+                part = rows[self.group[rows] == group]
+                counts = partial(self._in_group, column=column, group=group)
+                groups.append(self._cell(part, column[part], 12, counts))
+        return samples, experts, groups
 
     def _in_group(self, rows: np.ndarray, column: np.ndarray, group: int) -> np.ndarray:
         active = (column[rows] > 0) & (column[rows] != NO_WEIGHT)
@@ -246,10 +241,9 @@ class _Filler:
 
     def _class_cells(self) -> list[_Cell]:
         key = self.label * self.num_groups + self.group
-        own = self.pictured == np.arange(len(key))
         cells = []
-        for value in np.unique(key[own]):
-            rows = np.flatnonzero(own & (key == value))
+        for value in np.unique(key[self.own]):
+            rows = np.flatnonzero(self.own & (key == value))
             counts = partial(lambda rows, value: key[rows] == value, value=value)
             cells.append(self._cell(rows, np.zeros(len(rows), np.uint8), 8, counts))
         return cells

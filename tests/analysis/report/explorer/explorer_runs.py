@@ -80,6 +80,9 @@ def association(bins, counts, **extra) -> dict:
         'mi': mi,
         'chance': 0.004,
         'p_value': 0.001 if mi > 0.02 else 0.31,
+        'p_adjusted': 0.001 if mi > 0.02 else 0.62,
+        'interval': [0.9 * mi, 1.1 * mi],
+        'given': {'level': {'mi': 0.012, 'interval': [-0.01, 0.03], 'p_adjusted': 0.4}},
         'permutations': 999,
         'num_units': int(counts.sum()),
         'mi_max': float(np.log(min(counts.shape))),
@@ -113,7 +116,11 @@ def associations_of(weights, outcomes, rows, classes, superclasses, detection) -
         column = np.clip(middle[:, 0] / middle[:, 0].max() * 3, 0, 2.9).astype(int)
         line = np.clip(middle[:, 1] / middle[:, 1].max() * 3, 0, 2.9).astype(int)
         attributes['position'] = table(line * 3 + column, cells)
-    image = {k: v for k, v in attributes['class'].items() if k in ('mi', 'chance', 'p_value')}
+    image = {
+        k: v
+        for k, v in attributes['class'].items()
+        if k in ('mi', 'chance', 'p_value', 'p_adjusted')
+    }
     image |= {'permutations': 999, 'num_units': 1000, 'mi_max': 1.2}
     return {**attributes, 'image': image}
 
@@ -201,10 +208,15 @@ def experts_entry(name, outcomes, classes, superclasses, layers, detection, seed
         'layers': layers,
         'interventions': interventions,
         'history': {first: {'step': steps, 'load': load, 'importance': load}},
+        'metrics_interval': {name: [0.5, 0.7] for name in names},
         'verdict': [
-            f'{first}: the choice of the experts follows the pyramid level '
-            '(0.51 nats of at most 1.39, p ≤ 0.001).',
-            'Expert 0 handles most small objects; without it AP small falls by 0.214.',
+            {
+                'layer': first,
+                'name': 'classification head',
+                'lines': ['not collapsed.', 'strongly specialised by pyramid level.', 'needed.'],
+                'details': ['Expert 0 handles most small objects.'],
+            },
+            {'layer': None, 'name': 'All layers', 'lines': [], 'details': ['The routing matters.']},
         ],
     }
 
