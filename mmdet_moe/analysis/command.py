@@ -24,12 +24,15 @@ from mmdet_moe.analysis.report.explorer import (
 )
 from mmdet_moe.analysis.report.figures import write_comparison, write_figures
 from mmdet_moe.analysis.report.history import read_history
+from mmdet_moe.analysis.report.likeness import likeness
 from mmdet_moe.analysis.report.pictures import MAX_IMAGES, pictures_of, write_looks
 from mmdet_moe.analysis.report.tables import write_tables
 from mmdet_moe.analysis.report.verdict import spoken, verdict
 from mmdet_moe.analysis.saliency import check_captum
 from mmdet_moe.analysis.statistics.counterfactual import sentences
 from mmdet_moe.analysis.statistics.outcomes import outcomes_of
+from mmdet_moe.analysis.statistics.similarity import checkpoints_in, over_training
+from mmdet_moe.analysis.statistics.stability import stability_to
 from mmdet_moe.analysis.statistics.summary import summarise
 from mmdet_moe.analysis.study import Study
 from mmdet_moe.cli import check_folder, fail, load_config, set_loader_defaults
@@ -77,7 +80,14 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         default=[],
         metavar='OTHER_DIR',
         help='results of another run, to stand beside this one in the report; may be repeated: the '
-        'first stands there, all are in one figure of polysemanticity by the number of experts',
+        'first stands there, all are in one figure of polysemanticity by the number of experts; '
+        'with another checkpoint of the same config: how many decisions have changed',
+    )
+    parser.add_argument(
+        '--over-training',
+        action='store_true',
+        help="how alike the experts' weights are in every iter_N.pth (or epoch_N.pth) beside the "
+        'checkpoint',
     )
     parser.add_argument(
         '--cam',
@@ -157,6 +167,10 @@ def analyse(args: argparse.Namespace) -> dict:
     cfg = load_config(args.config, args.cfg_options)
     check_config(cfg, args.split, args.checkpoint)
     study = prepare(args, cfg, [experts['run']['task'] for experts in others])
+    training = {}
+    if args.over_training:
+        steps = checkpoints_in(Path(args.checkpoint).parent)
+        training = over_training(study.model, study.layers, steps)
     if study.is_detector and not study.tracer.knows_origins:
         print(
             'note: the detections of this head do not tell which pyramid level they come from; '
@@ -180,8 +194,11 @@ def analyse(args: argparse.Namespace) -> dict:
             'split': args.split,
         },
     )
+    for name, found in study.compare_experts().items():
+        experts['layers'][name]['similarity'] = {**found, 'training': training.get(name)}
+    experts['stability'] = [stability_to(study, folder) for folder in args.compare]
     experts['history'] = read_history(Path(args.checkpoint).parent)
-    experts['verdict'] = verdict(experts, sentences(experts))
+    experts['verdict'] = verdict(experts, [*likeness(experts), *sentences(experts)])
     write_results(study, experts, args.out, other, args.cam, args.fiftyone)
     if args.projector:
         write_projector(study, args.projector)
@@ -221,6 +238,11 @@ def _check(args: argparse.Namespace) -> None:
         )
     if not 0 <= args.score_thr < 1:
         raise ConfigError(f'--score-thr={args.score_thr} must lie in 0..1, 1 excluded')
+    if args.over_training and not checkpoints_in(Path(args.checkpoint).parent):
+        raise ConfigError(
+            f'--over-training: {Path(args.checkpoint).parent} holds neither iter_N.pth nor '
+            'epoch_N.pth; leave the option out, or name a checkpoint in the folder of its training'
+        )
     for part in ('', 'records/statistics', 'records/interventions', 'tables', 'figures'):
         check_folder(args.out / part, '--out')
     has_records = (args.out / 'records' / 'statistics').is_dir()

@@ -276,6 +276,13 @@ class _PooledRouter(Router):
             raise ConfigError(f'init_std={init_std} must not be negative')
         self._bias, self._init_std = bias, init_std
 
+    @abstractmethod
+    def features(self, x: Tensor, items: Items) -> Tensor:
+        """(items, F) of one feature map (N, C, H, W), at least float32."""
+
+    def compute_logits(self, x: Tensor, items: Items) -> Tensor:
+        return linear(self.fc, self.features(x, items))
+
     def _build_fc(self, features: int) -> RouterLinear:
         fc = RouterLinear(features, self.num_experts, bias=self._bias)
         # Small logits: at the start no expert is preferred, and the noise decides.
@@ -298,8 +305,8 @@ class GAPRouter(_PooledRouter):
         super().__init__(in_channels, num_experts, top_k, **kwargs)
         self.fc = self._build_fc(in_channels)
 
-    def compute_logits(self, x: Tensor, items: Items) -> Tensor:
-        return linear(self.fc, items.pooled(x))
+    def features(self, x: Tensor, items: Items) -> Tensor:
+        return items.pooled(x)
 
 
 @MODELS.register_module()
@@ -319,8 +326,7 @@ class ConvGAPRouter(_PooledRouter):
         self.conv = nn.Conv2d(in_channels, conv_channels, 3, padding=1)
         self.fc = self._build_fc(conv_channels)
 
-    def compute_logits(self, x: Tensor, items: Items) -> Tensor:
+    def features(self, x: Tensor, items: Items) -> Tensor:
         x = x.to(torch.promote_types(x.dtype, torch.float32))
         weight, bias = self.conv.weight.to(x.dtype), self.conv.bias.to(x.dtype)
-        features = F.relu(F.conv2d(x, weight, bias, padding=1))
-        return linear(self.fc, items.pool(features))
+        return items.pool(F.relu(F.conv2d(x, weight, bias, padding=1)))
