@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from mmdet_moe.analysis.attribution import KNOWN_HEADS
 from mmdet_moe.analysis.data import SPLITS, AnalysisData
+from mmdet_moe.analysis.exports import check_projector, write_fiftyone, write_projector
 from mmdet_moe.analysis.files import EXPERTS_FILE, PAYLOAD_FILE, REPORT_FILE, write_file
 from mmdet_moe.analysis.models import load_model, task_of
 from mmdet_moe.analysis.report.explorer import (
@@ -24,8 +25,11 @@ from mmdet_moe.analysis.report.explorer import (
 from mmdet_moe.analysis.report.figures import write_comparison, write_figures
 from mmdet_moe.analysis.report.history import read_history
 from mmdet_moe.analysis.report.likeness import likeness
+from mmdet_moe.analysis.report.pictures import MAX_IMAGES, pictures_of, write_looks
 from mmdet_moe.analysis.report.tables import write_tables
 from mmdet_moe.analysis.report.verdict import spoken, verdict
+from mmdet_moe.analysis.saliency import check_captum
+from mmdet_moe.analysis.statistics.counterfactual import sentences
 from mmdet_moe.analysis.statistics.outcomes import outcomes_of
 from mmdet_moe.analysis.statistics.similarity import checkpoints_in, over_training
 from mmdet_moe.analysis.statistics.stability import stability_to
@@ -84,6 +88,26 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         action='store_true',
         help="how alike the experts' weights are in every iter_N.pth (or epoch_N.pth) beside the "
         'checkpoint',
+    )
+    parser.add_argument(
+        '--cam',
+        type=int,
+        default=0,
+        metavar='N',
+        help='for N images, draw the routing of patches and pixels, and where the main experts of '
+        'the best detections look (class activation maps; needs captum)',
+    )
+    parser.add_argument(
+        '--fiftyone',
+        type=Path,
+        metavar='DIR',
+        help='write objects and detections with their experts and errors for FiftyOne, too',
+    )
+    parser.add_argument(
+        '--projector',
+        type=Path,
+        metavar='DIR',
+        help="write what the routers are given for TensorBoard's projector, too",
     )
     parser.add_argument(
         '--verbose', action='store_true', help='print the whole verdict, not three lines a layer'
@@ -174,8 +198,10 @@ def analyse(args: argparse.Namespace) -> dict:
         experts['layers'][name]['similarity'] = {**found, 'training': training.get(name)}
     experts['stability'] = [stability_to(study, folder) for folder in args.compare]
     experts['history'] = read_history(Path(args.checkpoint).parent)
-    experts['verdict'] = verdict(experts, likeness(experts))
-    write_results(study, experts, args.out, other)
+    experts['verdict'] = verdict(experts, [*likeness(experts), *sentences(experts)])
+    write_results(study, experts, args.out, other, args.cam, args.fiftyone)
+    if args.projector:
+        write_projector(study, args.projector)
     if others:
         write_comparison([experts, *others], args.out / 'figures')
     _print_results(experts, args.out, args.verbose)
@@ -197,6 +223,15 @@ def _read_experts(path: Path) -> dict:
 def _check(args: argparse.Namespace) -> None:
     if args.max_images is not None and args.max_images < 1:
         raise ConfigError(f'--max-images={args.max_images} must be at least 1')
+    if not 0 <= args.cam <= MAX_IMAGES:
+        raise ConfigError(f'--cam={args.cam} must lie in 0..{MAX_IMAGES}')
+    if args.cam:
+        check_captum('--cam')
+    if args.projector:
+        check_folder(args.projector, '--projector')
+        check_projector(args.projector)
+    if args.fiftyone:
+        check_folder(args.fiftyone, '--fiftyone')
     if '://' in args.checkpoint:
         raise ConfigError(
             f"checkpoint: '{args.checkpoint}' is an address; download the file and give its path"
@@ -271,7 +306,14 @@ def _bar(name: str, total: int) -> Iterator[Callable[[int], None]]:
         yield progress
 
 
-def write_results(study: Study, experts: dict, out: Path, other: dict | None = None) -> None:
+def write_results(
+    study: Study,
+    experts: dict,
+    out: Path,
+    other: dict | None = None,
+    looks: int = 0,
+    fiftyone: Path | None = None,
+) -> None:
     """Write everything that a user looks at.
 
     Args:
@@ -279,15 +321,22 @@ def write_results(study: Study, experts: dict, out: Path, other: dict | None = N
         experts: The content of ``experts.json``.
         out: The folder.
         other: Payload of a run to compare with.
+        looks: Number of images to look at with the experts.
+        fiftyone: Folder of the export for FiftyOne; None for none.
     """
     content = json.dumps(experts, indent=1, allow_nan=False)
     write_file(out / EXPERTS_FILE, content.encode())
     write_tables(experts, out / 'tables')
     write_figures(experts, out / 'figures')
     outcomes = outcomes_of(study.records, list(study.layers), study.score_thr)
+    if fiftyone is not None:
+        write_fiftyone(study.data, outcomes, study.data.classes, fiftyone)
+    figures = out / 'figures'
+    looked = write_looks(study, looks, figures) if looks else ()
     payload = build_payload(
-        experts, outcomes, study.data.image, path_of=study.data.path, folder=out
-    )
+        experts, outcomes, study.data.image, path_of=study.data.path, folder=out,
+        pictures=pictures_of(experts, figures, looked),
+    )  # fmt: skip
     if lost := payload['pool']['unreadable']:
         print(f'note: {len(lost)} images are missing in the report, of which the first: {lost[0]}')
     write_payload(payload, out / PAYLOAD_FILE)

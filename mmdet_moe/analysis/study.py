@@ -62,6 +62,7 @@ class Study:
     Attributes:
         plan: What identifies the analysis, its layers and images included.
         left_out: Layers whose decisions belong to no image that is known, with the reasons.
+        order: Names of the layers in the order in which the model runs them.
         records: What the statistics pass left, see
             :mod:`~mmdet_moe.analysis.records.contents`.
 
@@ -86,24 +87,28 @@ class Study:
         self.layers = self.tracer.layers
         plan = {**plan, 'format': RECORD_FORMAT}
         left_out = folder / 'left_out.json'
-        self.left_out = self._leave_out(left_out, plan)
-        content = json.dumps({'plan': plan, 'left_out': self.left_out}).encode()
+        self.left_out, self.order = self._leave_out(left_out, plan)
+        known = {'plan': plan, 'left_out': self.left_out, 'order': self.order}
+        content = json.dumps(known).encode()
         plan = {**plan, 'layers': list(self.layers), 'images': len(data)}
         kind = DetectorRecords if self.is_detector else ClassifierRecords
         self.records = RecordFiles(kind, folder / 'statistics', plan, overwrite)
         self.plan, self._folder, self._overwrite = plan, folder, overwrite
         write_file(left_out, content)  # the folder is that of this analysis
 
-    def _leave_out(self, path: Path, plan: dict) -> dict[str, str]:
-        """Take out layers whose decisions belong to no known image; told by one batch."""
+    def _leave_out(self, path: Path, plan: dict) -> tuple[dict[str, str], list[str]]:
+        """Take out layers whose decisions belong to no known image, and the order of the others;
+        told by one batch.
+        """
         kept = json.loads(path.read_text()) if path.exists() else {}
-        if kept.get('plan') == plan:
+        if kept.get('plan') == plan and 'order' in kept:
             for name in kept['left_out']:
                 del self.layers[name]
-            return kept['left_out']
+            return kept['left_out'], kept['order']
         with self.tracer:
             results = self.tracer.predict(next(self.data.batches(num_workers=0)))
-        return self.tracer.leave_out_unknown(len(results))
+        left_out = self.tracer.leave_out_unknown(len(results))
+        return left_out, self.tracer.order
 
     @property
     def is_detector(self) -> bool:

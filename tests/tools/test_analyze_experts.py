@@ -261,7 +261,7 @@ def check_schema(experts, task):
     assert (experts['schema'], experts['version']) == ('mmdet_moe.experts', 3)
     assert set(experts) == {
         'schema', 'version', 'run', 'metrics', 'metrics_interval', 'layers', 'interventions',
-        'history', 'stability', 'verdict',
+        'history', 'flows', 'stability', 'verdict',
     }  # fmt: skip
     run = experts['run']
     assert set(run) == {

@@ -91,6 +91,11 @@ class Tracer:
         """Pyramid levels that detections come from; None of a classifier, or where unknown."""
         return self._origins.num_levels
 
+    @property
+    def order(self) -> list[str]:
+        """The layers that took part in the latest batch, in the order of their first calls."""
+        return [name for name in self._calls if name in self.layers]
+
     def __enter__(self) -> 'Tracer':
         self._stack = ExitStack()
         for name, layer in self.layers.items():

@@ -28,7 +28,9 @@ from mmdet_moe.analysis.statistics.bins import (
     position_bin,
     size_bin,
 )
+from mmdet_moe.analysis.statistics.counterfactual import counterfactuals
 from mmdet_moe.analysis.statistics.evaluation import ClassificationMetrics, DetectionMetrics
+from mmdet_moe.analysis.statistics.flow import flows
 from mmdet_moe.analysis.statistics.inference import interval, resampled_images
 from mmdet_moe.analysis.statistics.layer_statistics import MAX_LEVELS, LayerStatistics
 from mmdet_moe.analysis.statistics.matching import IGNORED
@@ -68,6 +70,7 @@ def summarise(study: Study, run: dict, permutations: int = 999) -> dict:
         else:
             num_objects += len(records.classes.label)
     measured = metrics_of(study, permutations)
+    alone = counterfactuals(study)
     return {
         'schema': SCHEMA,
         'version': VERSION,
@@ -83,6 +86,7 @@ def summarise(study: Study, run: dict, permutations: int = 999) -> dict:
             'num_levels': study.tracer.num_levels,
         },
         **measured,
+        'flows': flows(study),
         'layers': {
             name: {
                 'kind': 'sparse' if isinstance(layer, MoELayer) else 'factorised',
@@ -92,6 +96,7 @@ def summarise(study: Study, run: dict, permutations: int = 999) -> dict:
                 'polysemanticity': polysemanticity(
                     name, measured['metrics'], measured['interventions']
                 ),
+                'counterfactual': alone[name],
             }
             for (name, layer), summary in zip(study.layers.items(), summaries, strict=True)
         },
