@@ -74,11 +74,12 @@ def test_bands_and_pictures(browser, report, width):
     text = page.inner_text('.flow-steps')
     assert 'Stage 4 of the backbone → Classification head: 60 images, 0.500 nats' in text
     assert 'exchanged 0.250, p = 0.005' in text
-    assert not page.evaluate("document.querySelector('.picture').open")
-    page.click('.picture summary')
-    assert page.inner_text('.picture summary') == 'What <each> takes'
-    page.wait_for_function("document.querySelector('.picture img').naturalWidth === 1100")
-    box = page.query_selector('.picture img').bounding_box()
+    assert not page.evaluate("document.querySelector('.choice-picture').open")
+    page.click('.choice-picture summary')
+    assert page.inner_text('.choice-picture summary') == 'What <each> takes'
+    page.evaluate("document.querySelector('.choice-picture img').decode()")
+    assert page.evaluate("document.querySelector('.choice-picture img').naturalWidth") == 1100
+    box = page.query_selector('.choice-picture img').bounding_box()
     assert box['width'] / box['height'] == pytest.approx(1100 / 300, rel=0.02)
     assert page.evaluate('document.documentElement.scrollWidth') <= width
     assert page.problems == []
