@@ -5,8 +5,8 @@
 
   function draw(div) {
     const [run, number] = div.dataset.flow.split(' ');
-    const { unit, layers, steps } = JSON.parse(document.getElementById(`flows-${run}`).textContent)[number];
-    const name = (layer) => layer.replaceAll('<', '&lt;');
+    const { unit, titles, steps } = JSON.parse(document.getElementById(`flows-${run}`).textContent)[number];
+    const layers = titles.map((title) => title.replaceAll('<', '&lt;'));
     const last = layers.length - 1;
     const add = (sums, row) => row.map((value, i) => value + (sums[i] || 0));
     /* Of each layer: how much of everything each expert has. */
@@ -28,7 +28,7 @@
         if (!sum) return -1; // a node without bands would be put anywhere
         const part = filled * (sum / all);
         node.label.push(String(e));
-        node.customdata.push(`${name(layers[i])}, expert ${e}`);
+        node.customdata.push(`${layers[i]}, expert ${e}`);
         node.color.push(colours[e % colours.length]);
         node.x.push(Math.min(Math.max(i / last, 0.001), 0.999)); // 0 and 1 mean "anywhere"
         node.y.push(start + part / 2);
@@ -51,7 +51,7 @@
     link.hovertemplate = '%{source.customdata}<br>→ %{target.customdata}<br>%{value:.1%}, %{customdata}<extra></extra>';
     const ink = getComputedStyle(document.documentElement).getPropertyValue('--ink').trim();
     div.setAttribute('role', 'img');
-    div.setAttribute('aria-label', `Flow of the main experts through ${layers.join(', ')}`);
+    div.setAttribute('aria-label', `Flow of the main experts through ${titles.join(', ')}`);
     const height = top + inner + bottom;
     div.style.height = `${height}px`;
     div.style.minWidth = `${Math.max(320, 170 * layers.length)}px`;
@@ -59,7 +59,7 @@
       height, margin: { l: 12, r: 12, t: top, b: bottom }, paper_bgcolor: 'rgba(0,0,0,0)',
       font: { color: ink, size: 12.5 },
       annotations: layers.map((layer, i) => ({
-        text: name(layer), x: i / last, y: 1, yanchor: 'bottom', showarrow: false,
+        text: layer, x: i / last, y: 1, yanchor: 'bottom', showarrow: false,
         xanchor: i === 0 ? 'left' : i === last ? 'right' : 'center', xref: 'paper', yref: 'paper',
       })),
     }, { displayModeBar: false, responsive: true });

@@ -48,7 +48,7 @@ def write_report(payloads: Sequence[dict], path: Path) -> None:
         is_detection=payloads[0]['run']['task'] == 'detection',
         kinds=KINDS,
         payloads=[_json_for_html(_of_script(payload)) for payload in payloads],
-        flows=[_json_for_html(payload.get('flows') or []) for payload in payloads],
+        flows=[_json_for_html(_flows(payload)) for payload in payloads],
         kind_names=_json_for_html(KINDS),
         colours=_json_for_html(expert_colours()),
         plotly=Markup(get_plotlyjs()),
@@ -60,6 +60,14 @@ def write_report(payloads: Sequence[dict], path: Path) -> None:
 
 def _texts(*names: str) -> Markup:
     return Markup('\n'.join((FOLDER / name).read_text(encoding='utf-8') for name in names))
+
+
+def _flows(payload: dict) -> list[dict]:
+    """Those of a run, with its layers in human words."""
+    return [
+        {**flow, 'titles': [payload['layers'][name]['title'] for name in flow['layers']]}
+        for flow in payload.get('flows') or []
+    ]
 
 
 def _of_script(payload: dict) -> dict:
