@@ -327,7 +327,8 @@ def _means(quantities: Sequence[tuple[np.ndarray, np.ndarray]], image: np.ndarra
         sampled = (drawn @ sums) / (drawn @ nums)  # NaN where no image with such an object is drawn
     for total, num, means in zip(sums.sum(0), nums.sum(0), sampled.T, strict=True):
         value = float(total / num) if num else None
-        found.append({'value': value, 'interval': interval(means), 'num': int(num)})
+        ends = None if value is None else interval(means, value)
+        found.append({'value': value, 'interval': ends, 'num': int(num)})
     return found
 
 
