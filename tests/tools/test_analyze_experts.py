@@ -835,7 +835,9 @@ def test_another_checkpoint_in_the_same_folder(detector, finished, tmp_path, cap
     assert experts == fresh
 
 
-@pytest.mark.parametrize('arguments', [('--max-images', '0'), ('--score-thr', '1')])
+@pytest.mark.parametrize(
+    'arguments', [('--max-images', '0'), ('--score-thr', '1'), ('--cam', '33'), ('--cam', '-1')]
+)
 def test_values_out_of_range(arguments, detector, tmp_path, capsys):
     sentence = failure(capsys, detector, tmp_path / 'out', *arguments)
     assert '='.join(arguments) in sentence
@@ -848,6 +850,32 @@ def test_default_folder(detector):
 
 
 # Mistakes -----------------------------------------------------------------------------------------
+
+
+def test_exports_say_what_is_in_their_way(detector, tmp_path, capsys):
+    (tmp_path / 'file').touch()
+    said = failure(capsys, detector, tmp_path / 'out', '--projector', str(tmp_path))
+    assert f"--projector: '{tmp_path}' is not empty" in said
+    said = failure(capsys, detector, tmp_path / 'out', '--fiftyone', str(tmp_path / 'file'))
+    assert f"--fiftyone: '{tmp_path / 'file'}' is a file" in said
+    assert not (tmp_path / 'out').exists()
+
+
+def test_exports_and_looks(detector, tmp_path):
+    """All in one run: the files are there, and the report has the pictures."""
+    pytest.importorskip('captum')
+    paths = [tmp_path / name for name in ('out', 'fiftyone', 'projector')]
+    detector(
+        paths[0], '--no-interventions', '--max-images', '2', '--score-thr', '0', '--cam', '1',
+        '--fiftyone', str(paths[1]), '--projector', str(paths[2]),
+    )  # fmt: skip
+    samples = json.loads((paths[1] / 'samples.json').read_text())['samples']
+    assert [Path(sample['filepath']).exists() for sample in samples] == [True, True]
+    assert len(list(paths[2].glob('*/*/tensors.tsv'))) == len(LAYERS)
+    for layer in LAYERS:
+        assert (paths[0] / 'figures' / layer / 'cam_000000.png').exists()
+    pictures = json.loads((paths[0] / 'explorer.json').read_text())['pictures']
+    assert [picture['layer'] for picture in pictures] == LAYERS
 
 
 def test_model_without_experts(detector, tmp_path, capsys):
