@@ -136,17 +136,16 @@ class _SparseRouters(RandomRouters):
     def attach(self) -> RemovableHandle:
         def see(_: nn.Module, inputs: tuple, __: Any) -> None:
             pairs = list(zip(*inputs, strict=True))
-            with torch.no_grad(), no_autocast(pairs[0][0].device.type):
+            with torch.no_grad(), no_autocast(inputs[0][0].device.type):
                 first = self.routers[0]
                 if type(first).compute_logits is GAPRouter.compute_logits:
                     # A convolution before the last layer, which costs the most, is drawn once.
-                    features = torch.cat([first.features(*pair) for pair in pairs])
-                    draws = [linear(router.fc, features) for router in self.routers]
+                    features = [first.features(*pair) for pair in pairs]
+                    if first.norm is not None:
+                        features = [first.norm(f, level) for level, f in enumerate(features)]
+                    draws = [linear(router.fc, torch.cat(features)) for router in self.routers]
                 else:
-                    draws = [
-                        torch.cat([router.compute_logits(*pair) for pair in pairs])
-                        for router in self.routers
-                    ]
+                    draws = [torch.cat(router.logits_of_levels(*inputs)) for router in self.routers]
             self._calls.append(torch.stack(draws, dim=1))
 
         return self.layer.router.register_forward_hook(see)

@@ -18,7 +18,7 @@ from mmdet_moe.analysis.records.contents import (
     LayerRecords,
     LinkRecords,
 )
-from mmdet_moe.moe import LinearExperts, MoELayer, add_experts
+from mmdet_moe.moe import ConvExperts, LinearExperts, MoELayer, add_experts
 from mmdet_moe.moe.mumoe import CPMuMoE
 from mmdet_moe.moe.routers import Router
 
@@ -308,3 +308,27 @@ def test_routers_of_other_kinds():
     assert not layer.router.matrix.any()
     controls.forget()
     assert controls._calls == []
+
+
+def test_levels_that_are_normalised(randomise):
+    """By what the layer's own router has learned of each level, which is no choice."""
+    layer = MoELayer(
+        ConvExperts(4, 4, 1, 3),
+        3,
+        2,
+        in_channels=4,
+        router=dict(type='mmdet_moe.GAPRouter', normalise_levels=2),
+    )
+    maps = [5 + torch.randn(2, 4, 6, 6), 3 * torch.randn(2, 4, 3, 3)]
+    layer(maps)  # in training
+    layer.eval()
+    controls = RandomRouters.of(layer, 'a')
+    handle = controls.attach()
+    layer(maps)
+    handle.remove()
+    pooled = [m.mean((2, 3)) for m in maps]
+    expected = torch.cat([(p - p.mean(0)) / (p.var(0, correction=0) + 1e-5).sqrt() for p in pooled])
+    for draw, router in enumerate(controls.routers):
+        found = controls.logits(torch.arange(4))[:, draw]
+        wanted = (expected @ router.fc.weight.T + router.fc.bias).detach()
+        np.testing.assert_allclose(found, wanted, atol=1e-3)

@@ -178,26 +178,28 @@ class _Outputs:
                 return value[chosen] if isinstance(value, Tensor) and len(value) == count else value
 
             rows, (more, named) = x_T[chosen], tree_map(items, (args, kwargs))
-            outputs = []
-            for expert in range(self.layer.num_experts):
+
+            def alone(expert: int) -> Tensor:
                 ids = torch.full((len(rows), 1), expert, device=rows.device)
-                alone = Dispatcher(ids, rows.new_ones(ids.shape), self.layer.num_experts)
-                outputs.append(unpack(usual(rows, alone, *more, **named))[0])
-            self._keep(torch.stack(outputs))
+                ones = dispatcher.weights.new_ones(ids.shape)
+                to_one = Dispatcher(ids, ones, self.layer.num_experts)
+                return unpack(usual(rows, to_one, *more, **named))[0]
+
+            self._keep(alone)
         return usual(x_T, dispatcher, *args, **kwargs)
 
     def mix(self, usual: Callable, x: Tensor, coefficients: Sequence[Tensor]) -> Tensor:
         """Stands in for the ``mix`` of a μMoE layer."""
         if len(x):
             chosen = self._some(len(x), MAX_ITEMS).to(x.device)
-            outputs = []
-            for expert in range(self.layer.num_experts):
-                alone = [torch.zeros_like(a[chosen]) for a in coefficients]
-                place = self.layer.experts.place(expert)
-                for a, number in zip(alone, place, strict=True):
+
+            def alone(expert: int) -> Tensor:
+                only = [torch.zeros_like(a[chosen]) for a in coefficients]
+                for a, number in zip(only, self.layer.experts.place(expert), strict=True):
                     a[:, number] = 1
-                outputs.append(usual(x[chosen], tuple(alone)))
-            self._keep(torch.stack(outputs))
+                return usual(x[chosen], tuple(only))
+
+            self._keep(alone)
         return usual(x, coefficients)
 
     def _some(self, count: int, most: int) -> Tensor:
@@ -206,15 +208,19 @@ class _Outputs:
             return torch.arange(count)
         return torch.randperm(count, generator=self._generator)[:most].sort().values
 
-    def _keep(self, outputs: Tensor) -> None:
-        """Keep examples of the outputs (E, items, C, ...)."""
-        if outputs.dim() > 3:  # maps (C, H, W), or a sequence (L, C)
-            channels_last = outputs.dim() == 4
-            outputs = outputs if channels_last else outputs.flatten(3).transpose(2, 3)
-            chosen = self._some(outputs.shape[2], MAX_POSITIONS).to(outputs.device)
-            outputs = outputs[:, :, chosen].flatten(1, 2)
-        self._examples.append(outputs.float().cpu())
-        self._keys.append(torch.rand(outputs.shape[1], generator=self._generator))
+    def _keep(self, alone: Callable[[int], Tensor]) -> None:
+        """Keep the same examples of what each expert makes, (items, C, ...)."""
+        examples, chosen = [], None
+        for expert in range(self.layer.num_experts):
+            y = alone(expert)
+            if y.dim() > 2:  # maps (C, H, W), or sequences (L, C)
+                y = y if y.dim() == 3 else y.flatten(2).transpose(1, 2)
+                if chosen is None:
+                    chosen = self._some(y.shape[1], MAX_POSITIONS).to(y.device)
+                y = y[:, chosen].flatten(0, 1)
+            examples.append(y.float().cpu())
+        self._examples.append(torch.stack(examples))
+        self._keys.append(torch.rand(len(examples[0]), generator=self._generator))
         if sum(map(len, self._keys)) > 2 * MAX_EXAMPLES:
             self._shrink()
 
