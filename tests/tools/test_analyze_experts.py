@@ -282,8 +282,12 @@ def check_schema(experts, task):
         for tables in layer['associations'].values():
             for table in tables.values():
                 check_association(table, experts_)
-    assert experts['verdict']
-    assert all(isinstance(sentence, str) for sentence in experts['verdict'])
+    said = {entry['layer']: entry for entry in experts['verdict']}
+    assert said.keys() == {*experts['layers'], None}
+    for entry in said.values():
+        assert entry['name']
+        assert all(isinstance(sentence, str) for sentence in entry['lines'] + entry['details'])
+    assert all(1 <= len(said[layer]['lines']) <= 3 for layer in experts['layers'])
 
 
 def test_schema(detector, finished):
@@ -431,7 +435,7 @@ def bin_of(attribute, row, edges):
 
 
 def information(joint):
-    joint = joint / joint.sum()
+    joint = joint / max(joint.sum(), 1e-12)
     total = 0
     for b in range(joint.shape[0]):
         for e in range(joint.shape[1]):
@@ -468,12 +472,18 @@ def test_statistics_are_those_of_loops_over_the_images(detector, finished):
                 np.testing.assert_allclose(table['counts'], counts, atol=1e-5)
                 assert table['mi'] == pytest.approx(information(counts), abs=1e-6)
                 assert table['num_units'] == units
-        image = np.array([
-            sum(row[3] for row in rows[name]['decisions'] if row[0] == i) for i in range(IMAGES)
-        ])  # fmt: skip
-        found = layer['associations']['decisions']['image']
-        assert found['mi'] == pytest.approx(information(image), abs=1e-6)
-        assert found['num_units'] == IMAGES * LEVELS
+                assert table['num_images'] == len({row[0] for row in mine})
+                if 'level' not in table['given']:
+                    continue
+                expected = 0.0
+                for level in range(LEVELS):
+                    counts = np.zeros((len(table['bins']), EXPERTS))
+                    for row in mine:
+                        if bin_of('level', row, None) == level:
+                            counts[bin_of(attribute, row, table['edges'])] += row[2] * row[3]
+                    expected += counts.sum() * information(counts)
+                expected /= sum(row[2] for row in mine)
+                assert table['given']['level']['mi'] == pytest.approx(expected, abs=1e-6)
 
 
 def test_outcomes(detector, finished, monkeypatch):
