@@ -267,7 +267,7 @@ def write_results(study: Study, experts: dict, out: Path, other: dict | None = N
         experts, outcomes, study.data.image, path_of=study.data.path, folder=out
     )
     if lost := payload['pool']['unreadable']:
-        print(f'note: {len(lost)} images are missing in the report, of which the first: {lost[0]}')
+        print(f'note: missing in the report: {len(lost)} of the images; {lost[0]}')
     write_payload(payload, out / PAYLOAD_FILE)
     write_report([payload] if other is None else [payload, other], out / REPORT_FILE)
 
