@@ -18,6 +18,7 @@ from functools import partial
 import numpy as np
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
+from scipy import sparse
 
 from mmdet_moe.analysis.data import AnalysisData
 from mmdet_moe.analysis.records.contents import BoxRecords
@@ -25,8 +26,8 @@ from mmdet_moe.analysis.records.contents import BoxRecords
 _AREAS = {'AP small': 1, 'AP medium': 2, 'AP large': 3}  # indices of COCOeval's area ranges
 _MAX_DETECTIONS = 100
 _IOUS = 10
-# Numbers of detections times resamples at once.
-_BLOCK = 1 << 23
+# Numbers of objects times resamples at once.
+_BLOCK = 1 << 21
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,7 +133,7 @@ def _resampled_ap(evaluation: COCOeval, times: np.ndarray) -> dict[str, np.ndarr
         _Curve.of_class([one for one in evaluation.evalImgs[start : start + images] if one])
         for start in range(0, len(evaluation.evalImgs), images)
     ]
-    thresholds = evaluation.params.recThrs
+    thresholds, times = evaluation.params.recThrs, times.astype(np.float32)
     # Classes, areas, IoU thresholds, resamples.
     ap = np.stack([curve.resampled(times, thresholds) for curve in curves])
     ap = ap.reshape(-1, areas, *ap.shape[1:])
@@ -181,32 +182,36 @@ class _Curve:
         return cls(image[order].astype(int), matched & ~ignored, ~ignored, objects.astype(int))
 
     def resampled(self, times: np.ndarray, thresholds: np.ndarray) -> np.ndarray:
-        """AP (T, P) of resamples (N, P) by recall thresholds; NaN where there is no object."""
-        size = max(1, _BLOCK // max(1, len(self.image)))
+        """AP (T, P) of resamples, float32 (N, P), by recall thresholds; NaN without any object."""
+        size = max(1, _BLOCK // max(1, len(self.objects)))
         blocks = range(0, times.shape[1], size)
         return np.hstack([self._resampled(times[:, b : b + size], thresholds) for b in blocks])
 
     def _resampled(self, times: np.ndarray, thresholds: np.ndarray) -> np.ndarray:
         objects = times[self.objects].sum(0)
         ap = np.zeros((_IOUS, times.shape[1]))
-        if len(self.image):
-            # Thresholds differ in few detections, so those that count are summed once.
-            base = self.counted[0]
-            number = np.cumsum(times[self.image] * base[:, None], axis=0, dtype=np.int32)
         for iou, (correct, counted) in enumerate(zip(self.correct, self.counted, strict=True)):
-            places, other = np.flatnonzero(correct), np.flatnonzero(counted != base)
+            places = np.flatnonzero(correct)
             if not len(places):
                 continue
-            found = np.cumsum(times[self.image[places]], axis=0, dtype=np.int32)
-            total = number[places]
-            if len(other):
-                sign = np.where(counted[other], 1, -1)[:, None]
-                more = np.cumsum(times[self.image[other]] * sign, axis=0, dtype=np.int32)
-                more = np.vstack([np.zeros_like(more[:1]), more])
-                total = total + more[np.searchsorted(other, places, 'right')]
+            # Precision and recall are wanted at correct detections alone: how many detections that
+            # count has each image up to one of them, from the one before on?
+            rows = np.flatnonzero(counted[: places[-1] + 1])
+            between = sparse.csr_array(
+                (
+                    np.ones(len(rows), np.float32),
+                    (np.searchsorted(places, rows), self.image[rows]),
+                ),
+                shape=(len(places), len(times)),
+            )
+            total = np.cumsum(between @ times, axis=0, dtype=np.float64)
+            found = np.cumsum(times[self.image[places]], axis=0, dtype=np.float64)
             precision = found / np.maximum(total, 1)
             precision = np.maximum.accumulate(precision[::-1], axis=0)[::-1]
-            reached = np.searchsorted(thresholds, found / np.maximum(objects, 1), 'right')
+            recall = found / np.maximum(objects, 1)
+            # How many thresholds are reached; near one, its own rounding decides.
+            nearest = np.rint(recall * (len(thresholds) - 1)).astype(np.int64)
+            reached = nearest + (thresholds[nearest] <= recall)
             ap[iou] = (precision * np.diff(reached, axis=0, prepend=0)).sum(0) / len(thresholds)
         ap[:, objects == 0] = np.nan
         return ap

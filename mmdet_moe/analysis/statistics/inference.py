@@ -208,10 +208,20 @@ def information(
     return found, Cells(np.array(p), np.stack(of_bins, axis=1), np.stack(of_experts, axis=1))
 
 
-def interval(resampled: np.ndarray) -> list[float] | None:
-    """The 95 % interval of what was resampled, (P,), NaN apart; None if there is nothing else."""
+def interval(resampled: np.ndarray, around: float) -> list[float] | None:
+    """The 95 % interval of an estimate without the bias that a bootstrap has (as that of AP has).
+
+    Args:
+        resampled: (P,); NaN takes no part.
+        around: The estimate, where the mean of the resamples is moved to.
+
+    Returns:
+        Low and high; None if nothing but NaN was resampled.
+    """
     known = resampled[~np.isnan(resampled)]
-    return np.quantile(known, QUANTILES).tolist() if len(known) else None
+    if not len(known):
+        return None
+    return np.quantile(known - known.mean() + around, QUANTILES).tolist()
 
 
 def _interval(
@@ -219,7 +229,7 @@ def _interval(
 ) -> tuple[float, float]:
     if num_images < MIN_IMAGES:
         return 0.0, mi_max
-    low, high = interval(resampled - resampled.mean() + centre)
+    low, high = interval(resampled, centre)
     return max(0.0, low), max(0.0, high)
 
 

@@ -120,8 +120,8 @@ def metrics_of(study: Study, resamples: int = 999) -> dict:
         changed = after.resampled(times)
         difference = {
             name: {
-                'value': after.metrics[name] - before.metrics[name],
-                'interval': interval(changed[name] - values[name]),
+                'value': (value := after.metrics[name] - before.metrics[name]),
+                'interval': interval(changed[name] - values[name], value),
             }
             for name in values
             if before.metrics[name] is not None is not after.metrics[name]
@@ -132,7 +132,7 @@ def metrics_of(study: Study, resamples: int = 999) -> dict:
     return {
         'metrics': before.metrics,
         'metrics_interval': {
-            name: None if before.metrics[name] is None else interval(of_name)
+            name: None if (value := before.metrics[name]) is None else interval(of_name, value)
             for name, of_name in values.items()
         },
         'interventions': interventions,

@@ -12,6 +12,7 @@ from test_matching import random_image
 from mmdet_moe.analysis.data import Objects
 from mmdet_moe.analysis.records.contents import BoxRecords
 from mmdet_moe.analysis.statistics.evaluation import ClassificationMetrics, DetectionMetrics
+from mmdet_moe.analysis.statistics.inference import interval, resampled_images
 
 NAMES = {
     'AP': 'bbox_mAP',
@@ -182,3 +183,17 @@ def test_resampled_accuracy():
     times = np.array([[1, 3, 0], [1, 0, 2], [1, 0, 1]])
     found = metrics.evaluated(np.array([0, 1, 1])).resampled(times)
     assert found['accuracy'].tolist() == pytest.approx([2 / 3, 1, 2 / 3])
+
+
+def test_intervals_lie_around_the_estimate():
+    """Those of a mean, by the normal distribution; a shift of all resamples is a bias."""
+    rng = np.random.default_rng(0)
+    correct = rng.random(500) < 0.8
+    evaluated = ClassificationMetrics(['a'], np.zeros(500, int)).evaluated(~correct * 1)
+    estimate = evaluated.metrics['accuracy']
+    resampled = evaluated.resampled(resampled_images(500, 999))['accuracy']
+    error = 1.96 * np.sqrt(estimate * (1 - estimate) / 500)
+    for shift in (0, 0.1):
+        found = interval(resampled + shift, estimate)
+        assert found == pytest.approx([estimate - error, estimate + error], abs=0.15 * error)
+    assert interval(np.full(9, np.nan), 0.5) is None
