@@ -338,7 +338,7 @@ def write_results(
         pictures=pictures_of(experts, figures, looked),
     )  # fmt: skip
     if lost := payload['pool']['unreadable']:
-        print(f'note: {len(lost)} images are missing in the report, of which the first: {lost[0]}')
+        print(f'note: missing in the report: {len(lost)} of the images; {lost[0]}')
     write_payload(payload, out / PAYLOAD_FILE)
     write_report([payload] if other is None else [payload, other], out / REPORT_FILE)
 

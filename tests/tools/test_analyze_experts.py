@@ -1,8 +1,10 @@
 """The whole tool on a tiny RetinaNet and a tiny classifier."""
 
 import copy
+import errno
 import json
 import math
+import os
 import shutil
 from pathlib import Path
 
@@ -16,7 +18,7 @@ from torch import nn
 
 import mmdet_moe
 from mmdet_moe import cli
-from mmdet_moe.analysis import command, study
+from mmdet_moe.analysis import command, files, study
 from mmdet_moe.analysis.attribution import Tracer
 from mmdet_moe.analysis.command import run_analysis
 from mmdet_moe.analysis.data import AnalysisData
@@ -27,6 +29,7 @@ from mmdet_moe.analysis.statistics import summary
 from mmdet_moe.analysis.statistics.matching import CORRECT
 from mmdet_moe.analysis.statistics.outcomes import outcomes_of
 from mmdet_moe.analysis.statistics.similarity import mean_between
+from mmdet_moe.errors import ConfigError
 
 DEMO = Path(mmdet_moe.__file__).parents[1] / 'configs' / 'demo'
 EXPERTS, LEVELS, IMAGES, BATCH, PER_FILE = 3, 5, 8, 2, 3
@@ -402,19 +405,8 @@ def loops(detector, num_images=IMAGES, threshold=THRESHOLD):
                       for a in truth]  # fmt: skip
             height, width = result.ori_shape
             found = result.pred_instances
-            taken = set()
-            shown = []
-            for d in found.scores.argsort(descending=True).tolist():
-                overlaps = [
-                    iou(found.bboxes[d].tolist(), box)
-                    if j not in taken and labels[j] == found.labels[d] else 0
-                    for j, box in enumerate(boxes)
-                ]  # fmt: skip
-                if overlaps and max(overlaps) >= 0.5:
-                    taken.add(overlaps.index(max(overlaps)))
-                if found.scores[d] >= threshold:
-                    shown.append(d)
-            count += int((found.scores >= threshold).sum())
+            shown = [d for d in range(len(found)) if found.scores[d] >= threshold]
+            count += len(shown)
             places = tracer.detection_places(0, found)
             held, owner = tracer.object_places(
                 0, result.metainfo, torch.tensor(boxes).reshape(-1, 4).float()
@@ -438,13 +430,6 @@ def loops(detector, num_images=IMAGES, threshold=THRESHOLD):
                              (box, labels[j], height, width))
                         )  # fmt: skip
     return rows, count
-
-
-def iou(a, b):
-    width = max(0, min(a[2], b[2]) - max(a[0], b[0]))
-    height = max(0, min(a[3], b[3]) - max(a[1], b[1]))
-    areas = [(box[2] - box[0]) * (box[3] - box[1]) for box in (a, b)]
-    return width * height / (sum(areas) - width * height)
 
 
 def bin_of(attribute, row, edges):
@@ -665,6 +650,9 @@ def test_damaged_image_in_the_middle(damage, detector, tmp_path, capsys):
         image.unlink()
     sentence = failure(capsys, detector, *arguments, options=[f'data_root={root}'])
     assert sentence.startswith(f"error: cannot read the image '{image}': ")
+    # Nothing before it is lost: the files of records end at the image.
+    ends = [int(path.stem[9:]) for path in (out / 'records' / 'statistics').glob('*.npz')]
+    assert max(ends) == 2
     first = next((out / 'records' / 'statistics').glob('*.npz'))
     written = first.stat().st_mtime_ns
     image.write_bytes(kept)
@@ -820,6 +808,53 @@ def test_two_checkpoints_of_a_training(detector, finished, tmp_path, capsys):
     assert not (tmp_path / 'new').exists()
 
 
+def test_detectors_and_classifiers_are_not_compared(
+    detector, finished, finished_classifier, tmp_path, capsys
+):
+    sentence = failure(capsys, detector, tmp_path / 'new', '--compare', str(finished_classifier))
+    assert '--compare' in sentence
+    assert 'classification' in sentence
+    assert str(finished_classifier) in sentence
+    assert not (tmp_path / 'new').exists()
+
+
+def test_image_that_is_gone_when_the_report_is_written(detector, tmp_path, capsys, monkeypatch):
+    """It is missing there, and a note says so; everything else is as it would be."""
+    read = AnalysisData.image
+
+    def image(self, index):
+        if index == 1:
+            raise ConfigError("cannot read the image 'one.jpg': No such file or directory")
+        return read(self, index)
+
+    monkeypatch.setattr(AnalysisData, 'image', image)
+    detector(tmp_path / 'out', '--no-interventions')
+    said = capsys.readouterr().out
+    assert 'note: missing in the report: 1 of the images; cannot read the image' in said
+    assert (tmp_path / 'out' / 'report.html').exists()
+
+
+@pytest.mark.parametrize('name', ['experts.json', 'explorer.json', '.npz'])
+def test_folder_that_becomes_read_only(name, detector, tmp_path, capsys, monkeypatch):
+    """One sentence; what is there stays, and the same command finishes the work."""
+    replace = os.replace
+
+    def refuse(source, target):
+        if str(target).endswith(name):
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+        replace(source, target)
+
+    out = tmp_path / 'out'
+    arguments = (out, '--no-interventions', '--max-images', '2')
+    with monkeypatch.context() as patch:
+        patch.setattr(files.os, 'replace', refuse)
+        sentence = failure(capsys, detector, *arguments)
+    assert 'cannot be written: Read-only file system' in sentence
+    assert not list(out.rglob('*.tmp'))
+    detector(*arguments)
+    assert (out / 'report.html').exists()
+
+
 def test_another_checkpoint_in_the_same_folder(detector, finished, tmp_path, capsys):
     out = tmp_path / 'out'
     shutil.copytree(finished, out)
@@ -844,7 +879,9 @@ def test_another_checkpoint_in_the_same_folder(detector, finished, tmp_path, cap
     assert experts == fresh
 
 
-@pytest.mark.parametrize('arguments', [('--max-images', '0'), ('--score-thr', '1')])
+@pytest.mark.parametrize(
+    'arguments', [('--max-images', '0'), ('--score-thr', '1'), ('--cam', '33'), ('--cam', '-1')]
+)
 def test_values_out_of_range(arguments, detector, tmp_path, capsys):
     sentence = failure(capsys, detector, tmp_path / 'out', *arguments)
     assert '='.join(arguments) in sentence
@@ -857,6 +894,32 @@ def test_default_folder(detector):
 
 
 # Mistakes -----------------------------------------------------------------------------------------
+
+
+def test_exports_say_what_is_in_their_way(detector, tmp_path, capsys):
+    (tmp_path / 'file').touch()
+    said = failure(capsys, detector, tmp_path / 'out', '--projector', str(tmp_path))
+    assert f"--projector: '{tmp_path}' is not empty" in said
+    said = failure(capsys, detector, tmp_path / 'out', '--fiftyone', str(tmp_path / 'file'))
+    assert f"--fiftyone: '{tmp_path / 'file'}' is a file" in said
+    assert not (tmp_path / 'out').exists()
+
+
+def test_exports_and_looks(detector, tmp_path):
+    """All in one run: the files are there, and the report has the pictures."""
+    pytest.importorskip('captum')
+    paths = [tmp_path / name for name in ('out', 'fiftyone', 'projector')]
+    detector(
+        paths[0], '--no-interventions', '--max-images', '2', '--score-thr', '0', '--cam', '1',
+        '--fiftyone', str(paths[1]), '--projector', str(paths[2]),
+    )  # fmt: skip
+    samples = json.loads((paths[1] / 'samples.json').read_text())['samples']
+    assert [Path(sample['filepath']).exists() for sample in samples] == [True, True]
+    assert len(list(paths[2].glob('*/*/tensors.tsv'))) == len(LAYERS)
+    for layer in LAYERS:
+        assert (paths[0] / 'figures' / layer / 'cam_000000.png').exists()
+    pictures = json.loads((paths[0] / 'explorer.json').read_text())['pictures']
+    assert [picture['layer'] for picture in pictures] == LAYERS
 
 
 def test_model_without_experts(detector, tmp_path, capsys):

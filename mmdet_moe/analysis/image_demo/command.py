@@ -262,7 +262,7 @@ class ImageDemo:
             for name in self.layers
         }
         for name, of_layer in looks.items():  # which run the model again: the last thing to do
-            title = f'{path.name}: where the main expert e looks, and its weight'
+            title = f'{path.name}: where the main experts e look, and their weights'
             if of_layer:
                 yield (
                     f'{name}_cam',

@@ -52,10 +52,13 @@ def draw_counterfactual(layer: str, found: dict) -> Figure:
     right = [row for row in right if row[1]['num']]
     measure = 'score of the object' if is_score else 'share of images that are right'
     better, high = found['over_random'], 100 * found['best_share']['value']
+    low, top = better['interval']
+    number = f'{found["num_objects"]:,} {things}'
+    if is_score:
+        number += f' of {found["num_images"]:,} images'
     title = (
-        f'{layer}: is the choice of the expert a good one? {found["num_objects"]:,} {things} of '
-        f'{found["num_images"]:,} images\nmain expert minus a random one '
-        f'{better["value"]:+.3f} ({better["interval"][0]:+.3f} to {better["interval"][1]:+.3f}); '
+        f'{layer}: is the choice of the expert a good one? {number}\nmain expert minus a random '
+        f'one {better["value"]:+.3f} ({low:+.3f} to {top:+.3f}); '
         f'the best one is chosen for {high:.0f} % of the {things}, by a random choice for '
         f'{100 * found["best_share_random"]["value"]:.0f} %'
     )

@@ -71,9 +71,9 @@ def write_looks(study: Study, number: int, folder: Path) -> list[tuple[str, str,
                     write(figure, name, 'routing', index, 'Routing')
             for name, found in looks.items():  # which run the model again: the last thing to do
                 if found:
-                    title = f'image {index}: where the main expert e looks, and its weight'
+                    title = f'image {index}: where the main experts e look, and their weights'
                     figure = draw_looks(study.model, inputs, tracer, name, found, title)
-                    write(figure, name, 'cam', index, 'Where the main expert looks')
+                    write(figure, name, 'cam', index, 'Where the main experts look')
     return written
 
 

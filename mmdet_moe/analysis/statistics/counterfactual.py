@@ -23,8 +23,7 @@ from torchvision.ops import box_iou
 from mmdet_moe.analysis.records.contents import (
     BoxRecords,
     ChangedClassRecords,
-    ClassifierRecords,
-    DetectorRecords,
+    LayerRecords,
     concatenated,
     select,
 )
@@ -87,13 +86,9 @@ def _only(study: Study, layer: str) -> list[int]:
     ]
 
 
-def _chosen(
-    records: Sequence[DetectorRecords | ClassifierRecords], layer: int, counts: Sequence[int]
-) -> np.ndarray:
-    """The expert with the most weight behind each object, int64 (n,); -1 where nobody is."""
-    weights = np.concatenate(
-        [mean_weights(r.layers[layer], n) for r, n in zip(records, counts, strict=True)]
-    )
+def _chosen(layer: LayerRecords, count: int) -> np.ndarray:
+    """The expert with the most weight behind each of so many objects; -1 where nobody is."""
+    weights = mean_weights(layer, count)
     return np.where(np.isnan(weights).any(1), -1, np.nan_to_num(weights).argmax(1))
 
 
@@ -101,12 +96,16 @@ def _chosen(
 
 
 def _of_detector(study: Study, only: dict[str, list[int]]) -> dict[str, tuple]:
-    records = list(study.records)
-    objects = concatenated([part.objects for part in records])
+    place = {name: i for i, name in enumerate(study.layers)}
+    parts, own, chosen = [], [], {name: [] for name in only}
+    for part in study.records:  # no more of them is kept in memory than that
+        parts.append(part.objects)
+        own.append(object_scores(part.detections, part.objects))
+        for name, of_layer in chosen.items():
+            of_layer.append(_chosen(part.layers[place[name]], len(part.objects.label)))
+    objects = concatenated(parts)
     wanted = ~objects.crowd
     real = select(objects, wanted)
-    own = object_scores(concatenated([part.detections for part in records]), real)
-    counts = [len(part.objects.label) for part in records]
     scores = {name: np.zeros((len(real.label), len(made))) for name, made in only.items()}
     classes = len(study.data.classes)
     tables = {
@@ -133,7 +132,7 @@ def _of_detector(study: Study, only: dict[str, list[int]]) -> dict[str, tuple]:
         name: (
             Alone(
                 real.image, real.label, box_sizes(real.box),
-                _chosen(records, list(study.layers).index(name), counts)[wanted], own, scores[name],
+                np.concatenate(chosen[name])[wanted], np.concatenate(own)[wanted], scores[name],
             ),
             tables.get(name),
         )
@@ -215,11 +214,15 @@ def _by_image(
 
 
 def _of_classifier(study: Study, only: dict[str, list[int]]) -> dict[str, tuple]:
-    records = list(study.records)
-    image = np.concatenate([part.images.index for part in records])
-    truth = concatenated([part.classes for part in records])
+    place = {name: i for i, name in enumerate(study.layers)}
+    images, parts, chosen = [], [], {name: [] for name in only}
+    for part in study.records:
+        images.append(part.images.index)
+        parts.append(part.classes)
+        for name, of_layer in chosen.items():
+            of_layer.append(_chosen(part.layers[place[name]], len(part.classes.label)))
+    image, truth = np.concatenate(images), concatenated(parts)
     changed: ChangedClassRecords = concatenated(list(study.changed))
-    counts = [len(part.classes.label) for part in records]
     classes = len(study.data.classes)
     found = {}
     for name, made in only.items():
@@ -232,8 +235,7 @@ def _of_classifier(study: Study, only: dict[str, list[int]]) -> dict[str, tuple]
         found[name] = (
             Alone(
                 image, truth.label, np.full(len(image), np.nan),
-                _chosen(records, list(study.layers).index(name), counts),
-                (truth.prediction == truth.label).astype(float),
+                np.concatenate(chosen[name]), (truth.prediction == truth.label).astype(float),
                 (predicted == truth.label[:, None]).astype(float),
             ),
             table,

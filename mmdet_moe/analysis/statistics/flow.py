@@ -8,7 +8,6 @@ well. That two choices go together does not mean that one causes the other: both
 pyramid level, say.
 """
 
-from collections.abc import Iterable
 from itertools import pairwise
 
 import numpy as np
@@ -23,6 +22,7 @@ MAX_EXPERTS = 64
 #: Of whole images, for the information that two layers have in common by chance; and how many
 #: units they are tried on at most, of images at even distances.
 PERMUTATIONS, MAX_UNITS = 199, 200_000
+UNITS = ('image', 'decision')
 Mains = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
@@ -35,78 +35,87 @@ def flows(study: Study) -> list[dict]:
     names = [n for n in study.order if 1 < study.layers[n].num_experts <= MAX_EXPERTS]
     if len(names) < 2:
         return []
-    number = {name: i for i, name in enumerate(study.layers)}
-
-    def step(first: str, second: str, unit: str) -> dict | None:
-        pairs = (
-            (part.layers[number[first]].decisions, part.layers[number[second]].decisions)
-            for part in study.records
-        )
-        found = count_step(pairs, unit)
-        return None if found is None else {'from': first, 'to': second, **found}
-
+    place = {name: i for i, name in enumerate(study.layers)}
+    steps = {(*pair, unit): Step(unit) for pair in pairwise(names) for unit in UNITS}
+    for part in study.records:
+        for (first, second, _), step in steps.items():
+            step.add(*(part.layers[place[name]].decisions for name in (first, second)))
+    found = {
+        (first, second, unit): {'from': first, 'to': second, **step.as_dict()}
+        for (first, second, unit), step in steps.items()
+        if step.fits
+    }
     runs: list[list[dict]] = [[]]
     for pair in pairwise(names):
-        found = step(*pair, 'decision')
-        if found is None:
-            runs.append([])
+        if (*pair, 'decision') in found:
+            runs[-1].append(found[(*pair, 'decision')])
         else:
-            runs[-1].append(found)
-    chosen = [('decision', steps) for steps in runs if steps]
+            runs.append([])
+    chosen = [('decision', run) for run in runs if run]
     if len(runs) > 1:
-        chosen.insert(0, ('image', [step(*pair, 'image') for pair in pairwise(names)]))
+        chosen.insert(0, ('image', [found[(*pair, 'image')] for pair in pairwise(names)]))
     return [
-        {'unit': unit, 'layers': [steps[0]['from'], *(s['to'] for s in steps)], 'steps': steps}
-        for unit, steps in chosen
+        {'unit': unit, 'layers': [run[0]['from'], *(step['to'] for step in run)], 'steps': run}
+        for unit, run in chosen
     ]
 
 
-def count_step(made: Iterable[tuple[DecisionRecords, DecisionRecords]], unit: str) -> dict | None:
+class Step:
     """From one layer to the next one.
 
     Args:
-        made: What both decided for the same images, file by file.
-        unit: ``'image'``, or ``'decision'``.
+        unit: One of :data:`UNITS`.
 
-    Returns:
-        ``num_units``, ``counts`` (E, E'), and ``mi``, the mutual information of the two main
+    Attributes:
+        fits: Whether there are such units; False once decisions were not for the same items.
+    """
+
+    def __init__(self, unit: str) -> None:
+        self.unit = unit
+        self.fits = True
+        self._parts: list[Mains] = []
+        self._experts = (0, 0)
+
+    def add(self, first: DecisionRecords, second: DecisionRecords) -> None:
+        """What both layers decided for the same images."""
+        self._experts = (first.weights.shape[1], second.weights.shape[1])
+        if self.unit == 'image':
+            self._parts.append(_of_images(first, second))
+            return
+        self.fits = self.fits and _correspond(first, second)
+        if self.fits:
+            order = np.argsort(first.unit, kind='stable')  # image by image
+            mains = (x.weights.argmax(1)[order] for x in (first, second))
+            self._parts.append((first.image[order], *mains))
+
+    def as_dict(self) -> dict:
+        """``num_units``, ``counts`` (E, E'), and ``mi``, the mutual information of the two main
         experts in nats. ``chance`` is its mean, ``p_value`` the share of it that is as large, with
         whole images permuted: what all images have in common, such as what their levels do to both
-        layers, stays. Both are None where images have different numbers of decisions. None for
-        decisions that are not for the same items.
-    """
-    parts: list[Mains] = []
-    for first, second in made:
-        experts = (first.weights.shape[1], second.weights.shape[1])
-        if unit == 'image':
-            parts.append(_of_images(first, second))
-            continue
-        if not _correspond(first, second):
-            return None
-        order = np.argsort(first.unit, kind='stable')  # image by image
-        mains = (x.weights.argmax(1)[order] for x in (first, second))
-        parts.append((first.image[order], *mains))
-    image, a, b = (np.concatenate(columns) for columns in zip(*parts, strict=True))
-    found = {
-        'num_units': len(image),
-        'counts': _joint(a, b, experts).astype(int).tolist(),
-        'mi': _information(a, b, experts),
-        'chance': None,
-        'p_value': None,
-    }
-    each = np.unique(image, return_counts=True)[1]
-    if len(each) and (each == each[0]).all():
-        stride = -(-len(image) // MAX_UNITS)
-        a, b = (x.reshape(len(each), -1)[::stride] for x in (a, b))
-        observed, rng = _information(a, b, experts), np.random.default_rng(0)
-        permuted = [_information(a, rng.permutation(b), experts) for _ in range(PERMUTATIONS)]
-        reached = sum(mi >= observed - 1e-9 for mi in permuted)
-        found |= {
-            'mi': observed,
-            'chance': float(np.mean(permuted)),
-            'p_value': (1 + reached) / (1 + PERMUTATIONS),
+        layers, stays. Both are None where images have different numbers of decisions.
+        """
+        experts = self._experts
+        image, a, b = (np.concatenate(columns) for columns in zip(*self._parts, strict=True))
+        found = {
+            'num_units': len(image),
+            'counts': _joint(a, b, experts).astype(int).tolist(),
+            'mi': _information(a, b, experts),
+            'chance': None,
+            'p_value': None,
         }
-    return found
+        each = np.unique(image, return_counts=True)[1]
+        if len(each) and (each == each[0]).all():
+            stride = -(-len(image) // MAX_UNITS)
+            a, b = (x.reshape(len(each), -1)[::stride] for x in (a, b))
+            observed, rng = _information(a, b, experts), np.random.default_rng(0)
+            permuted = [_information(a, rng.permutation(b), experts) for _ in range(PERMUTATIONS)]
+            reached = sum(mi >= observed - 1e-9 for mi in permuted)
+            found |= {
+                'mi': observed,
+                'chance': float(np.mean(permuted)),
+                'p_value': (1 + reached) / (1 + PERMUTATIONS),
+            }
+        return found
 
 
 def _correspond(first: DecisionRecords, second: DecisionRecords) -> bool:

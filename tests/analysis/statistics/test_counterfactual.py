@@ -14,10 +14,8 @@ from mmdet_moe.analysis.records.contents import (
     ClassifierRecords,
     ClassRecords,
     DetectionRecords,
-    DetectorLayerRecords,
     DetectorRecords,
     ImageRecords,
-    LayerRecords,
     LinkRecords,
     ObjectRecords,
 )
@@ -110,7 +108,7 @@ def detector_records():
     truth = objects((0, A, 0, False), (0, B, 1, False), (0, C, 0, True), (1, A, 1, False))
     found = boxes((0, A, 0.7, 0), (1, A, 0.5, 1))
     detections = DetectionRecords(**vars(found), level=np.zeros(2), match=np.array([0, 3]))
-    layer = DetectorLayerRecords(None, links([0, 1, 0, -1]), None, None)
+    layer = SimpleNamespace(links=links([0, 1, 0, -1]))
     return DetectorRecords(ImageRecords(None, None), detections, truth, [layer])
 
 
@@ -158,7 +156,7 @@ def test_classifier_against_scikit_learn():
     sure = np.ones(40, np.float32)
     classes = ClassRecords(label, predicted[:, 1], sure, sure, np.full(40, -1))
     images = ImageRecords(np.arange(40, dtype=np.int32), np.full((40, 2), 8, np.int32))
-    records = ClassifierRecords(images, classes, [LayerRecords(None, links(chosen), None)])
+    records = ClassifierRecords(images, classes, [SimpleNamespace(links=links(chosen))])
     changed = [ChangedClassRecords(predicted)]
     names = ['a', 'b', 'c']
     result = counterfactuals(study([records], changed, ONLY, names, False))['layer']

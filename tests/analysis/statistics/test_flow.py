@@ -8,17 +8,25 @@ from sklearn.metrics import mutual_info_score
 from sklearn.metrics.cluster import contingency_matrix
 
 from mmdet_moe.analysis.records.contents import DecisionRecords
-from mmdet_moe.analysis.statistics.flow import count_step, flows
+from mmdet_moe.analysis.statistics.flow import Step, flows
+
+
+def count(made, unit):
+    """What a step says of several files; None without such units."""
+    step = Step(unit)
+    for pair in made:
+        step.add(*pair)
+    return step.as_dict() if step.fits else None
 
 
 def decisions(mains, num_experts, per_image=1, order=None):
     """Decisions with given main experts, ``per_image`` levels of each image."""
-    count = len(mains)
-    image, level = np.divmod(np.arange(count), per_image)
-    weights = np.full((count, num_experts), 0.1)
-    weights[np.arange(count), mains] = 0.9
-    made = (image, image * 2**28 + level, level, np.full((count, 2), np.nan), weights)
-    order = np.arange(count) if order is None else order
+    rows = np.arange(len(mains))
+    image, level = np.divmod(rows, per_image)
+    weights = np.full((len(mains), num_experts), 0.1)
+    weights[rows, mains] = 0.9
+    made = (image, image * 2**28 + level, level, np.full((len(mains), 2), np.nan), weights)
+    order = rows if order is None else order
     return DecisionRecords(*(column[order] for column in made))
 
 
@@ -36,7 +44,7 @@ def test_decisions_on_the_same_items_are_followed_one_by_one():
     rng = np.random.default_rng(0)
     a = rng.integers(0, 3, 120)
     b = np.where(rng.random(120) < 0.7, a, rng.integers(0, 3, 120))
-    found = count_step(halves(decisions(a, 3, 2), decisions(b, 4, 2)), 'decision')
+    found = count(halves(decisions(a, 3, 2), decisions(b, 4, 2)), 'decision')
     assert found['num_units'] == 120
     np.testing.assert_array_equal(np.array(found['counts'])[:, :3], contingency_matrix(a, b))
     assert found['mi'] == pytest.approx(mutual_info_score(a, b))
@@ -48,9 +56,7 @@ def test_what_all_images_have_in_common_is_chance():
     """Both layers follow the level alone: nothing in common beyond it, in whatever order."""
     level = np.tile([0, 1], 50)
     order = np.argsort(level, kind='stable')  # level by level, as a batch comes
-    found = count_step(
-        [(decisions(level, 2, 2, order), decisions(1 - level, 2, 2, order))], 'decision'
-    )
+    found = count([(decisions(level, 2, 2, order), decisions(1 - level, 2, 2, order))], 'decision')
     assert found['mi'] == pytest.approx(np.log(2))
     assert (found['chance'], found['p_value']) == (pytest.approx(np.log(2)), 1)
 
@@ -61,8 +67,8 @@ def test_other_items_are_summed_up_by_image():
     first = decisions(a, 3, 2)
     first.weights[0] = [0.95, 0.05, 0]  # outweighs the 0.9 of the other level
     second = decisions(np.array([1, 0, 0]), 2)
-    assert count_step([(first, second)], 'decision') is None
-    found = count_step([(first, second)], 'image')
+    assert count([(first, second)], 'decision') is None
+    found = count([(first, second)], 'image')
     assert found['num_units'] == 3
     assert found['counts'] == [[0, 1], [1, 0], [1, 0]]
 
