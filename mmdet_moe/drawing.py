@@ -172,12 +172,12 @@ def level_names(num_levels: int) -> list[str]:
     return names
 
 
-def darkest(shares: np.ndarray) -> float:
-    """The share, of E experts in the last dimension, that a heat map draws black.
+def darkest(experts: int) -> float:
+    """The share, of so many experts, that a heat map draws black, or more: the same for all runs.
 
-    The fair share 1 / E is never darker than the middle.
+    Eight times the fair share of 1 / E, which no heat map draws darker than light grey, or all.
     """
-    return max(float(np.max(shares)), min(1.0, 2 / np.shape(shares)[-1]))
+    return min(1.0, 8 / experts)
 
 
 def plot_heat_map(
@@ -188,6 +188,7 @@ def plot_heat_map(
     vmax: float = 1.0,
     numbers: str | None = '.2f',
     fontsize: float | None = None,
+    faded: np.ndarray | None = None,
 ) -> QuadMesh:
     """Values from white (0) to black (``vmax``), as cells of a table.
 
@@ -199,7 +200,9 @@ def plot_heat_map(
         vmax: The value that is black.
         numbers: Format of the number in each cell; None for no numbers.
         fontsize: Of the numbers, in points.
+        faded: bool (R, C), cells that are not to be read, drawn pale. Default: none.
     """
+    faded = np.zeros(np.shape(values), bool) if faded is None else faded
     values = np.asarray(values, dtype=float)
     vmax = vmax if vmax > 0 else 1.0
     # Cells and not pixels: sharp in a PDF at any zoom.
@@ -213,9 +216,12 @@ def plot_heat_map(
         edgecolors='0.8',
         linewidth=0.3 if values.shape[1] <= 32 else 0,
     )
+    if faded.any():
+        mesh.set_alpha(np.where(faded, 0.25, 1.0))
     if numbers is not None:
         for (row, column), value in np.ndenumerate(values):
-            colour = 'white' if value > 0.5 * vmax else 'black'
+            is_dark = value > 0.5 * vmax and not faded[row, column]
+            colour = 'white' if is_dark else '0.55' if faded[row, column] else 'black'
             axes.text(
                 column,
                 row,

@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mmdet_moe.analysis.files import EXPERTS_FILE, REPORT_FILE
+from mmdet_moe.analysis.report.verdict import spoken
 from mmdet_moe.datasets import digit_scenes
 from mmdet_moe.errors import ConfigError, exit_on_user_error
 from research.plots import plot_overview
@@ -85,8 +86,8 @@ def run_demo(args: argparse.Namespace) -> None:
     reused = (moe / 'experts' / EXPERTS_FILE).exists()
     folder, experts = analyse(moe)
     if reused:
-        for sentence in experts['verdict']:
-            console.print(f'- {sentence}', markup=False, highlight=False)
+        for line in spoken(experts['verdict']):
+            console.print(line, markup=False, highlight=False)
     images = sorted((args.data / 'val2017').iterdir())[:NUM_PICTURES]
     figure = args.work_dir / 'overview.png'
     plot_overview(draw_detections(moe, images), results['MoE, soft'].layers, figure)

@@ -22,6 +22,18 @@ def association(bins, counts, edges=None, **fields):
     of_expert, of_bin = counts.sum(0), counts.sum(1)
     p = counts / max(counts.sum(), 1e-12)
     mi = entropy(p.sum(0)) + entropy(p.sum(1)) - entropy(p.ravel())
+    information = {
+        'mi': max(0.0, mi),
+        'chance': 0.004,
+        'p_value': 0.001,
+        'p_adjusted': 0.002,
+        'interval': [0.9 * max(0.0, mi), 1.1 * max(0.0, mi)],
+        'permutations': 999,
+        'num_units': 1000,
+        'num_images': 200,
+        'mi_max': min(entropy(p.sum(0)), entropy(p.sum(1))),
+    }
+    given = {**information, 'mi': 0.3 * max(0.0, mi), 'interval': [0.2 * mi, 0.4 * mi]}
     return {
         'bins': list(bins),
         'edges': edges,
@@ -33,12 +45,9 @@ def association(bins, counts, edges=None, **fields):
         'expert_given_bin': np.divide(
             counts, of_bin[:, None], where=of_bin[:, None] > 0, out=counts * 0
         ).tolist(),
-        'mi': max(0.0, mi),
-        'chance': 0.004,
-        'p_value': 0.001,
-        'permutations': 999,
-        'num_units': 1000,
-        'mi_max': min(entropy(p.sum(0)), entropy(p.sum(1))),
+        'cell_p': np.full(counts.shape, 0.001).tolist(),
+        **information,
+        'given': {'level': given},
         **fields,
     }
 
@@ -93,7 +102,7 @@ def make_experts(
     base = _metrics(rng, names, detection)
     experts = {
         'schema': 'mmdet_moe.experts',
-        'version': 2,
+        'version': 3,
         'run': {
             'config': 'synthetic',
             'checkpoint': 'iter_400.pth',
@@ -108,6 +117,9 @@ def make_experts(
             'num_levels': num_levels,
         },
         'metrics': base,
+        'metrics_interval': {
+            key: [value - 0.02, value + 0.02] for key, value in base.items() if key != 'per_class'
+        },
         'layers': {
             name: _layer(rng, num_experts, detection, num_levels, names, groups, superclasses)
             for name in layers
@@ -140,14 +152,9 @@ def _layer(rng, num_experts, detection, num_levels, names, groups, superclasses)
     pair = rng.uniform(0, 0.3, (num_experts, num_experts))
     coactivation = (pair + pair.T) / 2
     np.fill_diagonal(coactivation, 2 * load)
-    image = {
-        key: value
-        for key, value in association(['a', 'b'], [[1, 1], [1, 1]], mi=0.3, p_value=0.4).items()
-        if key not in ('bins', 'counts', 'bin_given_expert', 'expert_given_bin', 'edges', 'unit')
-    }
     importance = rng.dirichlet(np.full(num_experts, 8.0))
     paired = sorted(np.argsort(-importance)[:64].tolist())
-    associations = {'decisions': {'image': image}}
+    associations = {'decisions': {}}
     if num_levels:
         levels = [str(level) for level in range(num_levels)]
         table = joint(rng, num_levels, num_experts, 1000)
@@ -171,6 +178,8 @@ def _layer(rng, num_experts, detection, num_levels, names, groups, superclasses)
         'num_decisions': 1000,
         'load': load.tolist(),
         'importance': importance.tolist(),
+        'load_interval': np.stack([0.9 * load, 1.1 * load], axis=1).tolist(),
+        'importance_interval': np.stack([0.9 * importance, 1.1 * importance], axis=1).tolist(),
         'load_cv2': 0.1,
         'usage_entropy': entropy(load),
         'decision_entropy': 0.5,
@@ -200,7 +209,21 @@ def _intervention(rng, base, layer, kind, expert):
     }
     if kind == 'random' and 'AP large' in metrics:
         metrics['AP large'] = None
-    return {'layer': layer, 'kind': kind, 'expert': expert, 'metrics': metrics}
+    difference = {
+        key: {
+            'value': value - base[key],
+            'interval': [value - base[key] - 0.01, value - base[key] + 0.01],
+        }
+        for key, value in metrics.items()
+        if key != 'per_class' and value is not None
+    }
+    return {
+        'layer': layer,
+        'kind': kind,
+        'expert': expert,
+        'metrics': metrics,
+        'difference': difference,
+    }
 
 
 def _history(rng, num_experts, num_steps=40):

@@ -6,6 +6,7 @@ import torch
 from sklearn.metrics import mutual_info_score
 
 from mmdet_moe.analysis.records.contents import (
+    ControlRecords,
     DecisionRecords,
     DetectionRecords,
     DetectorLayerRecords,
@@ -118,7 +119,8 @@ def test_parts_of_records():
         ),
         [
             DetectorLayerRecords(
-                DecisionRecords(*[nothing] * 5), links, OriginRecords(nothing, nothing)
+                DecisionRecords(*[nothing] * 5), links, ControlRecords(*[nothing] * 3),
+                OriginRecords(nothing, nothing),
             )
         ],
     )  # fmt: skip

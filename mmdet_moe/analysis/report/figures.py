@@ -4,12 +4,16 @@
 interventions on all layers at once); <source> is ``decisions``, ``objects`` or ``detections``:
 
 ===============================  =================================================================
-``usage``                        load and importance of the experts
+``usage``                        load and importance of the experts, with 95 % intervals
 ``information``                  what the choice of the expert depends on: mutual information
 ``coactivation``                 which experts are chosen together
+``similarity``                   how alike the experts' weights and outputs are, and their tree
+``similarity_training``          how alike their weights are over the training
 ``history``                      load and importance over the training
 ``interventions``                change of the metrics with experts taken away or equalised
 ``polysemanticity``              which classes hang on which expert
+``counterfactual``               whether the main expert is the best one, and what is lost by whom
+``confusion``                    what each expert alone takes for what
 ``<source>_size_given_expert``   which sizes does an expert see
 ``<source>_expert_given_size``   who sees which size
 ``<source>_size_coco``           the same for COCO's three sizes
@@ -21,8 +25,10 @@ interventions on all layers at once); <source> is ``decisions``, ``objects`` or 
 ``<source>_position``            who sees which part of the image
 ===============================  =================================================================
 
-What has no data (a classifier's sizes, say) gets no figure. Of very many experts those with the
-most weight are drawn (:mod:`~mmdet_moe.analysis.report.shown`), and the title says so.
+Heat maps of shares have the same scale for all experts and runs; cells in which nothing but chance
+is seen are faded. What has no data (a classifier's sizes, say) gets no figure. Of very many experts
+those with the most weight are drawn (:mod:`~mmdet_moe.analysis.report.shown`), and the title says
+so.
 """
 
 import math
@@ -38,6 +44,8 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullFormatter, NullLocator
 
 from mmdet_moe.analysis.files import write_file
+from mmdet_moe.analysis.report.choices import draw_confusions, draw_counterfactual
+from mmdet_moe.analysis.report.likeness import draw_similarity, draw_similarity_over_training
 from mmdet_moe.analysis.report.shown import shown_interventions, shown_layer
 from mmdet_moe.analysis.statistics.bins import COCO_LIMITS
 from mmdet_moe.analysis.statistics.polysemanticity import class_drops
@@ -58,6 +66,8 @@ from mmdet_moe.drawing import (
 
 #: Bins with fewer things are faded: their shares are noise.
 FEW_THINGS = 10
+#: Cells of heat maps with larger p-values are faded.
+SIGNIFICANT_CELL = 0.05
 #: A heat map shows at most this many classes, those with the most things.
 MAX_CLASSES = 200
 #: So many experts, and classes, at most are shown with their drops.
@@ -81,9 +91,13 @@ def write_figures(experts: dict, folder: Path) -> list[Path]:
     paths = []
     with style():
         for layer, name, figure in draw_figures(experts):
-            place = folder / layer.replace('/', '_').replace('\\', '_')
-            paths += _write(figure, place, name)
+            paths += _write(figure, folder_of(folder, layer), name)
     return paths
+
+
+def folder_of(folder: Path, layer: str) -> Path:
+    """Where the figures of a layer are."""
+    return folder / layer.replace('/', '_').replace('\\', '_')
 
 
 def write_comparison(runs: Sequence[dict], folder: Path) -> list[Path]:
@@ -126,6 +140,12 @@ def draw_figures(experts: dict) -> Iterator[tuple[str, str, Figure]]:
         if (figure := _information(name, layer, experts['run'])) is not None:
             yield name, 'information', figure
         yield name, 'coactivation', _coactivation(name, layer)
+        similarity = layer.get('similarity') or {}
+        if similarity.get('weights'):
+            yield name, 'similarity', draw_similarity(name, similarity)
+        if similarity.get('training'):
+            drawn = draw_similarity_over_training(name, similarity['training'])
+            yield name, 'similarity_training', drawn
         if name in histories and histories[name]['step']:
             yield name, 'history', _history(name, histories[name])
         for source, attributes in layer['associations'].items():
@@ -138,6 +158,10 @@ def draw_figures(experts: dict) -> Iterator[tuple[str, str, Figure]]:
         drops = class_drops(name, metrics, interventions)
         if any(drop.any() for drop in drops.values()):
             yield name, 'polysemanticity', _polysemanticity(name, layer, metrics, drops)
+        if (alone := layer.get('counterfactual')) and alone['num_objects']:
+            yield name, 'counterfactual', draw_counterfactual(name, alone)
+            if alone['confusion']:
+                yield name, 'confusion', draw_confusions(name, alone['confusion'])
     for name in dict.fromkeys(entry['layer'] for entry in interventions):
         entries = [entry for entry in interventions if entry['layer'] == name]
         figure = _interventions(name, entries, metrics)
@@ -372,6 +396,8 @@ def _heat_maps(
     order = np.arange(len(counts)) if order is None else np.asarray(order)
     experts = counts.shape[1]
     widest = 4 if experts <= 4 else 3 if experts <= 8 else 2 if experts <= 16 else 1
+    if _faded(association).any():
+        title += f'\nfaded: cells with p > {SIGNIFICANT_CELL:g}'
     columns = min(math.ceil(len(order) / _ROWS_PER_COLUMN), widest)
     rows = math.ceil(len(order) / columns)
     crowded = rows > 25
@@ -381,12 +407,12 @@ def _heat_maps(
     figure = new_figure(width, row_height * rows + 1.5)
     _title(figure, title, association)
     numbers = '.2f' if experts <= 16 and columns == 1 and not crowded else None
-    vmax = darkest(shares)
+    vmax, faded = darkest(experts), _faded(association)
     ticks = _ticks(association, experts, most=16 if columns == 1 else 8)
     for panel, axes in enumerate(figure.subplots(1, columns, squeeze=False)[0]):
         chosen = order[panel * rows : (panel + 1) * rows]
         labels = [_shortened(str(association['bins'][b]), 30 // columns + 6) for b in chosen]
-        mesh = plot_heat_map(axes, shares[chosen], labels, ticks, vmax, numbers, 6.5)
+        mesh = plot_heat_map(axes, shares[chosen], labels, ticks, vmax, numbers, 6.5, faded[chosen])
         # All panels have the same number of rows, so that the cells are equally high.
         axes.set_ylim(rows - 0.5, -0.5)
         axes.tick_params(axis='both', labelsize=fontsize)
@@ -419,18 +445,20 @@ def _position(layer: str, things: str, association: dict) -> Figure:
     rows = math.ceil((experts + 1) / columns)
     size = PAGE_WIDTH / max(columns, 4)
     figure = new_figure(PAGE_WIDTH if columns > 3 else size * columns + 0.6, size * rows + 0.9)
-    _title(
-        figure, f'{layer}: which expert sees the {things} of which part of the image', association
-    )
+    title = f'{layer}: which expert sees the {things} of which part of the image'
+    if (faded := _faded(association)).any():
+        title += f'\nfaded: cells with p > {SIGNIFICANT_CELL:g}'
+    _title(figure, title, association)
     fontsize = 6.5 if columns <= 6 else None
     panels = figure.subplots(rows, columns, squeeze=False).ravel()
     blank = [''] * side
-    vmax = darkest(shares)
+    vmax = darkest(experts)
     for e in range(experts):
         cells = shares[:, e].reshape(side, side)
         mesh = plot_heat_map(
-            panels[e], cells, blank, blank, vmax, '.2f' if fontsize else None, fontsize
-        )
+            panels[e], cells, blank, blank, vmax, '.2f' if fontsize else None, fontsize,
+            faded[:, e].reshape(side, side),
+        )  # fmt: skip
         panels[e].set_title(f'expert {ids[e]}' if columns <= 6 else str(ids[e]), pad=3)
     number = counts.sum(1).reshape(side, side)
     plot_heat_map(
@@ -463,7 +491,7 @@ def _coactivation(layer: str, content: dict) -> Figure:
     figure = _titled(_noted(title, content), side + 1.2, side + 0.6)
     axes = figure.add_subplot()
     ticks = _ticks(content, experts)
-    mesh = plot_heat_map(axes, values, ticks, ticks, values.max(), numbers, 6.5)
+    mesh = plot_heat_map(axes, values, ticks, ticks, 1.0, numbers, 6.5)
     axes.set_yticks([e for e in range(experts) if ticks[e]], [t for t in ticks if t])
     axes.set_aspect('equal')
     axes.set_xlabel('expert')
@@ -496,6 +524,9 @@ def _usage(layer: str, content: dict) -> Figure:
         places + 0.2, content['importance'], 0.38, color='0.92', edgecolor='black', linewidth=0.5,
         hatch='////', label=names[1],
     )  # fmt: skip
+    for key, offset in (('load', -0.2), ('importance', 0.2)):
+        if ends := content.get(f'{key}_interval'):
+            axes.vlines(places + offset, *np.array(ends).T, color='black', linewidth=1)
     axes.axhline(1 / count, color='black', linewidth=0.8, linestyle='--', label='fair share')
     for e in dead:
         # The cross stands where the bars would.
@@ -513,40 +544,77 @@ def _usage(layer: str, content: dict) -> Figure:
 
 
 def _information(layer: str, content: dict, run: dict) -> Figure | None:
-    """Mutual information of each attribute with the expert, its maximum, and what chance gives.
+    """Mutual information of each attribute with the expert, by itself and given others.
 
-    None where nothing is known.
+    With intervals, what chance gives, the largest value possible, and, where they are known,
+    routers with random weights and one that knows the level alone. None where nothing is known.
     """
-    rows = [
-        (f'{attribute.replace("_coco", " (COCO)")} of the {_things(source, run)}', association)
-        for source, attributes in content['associations'].items()
-        for attribute, association in attributes.items()
-        if association.get('mi') is not None
-    ]
+    rows = []
+    for source, attributes in content['associations'].items():
+        for attribute, association in attributes.items():
+            if association.get('mi') is None:
+                continue
+            of_source = f'{attribute.replace("_coco", " (COCO)")} of the {_things(source, run)}'
+            rows.append((of_source, None, association, _controls(association, None)))
+            for given, found in (association.get('given') or {}).items():
+                name = f'given the {given}'
+                rows.append((name, given, found, _controls(association, given)))
     if not rows:
         return None
     title = f'{layer}: what the choice of the expert depends on'
-    figure = _titled(title, PAGE_WIDTH, 1.4 + 0.24 * len(rows))
+    figure = _titled(title, PAGE_WIDTH, 1.6 + 0.2 * len(rows))
     axes = figure.add_subplot()
     places = np.arange(len(rows))
 
-    def column(key: str) -> list[float]:
-        return [math.nan if a.get(key) is None else a[key] for _, a in rows]
+    def column(key: str) -> np.ndarray:
+        return np.array([a.get(key) for *_, a, _ in rows], float)
 
-    axes.barh(places, column('mi_max'), 0.62, color='0.92', label='largest value possible')
-    axes.barh(places, column('mi'), 0.62, color='0.4', label='mutual information')
+    conditional = np.array([given is not None for _, given, *_ in rows])
+    mi = column('mi')
+    axes.barh(places, column('mi_max'), 0.62, color='0.93', label='largest value possible')
+    axes.barh(places[~conditional], mi[~conditional], 0.62, color='0.4', label='by itself')
+    if conditional.any():
+        axes.barh(
+            places[conditional], mi[conditional], 0.62, color='0.7', edgecolor='0.4',
+            linewidth=0.5, hatch='////', label='given level or class',
+        )  # fmt: skip
+    ends = np.array([a.get('interval') or (math.nan, math.nan) for *_, a, _ in rows], float)
+    axes.hlines(places, *ends.T, color='black', linewidth=1.4, label='95 % interval, without bias')
     axes.plot(
         column('chance'), places, '|', color='black', markersize=9, markeredgewidth=1.6,
-        label='by chance (mean of the permutations)',
+        label='by chance (mean of the flips)',
     )  # fmt: skip
-    for place, (_, association) in zip(places, rows, strict=True):
-        _beside(axes, place, f'{association["mi"]:.3f} nats, {_p_value(association)}', 4)
-    axes.set_yticks(places, [_shortened(name, 40) for name, _ in rows])
+    for name, (label, marker) in _CONTROLS.items():
+        values = np.array([controls.get(name) for *_, controls in rows], float)
+        if not np.isnan(values).all():
+            axes.plot(
+                values, places, marker, color='0.55', markeredgecolor='white', markersize=6,
+                label=label,
+            )  # fmt: skip
+    for place, (_, given, association, _) in zip(places, rows, strict=True):
+        text = f'{association["mi"]:.3f} nats, {_p_value(association)}'
+        _beside(axes, place, text, 4, color='black' if given is None else '0.35')
+    names = [f'    {name}' if given else name for name, given, *_ in rows]
+    axes.set_yticks(places, [_shortened(name, 40) for name in names])
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.set_xlim(left=0)
     axes.set_xlabel('mutual information with the expert (nats)')
     figure.legend(loc='outside lower center', ncols=3)
     return figure
+
+
+def _controls(association: dict, given: str | None) -> dict[str, float | None]:
+    controls = association.get('controls') or {}
+    if given is None:
+        return {name: control.get('mi') for name, control in controls.items()}
+    return {name: (control.get('given') or {}).get(given) for name, control in controls.items()}
+
+
+def _faded(association: dict) -> np.ndarray:
+    """bool (B, E), cells in which nothing but chance is seen; none where that is not known."""
+    shape = np.shape(association['counts'])
+    p = association.get('cell_p')
+    return np.zeros(shape, bool) if p is None else np.array(p) > SIGNIFICANT_CELL
 
 
 def _history(layer: str, history: dict) -> Figure:
@@ -592,7 +660,13 @@ def _interventions(layer: str, entries: list[dict], unchanged: dict) -> Figure |
             for value in ((entry['metrics'] or {}).get(metric) for entry in entries)
         ]
         axes.axvline(0, color='black', linewidth=0.7)
-        axes.barh(places, changes, 0.62, color='0.45')
+        ends = [
+            ((entry.get('difference') or {}).get(metric) or {}).get('interval')
+            or (math.nan, math.nan)
+            for entry in entries
+        ]
+        axes.barh(places, changes, 0.62, color='0.6')
+        axes.hlines(places, *(100 * np.array(ends, float).T), color='black', linewidth=1.2)
         for place, change in zip(places, changes, strict=True):
             _beside(axes, place, _signed(change), 28, ha='right')
         axes.set_title(f'{metric}\n(unchanged {100 * unchanged[metric]:.1f} %)')
@@ -604,7 +678,7 @@ def _interventions(layer: str, entries: list[dict], unchanged: dict) -> Figure |
     labels = [names.get(e['kind'], e['kind']).format(e['expert']) for e in entries]
     panels[0].set_yticks(places, labels)
     panels[0].set_ylim(len(entries) - 0.5, -0.5)
-    figure.supxlabel('change in percentage points', fontsize=8)
+    figure.supxlabel('change in percentage points; lines: 95 % intervals', fontsize=8)
     return figure
 
 
@@ -749,7 +823,7 @@ def _ticks(content: dict, experts: int, most: int = 16) -> list[str]:
 
 
 def _p_value(association: dict) -> str:
-    p = association.get('p_value')
+    p = association.get('p_adjusted', association.get('p_value'))
     return 'p unknown' if p is None else f'p = {p:.3f}' if p >= 0.0005 else 'p < 0.001'
 
 
@@ -775,6 +849,11 @@ def _shortened(text: str, most: int) -> str:
     return textwrap.shorten(text[: most - 1], most, placeholder='') + '…'
 
 
+# What each control is called, and its mark.
+_CONTROLS = {
+    'random': ('routers with random weights', 'D'),
+    'level': ('knows the level alone', '^'),
+}
 _FIGURES: dict[str, dict[str, Callable[[str, str, dict], Figure]]] = {
     'size': {'size_given_expert': _size_given_expert, 'expert_given_size': _expert_given_size},
     'size_coco': {'size_coco': _in_order('{} of which size (COCO: 32 and 96 px)')},

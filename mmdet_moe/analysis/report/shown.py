@@ -8,17 +8,20 @@ from mmdet_moe.analysis.statistics.layer_statistics import MAX_PAIRED
 MAX_SHOWN = MAX_PAIRED
 #: Interventions with one expert zeroed that pictures show, those that cost most.
 MAX_ZEROED = 16
-_TABLES = ('counts', 'bin_given_expert', 'expert_given_bin')
+_TABLES = (
+    *('counts', 'bin_given_expert', 'expert_given_bin', 'cell_p'),
+    *('bin_given_expert_interval', 'expert_given_bin_interval'),
+)
 
 
 def shown_layer(layer: dict) -> dict:
     """A layer's entry of ``experts.json`` with :data:`MAX_SHOWN` experts at most.
 
-    ``experts`` are the numbers of those that are shown, ascending; ``load``, ``importance``,
-    ``dead_experts`` and the tables are theirs alone, at their places: ``experts[i]`` is the number
-    of the i-th. Shares stay shares of all, and ``num_experts`` the number of all. ``left_out`` says
-    how many are not shown. The tables have these two as well. A layer whose experts can all be
-    shown is returned as it is.
+    ``experts`` are the numbers of those that are shown, ascending; ``load``, ``importance`` (and
+    their intervals), ``dead_experts`` and the tables are theirs alone, at their places:
+    ``experts[i]`` is the number of the i-th. Shares stay shares of all, and ``num_experts`` the
+    number of all. ``left_out`` says how many are not shown. The tables have these two as well. A
+    layer whose experts can all be shown is returned as it is.
     """
     count = layer['num_experts']
     if count <= MAX_SHOWN:
@@ -33,14 +36,17 @@ def shown_layer(layer: dict) -> dict:
 
     def of_shown(table: dict) -> dict:
         given = [key for key in _TABLES if table.get(key)]
-        kept = {key: np.asarray(table[key])[:, experts].tolist() for key in given}
+        kept = {key: np.asarray(table[key])[..., experts].tolist() for key in given}
         return {**table, **kept, **said}
 
     return {
         **layer,
         **said,
-        'load': [layer['load'][e] for e in experts],
-        'importance': [layer['importance'][e] for e in experts],
+        **{
+            name: [layer[name][e] for e in experts]
+            for name in ('load', 'importance', 'load_interval', 'importance_interval')
+            if name in layer
+        },
         'dead_experts': [i for i, e in enumerate(experts) if e in set(layer['dead_experts'])],
         'associations': {
             source: {name: of_shown(table) for name, table in attributes.items()}

@@ -1,12 +1,18 @@
-"""The numbers of ``experts.json`` in plain sentences, each with the numbers it rests on."""
+"""The numbers of ``experts.json`` in plain sentences, each with the numbers it rests on.
+
+Nothing is judged without power. "Nothing", "can be pruned", "does not matter" are said where the
+whole 95 % interval lies within what counts as nothing; where it reaches beyond, the verdict is that
+it cannot be told, between what and what it lies, and how many images would do, as intervals shrink
+with the square root of their number.
+"""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
+from mmdet_moe.analysis.report.names import layer_names
 from mmdet_moe.moe.utilization import COLLAPSE_SHARE, DEAD_SHARE
 
-#: Strict, because about twenty associations are tested per layer: by chance alone one layer in five
-#: would have a p-value below 0.01 somewhere; :data:`MIN_SHARE` has to be passed as well.
+#: Of a p-value that is corrected for all tests of the layer.
 SIGNIFICANT = 0.01
 #: Between the two it is a hint: worth more data, no proof.
 HINT = 0.05
@@ -16,10 +22,6 @@ MIN_SHARE = 0.02
 #: The same, from which on words get stronger. With k = 2 of 4 experts that weigh alike, even a
 #: perfect division reaches only one half.
 CLEAR_SHARE, STRONG_SHARE = 0.1, 0.3
-#: Fewer decisions than this give tables of a few objects per cell.
-FEW_DECISIONS = 100
-#: Fewer images than this leave differences of a few thousandths to chance.
-FEW_IMAGES = 500
 #: What the main metric may fall by and still count as unchanged: 0.005 AP, 0.5 points of accuracy.
 #: Half a point on the usual scale of 100; less is seldom worth a larger model.
 TOLERANCE = {'AP': 0.005, 'accuracy': 0.005}
@@ -31,13 +33,13 @@ MIN_EXAMPLE_SHARE, MIN_EXAMPLE_COUNT = 0.02, 10
 MIN_LIFT = 1.2
 #: More experts than this are counted, not named.
 MAX_NAMED = 16
+# Something that was seen in none of n images can still concern 3 / n of them (95 %).
+_RULE_OF_THREE = 3
 
 # The first source that has an attribute tells about it: objects are what there is to see, whereas
 # detections are only what the model has found.
 _SOURCES = ('objects', 'detections', 'decisions')
 _SIZES = ('size', 'size_coco')
-# Whoever tells images apart tells nothing on what is in them.
-_NOT_A_SPECIALITY = ('image',)
 _NAMES = {
     'cluster': 'hidden cluster',
     'dataset': 'data set',
@@ -46,158 +48,318 @@ _NAMES = {
     'size_coco': 'object size (small, medium, large)',
     'position': 'position in the image',
 }
-# Kind of intervention: how it is called, and what it means when it does no harm, and when it does.
+# Kind of intervention: what it is, what it means when it does no harm, when it does, and what is
+# asked.
 _CHANGES = {
     'random': (
         'random routing',
         'the routing does not matter',
         'it matters which experts are chosen',
+        'whether the routing matters',
     ),
     'equal': (
         'weighing all experts equally',
         'they can be averaged',
         'it matters that decisions differ',
+        'whether they can be averaged',
     ),
 }
-_STILL_DEPENDENT = ('patch', 'pixel', 'token')
+Entry = tuple[str, str, dict]  # source, attribute, association
 
 
-def verdict(experts: dict) -> list[str]:
+def verdict(experts: dict, more: Sequence[str] = ()) -> list[dict]:
     """What the experts of each layer do, and what they do not.
 
     Args:
         experts: The content of ``experts.json``; ``verdict`` itself is not read.
+        more: Sentences of others, which become details; those on a layer start with its path and a
+            colon.
 
     Returns:
-        Sentences; those on a layer start with its name.
+        For each layer, and at last for all of them together: ``layer``, its path, or None; ``name``
+        in human words; ``lines``, at most three of a layer (its use, its speciality, what happens
+        without it); ``details``, further sentences.
     """
     interventions = experts.get('interventions') or []
-    sentences = []
-    for name, layer in experts['layers'].items():
-        of_layer = [entry for entry in interventions if entry['layer'] == name]
-        sentences += [
-            f'{name}: {sentence}'
-            for sentence in (
-                *_use(layer),
-                *_speciality(layer, experts['run']),
-                *_together(layer),
-                *_effects(of_layer, experts),
-                *_polysemanticity(layer, experts),
-            )
-        ]
+    entries = []
+    names = layer_names(experts['layers'])
+    for path, layer in experts['layers'].items():
+        of_layer = [entry for entry in interventions if entry['layer'] == path]
+        speciality, on_speciality = _speciality(layer, experts['run'])
+        effect, on_effects = _effects(of_layer, experts)
+        use, on_use = _use(layer)
+        lines = [line for line in (use, speciality, effect) if line]
+        details = [*on_use, *on_speciality, *_together(layer), *on_effects]
+        details += _polysemanticity(layer, experts)
+        entries.append({'layer': path, 'name': names[path], 'lines': lines, 'details': details})
     of_all = [entry for entry in interventions if entry['layer'] == 'all']
-    sentences += [f'All layers together: {s}' for s in _routing_effects(of_all, experts)]
-    return [*sentences, *_limits(experts, interventions)]
+    lines = [text for _, text in _routing_effects(of_all, experts)]
+    details = list(_limits(experts, interventions))
+    by_layer = {entry['layer']: entry['details'] for entry in entries}
+    for sentence in more:
+        path, _, rest = sentence.partition(': ')
+        by_layer.get(path, details).append(rest if path in by_layer else sentence)
+    if lines or details:
+        entries.append({'layer': None, 'name': 'All layers', 'lines': lines, 'details': details})
+    return entries
 
 
-def _use(layer: dict) -> Iterator[str]:
+def spoken(entries: list[dict], verbose: bool = False) -> Iterator[str]:
+    """A verdict line by line, as a terminal shows it.
+
+    Args:
+        entries: What :func:`verdict` returned.
+        verbose: With the details.
+    """
+    for entry in entries:
+        said = [*entry['lines'], *(entry['details'] if verbose else [])]
+        if said:
+            path = f' ({entry["layer"]})' if entry['layer'] not in (None, entry['name']) else ''
+            yield f'{entry["name"][:1].upper()}{entry["name"][1:]}{path}'
+            yield from (f'- {sentence}' for sentence in said)
+
+
+# Use ---------------------------------------------------------------------------------------------
+
+
+def _use(layer: dict) -> tuple[str, list[str]]:
     """Collapsed? Dead?"""
     num_experts, num_decisions = layer['num_experts'], layer['num_decisions']
     if num_experts < 2 or num_decisions < 2:
-        yield (
+        return (
             f'{_number(num_decisions, "decision")} between {_number(num_experts, "expert")} cannot '
             'show any specialisation.'
-        )
-        return
+        ), []
     possible = math.log(num_experts)
     numbers = (
         f'{layer["mi_input"]:.3f} of {possible:.2f} nats, {_percent(layer["mi_input"] / possible)}'
     )
     if layer['collapsed']:
-        yield (
+        line = (
             f'COLLAPSED: the choice of experts hardly depends on the input ({numbers}; below '
-            f'{_percent(COLLAPSE_SHARE)} counts as collapsed); the layer works as a dense one.'
+            f'{_percent(COLLAPSE_SHARE)} counts as collapsed); the layer works as a dense one'
         )
     else:
-        yield f'not collapsed: the input explains {numbers}, of the choice of experts.'
-    if (dead := layer['dead_experts']) and len(dead) > MAX_NAMED:
-        yield (
-            f'{len(dead)} of {num_experts} experts are dead, and so candidates for pruning (load '
-            f'below {_percent(DEAD_SHARE)} of the fair {_percent(1 / num_experts)}).'
-        )
-    elif dead:
-        ids, loads = ', '.join(map(str, dead)), ', '.join(_percent(layer['load'][e]) for e in dead)
-        yield (
-            f'dead, and so candidates for pruning: expert {ids} (load {loads}; below '
-            f'{_percent(DEAD_SHARE)} of the fair {_percent(1 / num_experts)} counts as dead).'
-        )
+        line = f'not collapsed: the input explains {numbers}, of the choice of experts'
+    dead, details = layer['dead_experts'], []
+    if dead:
+        listed = f'{len(dead)} of {num_experts}'
+        if len(dead) <= MAX_NAMED:
+            listed = ', '.join(map(str, dead))
+            loads = ', '.join(_percent(layer['load'][e]) for e in dead)
+            details.append(
+                f'dead, and so candidates for pruning: expert {listed} (load {loads}; below '
+                f'{_percent(DEAD_SHARE)} of the fair {_percent(1 / num_experts)} counts as dead).'
+            )
+        line += f'; dead experts: {listed}'
+    return f'{line}.', details
 
 
-def _speciality(layer: dict, run: dict) -> Iterator[str]:
-    """Specialised by what, how strongly, and who does what?"""
+# Speciality --------------------------------------------------------------------------------------
+
+
+def _speciality(layer: dict, run: dict) -> tuple[str, list[str]]:
+    """Specialised by what, how strongly, what remains of the rest, and who does what?"""
     if layer['num_experts'] < 2 or layer['num_decisions'] < 2:
-        return
-    found = [entry for entry in _associations(layer) if entry[1] not in _NOT_A_SPECIALITY]
+        return '', []
+    found = _associations(layer)
     if not found:
-        yield 'nothing was measured that the experts could be specialised by.'
-        return
-    qualified = sorted((entry for entry in found if _qualifies(entry[2])), key=_rank)
-    if not qualified:
-        yield _no_evidence(layer, found)
-        return
+        return 'nothing was measured that the experts could be specialised by.', []
+    lead = _lead(found)
+    if lead is None:
+        return _no_evidence(layer, found, run), [*_compared(found, run)]
+    (_, attribute, association), given = lead
+    best = association if given is None else association['given'][given]
+    within = '' if given is None else f' within the same {_name(given)}'
+    name, numbers = f'{_name(attribute)}{within}', _numbers(best)
+    source = _things_of(lead[0][0], run)
     if layer['collapsed']:
-        name, numbers = _name(qualified[0][1]), _numbers(qualified[0])
-        yield f'the little that the choice depends on goes with {name} ({numbers}).'
-        return
-    main = qualified[0]
-    _, attribute, best = main
+        line = f'the little that the choice depends on goes with {name} ({source}: {numbers}).'
+        return line, [*_compared(found, run)]
     strength = _excess(best)
     words = ((STRONG_SHARE, 'strongly'), (CLEAR_SHARE, 'clearly'), (0, 'weakly'))
     how = next(word for share, word in words if strength >= share)
-    yield f'{how} specialised by {_name(attribute)} ({_numbers(main)}).'
+    line = f'{how} specialised by {name} ({source}: {numbers})'
+    if rest := _beyond(lead, found):
+        line += f'; {rest}'
     # Three words are easier to read than fourteen ranges.
-    coco = [entry for entry in found if entry[:2] == (main[0], 'size_coco')]
-    yield from _examples(coco[0] if attribute == 'size' and coco else main, run)
-    # The two attributes of size say the same thing.
-    said = _SIZES if attribute in _SIZES else (attribute,)
-    others = [entry for entry in qualified if entry[1] not in said]
-    if others:
-        listed = '; '.join(f'{_name(entry[1])} ({_numbers(entry)})' for entry in others)
-        yield f'also associated, not independently of the first: {listed}.'
-    if best['num_units'] < FEW_DECISIONS:
-        yield (
-            f'only {_number(best["num_units"], "decision")} had something to compare with: the '
-            'shares are rough.'
-        )
-    # A token can be all that there is of an image.
-    several = layer['num_decisions'] > run.get('num_images', 0)
-    if layer.get('granularity') in _STILL_DEPENDENT and several:
-        yield (
-            f'one decision per {layer["granularity"]}: those of one image resemble each other, so '
-            'the p-values are too small; trust the nats.'
-        )
+    coco = [entry for entry in found if entry[:2] == (lead[0][0], 'size_coco')]
+    shown = coco[0] if attribute == 'size' and coco else lead[0]
+    examples = [] if given is not None else _examples(shown, run)
+    return f'{line}.', [*examples, *_compared(found, run)]
 
 
-def _no_evidence(layer: dict, found: list[tuple[str, str, dict]]) -> str:
-    best = min(found, key=lambda entry: (entry[2]['p_value'], -_excess(entry[2])))
-    _, attribute, association = best
-    numbers = f'{_name(attribute)}: {_numbers(best)}'
-    p, units = association['p_value'], association['num_units']
-    smallest = 1 / (1 + association['permutations'])
-    if units < 2:
-        return f'no evidence of a specialisation: {_number(units, "decision")} cannot be compared.'
+def _lead(found: list[Entry]) -> tuple[Entry, str | None] | None:
+    """What explains the most by itself, and given what; None if nothing qualifies.
+
+    An attribute that says nothing beyond another one gives way to it: size to the level that it
+    goes by, even if it tells as much of the choice.
+    """
+    qualified = [entry for entry in found if _qualifies(entry[2])]
+    for entry in sorted(qualified, key=lambda entry: -_above_chance(entry[2])):
+        others = [other[1] for other in qualified if other[1] not in _same(entry[1])]
+        given = entry[2]['given']
+        if all(_qualifies(given[name]) for name in others if name in given):
+            return entry, None
+    # Nothing by itself, but perhaps within the levels, whose effects can cancel each other.
+    within = [
+        (entry, name)
+        for entry in found
+        for name, one in entry[2]['given'].items()
+        if _qualifies(one)
+    ]
+    if within and not qualified:
+        return max(within, key=lambda pair: _above_chance(pair[0][2]['given'][pair[1]]))
+    return (max(qualified, key=lambda e: _above_chance(e[2])), None) if qualified else None
+
+
+def _beyond(lead: tuple[Entry, str | None], found: list[Entry]) -> str:
+    """What remains of the other attributes beyond the first one."""
+    (_, attribute, association), given = lead
+    if given is not None:
+        return f'nothing of it shows without regard to the {_name(given)}'
+    parts, said = [], set(_same(attribute))
+    # Size first, which is what detectors are said to divide their work by.
+    for _, other, one in sorted(found, key=lambda e: (e[1] not in _SIZES, -_above_chance(e[2]))):
+        rest = one['given'].get(attribute)
+        if other in said or rest is None or not (_qualifies(one) or _qualifies(rest)):
+            continue
+        said |= set(_same(other))
+        parts.append(_remainder(f'{_name(other)} beyond it', rest))
+    if not parts and (own := association['given'].get('level')) is not None:
+        parts.append(_remainder('', own))
+    return '; '.join(parts[:2])
+
+
+def _remainder(what: str, rest: dict) -> str:
+    """Of something beyond the first attribute, or of the first one itself beyond the level."""
+    numbers = _numbers(rest)
+    by, of = (f'by {what}', f' of {what}') if what else 2 * (' beyond the pyramid level',)
+    if _qualifies(rest):
+        return f'also {by.strip()} ({numbers})'
+    low, high = rest['interval']
+    enough = MIN_SHARE * rest['mi_max']
+    if high <= enough:
+        return f'nothing{of} ({numbers})'
+    more = _images_needed(rest['num_images'], (high - low) / 2, enough)
+    return f'whether {by.strip()} cannot be told ({numbers}; about {more} images would do)'
+
+
+def _no_evidence(layer: dict, found: list[Entry], run: dict) -> str:
+    source, attribute, best = min(found, key=lambda e: (e[2]['p_adjusted'], -_excess(e[2])))
+    p, images = best['p_adjusted'], best['num_images']
+    numbers = f'{_name(attribute)}, {_things_of(source, run)}: {_numbers(best)}'
+    smallest = 1 / (1 + best['permutations'])
+    if images < 2:
+        return f'no evidence of a specialisation: {_number(images, "image")} cannot be compared.'
     if smallest >= SIGNIFICANT:
         return (
-            f'{association["permutations"]} permutations cannot reach p < {SIGNIFICANT:g}, so no '
+            f'{best["permutations"]} permutations cannot reach p < {SIGNIFICANT:g}, so no '
             f'specialisation can be shown; at most {numbers}.'
         )
-    few = f'; {units} decisions are few' if units < FEW_DECISIONS else ''
-    if p < SIGNIFICANT:
-        real = (entry for entry in found if entry[2]['p_value'] < SIGNIFICANT)
-        strongest = max(real, key=lambda entry: _excess(entry[2]))
+    real = [entry for entry in found if entry[2]['p_adjusted'] < SIGNIFICANT]
+    if real:
+        source, attribute, best = max(real, key=lambda entry: _excess(entry[2]))
+        numbers = f'{_name(attribute)}, {_things_of(source, run)}: {_numbers(best)}'
+        if (control := best['control']) is not None and _excess(best) >= MIN_SHARE:
+            return (
+                f'no specialisation beyond what routers with random weights give ({control:.3f} '
+                f'nats; {numbers}).'
+            )
         return (
-            f'no specialisation worth the name: associations are there, but the strongest explains '
-            f'little ({_name(strongest[1])}: {_numbers(strongest)}{few}).'
+            'no specialisation worth the name: associations are there, but the strongest explains '
+            f'little ({numbers}).'
         )
     if p < HINT:
-        return f'a hint of a specialisation, no proof ({numbers}{few}).'
+        return f'a hint of a specialisation, no proof ({numbers}).'
+    open_ = max(found, key=lambda e: e[2]['interval'][1] - MIN_SHARE * e[2]['mi_max'])[2]
+    high, enough = open_['interval'][1], MIN_SHARE * open_['mi_max']
+    if high > enough:
+        more = _images_needed(open_['num_images'], high, enough)
+        return (
+            f'whether there is a specialisation cannot be told from {_number(images, "image")} '
+            f'(closest to it: {numbers}; about {more} images would do).'
+        )
     unexplained = (
         '' if layer['collapsed'] else '; what the choice depends on was not among what was compared'
     )
-    return f'no evidence of a specialisation (closest to it, {numbers}{few}){unexplained}.'
+    return f'no specialisation by anything compared (closest to it: {numbers}){unexplained}.'
 
 
-def _examples(entry: tuple[str, str, dict], run: dict) -> Iterator[str]:
+def _compared(found: list[Entry], run: dict) -> Iterator[str]:
+    """All numbers, by themselves and given others."""
+    for source, attribute, association in sorted(found, key=lambda e: -_above_chance(e[2])):
+        text = f'{_name(attribute)} ({_things_of(source, run)}): {_numbers(association, full=True)}'
+        for name, one in association['given'].items():
+            text += f'; given the {_name(name)}: {_numbers(one)}'
+        if (control := association['control']) is not None:
+            text += f'; routers with random weights: {control:.3f} nats'
+        yield f'{text}.'
+
+
+def _associations(layer: dict) -> list[Entry]:
+    """Each attribute once; informations know their ``control``, that of random weights."""
+    found = {}
+    for source in reversed(_SOURCES):
+        for attribute, association in layer['associations'].get(source, {}).items():
+            if association['num_units'] or attribute not in found:
+                control = (association.get('controls') or {}).get('random') or {}
+                given = {
+                    name: {**one, 'control': (control.get('given') or {}).get(name)}
+                    for name, one in (association.get('given') or {}).items()
+                }
+                known = {**association, 'control': control.get('mi'), 'given': given}
+                found[attribute] = (source, attribute, known)
+    return list(found.values())
+
+
+def _qualifies(one: dict) -> bool:
+    """Significant, not negligible, and more than routers with random weights have."""
+    is_there = one['p_adjusted'] < SIGNIFICANT and _excess(one) >= MIN_SHARE
+    return is_there and exceeds_control(one, one['control'])
+
+
+def exceeds_control(one: dict, control: float | None) -> bool:
+    """Whether an information is more than what a router with random weights has.
+
+    Such a router divides its input, too, by whatever the features are full of.
+
+    Args:
+        one: An association of ``experts.json``, or what it is given something.
+        control: The same information of the router with random weights; None if it is unknown, and
+            then every information is more.
+    """
+    return control is None or one['interval'][0] > control
+
+
+def _same(attribute: str) -> tuple[str, ...]:
+    """The attributes that say the same thing."""
+    return _SIZES if attribute in _SIZES else (attribute,)
+
+
+def _above_chance(one: dict) -> float:
+    return one['mi'] - one['chance']
+
+
+def _excess(one: dict) -> float:
+    """Information above chance as a share of the possible; many bins have more of it by chance."""
+    return _above_chance(one) / one['mi_max'] if one['mi_max'] > 0 else 0.0
+
+
+def _numbers(one: dict, full: bool = False) -> str:
+    low, high = one['interval']
+    digits = 3 if max(one['mi'], high) >= 0.01 else 4
+    text = f'{one["mi"]:.{digits}f} nats'
+    if full and one['mi_max'] > 0:
+        text += f', {_percent(one["mi"] / one["mi_max"])} of the possible {one["mi_max"]:.2f}'
+    text += f', {low:.{digits}f} to {high:.{digits}f}'
+    if full:
+        text += f', by chance {one["chance"]:.{digits}f}'
+    text += f', p = {one["p_adjusted"]:.2g}'
+    return f'{text}, {_number(one["num_images"], "image")}' if full else text
+
+
+def _examples(entry: Entry, run: dict) -> Iterator[str]:
     """One thing that somebody carries, and what somebody else sees: the largest parts of the MI."""
     source, attribute, association = entry
     counts = association['counts']
@@ -235,6 +397,21 @@ def _examples(entry: tuple[str, str, dict], run: dict) -> Iterator[str]:
     yield f'{sentence}.'
 
 
+def _things(source: str, attribute: str, name: str, run: dict) -> str:
+    thing = _things_of(source, run)
+    if attribute == 'size_coco':
+        return f'{name} {thing}'
+    return {
+        'size': f'{thing} of {name} px',
+        'level': f'{thing} on level {name}',
+        'position': f'{thing} at the {name}',
+    }.get(attribute, f'{thing} of {attribute} {name}')
+
+
+def _things_of(source: str, run: dict) -> str:
+    return 'images' if source == 'objects' and run['task'] == 'classification' else source
+
+
 def _together(layer: dict) -> Iterator[str]:
     """Pairs that are never told apart."""
     num_experts, together = layer['num_experts'], layer['coactivation']
@@ -262,34 +439,164 @@ def _together(layer: dict) -> Iterator[str]:
                 )
 
 
-def _effects(interventions: list[dict], experts: dict) -> Iterator[str]:
+# Effects -----------------------------------------------------------------------------------------
+
+
+def _effects(interventions: list[dict], experts: dict) -> tuple[str, list[str]]:
     """What removing experts does to the main metric, and what other changes do."""
     metric, before = _main_metric(experts)
-    if before is not None:
-        without = sorted(
-            (value - before, expert)
-            for kind, expert, value in _values(interventions, metric)
-            if kind == 'without'
+    if before is None or not interventions:
+        return '', []
+    routing = _routing_effects(interventions, experts)
+    lines, details = [text for kind, text in routing if kind == 'random'], []
+    details += [text for kind, text in routing if kind != 'random']
+    tolerance, images = TOLERANCE[metric], experts['run']['num_images']
+    judged = {'harmless': [], 'harmful': [], None: []}
+    for entry in interventions:
+        if entry['kind'] == 'without' and (effect := _effect(entry, metric)) is not None:
+            judged[_judgement(effect, tolerance, images)].append((entry['expert'], effect))
+    free, needed, unknown = judged.values()
+    short = []
+    if free:
+        short.append(f'prunable, each on its own: expert {_listed(free)}')
+        details.append(
+            f'can be pruned, each on its own (not tried together): expert '
+            f'{_with_effects(free)}; {metric} falls from {before:.3f} by no more than '
+            f'{tolerance:g}.'
         )
-        free = sorted((e, c) for c, e in without if c >= -TOLERANCE[metric])
-        if free:
-            listed = ', '.join(f'{e} ({change:+.3f})' for e, change in free)
-            yield (
-                f'can be pruned, each on its own (not tried together): expert {listed}; {metric} '
-                f'falls from {before:.3f} by no more than {TOLERANCE[metric]:g}.'
+    if needed:
+        short.append(f'needed: expert {_listed(needed)}')
+        expert, effect = min(needed, key=lambda pair: pair[1]['value'])
+        details.append(
+            f'expert {expert} is needed most: without it {metric} changes by '
+            f'{_change(effect)} from {before:.3f}.'
+        )
+        if not free and not unknown:
+            details.append(
+                f'no expert can be pruned: each removal costs more than {tolerance:g} {metric}.'
             )
-        elif without:
-            yield (
-                f'no expert can be pruned: each removal costs more than {TOLERANCE[metric]:g} '
-                f'{metric}.'
+    if unknown:
+        short.append(f'open: expert {_listed(unknown)}')
+        more = max(_more_images(effect, tolerance, images) for _, effect in unknown)
+        details.append(
+            f'whether it can be pruned cannot be told of expert {_with_effects(unknown)} from '
+            f'{_number(images, "image")}; about {_images(more)} images would do.'
+        )
+    if short:
+        lines.append(f'{"; ".join(short)}.')
+    return ' '.join(lines), details
+
+
+def _routing_effects(interventions: list[dict], experts: dict) -> list[tuple[str, str]]:
+    """Does the choice matter? Random, equal, and one expert alone: kind and sentence."""
+    metric, before = _main_metric(experts)
+    if before is None:
+        return []
+    tolerance, images = TOLERANCE[metric], experts['run']['num_images']
+    found, alone = [], []
+    for entry in interventions:
+        kind, effect = entry['kind'], _effect(entry, metric)
+        if effect is None:
+            continue
+        if kind == 'only':
+            alone.append((entry['metrics'][metric], entry['expert'], effect))
+        if kind not in _CHANGES:
+            continue
+        what, harmless, harmful, asked = _CHANGES[kind]
+        text = f'{what} changes {metric} by {_change(effect)} from {before:.3f}'
+        judgement = _judgement(effect, tolerance, images)
+        if judgement == 'harmless':
+            text += f': {harmless}.'
+        elif judgement == 'harmful':
+            text += f': {harmful}.'
+        else:
+            text = f'{asked} {_cannot_be_told(effect, metric, tolerance, images)}.'
+        found.append((kind, text))
+    if alone:
+        value, expert, effect = max(alone, key=lambda x: (x[0], -x[1]))
+        numbers = f'{metric} {value:.3f}, {_change(effect)}'
+        judgement = _judgement(effect, tolerance, images)
+        if judgement == 'harmless':
+            text = f'expert {expert} alone does as well as all together ({numbers}).'
+        elif judgement == 'harmful':
+            text = f'the best single expert, {expert}, does not replace the others ({numbers}).'
+        else:
+            text = (
+                f'whether expert {expert} alone does as well as all together '
+                f'{_cannot_be_told(effect, metric, tolerance, images)}.'
             )
-        if without and without[0][0] < -TOLERANCE[metric]:
-            change, expert = without[0]
-            yield (
-                f'expert {expert} is needed most: without it {metric} changes by {change:+.3f} '
-                f'from {before:.3f}.'
-            )
-    yield from _routing_effects(interventions, experts)
+        found.append(('only', text))
+    return found
+
+
+def _effect(entry: dict, metric: str) -> dict | None:
+    """Its difference to the unchanged model; None where nothing can be measured."""
+    effect = (entry.get('difference') or {}).get(metric)
+    return effect if effect and effect['interval'] else None
+
+
+def _ends(effect: dict, images: int) -> tuple[float, float]:
+    """The interval; where no image made any difference, what that many images can exclude."""
+    low, high = effect['interval']
+    if high - low < 1e-12:
+        unseen = _RULE_OF_THREE / max(images, 1)
+        return low - unseen, high + unseen
+    return low, high
+
+
+def _judgement(effect: dict, tolerance: float, images: int) -> str | None:
+    """``'harmless'`` or ``'harmful'``, or None: it cannot be told."""
+    low, high = _ends(effect, images)
+    return 'harmless' if low >= -tolerance else 'harmful' if high < -tolerance else None
+
+
+def _more_images(effect: dict, tolerance: float, images: int) -> float:
+    """So many that the interval would lie on one side of the tolerance."""
+    low, high = _ends(effect, images)
+    value = effect['value']
+    distance = abs(value + tolerance)
+    half = value - low if value >= -tolerance else high - value
+    if effect['interval'][1] - effect['interval'][0] < 1e-12:
+        return _RULE_OF_THREE / max(distance, 1e-9)  # not of the square root
+    return images * (half / max(distance, 1e-9)) ** 2
+
+
+def _cannot_be_told(effect: dict, metric: str, tolerance: float, images: int) -> str:
+    low, high = _ends(effect, images)
+    more = _more_images(effect, tolerance, images)
+    return (
+        f'cannot be told from {_number(images, "image")} (effect on {metric} between {low:+.3f} '
+        f'and {high:+.3f}); about {_images(more)} images would do'
+    )
+
+
+def _images_needed(images: int, width: float, enough: float) -> str:
+    """For an interval of that width, whose width goes with the square root, to be small enough."""
+    return _images(images * (width / max(enough, 1e-9)) ** 2)
+
+
+def _images(count: float) -> str:
+    """Two digits, rounded up; nobody has more than a hundred million."""
+    if count > 1e8:
+        return 'more than 100,000,000'
+    step = 10 ** max(0, math.floor(math.log10(max(count, 1))) - 1)
+    return f'{math.ceil(count / step) * step:,}'
+
+
+def _change(effect: dict) -> str:
+    low, high = effect['interval']
+    return f'{effect["value"]:+.3f} ({low:+.3f} to {high:+.3f})'
+
+
+def _listed(judged: list[tuple[int, dict]]) -> str:
+    ids = sorted(expert for expert, _ in judged)
+    return ', '.join(map(str, ids)) if len(ids) <= MAX_NAMED else f'{len(ids)} of them'
+
+
+def _with_effects(judged: list[tuple[int, dict]]) -> str:
+    return ', '.join(
+        f'{expert} {_change(effect)}' for expert, effect in sorted(judged, key=lambda x: x[0])
+    )
 
 
 def _polysemanticity(layer: dict, experts: dict) -> Iterator[str]:
@@ -311,34 +618,13 @@ def _polysemanticity(layer: dict, experts: dict) -> Iterator[str]:
     )
 
 
-def _routing_effects(interventions: list[dict], experts: dict) -> Iterator[str]:
-    """Does the choice matter? Random, equal, and one expert alone."""
-    metric, before = _main_metric(experts)
-    if before is None:
-        return
-    values = _values(interventions, metric)
-    for kind, _, value in values:
-        if kind not in _CHANGES:
-            continue
-        what, harmless, harmful = _CHANGES[kind]
-        numbers = f'{metric} {value:.3f} instead of {before:.3f}'
-        if value >= before - TOLERANCE[metric]:
-            yield f'{what} does not hurt ({numbers}): {harmless}.'
-        else:
-            yield f'{what} costs {before - value:.3f} ({numbers}): {harmful}.'
-    alone = [(value, expert) for kind, expert, value in values if kind == 'only']
-    if alone:
-        value, expert = max(alone, key=lambda x: (x[0], -x[1]))
-        numbers = f'{metric} {value:.3f} instead of {before:.3f}'
-        if value >= before - TOLERANCE[metric]:
-            yield f'expert {expert} alone does as well as all together ({numbers}).'
-        else:
-            yield f'the best single expert, {expert}, does not replace the others ({numbers}).'
-
-
 def _limits(experts: dict, interventions: list[dict]) -> Iterator[str]:
     if not experts['layers']:
         return
+    yield (
+        'p-values are of tests that flip whole images, corrected for all tests of a layer '
+        '(Westfall and Young); intervals hold 95 %, by a bootstrap over images.'
+    )
     if not interventions:
         yield (
             'No interventions were run: what experts are used for is known, but not what they are '
@@ -348,63 +634,6 @@ def _limits(experts: dict, interventions: list[dict]) -> Iterator[str]:
     metric, before = _main_metric(experts)
     if before is None:
         yield f'{metric} is undefined here, so the effects of the interventions cannot be judged.'
-    elif (images := experts['run']['num_images']) < FEW_IMAGES:
-        yield (
-            f'The effects were measured on {_number(images, "image")}: differences near the '
-            f'tolerance of {TOLERANCE[metric]:g} {metric} can be chance.'
-        )
-
-
-def _associations(layer: dict) -> list[tuple[str, str, dict]]:
-    """(source, attribute, association), each attribute once."""
-    found = {}
-    for source in reversed(_SOURCES):
-        for attribute, association in layer['associations'].get(source, {}).items():
-            if association['num_units'] or attribute not in found:
-                found[attribute] = (source, attribute, association)
-    return list(found.values())
-
-
-def _qualifies(association: dict) -> bool:
-    return association['p_value'] < SIGNIFICANT and _excess(association) >= MIN_SHARE
-
-
-def _rank(entry: tuple[str, str, dict]) -> tuple[bool, float]:
-    """Size first, which is what detectors divide their work by; then by strength."""
-    return entry[1] not in _SIZES, -_excess(entry[2])
-
-
-def _excess(association: dict) -> float:
-    """Information above chance as a share of the possible; many bins have more of it by chance."""
-    above = association['mi'] - association['chance']
-    return above / association['mi_max'] if association['mi_max'] > 0 else 0.0
-
-
-def _numbers(entry: tuple[str, str, dict]) -> str:
-    source, _, association = entry
-    mi, most = association['mi'], association['mi_max']
-    share = f', {_percent(mi / most)} of the possible {most:.2f}' if most > 0 else ''
-    return (
-        f'{source}, {mi:.3f} nats{share}, by chance {association["chance"]:.3f}, '
-        f'p = {association["p_value"]:.3g}, {_number(association["num_units"], "decision")}'
-    )
-
-
-def _things(source: str, attribute: str, name: str, run: dict) -> str:
-    thing = 'images' if source == 'objects' and run['task'] == 'classification' else source
-    if attribute == 'size_coco':
-        return f'{name} {thing}'
-    return {
-        'size': f'{thing} of {name} px',
-        'level': f'{thing} on level {name}',
-        'position': f'{thing} at the {name}',
-    }.get(attribute, f'{thing} of {attribute} {name}')
-
-
-def _values(interventions: list[dict], metric: str) -> list[tuple[str, int | None, float]]:
-    """(kind, expert, main metric), where it is defined."""
-    found = [(e['kind'], e['expert'], (e['metrics'] or {}).get(metric)) for e in interventions]
-    return [entry for entry in found if entry[2] is not None]
 
 
 def _main_metric(experts: dict) -> tuple[str, float | None]:

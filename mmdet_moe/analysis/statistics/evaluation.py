@@ -2,21 +2,46 @@
 
 ``metrics`` dicts as in ``experts.json``: one number per name, and ``per_class`` by class name; None
 where there is nothing to measure by (AP of a size or class without objects).
+
+Every metric can be asked what it would be on resamples of the images (a bootstrap). For AP, COCO's
+matching of detections with objects, which each image has alone, is done once; each resample counts
+the detections of an image as often as it drew the image, and accumulates the curve of precision
+over recall again, to the same AP as COCOeval on a data set in which the images are repeated.
 """
 
 import contextlib
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
+from scipy import sparse
 
 from mmdet_moe.analysis.data import AnalysisData
 from mmdet_moe.analysis.records.contents import BoxRecords
 
 _AREAS = {'AP small': 1, 'AP medium': 2, 'AP large': 3}  # indices of COCOeval's area ranges
 _MAX_DETECTIONS = 100
+_IOUS = 10
+# Numbers of objects times resamples at once.
+_BLOCK = 1 << 21
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluated:
+    """What was measured.
+
+    Attributes:
+        metrics: As in ``experts.json``.
+        resampled: Given how often each of N images is drawn, int (N, P), the metrics over all
+            classes of the P resamples: float64 (P,) by name, NaN where nothing can be measured.
+    """
+
+    metrics: dict
+    resampled: Callable[[np.ndarray], dict[str, np.ndarray]]
 
 
 class DetectionMetrics:
@@ -64,6 +89,14 @@ class DetectionMetrics:
         Returns:
             ``AP``, ``AP50``, ``AP small``, ``AP medium``, ``AP large``, ``per_class``, in 0..1.
         """
+        return self.evaluated(found, images).metrics
+
+    def evaluated(self, found: BoxRecords, images: np.ndarray | None = None) -> Evaluated:
+        """Evaluate detections, with resamples of all images of the data set at hand.
+
+        Args:
+            found, images: As when called.
+        """
         image, boxes, scores, labels = found.image, found.box, found.score, found.label
         if len(image) == 0:
             # COCO's API cannot read an empty list; one detection outside of every image finds
@@ -82,7 +115,7 @@ class DetectionMetrics:
             evaluation.accumulate()
         # IoU thresholds, recalls, classes, areas; -1 where a class has no object of that size.
         precision = evaluation.eval['precision'][..., -1]
-        return {
+        metrics = {
             'AP': _mean(precision[:, :, :, 0]),
             'AP50': _mean(precision[0, :, :, 0]),
             **{name: _mean(precision[:, :, :, area]) for name, area in _AREAS.items()},
@@ -90,6 +123,98 @@ class DetectionMetrics:
                 name: _mean(precision[:, :, i, 0]) for i, name in enumerate(self.classes)
             },
         }
+        return Evaluated(metrics, partial(_resampled_ap, evaluation))
+
+
+def _resampled_ap(evaluation: COCOeval, times: np.ndarray) -> dict[str, np.ndarray]:
+    areas, images = len(evaluation.params.areaRng), len(evaluation.params.imgIds)
+    # COCOeval's order: classes, areas, images.
+    curves = [
+        _Curve.of_class([one for one in evaluation.evalImgs[start : start + images] if one])
+        for start in range(0, len(evaluation.evalImgs), images)
+    ]
+    thresholds, times = evaluation.params.recThrs, times.astype(np.float32)
+    # Classes, areas, IoU thresholds, resamples.
+    ap = np.stack([curve.resampled(times, thresholds) for curve in curves])
+    ap = ap.reshape(-1, areas, *ap.shape[1:])
+
+    def mean(values: np.ndarray) -> np.ndarray:
+        known = ~np.isnan(values)
+        number = known.sum(0)
+        total = np.where(known, values, 0).sum(0)
+        return np.divide(total, number, out=np.full(len(number), np.nan), where=number > 0)
+
+    return {
+        'AP': mean(ap[:, 0].mean(1)),
+        'AP50': mean(ap[:, 0, 0]),
+        **{name: mean(ap[:, area].mean(1)) for name, area in _AREAS.items()},
+    }
+
+
+@dataclass(frozen=True, eq=False)
+class _Curve:
+    """Detections of one class (in one range of areas), by falling score; D of them, T IoUs."""
+
+    image: np.ndarray  #: int (D,)
+    correct: np.ndarray  #: bool (T, D)
+    counted: np.ndarray  #: bool (T, D), correct or wrong; others are ignored
+    objects: np.ndarray  #: int (G,), the image of each object there is to find
+
+    @classmethod
+    def of_class(cls, images: list[dict]) -> '_Curve':
+        """From the entries of ``COCOeval.evalImgs``."""
+        if not images:
+            none = np.zeros(0, int)
+            return cls(none, np.zeros((0, 0), bool), np.zeros((0, 0), bool), none)
+        scores = np.concatenate([one['dtScores'] for one in images])
+        order = np.argsort(-scores, kind='mergesort')
+        matched, ignored = (
+            np.concatenate([one[key] for one in images], axis=1)[:, order].astype(bool)
+            for key in ('dtMatches', 'dtIgnore')
+        )
+        image = np.repeat(
+            [one['image_id'] for one in images], [len(one['dtScores']) for one in images]
+        )
+        objects = np.repeat(
+            [one['image_id'] for one in images],
+            [np.count_nonzero(np.asarray(one['gtIgnore']) == 0) for one in images],
+        )
+        return cls(image[order].astype(int), matched & ~ignored, ~ignored, objects.astype(int))
+
+    def resampled(self, times: np.ndarray, thresholds: np.ndarray) -> np.ndarray:
+        """AP (T, P) of resamples, float32 (N, P), by recall thresholds; NaN without any object."""
+        size = max(1, _BLOCK // max(1, len(self.objects)))
+        blocks = range(0, times.shape[1], size)
+        return np.hstack([self._resampled(times[:, b : b + size], thresholds) for b in blocks])
+
+    def _resampled(self, times: np.ndarray, thresholds: np.ndarray) -> np.ndarray:
+        objects = times[self.objects].sum(0)
+        ap = np.zeros((_IOUS, times.shape[1]))
+        for iou, (correct, counted) in enumerate(zip(self.correct, self.counted, strict=True)):
+            places = np.flatnonzero(correct)
+            if not len(places):
+                continue
+            # Precision and recall are wanted at correct detections alone: how many detections that
+            # count has each image up to one of them, from the one before on?
+            rows = np.flatnonzero(counted[: places[-1] + 1])
+            between = sparse.csr_array(
+                (
+                    np.ones(len(rows), np.float32),
+                    (np.searchsorted(places, rows), self.image[rows]),
+                ),
+                shape=(len(places), len(times)),
+            )
+            total = np.cumsum(between @ times, axis=0, dtype=np.float64)
+            found = np.cumsum(times[self.image[places]], axis=0, dtype=np.float64)
+            precision = found / np.maximum(total, 1)
+            precision = np.maximum.accumulate(precision[::-1], axis=0)[::-1]
+            recall = found / np.maximum(objects, 1)
+            # How many thresholds are reached; near one, its own rounding decides.
+            nearest = np.rint(recall * (len(thresholds) - 1)).astype(np.int64)
+            reached = nearest + (thresholds[nearest] <= recall)
+            ap[iou] = (precision * np.diff(reached, axis=0, prepend=0)).sum(0) / len(thresholds)
+        ap[:, objects == 0] = np.nan
+        return ap
 
 
 def _mean(precision: np.ndarray) -> float | None:
@@ -115,13 +240,22 @@ class ClassificationMetrics:
         Returns:
             ``accuracy`` and ``per_class``, the accuracy on each class's own images, in 0..1.
         """
+        return self.evaluated(labels).metrics
+
+    def evaluated(self, labels: np.ndarray) -> Evaluated:
+        """Evaluate the predicted classes, int (n,), with resamples of the images at hand."""
         correct, count = labels == self.true_labels, len(self.classes)
         images = np.bincount(self.true_labels, minlength=count)
         hits = np.bincount(self.true_labels, correct, count)
-        return {
+        metrics = {
             'accuracy': float(correct.mean()),
             'per_class': {
                 name: float(hit / number) if number else None
                 for name, hit, number in zip(self.classes, hits, images, strict=True)
             },
         }
+
+        def resampled(times: np.ndarray) -> dict[str, np.ndarray]:
+            return {'accuracy': times[correct].sum(0) / times.sum(0)}
+
+        return Evaluated(metrics, resampled)

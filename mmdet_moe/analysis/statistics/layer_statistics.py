@@ -4,8 +4,12 @@ import numpy as np
 import torch
 
 from mmdet_moe.analysis.records.contents import DecisionRecords
-from mmdet_moe.analysis.statistics.association import Association
-from mmdet_moe.analysis.statistics.bins import POSITIONS, level_bins, position_bin
+from mmdet_moe.analysis.statistics.association import (
+    Association,
+    AssociationResult,
+    as_family,
+)
+from mmdet_moe.analysis.statistics.bins import POSITIONS, Bins, level_bins, position_bin
 from mmdet_moe.moe.utilization import (
     COLLAPSE_SHARE,
     DEAD_SHARE,
@@ -26,23 +30,25 @@ class LayerStatistics:
 
     Args:
         num_experts: E.
-        max_units: How many decisions the tests of the associations remember, see
+        max_entries: How much the associations remember, see
             :class:`~mmdet_moe.analysis.statistics.association.Association`.
         seed: Of their samples.
     """
 
-    def __init__(self, num_experts: int, max_units: int | None = None, seed: int = 0) -> None:
+    def __init__(self, num_experts: int, max_entries: int | None = None, seed: int = 0) -> None:
         self.num_experts = num_experts
         self._sums: dict[str, torch.Tensor] = {}
         self._together = np.zeros((num_experts, num_experts))
-        self._image = Association(None, num_experts, max_units, seed)
-        self._level = Association(MAX_LEVELS, num_experts, max_units, seed)
-        self._position = Association(len(POSITIONS), num_experts, max_units, seed)
+        self._level = Association(MAX_LEVELS, num_experts, (), max_entries, seed)
+        self._position = Association(len(POSITIONS), num_experts, ('level',), max_entries, seed)
+        # Of one bin, for the sake of the intervals.
+        self._load, self._importance = (
+            Association(1, num_experts, (), max_entries, seed) for _ in range(2)
+        )
         self._num_levels = 0
-        self._several_per_image = False
 
     def add(self, decisions: DecisionRecords) -> None:
-        """Add decisions.
+        """Add decisions, all those of their images.
 
         Raises:
             ValueError: If shapes do not fit, a weight is negative, a level is beyond 31, or two
@@ -52,18 +58,19 @@ class LayerStatistics:
         level, image = decisions.level, decisions.image
         if len(np.unique(unit)) != len(unit):
             raise ValueError('each row is one decision, but two rows have the same number')
-        ones = np.ones(len(unit))
+        ones, nothing = np.ones(len(unit)), np.zeros_like(level)
         # First, because they check their arguments.
-        self._level.add(unit, level, ones, weights)
-        # The levels of an image differ anyway; what the image adds is seen within a level.
-        self._image.add(unit, image, ones, weights, level)
-        self._position.add(unit, position_bin(*decisions.centre.T), ones, weights)
+        self._level.add(unit, level, ones, weights, image)
+        position = position_bin(*decisions.centre.T)
+        self._position.add(unit, position, ones, weights, image, {'level': level})
         total = weights.sum(1)
         known = np.isfinite(total) & (total > 0)
         if not known.any():
             return
+        chosen = weights > 0
+        self._load.add(unit, nothing, chosen.sum(1), chosen, image)
+        self._importance.add(unit, nothing, np.nan_to_num(total), weights, image)
         self._num_levels = max(self._num_levels, int(level[known].max()) + 1)
-        self._several_per_image |= len(np.unique(image[known])) < known.sum()
         weights_TE = torch.from_numpy(weights[known]).double()
         chosen = (weights_TE > 0).double()
         normalised = weights_TE / weights_TE.sum(1, keepdim=True)
@@ -92,27 +99,39 @@ class LayerStatistics:
         order = np.argsort(-np.array(self.report().importance), kind='stable')
         return sorted(order[:MAX_PAIRED].tolist())
 
-    def _associations(self, permutations: int) -> dict[str, dict]:
+    def results(self, permutations: int) -> dict[str, tuple[Bins, AssociationResult]]:
         """With what the decisions go together, by attribute."""
         found = {}
-        # With one decision for each image none could go better with its image than another.
-        if self._several_per_image:
-            found['image'] = self._image.result(permutations).as_dict()
         if self._num_levels > 1:
             result = self._level.result(permutations).first(self._num_levels)
-            found['level'] = result.as_dict(level_bins(self._num_levels))
+            found['level'] = level_bins(self._num_levels), result
         if self._position.num_units:
-            found['position'] = self._position.result(permutations).as_dict(POSITIONS)
+            found['position'] = POSITIONS, self._position.result(permutations)
         return found
 
-    def as_dict(self, permutations: int = 999) -> dict:
-        """The statistics of ``experts.json``, with the associations of source ``decisions``."""
+    def as_dict(
+        self,
+        permutations: int = 999,
+        others: dict[str, dict[str, tuple[Bins, AssociationResult]]] | None = None,
+    ) -> dict:
+        """The statistics of ``experts.json``.
+
+        Args:
+            permutations: Of each test.
+            others: Associations besides :meth:`results`, which are the source ``decisions``; by
+                source and attribute. All tests together are one family.
+        """
+        found = {'decisions': self.results(permutations)}
+        for source, results in (others or {}).items():
+            found[source] = {**found.get(source, {}), **results}
         report, paired = self.report(), self.paired()
         return {
             'num_experts': self.num_experts,
             'num_decisions': report.num_items,
             'load': report.load,
             'importance': report.importance,
+            'load_interval': _share_intervals(self._load, permutations),
+            'importance_interval': _share_intervals(self._importance, permutations),
             'active_share': np.diag(self.coactivation()).tolist(),
             'load_cv2': report.load_cv2,
             'usage_entropy': report.usage_entropy,
@@ -122,10 +141,15 @@ class LayerStatistics:
             'collapsed': report.has_collapsed(COLLAPSE_SHARE),
             'coactivation_experts': paired,
             'coactivation': self.coactivation()[np.ix_(paired, paired)].tolist(),
-            'associations': {'decisions': self._associations(permutations)},
+            'associations': as_family(found),
         }
 
     def _nothing(self) -> dict[str, torch.Tensor]:
         experts = torch.zeros(self.num_experts, dtype=torch.float64)
         sums = sums_of_decisions(experts.new_zeros(0, self.num_experts), experts.long()[:0], 1)
         return {**sums, 'load': experts, 'importance': experts, 'dropped': experts.sum()}
+
+
+def _share_intervals(of_one_bin: Association, permutations: int) -> list[list[float]]:
+    """[low, high] of the share of each expert."""
+    return of_one_bin.result(permutations).cells.expert_given_bin[:, 0].T.tolist()

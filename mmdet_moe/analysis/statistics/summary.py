@@ -5,10 +5,12 @@ from dataclasses import asdict
 
 import numpy as np
 
+from mmdet_moe.analysis.controls import Controls, RandomRouters
 from mmdet_moe.analysis.data import AnalysisData
 from mmdet_moe.analysis.records.contents import (
     BoxRecords,
     ClassifierRecords,
+    DetectionRecords,
     DetectorRecords,
     ImageRecords,
     LayerRecords,
@@ -26,13 +28,20 @@ from mmdet_moe.analysis.statistics.bins import (
     position_bin,
     size_bin,
 )
+from mmdet_moe.analysis.statistics.counterfactual import counterfactuals
 from mmdet_moe.analysis.statistics.evaluation import ClassificationMetrics, DetectionMetrics
+from mmdet_moe.analysis.statistics.flow import flows
+from mmdet_moe.analysis.statistics.inference import interval, resampled_images
 from mmdet_moe.analysis.statistics.layer_statistics import MAX_LEVELS, LayerStatistics
+from mmdet_moe.analysis.statistics.matching import IGNORED
 from mmdet_moe.analysis.statistics.polysemanticity import polysemanticity
 from mmdet_moe.analysis.study import Study
 from mmdet_moe.moe import MoELayer
 
-SCHEMA, VERSION = 'mmdet_moe.experts', 2
+SCHEMA, VERSION = 'mmdet_moe.experts', 3
+# Given what each attribute is told, besides without; some of the classes make a super-class.
+_GIVEN = {'class': ('level',), 'superclass': ('level',), 'level': ('class',)}
+_GIVEN_BOTH = ('level', 'class')
 
 
 def summarise(study: Study, run: dict, permutations: int = 999) -> dict:
@@ -44,19 +53,24 @@ def summarise(study: Study, run: dict, permutations: int = 999) -> dict:
         permutations: Of each test.
     """
     summaries = [
-        _LayerSummary(layer.num_experts, study.data, study.score_thr)
-        for layer in study.layers.values()
+        _LayerSummary(layer.num_experts, study.data, study.score_thr, study.controls.get(name))
+        for name, layer in study.layers.items()
     ]
+    for records in study.records if study.controls else ():
+        for summary, layer in zip(summaries, records.layers, strict=True):
+            if summary.controls is not None:
+                summary.controls.learn(layer, len(records.images.index) / len(study.data))
     num_objects = num_detections = 0
     for records in study.records:
         for summary, layer in zip(summaries, records.layers, strict=True):
             summary.add(records, layer)
         if study.is_detector:
             num_objects += int((~records.objects.crowd).sum())
-            num_detections += int((records.detections.score >= study.score_thr).sum())
+            num_detections += int(_counts(records.detections, study.score_thr).sum())
         else:
             num_objects += len(records.classes.label)
-    measured = metrics_of(study)
+    measured = metrics_of(study, permutations)
+    alone = counterfactuals(study)
     return {
         'schema': SCHEMA,
         'version': VERSION,
@@ -72,21 +86,31 @@ def summarise(study: Study, run: dict, permutations: int = 999) -> dict:
             'num_levels': study.tracer.num_levels,
         },
         **measured,
+        'flows': flows(study),
         'layers': {
             name: {
                 'kind': 'sparse' if isinstance(layer, MoELayer) else 'factorised',
                 'top_k': layer.top_k,
                 'granularity': layer.granularity,
                 **summary.as_dict(permutations),
-                'polysemanticity': polysemanticity(name, **measured),
+                'polysemanticity': polysemanticity(
+                    name, measured['metrics'], measured['interventions']
+                ),
+                'counterfactual': alone[name],
             }
             for (name, layer), summary in zip(study.layers.items(), summaries, strict=True)
         },
     }
 
 
-def metrics_of(study: Study) -> dict:
-    """The metrics of the unchanged model and of all interventions, as in ``experts.json``."""
+def metrics_of(study: Study, resamples: int = 999) -> dict:
+    """The metrics of the unchanged model and of all interventions, as in ``experts.json``.
+
+    Args:
+        study: After its passes.
+        resamples: Of the images, for the intervals; the same for all, so that differences to the
+            unchanged model are those on the same images.
+    """
     if study.is_detector:
         metrics = DetectionMetrics(study.data, len(study.data))
         unchanged = concatenated([records.detections for records in study.records])
@@ -94,17 +118,35 @@ def metrics_of(study: Study) -> dict:
         classes = concatenated([records.classes for records in study.records])
         metrics = ClassificationMetrics(study.data.classes, classes.label)
         unchanged = classes.prediction
+    times = resampled_images(len(study.data), resamples)
+    before = metrics.evaluated(unchanged)
+    values = before.resampled(times)
     # Only if all images have been through them: metrics of a part cannot be compared.
     is_complete = bool(study.interventions) and study.changed.num_images == len(study.data)
-    interventions = (
-        [
-            {**asdict(intervention), 'metrics': metrics(found)}
-            for intervention, found in zip(study.interventions, _changed(study), strict=True)
-        ]
-        if is_complete
-        else []
-    )
-    return {'metrics': metrics(unchanged), 'interventions': interventions}
+    made = zip(study.interventions, _changed(study), strict=True) if is_complete else ()
+    interventions = []
+    for intervention, found in made:
+        after = metrics.evaluated(found)
+        changed = after.resampled(times)
+        difference = {
+            name: {
+                'value': (value := after.metrics[name] - before.metrics[name]),
+                'interval': interval(changed[name] - values[name], value),
+            }
+            for name in values
+            if before.metrics[name] is not None is not after.metrics[name]
+        }
+        interventions.append(
+            {**asdict(intervention), 'metrics': after.metrics, 'difference': difference}
+        )
+    return {
+        'metrics': before.metrics,
+        'metrics_interval': {
+            name: None if (value := before.metrics[name]) is None else interval(of_name, value)
+            for name, of_name in values.items()
+        },
+        'interventions': interventions,
+    }
 
 
 def _changed(study: Study) -> Iterator[BoxRecords | np.ndarray]:
@@ -116,11 +158,23 @@ def _changed(study: Study) -> Iterator[BoxRecords | np.ndarray]:
         yield from concatenated(list(study.changed)).prediction.T
 
 
+def _counts(found: DetectionRecords, score_thr: float) -> np.ndarray:
+    """bool (d,): right or wrong, above the threshold; what lies on a crowd is neither."""
+    return (found.score >= score_thr) & (found.match != IGNORED)
+
+
 class _LayerSummary:
     """All statistics of one layer."""
 
-    def __init__(self, num_experts: int, data: AnalysisData, score_thr: float) -> None:
+    def __init__(
+        self,
+        num_experts: int,
+        data: AnalysisData,
+        score_thr: float,
+        routers: RandomRouters | None,
+    ) -> None:
         self.num_experts = num_experts
+        self.controls = None if routers is None else Controls(routers)
         self.score_thr = score_thr
         self.decisions = LayerStatistics(num_experts)
         self.group_of = _group_of(data)
@@ -143,29 +197,36 @@ class _LayerSummary:
         links = layer.links
         made = layer.decisions
         self.decisions.add(made)
+        if self.controls is not None:
+            self.controls.use(layer.controls)
+            bins = {'level': made.level, 'position': position_bin(*made.centre.T)}
+            self._control('decisions', bins, bins, made.unit, np.ones(len(made.unit)))
         if self.source_of is not None:
-            ones = np.ones(len(made.unit))
-            self._count('decisions', self._of_images(made.image), made.unit, ones, made.weights)
+            bins, given = self._of_images(made.image), {'level': made.level}
+            behind = (made.unit, np.ones(len(made.unit)), made.weights, made.image)
+            self._count('decisions', bins, given, *behind)
         behind = (links.unit, links.share, links.weights)
         if isinstance(records, ClassifierRecords):
             bins = self._of_classes(records.classes.label[links.owner])
             if self.bins['cluster'] is not None:
                 bins['cluster'] = records.classes.cluster[links.owner]
-            bins |= self._of_images(records.images.index[links.owner])
-            self._count('objects', bins, *behind)
+            image = records.images.index[links.owner]
+            bins |= self._of_images(image)
+            self._count('objects', bins, bins, *behind, image)
             return
         objects, found = records.objects, records.detections
+        image = objects.image[links.owner]
         bins = self._of_classes(objects.label[links.owner]) | self._of_boxes(
-            objects.box[links.owner], objects.image[links.owner], links.level, records.images
+            objects.box[links.owner], image, links.level, records.images
         )
-        self._count('objects', bins, *behind)
+        self._count('objects', bins, bins, *behind, image)
         behind = layer.detections
-        shown = (found.match >= 0) & (found.score >= self.score_thr) & (behind.unit >= 0)
+        shown = _counts(found, self.score_thr) & (behind.unit >= 0)
         bins = self._of_classes(found.label[shown]) | self._of_boxes(
             found.box[shown], found.image[shown], found.level[shown], records.images
         )
-        ones = np.ones(int(shown.sum()))
-        self._count('detections', bins, behind.unit[shown], ones, behind.weights[shown])
+        unit, weights = behind.unit[shown], behind.weights[shown]
+        self._count('detections', bins, bins, unit, np.ones(len(unit)), weights, found.image[shown])
 
     def _of_classes(self, label: np.ndarray) -> dict[str, np.ndarray]:
         bins = {'class': label}
@@ -194,28 +255,49 @@ class _LayerSummary:
         self,
         source: str,
         bins: dict[str, np.ndarray],
+        given: dict[str, np.ndarray],
         unit: np.ndarray,
         share: np.ndarray,
         weights: np.ndarray,
+        image: np.ndarray,
     ) -> None:
+        self._control(source, bins, given, unit, share)
         tables = self.associations.setdefault(source, {})
         for attribute, values in bins.items():
             if attribute not in tables:
-                tables[attribute] = Association(len(self.bins[attribute]), self.num_experts)
-            tables[attribute].add(unit, values, share, weights)
+                names = [name for name in _GIVEN.get(attribute, _GIVEN_BOTH) if name in given]
+                count = len(self.bins[attribute])
+                tables[attribute] = Association(count, self.num_experts, names)
+            tables[attribute].add(unit, values, share, weights, image, given)
+
+    def _control(
+        self,
+        source: str,
+        bins: dict[str, np.ndarray],
+        given: dict[str, np.ndarray],
+        unit: np.ndarray,
+        share: np.ndarray,
+    ) -> None:
+        if self.controls is not None:
+            level = given.get('level', np.zeros_like(unit))
+            sizes = {attribute: len(self.bins[attribute]) for attribute in bins}
+            self.controls.add(source, bins, unit, share, level, sizes)
 
     def as_dict(self, permutations: int) -> dict:
         """The layer's part of ``experts.json``."""
-        summary = self.decisions.as_dict(permutations)
+        found = {}
         for source, tables in self.associations.items():
-            found = summary['associations'].setdefault(source, {})
+            found[source] = {}
             for attribute, table in tables.items():
+                if attribute == 'level' and self._levels < 2:
+                    continue
                 bins, result = self.bins[attribute], table.result(permutations)
                 if attribute == 'level':
-                    if self._levels < 2:
-                        continue
                     bins, result = level_bins(self._levels), result.first(self._levels)
-                found[attribute] = result.as_dict(bins)
+                found[source][attribute] = bins, result
+        summary = self.decisions.as_dict(permutations, found)
+        if self.controls is not None:
+            self.controls.fill(summary['associations'])
         return summary
 
 

@@ -255,7 +255,7 @@ def test_classes_are_sorted_by_their_main_expert():
     assert f'{shares[order[0], 0]:.2f}' == written[0]
     title = figures[LAYER, 'objects_class'].get_suptitle()
     assert f'mutual information {classes["mi"]:.3f} nats' in title
-    assert 'p = 0.001' in title
+    assert 'p = 0.002' in title
 
 
 def test_many_classes():
@@ -324,14 +324,51 @@ def test_usage_and_coactivation():
 def test_information():
     experts, figures = draw()
     layer = experts['layers'][LAYER]['associations']
-    rows = [a for attributes in layer.values() for a in attributes.values()]
+    alone = [a for attributes in layer.values() for a in attributes.values()]
+    given = [a['given']['level'] for a in alone]
+    rows = [a for pair in zip(alone, given, strict=True) for a in pair]
     (axes,) = figures[LAYER, 'information'].axes
-    for bars, key in zip(axes.containers, ('mi_max', 'mi'), strict=True):
-        assert [bar.get_width() for bar in bars] == pytest.approx([a[key] for a in rows])
+    drawn = ('mi_max', rows), ('mi', alone), ('mi', given)
+    for bars, (key, found) in zip(axes.containers, drawn, strict=True):
+        assert [bar.get_width() for bar in bars] == pytest.approx([a[key] for a in found])
     (chance,) = axes.lines
     assert chance.get_xdata() == pytest.approx([a['chance'] for a in rows])
-    assert labels_of(axes.yaxis)[:2] == ['image of the decisions', 'level of the decisions']
-    assert axes.texts[0].get_text() == '0.300 nats, p = 0.400'
+    (intervals,) = axes.collections
+    ends = np.array(intervals.get_segments())[:, :, 0]
+    assert ends == pytest.approx(np.array([a['interval'] for a in rows]))
+    assert labels_of(axes.yaxis)[:2] == ['level of the decisions', '    given the level']
+    assert axes.texts[0].get_text() == f'{alone[0]["mi"]:.3f} nats, p = 0.002'
+
+
+def small(**options):
+    """A run of one layer whose objects' classes alone were compared."""
+    experts = make_experts(layers=(LAYER,), history=False, interventions=False, **options)
+    layer = experts['layers'][LAYER]
+    table = layer['associations']['objects']['class']
+    layer['associations'] = {'objects': {'class': table}}
+    return experts, table
+
+
+def test_controls_are_marks_beside_the_bars():
+    experts, table = small()
+    table['controls'] = {'random': {'mi': 0.05, 'given': {'level': 0.02}}, 'level': {'mi': 0.1}}
+    (axes,) = draw_all(experts)[LAYER, 'information'].axes
+    _, random, level = axes.lines
+    assert random.get_xdata().tolist() == [0.05, 0.02]
+    assert level.get_xdata() == pytest.approx([0.1, math.nan], nan_ok=True)
+    assert random.get_label() == 'routers with random weights'
+
+
+def test_cells_of_chance_are_faded_and_the_scale_is_the_same():
+    experts, table = small()
+    table['cell_p'][2][1] = 0.06
+    figure = draw_all(experts)[LAYER, 'objects_class']
+    (axes,) = figure.axes
+    (mesh,) = (m for m in axes.collections if isinstance(m, QuadMesh))
+    assert mesh.get_clim() == (0, 1)
+    ((row, expert),) = np.argwhere(mesh.get_alpha().reshape(-1, 4) < 1)
+    assert (table['bins'].index(labels_of(axes.yaxis)[row]), expert) == (2, 1)
+    assert 'faded: cells with p > 0.05' in figure.get_suptitle()
 
 
 @pytest.mark.parametrize('num_experts', [4, 16])

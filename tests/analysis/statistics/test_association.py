@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 import pytest
+from sklearn.metrics import mutual_info_score
 
 from mmdet_moe.analysis.statistics.association import Association
 from mmdet_moe.analysis.statistics.bins import (
@@ -18,6 +19,7 @@ from mmdet_moe.analysis.statistics.bins import (
     size_bin,
     size_bins,
 )
+from mmdet_moe.analysis.statistics.inference import adjusted, resampled_images
 
 
 def information(table):
@@ -66,21 +68,18 @@ def test_numbers_worked_out():
     association = Association(2, 2)
     add(association, ENTRIES, WEIGHTS)
     result = association.result(permutations=99)
+    found = result.information
     np.testing.assert_allclose(association.table(), TABLE)
     np.testing.assert_allclose(result.counts, TABLE)
     np.testing.assert_allclose(result.bin_given_expert, [[2 / 3.25, 0], [1.25 / 3.25, 1]])
     np.testing.assert_allclose(result.expert_given_bin, [[1, 0], [0.625, 0.375]])
     # H(bin) + H(expert) - H(both), of the shares 0.5, 0.3125, 0.1875 and their sums.
     mi = math.log(2) + entropy([0.8125, 0.1875]) - entropy([0.5, 0.3125, 0.1875])
-    assert result.mi == pytest.approx(mi)
-    assert result.mi == pytest.approx(information(TABLE))
-    assert result.mi_max == pytest.approx(entropy([0.8125, 0.1875]))  # below log 2 of the bins
-    assert result.num_units == 2
-    # The other order gives decision 0 the weights (0.5, 0.5): bin 0 (1, 1), bin 1 (1.75, 0.25).
-    other = information([[1.0, 1.0], [1.75, 0.25]])
-    assert other < mi
-    as_observed = (result.p_value * 100 - 1) / 99
-    assert result.chance == pytest.approx(as_observed * mi + (1 - as_observed) * other)
+    assert found.mi == pytest.approx(mi)
+    assert found.mi == pytest.approx(information(TABLE))
+    assert found.mi_max == pytest.approx(entropy([0.8125, 0.1875]))  # below log 2 of the bins
+    assert (found.num_units, found.num_images) == (2, 2)
+    assert result.given == {}
 
 
 @pytest.mark.parametrize('batch', [3, 1000])
@@ -100,78 +99,254 @@ def test_loops_agree(batch):
         part = [entry for entry in entries if start <= entry[0] < start + batch]
         add(association, part, weights)
     result = association.result(permutations=19)
+    found = result.information
     table = joint(entries, weights.tolist(), num_bins)
     np.testing.assert_allclose(result.counts, table, rtol=1e-6)
     assert result.counts.sum() == pytest.approx(sum(count for _, _, count in entries))
-    assert result.mi == pytest.approx(information(table), rel=1e-6)
-    assert result.num_units == len({unit for unit, _, _ in entries})
+    assert found.mi == pytest.approx(information(table), rel=1e-6)
+    assert found.num_units == len({unit for unit, _, _ in entries})
     for b, e in itertools.product(range(num_bins), range(num_experts)):
         assert result.expert_given_bin[b, e] == pytest.approx(table[b][e] / sum(table[b]), rel=1e-6)
         column = sum(row[e] for row in table)
         assert result.bin_given_expert[b, e] == pytest.approx(table[b][e] / column, rel=1e-6)
-    assert result.mi_max == pytest.approx(
+    assert found.mi_max == pytest.approx(
         min(entropy([sum(row) for row in table]), entropy([sum(c) for c in zip(*table)])),  # noqa: B905
         rel=1e-6,
     )
 
 
-def test_permutations_approach_all_orders():
-    """Mean and p-value over all 5! orders of the weights, enumerated."""
-    weights = [[0.9, 0.1], [0.8, 0.2], [0.3, 0.7], [0.5, 0.5], [0.0, 1.0]]
-    entries = [(0, 0, 2.0), (1, 0, 1.0), (2, 1, 3.0), (3, 0, 1.0), (4, 1, 1.0), (1, 1, 0.5)]
+def test_flips_approach_all_signs():
+    """p-values of table and cells over all 2^5 signs of the images, enumerated with loops."""
+    weights = [[0.9, 0.1], [0.8, 0.2], [0.3, 0.7], [0.5, 0.5], [0.0, 1.0], [0.6, 0.4]]
+    entries = [(0, 0, 2.0), (1, 0, 1.0), (2, 1, 3.0), (3, 0, 1.0), (4, 1, 1.0), (5, 1, 0.5)]
+    image = np.array([0, 1, 2, 3, 4, 1])  # decisions 1 and 5 are of one
+    units, bins, counts = (np.array(x) for x in zip(*entries, strict=True))
     association = Association(2, 2)
-    add(association, entries, weights)
+    association.add(units, bins, counts, np.array(weights)[units], image)
     result = association.result(permutations=4000)
-    all_orders = [
-        information(joint(entries, [weights[i] for i in order], 2))
-        for order in itertools.permutations(range(5))
-    ]
-    share = np.mean([mi >= result.mi - 1e-6 for mi in all_orders])
+    table = np.array(joint(entries, weights, 2))
+    mean, of_bin = table.sum(0) / table.sum(), table.sum(1)
+    excess = np.zeros((5, 2, 2))
+    for unit, b, count in entries:
+        excess[image[unit], b] += count * (np.array(weights[unit]) - mean)
+
+    def statistic(signs):
+        flipped = sum(sign * of_image for sign, of_image in zip(signs, excess, strict=True))
+        flipped = flipped - np.outer(of_bin / of_bin.sum(), flipped.sum(0))
+        return flipped, (flipped**2 / np.outer(of_bin, mean)).sum() / (2 * of_bin.sum())
+
+    seen, observed = statistic([1] * 5)
+    every = [statistic(signs) for signs in itertools.product([1, -1], repeat=5)]
+    share = np.mean([value >= observed - 1e-6 for _, value in every])
     # Five standard errors.
-    assert result.p_value == pytest.approx(share, abs=5 * math.sqrt(share * (1 - share) / 4000))
-    assert result.chance == pytest.approx(
-        np.mean(all_orders), abs=5 * np.std(all_orders) / math.sqrt(4000)
+    assert result.information.p_value == pytest.approx(
+        share, abs=5 * math.sqrt(share * (1 - share) / 4000) + 1e-3
+    )
+    of_cells = np.mean([np.abs(flipped) >= np.abs(seen) - 1e-6 for flipped, _ in every], axis=0)
+    np.testing.assert_allclose(result.cells.p, of_cells, atol=0.04)
+    # To second order the mutual information itself.
+    assert observed == pytest.approx(information(table.tolist()), rel=0.2)
+
+
+def simulate(rng, num_images, alike, attribute, num_experts=4):
+    """Images of 64 patches on 4 levels, a share of them with the choice of their image.
+
+    Returns:
+        What `Association.add` takes: of ``'class'``, one for each image; ``'size'``, of one to
+        eight objects, which the image sways; ``'position'``, of every patch; and ``'by level'``,
+        sizes that go by the level, as choices then do.
+    """
+    image, level = np.repeat(np.arange(num_images), 64), np.tile(np.arange(64) // 16, num_images)
+    own = rng.integers(0, num_experts, num_images)[image]
+    drawn = rng.integers(0, num_experts, len(image))
+    experts = np.where(rng.random(len(image)) < alike, own, drawn)
+    unit = np.arange(len(image))
+    if attribute == 'class':
+        bins = rng.integers(0, 5, num_images)[image]
+    elif attribute == 'position':
+        bins = unit % 5
+    else:
+        objects = np.repeat(np.arange(num_images), rng.integers(1, 9, num_images))
+        unit = 64 * objects + rng.integers(0, 64, len(objects))
+        swayed = rng.integers(0, 3, num_images)[objects]
+        if attribute == 'by level':
+            swayed = level[unit] // 2
+            experts = np.where(rng.random(len(image)) < 0.5, level, experts)
+        bins = swayed + rng.integers(0, 3, len(objects))
+    return (
+        unit,
+        bins,
+        np.ones(len(unit)),
+        one_hot(experts[unit], num_experts),
+        image[unit],
+        level[unit],
     )
 
 
-def test_p_values_are_uniform_under_independence():
-    """Decisions with one to three things each, and weights that know nothing of them."""
-    rng = np.random.default_rng(1)
-    trials, p_values = 200, []
+@pytest.mark.parametrize('alike', [0.0, 0.5, 1.0])
+@pytest.mark.parametrize('attribute', ['class', 'size', 'position', 'by level'])
+@pytest.mark.sweep(keep=0.3)
+def test_nothing_is_found_in_noise(alike, attribute, request):
+    """100 images of 64 patches: p < 0.01 in at most 2 % of 200 runs, also given the level."""
+    is_whole = request.config.getoption('--all')
+    trials, p_values = 200 if is_whole else 40, []
     for trial in range(trials):
-        unit = np.repeat(np.arange(60), rng.integers(1, 4, 60))
-        weights = rng.dirichlet(np.ones(3), 60).astype(np.float32)
-        association = Association(4, 3)
-        association.add(unit, rng.integers(0, 4, len(unit)), np.ones(len(unit)), weights[unit])
-        p_values.append(association.result(permutations=99, seed=trial).p_value)
-    for level in (0.1, 0.5):
-        bound = 4 * math.sqrt(trials * level * (1 - level))
-        assert abs(sum(p <= level for p in p_values) - trials * level) < bound
-    assert min(p_values) >= 0.01
+        rng = np.random.default_rng([trial, len(attribute)])
+        association = Association(5, 4, ('level',))
+        *entries, level = simulate(rng, 100, alike, attribute)
+        association.add(*entries, {'level': level})
+        result = association.result(permutations=499 if is_whole else 199, seed=trial)
+        p_values.append([test.p_value for test in result.tests])
+    p_values = np.array(p_values)
+    if attribute == 'by level':  # the level is an association of its own, but not given it
+        assert (p_values[:, 0] < 0.01).mean() > 0.9
+        p_values = p_values[:, 1:]
+    # Of 40 as well: 3 or more of binomial (40, 0.01) have a probability of 0.008.
+    assert (p_values < 0.01).mean(0).max() <= (0.02 if is_whole else 0.05)
+    assert (p_values > 0.5).mean(0).min() > 0.25
 
 
-def test_clusters_do_not_cry_wolf():
-    """30 objects of one class on each decision, experts chosen blindly.
+def test_exchanging_decisions_would_cry_wolf():
+    """Patches of an image that choose alike: each an image of its own, noise is significant."""
+    found = 0
+    for trial in range(10):
+        unit, bins, ones, weights, *_ = simulate(np.random.default_rng(trial), 100, 1.0, 'class')
+        association = Association(5, 4)
+        association.add(unit, bins, ones, weights)
+        found += association.result(permutations=99).information.p_value == 0.01
+    assert found == 10
 
-    Permuting objects, as if they were independent, finds an association nearly always.
-    """
-    rng = np.random.default_rng(2)
-    trials, by_decision, by_object = 60, 0, 0
+
+def test_effects_are_found_where_they_are():
+    """By size and only within the levels; and by level alone, from which size seems to follow."""
+    rng = np.random.default_rng(0)
+    image = np.repeat(np.arange(150), 4)
+    level, small = np.tile(np.arange(4), 150), rng.random(600) < 0.5
+    experts = {'within': (small + level) % 2, 'level': level % 2}
+    sizes = {
+        'within': small.astype(int),
+        'level': np.where(rng.random(600) < 0.8, level % 2, small),
+    }
+    found = {}
+    for name, chosen in experts.items():
+        association = Association(2, 2, ('level',))
+        association.add(
+            np.arange(600), sizes[name], np.ones(600), one_hot(chosen, 2), image, {'level': level}
+        )
+        found[name] = association.result(199)
+    within, by_level = found['within'], found['level']
+    assert within.information.p_value > 0.05
+    assert within.given['level'].p_value == 1 / 200
+    assert within.given['level'].mi == pytest.approx(math.log(2), abs=0.01)
+    assert by_level.information.p_value == 1 / 200
+    assert by_level.given['level'].mi == pytest.approx(0, abs=1e-12)
+    assert by_level.given['level'].p_value == 1
+
+
+@pytest.mark.parametrize('seed', range(3))
+def test_information_given_the_level_by_scikit_learn(seed):
+    """Hard assignments; the mean over the levels of what scikit-learn finds in each."""
+    rng = np.random.default_rng(seed)
+    bins, experts, level = (rng.integers(0, n, 400) for n in (5, 3, 4))
+    experts = np.where(rng.random(400) < 0.3, (bins + level) % 3, experts)
+    association = Association(5, 3, ('level',))
+    entries = bins, np.ones(400), one_hot(experts, 3), np.arange(400) // 4
+    association.add(np.arange(400), *entries, {'level': level})
+    result = association.result(19)
+    expected = sum(
+        (level == number).mean()
+        * mutual_info_score(bins[level == number], experts[level == number])
+        for number in range(4)
+    )
+    assert result.given['level'].mi == pytest.approx(expected, rel=1e-9)
+    assert result.information.mi == pytest.approx(mutual_info_score(bins, experts), rel=1e-9)
+    of_bins, of_experts = (
+        sum(
+            (level == n).mean() * entropy(np.bincount(values[level == n]).tolist())
+            for n in range(4)
+        )
+        for values in (bins, experts)
+    )
+    assert result.given['level'].mi_max == pytest.approx(min(of_bins, of_experts))
+
+
+@pytest.mark.parametrize(
+    ('effect', 'alike', 'least'), [(0.0, 0.7, 0.9), (0.1, 0.0, 0.9), (0.4, 0.7, 0.88)]
+)
+@pytest.mark.sweep(keep=0.34)
+def test_intervals_cover(effect, alike, least):
+    """The information of the distribution, which the plug-in estimate is above of."""
+    table = np.full((5, 4), (1 - effect) / 4)
+    table[np.arange(5), np.arange(5) % 4] += effect
+    truth, trials, covered = information(table.tolist()), 60, 0
     for trial in range(trials):
-        decisions = np.repeat(np.arange(20), 30)
-        classes = rng.integers(0, 3, 20)[decisions]
-        weights = one_hot(rng.integers(0, 3, 20), 3)[decisions]
-        for unit in (decisions, np.arange(600)):
+        rng = np.random.default_rng([trial, 7])
+        association = Association(5, 4)
+        image = np.repeat(np.arange(80), 4)
+        bins, own = rng.integers(0, 5, 320), rng.integers(0, 4, 80)[image]
+        experts = np.where(rng.random(320) < alike, own, rng.integers(0, 4, 320))
+        experts = np.where(rng.random(320) < effect, bins % 4, experts)
+        association.add(np.arange(320), bins, np.ones(320), one_hot(experts, 4), image)
+        low, high = association.result(199, seed=trial).information.interval
+        covered += low <= truth <= high
+    assert covered >= trials * least - 3
+
+
+def test_intervals_of_shares_are_those_of_repeated_images():
+    """Against a loop that repeats the entries of each image."""
+    rng = np.random.default_rng(3)
+    image = np.repeat(np.arange(30), 5)
+    bins, experts = rng.integers(0, 3, 150), rng.integers(0, 2, 150)
+    association = Association(3, 2)
+    association.add(np.arange(150), bins, np.ones(150), one_hot(experts, 2), image)
+    found = association.result(99).cells.expert_given_bin
+    shares = []
+    for drawn in resampled_images(30, 99).T:
+        table = np.zeros((3, 2))
+        for i, times in enumerate(drawn):
+            np.add.at(table, (bins[image == i], experts[image == i]), times)
+        shares.append(table / table.sum(1, keepdims=True))
+    np.testing.assert_allclose(found, np.quantile(shares, [0.025, 0.975], axis=0))
+
+
+def test_a_family_is_corrected_by_its_largest_statistics():
+    """At most as often as its level is any of 12 tests of nothing significant, unlike alone."""
+    alone, together, trials = 0, 0, 20
+    for trial in range(trials):
+        rng = np.random.default_rng(trial)
+        tests = []
+        for _ in range(12):
             association = Association(3, 3)
-            association.add(unit, classes, np.ones(600), weights)
-            found = association.result(permutations=99, seed=trial).p_value <= 0.05
-            if unit is decisions:
-                by_decision += found
-            else:
-                by_object += found
-    # 3 are expected of 60; 10 or more would have a probability of 0.0007.
-    assert by_decision < 10
-    assert by_object > 50
+            weights = one_hot(rng.integers(0, 3, 60), 3)
+            association.add(np.arange(60), rng.integers(0, 3, 60), np.ones(60), weights)
+            tests += association.result(99, seed=trial).tests
+        corrected = adjusted(tests)
+        assert all(c >= t.p_value for c, t in zip(corrected, tests, strict=True))
+        alone += min(test.p_value for test in tests) <= 0.1
+        together += min(corrected) <= 0.1
+    assert alone >= 10
+    assert together <= 6  # 2 are expected; more than 6 have a probability of 0.002
+    assert adjusted([]) == []
+
+
+def test_images_have_the_same_signs_in_all_tests():
+    """However many other images there are: the test of some is a part of that of more."""
+    rng = np.random.default_rng(0)
+    bins, weights = rng.integers(0, 3, 40), rng.dirichlet(np.ones(3), 40)
+    results = []
+    for image in (np.arange(40), np.arange(40) + 60):
+        association = Association(3, 3)
+        for part in np.array_split(np.arange(40), 3):
+            ones = np.ones(len(part))
+            association.add(part, bins[part], ones, weights[part], image[part])
+        results.append(association.result(99).information)
+    assert results[0].mi == results[1].mi
+    assert not np.array_equal(results[0].flipped, results[1].flipped)
+    association = Association(3, 3)
+    association.add(
+        np.arange(40)[::-1], bins[::-1], np.ones(40), weights[::-1], np.arange(40)[::-1]
+    )
+    np.testing.assert_allclose(association.result(99).information.flipped, results[0].flipped)
 
 
 def test_strong_association_has_the_smallest_p_value():
@@ -180,70 +355,70 @@ def test_strong_association_has_the_smallest_p_value():
     association = Association(4, 4)
     association.add(np.arange(200), bins, np.ones(200), one_hot(bins, 4))
     result = association.result(permutations=199)
-    assert result.p_value == 1 / 200
-    assert result.mi == pytest.approx(entropy(np.bincount(bins).tolist()))
-    assert result.mi == pytest.approx(result.mi_max)
+    found = result.information
+    assert found.p_value == 1 / 200
+    assert found.mi == pytest.approx(entropy(np.bincount(bins).tolist()))
+    assert found.mi == pytest.approx(found.mi_max)
     # For independent counts the plug-in estimate is about (B - 1)(E - 1) / 2U too high.
-    assert result.chance == pytest.approx(9 / 400, rel=0.2)
+    assert found.chance == pytest.approx(9 / 400, rel=0.2)
+    assert (result.cells.p == 1 / 200).all()
 
 
 def test_equal_weights_are_no_association():
-    """All permutations give the same table: rounding must not make a p-value of it."""
+    """All flips give the same table: rounding must not make a p-value of it."""
     rng = np.random.default_rng(4)
     weights = np.tile(np.float32([0.3, 0.6, 0.1]), (50, 1))
     association = Association(5, 3)
     association.add(np.arange(50), rng.integers(0, 5, 50), rng.random(50), weights)
-    result = association.result(permutations=99)
-    assert result.p_value == 1
-    assert result.mi == pytest.approx(0, abs=1e-12)
+    found = association.result(permutations=99).information
+    assert found.p_value == 1
+    assert found.mi == pytest.approx(0, abs=1e-12)
+    assert (found.strength, found.interval) == (0, pytest.approx((0, 0), abs=1e-9))
 
 
-def test_discovered_bins():
-    """As with the attribute `image`: any numbers; the same test, but no table."""
-    rng = np.random.default_rng(5)
-    image = rng.integers(0, 30, 200)
-    weights = rng.dirichlet(np.ones(4), 30).astype(np.float32)[image]
-    numbers = np.array([10**12 + 7 * i for i in range(30)])
-    known, found = Association(30, 4), Association(None, 4)
-    for part in np.array_split(np.arange(200), 3):
-        known.add(part, image[part], np.ones(len(part)), weights[part])
-        found.add(part, numbers[image[part]], np.ones(len(part)), weights[part])
-    with_table, without = known.result(49), found.result(49)
-    assert without.counts is None
-    for name in ('mi', 'chance', 'p_value', 'num_units', 'mi_max'):
-        assert getattr(without, name) == pytest.approx(getattr(with_table, name)), name
-    assert without.p_value == 0.02
-    with pytest.raises(ValueError, match='num_bins'):
-        found.table()
-    assert not {'bins', 'counts', 'bin_given_expert'} & without.as_dict().keys()
+def test_chance_of_tables_with_few_things():
+    """Mean plug-in estimate of noise with about one thing in a cell: above (B - 1)(E - 1) / 2U."""
+    estimates, chances = [], []
+    for trial in range(30):
+        rng = np.random.default_rng(trial)
+        association = Association(30, 4)
+        weights = one_hot(rng.integers(0, 4, 120), 4)
+        association.add(np.arange(120), rng.integers(0, 30, 120), np.ones(120), weights)
+        found = association.result(49).information
+        estimates.append(found.mi)
+        chances.append(found.chance)
+    assert np.mean(estimates) > 1.15 * 29 * 3 / 240
+    assert np.mean(chances) == pytest.approx(np.mean(estimates), rel=0.1)
 
 
-def test_reservoir_is_bounded_and_the_table_exact():
+def test_sample_is_bounded_and_the_table_exact():
     rng = np.random.default_rng(6)
-    association, expected = Association(3, 2, max_units=100), np.zeros((3, 2))
-    for _ in range(50):
+    association, expected = Association(3, 2, max_entries=100), np.zeros((3, 2))
+    for start in range(0, 1000, 20):
         unit = np.repeat(np.arange(20), 2)  # numbers need to be unique within a call only
         bins, weights = rng.integers(0, 3, 40), rng.dirichlet([1, 1], 20).astype(np.float32)[unit]
-        association.add(unit, bins, np.ones(40), weights)
+        association.add(unit, bins, np.ones(40), weights, start + unit // 2)
         assert association.num_kept <= 125
         for b, row in zip(bins, weights, strict=True):
             expected[b] += row.astype(float) / row.astype(float).sum()
     result = association.result(permutations=9)
-    assert (association.num_units, association.num_kept, result.num_units) == (1000, 100, 100)
+    assert association.num_units == 1000
+    assert 95 < association.num_kept <= 100
+    assert result.information.num_images * 2 == result.information.num_units  # whole images
     np.testing.assert_allclose(association.table(), expected)
     assert result.counts.sum() == pytest.approx(2000)
 
 
 def test_sample_is_uniform():
-    """Every decision has the same chance, early or late; each has a bin of its own here."""
+    """Every image has the same chance, early or late; each has a bin of its own here."""
     seen = np.zeros(60)
     for seed in range(400):
-        association = Association(None, 1, max_units=15, seed=seed)
+        association = Association(60, 1, max_entries=15, seed=seed)
         for start in range(0, 60, 6):
             units = np.arange(start, start + 6)
             association.add(units, units, np.ones(6), np.ones((6, 1)))
-        association.result(1)
-        kept = np.concatenate([part.bins for part in association._kept])
+        association._shrink()
+        kept = np.concatenate([part.cells[:, 0] for part in association._kept])
         assert len(kept) == 15
         seen[kept] += 1
     # Binomial (400, 1/4): mean 100, standard deviation 8.7.
@@ -257,13 +432,21 @@ def test_same_sample_however_it_is_divided():
     bins, weights = rng.integers(0, 4, 300), rng.dirichlet(np.ones(3), 300).astype(np.float32)
     results = []
     for parts in (1, 30):
-        association = Association(4, 3, max_units=50)
+        association = Association(4, 3, max_entries=50)
         for part in np.array_split(np.arange(300)[::-1], parts):
-            association.add(part, bins[part], np.ones(len(part)), weights[part])
+            association.add(part, bins[part], np.ones(len(part)), weights[part], part // 2)
         results.append(association.result(19, seed=3))
-    assert results[0].mi == results[1].mi
-    assert results[0].p_value == results[1].p_value
+    one, other = (result.information for result in results)
+    assert (one.mi, one.p_value, one.interval) == (other.mi, other.p_value, other.interval)
     np.testing.assert_allclose(results[0].counts, results[1].counts)
+
+
+def test_one_image_may_be_more_than_there_is_room_for():
+    association = Association(40, 2, max_entries=10)
+    for image in range(3):
+        weights = np.tile([0.5, 0.5], (40, 1))
+        association.add(np.arange(40), np.arange(40), np.ones(40), weights, np.full(40, image))
+    assert association.result(9).information.num_images == 1
 
 
 def test_what_does_not_take_part():
@@ -278,18 +461,26 @@ def test_what_does_not_take_part():
     assert association.num_units == 1
     np.testing.assert_allclose(association.table(), [[0.25, 0.75], [0, 0]])
     result = association.result(9)
-    assert (result.mi, result.p_value, result.mi_max) == (0, 1, 0)
+    found = result.information
+    assert (found.mi, found.p_value, found.mi_max) == (0, 1, 0)
     np.testing.assert_allclose(result.expert_given_bin, [[0.25, 0.75], [0, 0]])
 
 
-@pytest.mark.parametrize('num_bins', [3, None])
-def test_nothing_at_all(num_bins):
-    association = Association(num_bins, 2)
-    association.add([], [], [], np.zeros((0, 2)))
+def test_nothing_at_all():
+    association = Association(3, 2, ('level',))
+    association.add([], [], [], np.zeros((0, 2)), given={'level': []})
     result = association.result(99)
-    assert (result.mi, result.chance, result.p_value, result.num_units) == (0, 0, 1, 0)
-    text = json.dumps(result.as_dict(num_bins and COCO_SIZES), allow_nan=False)
+    found = result.information
+    assert (found.mi, found.chance, found.p_value, found.num_units) == (0, 0, 1, 0)
+    text = json.dumps(result.as_dict(COCO_SIZES), allow_nan=False)
     assert json.loads(text)['mi_max'] == 0
+
+
+def test_few_images_have_no_interval():
+    association = Association(2, 2)
+    association.add([0, 1, 2], [0, 1, 1], [1, 1, 1], [[1, 0], [0, 1], [0, 1]])
+    found = association.result(9).information
+    assert found.interval == (0, found.mi_max)
 
 
 @pytest.mark.parametrize(
@@ -324,6 +515,12 @@ def test_as_dict_is_the_contract():
     assert content['expert_given_bin'] == [[1, 0], [0, 0], [0, 1]]
     assert content['mi'] == pytest.approx(math.log(2))
     assert content['permutations'] == 9
+    assert content['num_images'] == 2
+    assert content['given'] == {}
+    assert content['p_adjusted'] == content['p_value']
+    assert np.shape(content['cell_p']) == (3, 2)
+    assert np.shape(content['expert_given_bin_interval']) == (2, 3, 2)
+    assert len(content['interval']) == 2
     with pytest.raises(ValueError, match='9 bins are named, but there is a table of 3'):
         association.result(9).as_dict(POSITIONS)
 

@@ -12,6 +12,7 @@ from test_matching import random_image
 from mmdet_moe.analysis.data import Objects
 from mmdet_moe.analysis.records.contents import BoxRecords
 from mmdet_moe.analysis.statistics.evaluation import ClassificationMetrics, DetectionMetrics
+from mmdet_moe.analysis.statistics.inference import interval, resampled_images
 
 NAMES = {
     'AP': 'bbox_mAP',
@@ -157,3 +158,42 @@ def test_accuracy():
     metrics = ClassificationMetrics(['a', 'b', 'c'], np.array([0, 1, 0, 0]))
     found = metrics(np.array([0, 1, 1, 0]))
     assert found == {'accuracy': 0.75, 'per_class': {'a': 2 / 3, 'b': 1.0, 'c': None}}
+
+
+@pytest.mark.parametrize('seed', [0, 2])
+def test_resampled_ap_is_that_of_repeated_images(seed):
+    """A literal run of COCOeval on a data set in which the images are repeated."""
+    data, detections = make(seed, scale=(4.0, 4.0, 2.0)[seed])
+    evaluated = DetectionMetrics(data, 12).evaluated(columns(detections))
+    draws = np.sort(np.random.default_rng(seed).integers(0, 12, (8, 12)), axis=1)
+    draws[0], draws[1] = np.arange(12), 2  # as it is; and an image without detections alone
+    times = np.stack([np.bincount(draw, minlength=12) for draw in draws], axis=1)
+    found = evaluated.resampled(times)
+    assert set(found) == set(NAMES)
+    for number, draw in enumerate(draws):
+        repeated = Data([data.objects(i) for i in draw])
+        expected = DetectionMetrics(repeated, 12)(columns([detections[i] for i in draw]))
+        for name in NAMES:
+            value = np.nan if expected[name] is None else expected[name]
+            assert found[name][number] == pytest.approx(value, abs=1e-9, nan_ok=True)
+
+
+def test_resampled_accuracy():
+    metrics = ClassificationMetrics(['a', 'b'], np.array([0, 1, 0]))
+    times = np.array([[1, 3, 0], [1, 0, 2], [1, 0, 1]])
+    found = metrics.evaluated(np.array([0, 1, 1])).resampled(times)
+    assert found['accuracy'].tolist() == pytest.approx([2 / 3, 1, 2 / 3])
+
+
+def test_intervals_lie_around_the_estimate():
+    """Those of a mean, by the normal distribution; a shift of all resamples is a bias."""
+    rng = np.random.default_rng(0)
+    correct = rng.random(500) < 0.8
+    evaluated = ClassificationMetrics(['a'], np.zeros(500, int)).evaluated(~correct * 1)
+    estimate = evaluated.metrics['accuracy']
+    resampled = evaluated.resampled(resampled_images(500, 999))['accuracy']
+    error = 1.96 * np.sqrt(estimate * (1 - estimate) / 500)
+    for shift in (0, 0.1):
+        found = interval(resampled + shift, estimate)
+        assert found == pytest.approx([estimate - error, estimate + error], abs=0.15 * error)
+    assert interval(np.full(9, np.nan), 0.5) is None

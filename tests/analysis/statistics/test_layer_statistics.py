@@ -96,8 +96,7 @@ def test_loops_agree_and_calls_add_up():
             for column in range(3)
         ]
         assert of_cell == pytest.approx(expected)
-    images = (content['associations']['decisions']['image'] for content in (found, parts))
-    assert len({json.dumps(content) for content in images}) == 1
+    assert json.dumps(found['associations']) == json.dumps(parts['associations'])
 
 
 def test_collapse_is_seen():
@@ -106,37 +105,41 @@ def test_collapse_is_seen():
     assert found['collapsed']
     assert found['dead_experts'] == [2, 3]
     assert found['mi_input'] == pytest.approx(0, abs=1e-12)
-    # One decision for each image: there is nothing that its other decisions could agree with.
-    assert 'image' not in found['associations']['decisions']
 
 
-def test_experts_of_levels_and_images():
-    """Level decides: all of its entropy; each image has both levels, so it says nothing."""
+def test_experts_of_levels():
+    """Level decides: all of its entropy."""
     level = np.arange(40) % 2
     found = statistics_of(np.eye(2)[level], level, np.arange(40) // 2).as_dict(99)
     by = found['associations']['decisions']
-    assert by.keys() == {'image', 'level'}
+    assert by.keys() == {'level'}
     assert by['level']['mi'] == pytest.approx(math.log(2))
     assert by['level']['p_value'] == 0.01
-    assert by['image']['mi'] == pytest.approx(0, abs=1e-12)
-    assert by['image']['p_value'] == 1
-    assert 'counts' not in by['image']
+    assert (by['level']['num_units'], by['level']['num_images']) == (40, 20)
 
 
-def test_what_an_image_adds_is_seen_within_the_levels():
-    """Images are compared with others of the same level, however much the levels differ."""
+def test_position_given_the_level():
+    """Left is expert 0 on one level and expert 1 on the other: nothing, but for the level."""
     rng = np.random.default_rng(0)
-    level, image = np.tile([0, 1], 60), np.repeat(np.arange(60), 2)
-    # Half of each decision is for the level's own expert, 2 or 3, half for expert 0 or 1.
-    for agree in (True, False):
-        own = rng.integers(0, 2, 60)[image] if agree else rng.integers(0, 2, 120)
-        weights = (np.eye(4)[own] + np.eye(4)[2 + level]) / 2
-        found = statistics_of(weights, level, image).as_dict(199)
-        association = found['associations']['decisions']['image']
-        if agree:
-            assert association['p_value'] == 0.005
-        else:
-            assert association['p_value'] > 0.05
+    level, left = np.tile([0, 1], 100), rng.random(200) < 0.5
+    position = np.stack([np.where(left, 0.1, 0.9), np.full(200, 0.1)], axis=1)
+    weights = np.eye(2)[left ^ level]
+    found = statistics_of(weights, level, np.arange(200) // 2, position).as_dict(199)
+    association = found['associations']['decisions']['position']
+    assert association['mi'] < 0.02
+    assert association['given']['level']['mi'] == pytest.approx(math.log(2), abs=0.02)
+    assert association['given']['level']['p_adjusted'] == 0.005
+
+
+def test_intervals_of_load_and_importance():
+    """Those of the mean of images, by the normal distribution."""
+    rng = np.random.default_rng(0)
+    weights = np.eye(3)[rng.choice(3, 400, p=[0.2, 0.3, 0.5])]
+    found = statistics_of(weights).as_dict(499)
+    for name in ('load', 'importance'):
+        for share, (low, high) in zip(found[name], found[f'{name}_interval'], strict=True):
+            error = 1.96 * math.sqrt(share * (1 - share) / 400)
+            assert (share - low, high - share) == pytest.approx((error, error), rel=0.2)
 
 
 def test_one_level_is_nothing_to_compare_with():
@@ -166,15 +169,13 @@ def test_nothing_at_all(weights):
 
 def test_json_and_bounded_memory():
     rng = np.random.default_rng(1)
-    statistics = LayerStatistics(3, max_units=40)
+    statistics = LayerStatistics(3, max_entries=40)
     for start in range(0, 500, 50):
         weights = rng.dirichlet(np.ones(3), 50).astype(np.float32)
-        statistics.add(
-            decisions(weights, rng.integers(0, 4, 50), np.arange(start, start + 50) // 2)
-        )
+        statistics.add(decisions(weights, np.arange(50) % 4, np.arange(start, start + 50) // 2))
     found = statistics.as_dict(9)
     assert found['num_decisions'] == 500
-    assert found['associations']['decisions']['image']['num_units'] == 40
+    assert 36 <= found['associations']['decisions']['level']['num_units'] <= 40
     assert sum(map(sum, found['associations']['decisions']['level']['counts'])) == pytest.approx(
         500
     )

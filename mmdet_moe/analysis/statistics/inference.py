@@ -1,0 +1,317 @@
+"""How sure is it? Tests and intervals in which the image is the unit.
+
+Decisions of one image resemble each other, and so do its objects: 64 patches of an image may say
+as much as one. Only images are independent of each other. So nothing here ever divides an image.
+
+The *test* of "the choice has nothing to do with X" flips the signs of whole images
+(exchangeability blocks of independent and symmetric errors, Winkler et al. 2015, NeuroImage 123; a
+wild bootstrap of the score). Image i adds to the joint table (bins x experts) ``J_i``; if X does
+not matter, it is expected to add ``n_i w^T``, its things times the mean weights. What it adds
+beyond that, ``D_i = J_i - n_i w^T``, has the expectation 0, whatever hangs together within the
+image, how many decisions it has, and whether X differs between images, within them or both. Each
+test statistic is compared with that of ``sum_i s_i D_i``, where ``s_i`` are random signs; as the
+mean weights come from the same images, what the flipped images add to all bins together is taken
+out again, in proportion to the things in each bin. Exchanging images instead needs images of equal
+structure: it can say nothing of a level or a position, of which each image has the same, and
+images differ in their numbers of objects.
+
+*Given* something (the pyramid level, say), the same within each of its values: things of a level
+are compared with the mean weights of that level. An image has one sign for all of its levels.
+
+The statistic is ``sum D^2 / (2 N n_b w_e)``, the mutual information to second order. Its mean over
+the flips is the information that is found by chance, the more, the more alike the decisions of an
+image are; a cell with few things, where the second order is not enough, adds what a Poisson
+distribution of the same relative variance does.
+
+*Intervals* (95 %) come from a bootstrap over images. The plug-in estimate of an information is too
+high, and the bootstrap's, of a sample of a sample, is so twice. The bias is the jackknife's over
+images, or, if that is more, the share of the chance level by which the estimate falls short of all
+that is possible (the adjustment of Vinh et al. 2010, JMLR 11), as the jackknife finds too little
+where most cells are empty. The quantiles of the bootstrap are moved so that their mean lies at the
+estimate without its bias, and cut off at 0. So the interval is one of the information itself, and
+lies below the plug-in estimate where that is mostly bias. Shares have plain percentile intervals.
+
+A *family* of tests, those of one layer, is corrected together by the largest statistic of each
+flip (Westfall and Young 1993, max-T, single step), as all tests flip the same images. Statistics
+are made comparable by the gamma distribution with the mean and the variance of their flips.
+
+Letters: N images, P flips or resamples, K entries, E experts, B bins.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import pairwise
+
+import numpy as np
+from scipy import stats
+from scipy.special import xlogy
+
+#: Ends of the intervals.
+QUANTILES = (0.025, 0.975)
+#: Fewer images have no interval worth the name: it is that of everything possible.
+MIN_IMAGES = 5
+# Equal up to the order of summation; far below any information that matters.
+_ROUNDING = 1e-9
+# Entries that are multiplied at once.
+_CHUNK = 4096
+
+
+@dataclass(frozen=True, eq=False)
+class Information:
+    """Mutual information of bins and experts, and how sure it is. Nats."""
+
+    mi: float  #: The plug-in estimate
+    chance: float  #: Mean of the flips: what would be seen without any association
+    p_value: float  #: ``(1 + n) / (1 + permutations)``, where n flips reach the statistic
+    interval: tuple[float, float]  #: 95 %, of the information without the bias of its estimate
+    #: The smaller one of the entropies of the bins and of the experts, which bounds ``mi``
+    mi_max: float
+    permutations: int  #: How many flips were tried
+    num_units: int  #: Decisions that took part
+    num_images: int  #: Images that were flipped
+    strength: float  #: The statistic, comparable between tests: minus the log of a tail probability
+    flipped: np.ndarray  #: float64 (P,), the same of each flip
+
+    def as_dict(self, p_adjusted: float) -> dict:
+        """For JSON.
+
+        Args:
+            p_adjusted: Of :func:`adjusted`.
+        """
+        hidden = ('strength', 'flipped')
+        numbers = {key: getattr(self, key) for key in Information.__annotations__}
+        numbers = {key: value for key, value in numbers.items() if key not in hidden}
+        return {**numbers, 'interval': list(self.interval), 'p_adjusted': p_adjusted}
+
+
+@dataclass(frozen=True, eq=False)
+class Cells:
+    """What is known of the cells of a joint table."""
+
+    p: np.ndarray  #: float64 (B, E), two-sided p-values of the cells, by the same flips
+    #: float64 (2, B, E), ends of the intervals of ``bin_given_expert`` and ``expert_given_bin``
+    bin_given_expert: np.ndarray
+    expert_given_bin: np.ndarray
+
+
+def nothing(permutations: int) -> Information:
+    """What is known without any decision."""
+    return Information(0, 0, 1, (0, 0), 0, permutations, 0, 0, 0, np.zeros(permutations))
+
+
+def adjusted(found: Sequence[Information]) -> list[float]:
+    """The p-values of a family of tests, corrected for their number.
+
+    Args:
+        found: The tests, with the same number of flips and the same seed.
+    """
+    if not found:
+        return []
+    largest = np.max([one.flipped for one in found], axis=0)
+    return [float((1 + (largest >= one.strength).sum()) / (1 + len(largest))) for one in found]
+
+
+def information(
+    images: np.ndarray,
+    rows: np.ndarray,
+    strata: np.ndarray,
+    sums: np.ndarray,
+    num_units: int,
+    permutations: int,
+    seed: int,
+    cells: bool = False,
+) -> tuple[Information, Cells | None]:
+    """The information between bins and experts, given the stratum.
+
+    Args:
+        images: int64 (K,), number of the image in the data set.
+        rows: int64 (K,), the bin, sorted within each stratum.
+        strata: int64 (K,), ascending.
+        sums: float (K, E), weights of the experts in that bin of that image, not all 0.
+        num_units: How many decisions there are.
+        permutations: P, of the flips, and of the bootstrap.
+        seed: Of both. The same image has the same signs in every test.
+        cells: Whether single cells are wanted; of one stratum alone.
+    """
+    sums = np.asarray(sums, np.float64)
+    known, images = np.unique(images, return_inverse=True)
+    signs = _signs(int(known[-1]) + 1, permutations, seed)[known]
+    times = resampled_images(len(known), permutations, seed)
+    total, of_image = sums.sum(), np.bincount(images, sums.sum(1))
+    statistic, flipped, chance = 0.0, np.zeros(permutations), 0.0
+    # Sums of n log n, whose differences are entropies and informations: of all images, without
+    # each of them, and of the resamples.
+    mi, entropy_bins, entropy_experts = 0.0, 0.0, 0.0
+    without, resampled = np.zeros(len(known)), np.zeros(permutations)
+    mass = np.zeros(permutations)
+    p, of_bins, of_experts = [], [], []
+    for stratum in _runs(strata):
+        inside, where, bins = sums[stratum], images[stratum], rows[stratum]
+        columns, columns_P = inside.sum(0), _weighted(times, where, inside)
+        mean = columns / columns.sum()
+        excess = inside - inside.sum(1, keepdims=True) * mean
+        excess_P = _weighted(signs, where, excess)
+        by_chance = []
+        for run in _runs(bins):
+            table, table_P = inside[run].sum(0), _weighted(times, where[run], inside[run])
+            expected = np.where(mean > 0, table.sum() * mean, np.inf)
+            seen, share = excess[run].sum(0), table.sum() / columns.sum()
+            flips = _weighted(signs, where[run], excess[run]) - share * excess_P
+            spread = flips**2 / expected
+            statistic += (seen**2 / expected).sum()
+            flipped += spread.sum(1)
+            by_chance.append((spread.mean(0), expected))
+            mi += _n_log_n(table)
+            np.add.at(without, where[run], _n_log_n(_less(table, inside[run])) - _n_log_n(table))
+            resampled += _n_log_n(table_P)
+            entropy_bins -= xlogy(table.sum(), share)
+            if cells:
+                reached = np.abs(flips) >= np.abs(seen) - _ROUNDING * total
+                p.append((1 + reached.sum(0)) / (1 + permutations))
+                of_experts.append(_ends(table_P, table_P.sum(1, keepdims=True)))
+                of_bins.append(_ends(table_P, columns_P))
+        chance += _deviance(*map(np.array, zip(*by_chance, strict=True)))
+        mi -= _n_log_n(columns)
+        ones, place = np.unique(where, return_inverse=True)
+        own = np.zeros((len(ones), len(mean)))
+        np.add.at(own, place, inside)
+        without[ones] -= _n_log_n(_less(columns, own)) - _n_log_n(columns)
+        resampled -= _n_log_n(columns_P)
+        entropy_experts -= _n_log_n(columns)
+        mass += columns_P.sum(1)
+    without = (without + mi) / np.maximum(total - of_image, _ROUNDING * total)
+    mi = max(0.0, float(mi / total))
+    mi_max = max(0.0, float(min(entropy_bins, entropy_experts) / total))
+    statistic, flipped, chance = (
+        _without_rounding(x / (2 * total)) for x in (statistic, flipped, chance)
+    )
+    chance = min(float(chance), mi_max)
+    bias = (len(known) - 1) * float(without.mean() - mi)
+    if chance < mi_max:
+        bias = max(bias, chance * (mi_max - mi) / (mi_max - chance))
+    tails = _tails(np.append(flipped, statistic), flipped)
+    found = Information(
+        mi=mi,
+        chance=chance,
+        p_value=float((1 + (flipped >= statistic * (1 - _ROUNDING)).sum()) / (1 + permutations)),
+        interval=_interval(mi - bias, resampled / mass, mi_max, len(known)),
+        mi_max=mi_max,
+        permutations=permutations,
+        num_units=num_units,
+        num_images=len(known),
+        strength=float(tails[-1]),
+        flipped=tails[:-1],
+    )
+    if not cells:
+        return found, None
+    return found, Cells(np.array(p), np.stack(of_bins, axis=1), np.stack(of_experts, axis=1))
+
+
+def interval(resampled: np.ndarray, around: float) -> list[float] | None:
+    """The 95 % interval of an estimate without the bias that a bootstrap has (as that of AP has).
+
+    Args:
+        resampled: (P,); NaN takes no part.
+        around: The estimate, where the mean of the resamples is moved to.
+
+    Returns:
+        Low and high; None if nothing but NaN was resampled.
+    """
+    known = resampled[~np.isnan(resampled)]
+    if not len(known):
+        return None
+    return np.quantile(known - known.mean() + around, QUANTILES).tolist()
+
+
+def _interval(
+    centre: float, resampled: np.ndarray, mi_max: float, num_images: int
+) -> tuple[float, float]:
+    if num_images < MIN_IMAGES:
+        return 0.0, mi_max
+    low, high = interval(resampled, centre)
+    return max(0.0, low), max(0.0, high)
+
+
+def _ends(part: np.ndarray, of: np.ndarray) -> np.ndarray:
+    """(2, E): the intervals of shares (P, E); those of nothing are 0."""
+    return np.quantile(part / np.where(of > 0, of, 1), QUANTILES, axis=0)
+
+
+def _n_log_n(table: np.ndarray) -> np.ndarray:
+    """``sum n log n - (sum n) log (sum n)`` over the last axis."""
+    number = table.sum(-1)
+    return xlogy(table, table).sum(-1) - xlogy(number, number)
+
+
+def _less(table: np.ndarray, parts: np.ndarray) -> np.ndarray:
+    """The table (E,) without each part (n, E), rounding apart."""
+    return np.maximum(table - parts, 0)
+
+
+def _deviance(spread: np.ndarray, expected: np.ndarray) -> float:
+    """What a table (B, E) adds to ``2 N mi`` by chance, if ``spread`` is its mean chi-squared.
+
+    ``2 (n log(n / m) - n + m)`` has the mean 1, as chi-squared has, for a Poisson distribution of
+    large mean m, and another one for a small m. If the weights scatter by v times what single
+    things would, cells are like those of ``expected / v`` things.
+    """
+    scatter = spread[np.isfinite(expected)].mean()
+    if scatter <= 0:
+        return 0.0
+    return float((spread * np.interp(np.log(expected / scatter), *_poisson_deviance())).sum())
+
+
+@lru_cache(maxsize=1)
+def _poisson_deviance() -> tuple[np.ndarray, np.ndarray]:
+    """Logs of means m, and the mean deviances there."""
+    m = np.geomspace(1e-6, 1e3, 200)
+    n = np.arange(1500)
+    deviance = 2 * (xlogy(n, n) - xlogy(n, m[:, None]) - n + m[:, None])
+    return np.log(m), (stats.poisson.pmf(n, m[:, None]) * deviance).sum(1)
+
+
+def _tails(values: np.ndarray, flipped: np.ndarray) -> np.ndarray:
+    """Minus the log of the probability of that much by chance; 0 without any variance."""
+    mean, variance = flipped.mean(), flipped.var()
+    if variance <= (_ROUNDING * mean) ** 2 or mean <= 0:
+        return np.zeros_like(values)
+    return -stats.gamma.logsf(values, mean**2 / variance, scale=variance / mean)
+
+
+def _without_rounding(values: np.ndarray) -> np.ndarray:
+    return np.where(values < _ROUNDING, 0.0, values)
+
+
+def _weighted(factors: np.ndarray, images: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """(P, E): for each of P columns of factors (N, P), the weighted sum of values (K, E)."""
+    total = np.zeros((factors.shape[1], values.shape[1]))
+    for start in range(0, len(values), _CHUNK):
+        part = slice(start, start + _CHUNK)
+        total += factors[images[part]].astype(np.float64).T @ values[part]
+    return total
+
+
+def _runs(values: np.ndarray) -> list[slice]:
+    """Where values (K,) stay the same."""
+    places = [0, *(np.flatnonzero(np.diff(values)) + 1).tolist(), len(values)]
+    return [slice(*pair) for pair in pairwise(places)]
+
+
+@lru_cache(maxsize=2)
+def _signs(count: int, flips: int, seed: int) -> np.ndarray:
+    """int8 (count, flips) of +1 and -1; row i is the same whatever the count."""
+    width = -(-flips // 32) * 4  # whole words, so that rows begin where they would anyway
+    drawn = np.frombuffer(np.random.default_rng(seed).bytes(count * width), np.uint8)
+    bits = np.unpackbits(drawn.reshape(count, width), axis=1, count=flips)
+    return 2 * bits.astype(np.int8) - 1
+
+
+@lru_cache(maxsize=2)
+def resampled_images(count: int, times: int, seed: int = 0) -> np.ndarray:
+    """int16 (count, times): how often each of so many images is drawn, with replacement."""
+    rng = np.random.default_rng([seed, 1])
+    drawn = np.zeros((count, times), np.int16)
+    for column in drawn.T:
+        column[:] = np.bincount(rng.integers(0, count, count), minlength=count)
+    return drawn
