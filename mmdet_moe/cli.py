@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from mmengine.config import Config, ConfigDict, DictAction
 from mmengine.device import get_device
 from mmengine.registry import RUNNERS
@@ -30,6 +29,7 @@ from mmdet_moe.compat.distributed import (
     note,
 )
 from mmdet_moe.compat.malloc import keep_large_blocks
+from mmdet_moe.engine.channels_last import ChannelsLastHook
 from mmdet_moe.engine.expert_report import ExpertReportHook
 from mmdet_moe.engine.explain import explain, in_one_line
 from mmdet_moe.engine.finished_run import FinishedRunHook
@@ -511,8 +511,7 @@ def _prepare_training(args: argparse.Namespace) -> Runner:
     _check(cfg, 'train')
     runner = _build_runner(cfg)
     if args.channels_last:
-        # A convolution whose weights lie so makes maps that do, whatever it is given.
-        runner.model.to(memory_format=torch.channels_last)
+        runner.register_hook(ChannelsLastHook())
     runner.register_hook(FinishedRunHook())
     runner.register_hook(ResumedScheduleHook())
     runner.register_hook(ExpertReportHook())
