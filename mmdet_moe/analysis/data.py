@@ -115,14 +115,15 @@ class AnalysisData:
         is_coco = hasattr(self.dataset, 'COCOAPI') and hasattr(self.dataset, 'cat_ids')
         return self.dataset.ann_file if is_coco else None
 
-    def batches(self, first: int = 0, **options: int) -> Iterator[dict]:
+    def batches(self, first: int = 0, step: int = 1, **options: int) -> Iterator[dict]:
         """The batches from an image on, in order.
 
         Args:
             first: The image.
+            step: Of every so many images the first one.
             options: Of the data loader, in place of the config's.
         """
-        order = range(first, len(self))
+        order = range(first, len(self), step)
         config = {**self.loader_cfg, 'dataset': self.dataset, 'sampler': order, **options}
         if options:
             config['persistent_workers'] = False
@@ -131,6 +132,10 @@ class AnalysisData:
     def info(self, index: int) -> dict[str, Any]:
         """What the data set knows of an image without loading it."""
         return self.dataset.get_data_info(index)
+
+    def path(self, index: int) -> str | None:
+        """The image's file, or address; None where all images are one array."""
+        return self.info(index).get('img_path')
 
     def image(self, index: int) -> np.ndarray:
         """uint8 (H, W, 3), RGB, as stored.

@@ -38,6 +38,12 @@ def load_model(cfg: Config, checkpoint: str, device: str | None) -> tuple[nn.Mod
     return model, meta
 
 
+def task_of(model: nn.Module) -> str:
+    """``'detection'`` or ``'classification'``: what the model predicts, boxes or classes."""
+    is_detector = hasattr(model, 'bbox_head') or hasattr(model, 'roi_head')
+    return 'detection' if is_detector else 'classification'
+
+
 def build_model(cfg: Config) -> nn.Module:
     """Build the model of a config as MMEngine's Runner does.
 

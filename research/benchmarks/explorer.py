@@ -7,12 +7,13 @@ from pathlib import Path
 
 import numpy as np
 
-from mmdet_moe.analysis.records.contents import DecisionRecords
+from mmdet_moe.analysis.records.contents import DecisionRecords, select
 from mmdet_moe.analysis.report.explorer import build_payload, write_report
 from mmdet_moe.analysis.statistics.association import Association
 from mmdet_moe.analysis.statistics.bins import COCO_SIZES, SIZES, Bins, coco_size_bin, size_bin
 from mmdet_moe.analysis.statistics.layer_statistics import LayerStatistics
-from mmdet_moe.analysis.statistics.outcomes import MISSED, Outcomes
+from mmdet_moe.analysis.statistics.matching import CLASSIFICATION, CORRECT, MISSED
+from mmdet_moe.analysis.statistics.outcomes import Outcomes
 from mmdet_moe.errors import ConfigError
 from research.benchmarks.harness import Benchmark
 
@@ -24,7 +25,7 @@ _BROWSERS = ('chromium', 'chromium-browser', 'google-chrome')
 
 
 def run_explorer(bench: Benchmark, num_images: int) -> None:
-    """One run with as many detections as COCO has objects, and two such runs side by side.
+    """One run with as many objects as COCO has, and as many detections, and two side by side.
 
     Random decisions on noise, which compresses worse than photographs do.
 
@@ -80,32 +81,41 @@ def _payload(num_images: int, seed: int) -> dict:
             'task': 'detection',
             'split': 'val',
             'num_images': num_images,
-            'num_objects': len(outcomes),
-            'num_detections': len(outcomes),
+            'num_objects': len(outcomes) // 2,
+            'num_detections': len(outcomes) // 2,
             'score_thr': 0.3,
             'classes': [f'class {i}' for i in range(CLASSES)],
             'superclasses': None,
             'num_levels': LEVELS,
         },
         'metrics': {'AP': 0.4},
-        'layers': {name: _layer(outcomes, name) for name in LAYERS},
+        'layers': {name: _layer(select(outcomes, ~outcomes.is_detection), name) for name in LAYERS},
         'interventions': [],
         'history': None,
-        'verdict': ['Made up.'],
+        'verdict': [],
     }
 
     def load_image(index: int) -> np.ndarray:
         noise = np.random.default_rng(index).normal(120, 12, (HEIGHT, WIDTH, 3))
         return noise.clip(0, 255).astype(np.uint8)
 
-    return build_payload(experts, outcomes, load_image)
+    return build_payload(
+        experts, outcomes, load_image, path_of=lambda index: f'/data/val2017/{index:012d}.jpg'
+    )
 
 
 def _outcomes(rng: np.random.Generator, num_images: int) -> Outcomes:
-    rows = round(ROWS_PER_IMAGE * num_images)
+    # In every image as many detections as objects, the first of one for the first of the other.
+    objects = round(ROWS_PER_IMAGE * num_images)
+    of_object = np.sort(rng.integers(0, num_images, objects))
+    image, is_detection = np.tile(of_object, 2), np.arange(2 * objects) >= objects
+    found = np.tile(rng.integers(0, 3, objects) > 0, 2)
+    wrong = np.where(is_detection, rng.integers(CLASSIFICATION, MISSED, 2 * objects), MISSED)
+    order = np.argsort(image, kind='stable')
+    image, is_detection, found, wrong = (x[order] for x in (image, is_detection, found, wrong))
+    rows, number = len(image), np.bincount(of_object)[image]
     size = np.exp(rng.uniform(np.log(10), np.log(300), rows)).astype(np.float32)
     corner = rng.uniform(0, [WIDTH - 310, HEIGHT - 310], (rows, 2))
-    kind = rng.integers(0, 3, rows).astype(np.uint8)
     label = rng.integers(0, CLASSES, rows).astype(np.int32)
     weights = {}
     for name in LAYERS:
@@ -113,12 +123,16 @@ def _outcomes(rng: np.random.Generator, num_images: int) -> Outcomes:
         drawn[np.arange(rows)[:, None], drawn.argsort(1)[:, :-2]] = 0  # k = 2
         weights[name] = (drawn / drawn.sum(1, keepdims=True)).astype(np.float32)
     return Outcomes(
-        image=np.sort(rng.integers(0, num_images, rows)).astype(np.int32),
+        image=image.astype(np.int32),
+        is_detection=is_detection,
         box=np.concatenate([corner, corner + size[:, None]], axis=1).astype(np.float32),
         label=label,
         true_label=label,
-        score=np.where(kind == MISSED, np.nan, rng.uniform(0.3, 1, rows)).astype(np.float32),
-        kind=kind,
+        score=rng.uniform(0.3, 1, rows).astype(np.float32),
+        kind=np.where(found, CORRECT, wrong).astype(np.uint8),
+        partner=np.where(found, np.where(is_detection, -number, number), 0).astype(np.int32),
+        iou=rng.uniform(0.1, 1, rows).astype(np.float32),
+        loss=rng.uniform(0, 1, rows).astype(np.float32),
         size=size,
         level=rng.integers(0, LEVELS, rows).astype(np.int32),
         weights=weights,

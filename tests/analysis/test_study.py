@@ -64,6 +64,9 @@ def test_columns_are_as_documented(recorded):
             'owner': 'int64', 'unit': 'int64', 'level': 'int32', 'share': 'float64',
             'weights': 'float32',
         }  # fmt: skip
+        types[f'layers/{number}/controls'] = {
+            'unit': 'int64', 'level': 'int32', 'logits': 'float32',
+        }  # fmt: skip
         types[f'layers/{number}/detections'] = {'unit': 'int64', 'weights': 'float32'}
     expected = {f'{kind}/{name}': t for kind, of in types.items() for name, t in of.items()}
     assert {name: array.dtype.name for name, array in arrays.items()} == expected
@@ -101,11 +104,10 @@ def test_level_of_an_object_is_that_of_most_of_its_anchors(recorded):
             expected.append({level for level in levels if levels.count(level) == most})
     levels = records.objects.level.tolist()
     assert all(a in b for a, b in zip(levels, expected, strict=True))
-    records.detections.match[:] = -1
     outcomes = outcomes_of([records], names, 0.0)
-    missed = outcomes.kind == 2
-    assert outcomes.level[missed].tolist() == levels
-    assert outcomes.image[missed].tolist() == [4, 4, 4, 6]
+    objects = ~outcomes.is_detection
+    assert outcomes.level[objects].tolist() == levels
+    assert outcomes.image[objects].tolist() == [4, 4, 4, 6]
 
 
 def test_shares_of_an_object_sum_to_one(recorded):

@@ -1,8 +1,10 @@
 """The whole tool on a tiny RetinaNet and a tiny classifier."""
 
 import copy
+import errno
 import json
 import math
+import os
 import shutil
 from pathlib import Path
 
@@ -16,7 +18,7 @@ from torch import nn
 
 import mmdet_moe
 from mmdet_moe import cli
-from mmdet_moe.analysis import command, study
+from mmdet_moe.analysis import command, files, study
 from mmdet_moe.analysis.attribution import Tracer
 from mmdet_moe.analysis.command import run_analysis
 from mmdet_moe.analysis.data import AnalysisData
@@ -24,11 +26,15 @@ from mmdet_moe.analysis.recorder import Recorder
 from mmdet_moe.analysis.records.contents import BoxRecords
 from mmdet_moe.analysis.records.files import RecordFiles
 from mmdet_moe.analysis.statistics import summary
+from mmdet_moe.analysis.statistics.matching import CORRECT
 from mmdet_moe.analysis.statistics.outcomes import outcomes_of
+from mmdet_moe.analysis.statistics.similarity import mean_between
+from mmdet_moe.errors import ConfigError
 
 DEMO = Path(mmdet_moe.__file__).parents[1] / 'configs' / 'demo'
 EXPERTS, LEVELS, IMAGES, BATCH, PER_FILE = 3, 5, 8, 2, 3
 HALF = ('--max-images', '4')
+ALIKE = ('cosine', 'cka')
 THRESHOLD = 0.87  # about half of the tiny model's detections
 LAYERS = ['bbox_head.cls_moe', 'bbox_head.reg_moe']
 DETECTOR = f"""
@@ -238,12 +244,30 @@ def check_association(table, experts, total=None):
         np.testing.assert_allclose(share, expected, atol=1e-12)
 
 
+def check_controls(table, attribute, task):
+    """Of each draw, and their means; the level is a control where there are several."""
+    if not table['num_units']:
+        assert 'controls' not in table
+        return
+    controls = table['controls']
+    assert set(controls) == ({'random', 'level'} if task == 'detection' else {'random'})
+    random = controls['random']
+    assert random['mi'] == pytest.approx(np.mean(random['draws']))
+    assert all(0 <= mi <= np.log(EXPERTS) for mi in random['draws'])
+    if task == 'detection':
+        # Where all things are on one level, there is none to be given.
+        assert set(random['given']) <= ({'level'} if attribute != 'level' else set())
+        for name, value in random['given'].items():
+            assert value == pytest.approx(np.mean(random['draws_given'][name]))
+            assert controls['level']['given'][name] == pytest.approx(0, abs=1e-6)
+
+
 def check_schema(experts, task):
     assert list(experts)[:2] == ['schema', 'version']
     assert (experts['schema'], experts['version']) == ('mmdet_moe.experts', 3)
     assert set(experts) == {
         'schema', 'version', 'run', 'metrics', 'metrics_interval', 'layers', 'interventions',
-        'history', 'verdict',
+        'history', 'flows', 'stability', 'verdict',
     }  # fmt: skip
     run = experts['run']
     assert set(run) == {
@@ -281,6 +305,15 @@ def check_schema(experts, task):
         for tables in layer['associations'].values():
             for table in tables.values():
                 check_association(table, experts_)
+            for attribute, table in tables.items():
+                check_controls(table, attribute, task)
+        similarity = layer['similarity']
+        for matrix in (similarity['weights']['cosine'], *map(similarity['outputs'].get, ALIKE)):
+            assert np.array(matrix).shape == (experts_, experts_)
+            np.testing.assert_allclose(np.diag(matrix), 1)
+        assert np.array(similarity['linkage']).shape == (experts_ - 1, 4)
+        assert similarity['outputs']['num_examples'] > 50
+        assert (similarity['reason'], similarity['training']) == (None, None)
     said = {entry['layer']: entry for entry in experts['verdict']}
     assert said.keys() == {*experts['layers'], None}
     for entry in said.values():
@@ -372,19 +405,8 @@ def loops(detector, num_images=IMAGES, threshold=THRESHOLD):
                       for a in truth]  # fmt: skip
             height, width = result.ori_shape
             found = result.pred_instances
-            taken = set()
-            correct = []
-            for d in found.scores.argsort(descending=True).tolist():
-                overlaps = [
-                    iou(found.bboxes[d].tolist(), box)
-                    if j not in taken and labels[j] == found.labels[d] else 0
-                    for j, box in enumerate(boxes)
-                ]  # fmt: skip
-                if overlaps and max(overlaps) >= 0.5:
-                    taken.add(overlaps.index(max(overlaps)))
-                    if found.scores[d] >= threshold:
-                        correct.append(d)
-            count += int((found.scores >= threshold).sum())
+            shown = [d for d in range(len(found)) if found.scores[d] >= threshold]
+            count += len(shown)
             places = tracer.detection_places(0, found)
             held, owner = tracer.object_places(
                 0, result.metainfo, torch.tensor(boxes).reshape(-1, 4).float()
@@ -394,7 +416,7 @@ def loops(detector, num_images=IMAGES, threshold=THRESHOLD):
                 weights = decisions.weights.double().numpy()
                 for level in range(LEVELS):
                     rows[name]['decisions'].append((index, level, 1.0, weights[level], None))
-                for d in correct:
+                for d in shown:
                     box, level = found.bboxes[d].tolist(), places.level[d].item()
                     rows[name]['detections'].append(
                         (index, level, 1.0, weights[level], (box, found.labels[d].item(), height,
@@ -408,13 +430,6 @@ def loops(detector, num_images=IMAGES, threshold=THRESHOLD):
                              (box, labels[j], height, width))
                         )  # fmt: skip
     return rows, count
-
-
-def iou(a, b):
-    width = max(0, min(a[2], b[2]) - max(a[0], b[0]))
-    height = max(0, min(a[3], b[3]) - max(a[1], b[1]))
-    areas = [(box[2] - box[0]) * (box[3] - box[1]) for box in (a, b)]
-    return width * height / (sum(areas) - width * height)
 
 
 def bin_of(attribute, row, edges):
@@ -486,7 +501,7 @@ def test_statistics_are_those_of_loops_over_the_images(detector, finished):
 
 
 def test_outcomes(detector, finished, monkeypatch):
-    """Every object is found or missed, once; what is said of them are the predictions."""
+    """Every object once and every detection once; what is said of them are the predictions."""
     kept = []
     monkeypatch.setattr(command, 'write_results', lambda study, *_: kept.append(study))
     monkeypatch.setattr(command, '_print_results', lambda *_: None)
@@ -494,14 +509,13 @@ def test_outcomes(detector, finished, monkeypatch):
     records, layers = kept[0].records, list(kept[0].layers)
     outcomes = outcomes_of(records, layers, kept[0].score_thr)
     experts = json.loads(content(finished))
-    is_object = outcomes.kind != 1
+    is_object = ~outcomes.is_detection
     assert is_object.sum() == experts['run']['num_objects']
-    assert (outcomes.kind != 2).sum() == experts['run']['num_detections']
-    assert (outcomes.kind == 0).sum() > 1
-    assert (outcomes.true_label[is_object] == outcomes.label[is_object]).all()
-    assert (outcomes.true_label[~is_object] == -1).all()
-    assert np.isnan(outcomes.score[outcomes.kind == 2]).all()
-    assert (outcomes.score[outcomes.kind != 2] >= THRESHOLD).all()
+    assert (~is_object).sum() == experts['run']['num_detections']
+    correct = outcomes.kind == CORRECT
+    assert correct[is_object].sum() == correct[~is_object].sum() > 1
+    assert (outcomes.true_label[correct] == outcomes.label[correct]).all()
+    assert (outcomes.score[~is_object] >= THRESHOLD).all()
     rows, _ = loops(detector)
     for name in LAYERS:
         weights = outcomes.weights[name]
@@ -510,8 +524,8 @@ def test_outcomes(detector, finished, monkeypatch):
         known = ~np.isnan(sums)
         assert (~known).sum() <= 1
         np.testing.assert_allclose(sums[known], 1, atol=1e-5)
-        # Missed objects: the mean over their anchors.
-        for r in np.flatnonzero(outcomes.kind == 2):
+        # Objects: the mean over their anchors.
+        for r in np.flatnonzero(is_object):
             mine = [
                 row for row in rows[name]['objects']
                 if row[0] == outcomes.image[r] and np.allclose(row[4][0], outcomes.box[r])
@@ -619,7 +633,7 @@ def test_error_in_the_middle(detector, tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         calls = stop_at(patch, SingleStageDetector, 'predict', 0, None)
         experts = detector(out, '--no-interventions')
-    assert calls == [2]
+    assert calls == [2 + IMAGES // BATCH]  # the other half, and to compare the experts
     assert experts['run']['num_images'] == IMAGES
 
 
@@ -636,6 +650,9 @@ def test_damaged_image_in_the_middle(damage, detector, tmp_path, capsys):
         image.unlink()
     sentence = failure(capsys, detector, *arguments, options=[f'data_root={root}'])
     assert sentence.startswith(f"error: cannot read the image '{image}': ")
+    # Nothing before it is lost: the files of records end at the image.
+    ends = [int(path.stem[9:]) for path in (out / 'records' / 'statistics').glob('*.npz')]
+    assert max(ends) == 2
     first = next((out / 'records' / 'statistics').glob('*.npz'))
     written = first.stat().st_mtime_ns
     image.write_bytes(kept)
@@ -734,6 +751,10 @@ def test_comparison(detector, finished, tmp_path, capsys):
         for layer in json.loads(content(finished))['layers'].values()
     ]
     assert (out / 'figures' / 'polysemanticity.png').exists() == any(matters)
+    (same,) = json.loads(content(out))['stability']
+    assert (same['run'], same['reason'], list(same['layers'])) == ('finished', None, LAYERS)
+    for shares in same['layers'].values():  # the first three images are the same ones
+        assert (shares['num_decisions'], shares['changed']) == (3 * LEVELS, 0)
     before = files_in(tmp_path)
     (tmp_path / 'nothing').mkdir()
     for other in (tmp_path / 'nothing', tmp_path / 'missing', detector.config):
@@ -741,6 +762,97 @@ def test_comparison(detector, finished, tmp_path, capsys):
         assert str(other) in sentence
     assert files_in(tmp_path) == before
     assert not (tmp_path / 'new').exists()
+
+
+def test_two_checkpoints_of_a_training(detector, finished, tmp_path, capsys):
+    """Who decides otherwise, and how alike the weights are in each."""
+    work = tmp_path / 'work'
+    work.mkdir()
+    shutil.copy(detector.checkpoint, work / 'iter_20.pth')
+    save_checkpoint(detector.read(), work / 'iter_3.pth', seed=1)
+    arguments = ('--no-interventions', '--over-training', '--compare', str(finished))
+    experts = detector(tmp_path / 'out', *arguments, checkpoint=work / 'iter_3.pth')
+    (other,) = experts['stability']
+    (other_images,) = detector(
+        tmp_path / 'train', '--no-interventions', '--split', 'train', '--compare', str(finished)
+    )['stability']
+    assert other_images['reason'] == 'it is of another data set'
+    for number, name in enumerate(LAYERS):
+        main = []
+        for folder in (finished, tmp_path / 'out'):
+            found = {}
+            for file in (folder / 'records' / 'statistics').glob('*.npz'):
+                arrays = np.load(file)
+                units, weights = (
+                    arrays[f'layers/{number}/decisions/{key}'] for key in ('unit', 'weights')
+                )
+                found |= dict(zip(units.tolist(), weights.argmax(1).tolist(), strict=True))
+            main.append(found)
+        changed = np.mean([main[0][unit] != expert for unit, expert in main[1].items()])
+        assert other['layers'][name]['changed'] == pytest.approx(changed)
+        assert changed > 0
+        assert len(main[0]) == other['layers'][name]['num_decisions']
+        (said,) = [entry for entry in experts['verdict'] if entry['layer'] == name]
+        assert any(s.startswith('against finished, ') for s in said['details'])
+        similarity = experts['layers'][name]['similarity']
+        training = similarity['training']
+        assert training['step'] == [3, 20]
+        means = [
+            mean_between(found['layers'][name]['similarity']['weights']['cosine'])
+            for found in (experts, json.loads(content(finished)))
+        ]
+        assert training['mean'] == pytest.approx(means)
+        assert training['least'] < training['mean'] < training['most']
+    sentence = failure(capsys, detector, tmp_path / 'new', '--over-training')
+    assert '--over-training' in sentence
+    assert not (tmp_path / 'new').exists()
+
+
+def test_detectors_and_classifiers_are_not_compared(
+    detector, finished, finished_classifier, tmp_path, capsys
+):
+    sentence = failure(capsys, detector, tmp_path / 'new', '--compare', str(finished_classifier))
+    assert '--compare' in sentence
+    assert 'classification' in sentence
+    assert str(finished_classifier) in sentence
+    assert not (tmp_path / 'new').exists()
+
+
+def test_image_that_is_gone_when_the_report_is_written(detector, tmp_path, capsys, monkeypatch):
+    """It is missing there, and a note says so; everything else is as it would be."""
+    read = AnalysisData.image
+
+    def image(self, index):
+        if index == 1:
+            raise ConfigError("cannot read the image 'one.jpg': No such file or directory")
+        return read(self, index)
+
+    monkeypatch.setattr(AnalysisData, 'image', image)
+    detector(tmp_path / 'out', '--no-interventions')
+    said = capsys.readouterr().out
+    assert 'note: missing in the report: 1 of the images; cannot read the image' in said
+    assert (tmp_path / 'out' / 'report.html').exists()
+
+
+@pytest.mark.parametrize('name', ['experts.json', 'explorer.json', '.npz'])
+def test_folder_that_becomes_read_only(name, detector, tmp_path, capsys, monkeypatch):
+    """One sentence; what is there stays, and the same command finishes the work."""
+    replace = os.replace
+
+    def refuse(source, target):
+        if str(target).endswith(name):
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+        replace(source, target)
+
+    out = tmp_path / 'out'
+    arguments = (out, '--no-interventions', '--max-images', '2')
+    with monkeypatch.context() as patch:
+        patch.setattr(files.os, 'replace', refuse)
+        sentence = failure(capsys, detector, *arguments)
+    assert 'cannot be written: Read-only file system' in sentence
+    assert not list(out.rglob('*.tmp'))
+    detector(*arguments)
+    assert (out / 'report.html').exists()
 
 
 def test_another_checkpoint_in_the_same_folder(detector, finished, tmp_path, capsys):
@@ -767,7 +879,9 @@ def test_another_checkpoint_in_the_same_folder(detector, finished, tmp_path, cap
     assert experts == fresh
 
 
-@pytest.mark.parametrize('arguments', [('--max-images', '0'), ('--score-thr', '1')])
+@pytest.mark.parametrize(
+    'arguments', [('--max-images', '0'), ('--score-thr', '1'), ('--cam', '33'), ('--cam', '-1')]
+)
 def test_values_out_of_range(arguments, detector, tmp_path, capsys):
     sentence = failure(capsys, detector, tmp_path / 'out', *arguments)
     assert '='.join(arguments) in sentence
@@ -780,6 +894,32 @@ def test_default_folder(detector):
 
 
 # Mistakes -----------------------------------------------------------------------------------------
+
+
+def test_exports_say_what_is_in_their_way(detector, tmp_path, capsys):
+    (tmp_path / 'file').touch()
+    said = failure(capsys, detector, tmp_path / 'out', '--projector', str(tmp_path))
+    assert f"--projector: '{tmp_path}' is not empty" in said
+    said = failure(capsys, detector, tmp_path / 'out', '--fiftyone', str(tmp_path / 'file'))
+    assert f"--fiftyone: '{tmp_path / 'file'}' is a file" in said
+    assert not (tmp_path / 'out').exists()
+
+
+def test_exports_and_looks(detector, tmp_path):
+    """All in one run: the files are there, and the report has the pictures."""
+    pytest.importorskip('captum')
+    paths = [tmp_path / name for name in ('out', 'fiftyone', 'projector')]
+    detector(
+        paths[0], '--no-interventions', '--max-images', '2', '--score-thr', '0', '--cam', '1',
+        '--fiftyone', str(paths[1]), '--projector', str(paths[2]),
+    )  # fmt: skip
+    samples = json.loads((paths[1] / 'samples.json').read_text())['samples']
+    assert [Path(sample['filepath']).exists() for sample in samples] == [True, True]
+    assert len(list(paths[2].glob('*/*/tensors.tsv'))) == len(LAYERS)
+    for layer in LAYERS:
+        assert (paths[0] / 'figures' / layer / 'cam_000000.png').exists()
+    pictures = json.loads((paths[0] / 'explorer.json').read_text())['pictures']
+    assert [picture['layer'] for picture in pictures] == LAYERS
 
 
 def test_model_without_experts(detector, tmp_path, capsys):
@@ -830,7 +970,7 @@ def test_checkpoints_of_distributed_models(detector, finished, tmp_path):
     experts = detector(tmp_path / 'out', '--no-interventions', checkpoint=path)
     expected = json.loads(content(finished))
     for layer in expected['layers'].values():
-        layer['polysemanticity'] = None  # without interventions
+        layer['polysemanticity'] = layer['counterfactual'] = None  # without interventions
     assert experts['layers'] == expected['layers']
     assert experts['metrics'] == expected['metrics']
 
@@ -918,7 +1058,7 @@ def test_nothing_there(what, detector, tmp_path):
     assert experts['metrics']['AP'] == (None if what == 'objects' else 0)
     layer = experts['layers'][LAYERS[0]]
     assert layer['num_decisions'] == IMAGES * LEVELS
-    for table in layer['associations']['detections'].values():
+    for table in layer['associations'][what].values():
         assert not np.array(table['counts']).any()
         assert (table['mi'], table['p_value'], table['num_units']) == (0, 1, 0)
 

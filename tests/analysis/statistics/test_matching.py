@@ -1,4 +1,6 @@
-"""Matching against loops over boxes, and against the matches of COCO's own evaluation."""
+"""Matching against loops over boxes, and against the matches of COCO's own evaluation; the reasons
+against TIDE's definitions, one box after the other.
+"""
 
 import contextlib
 import io
@@ -8,7 +10,19 @@ import pytest
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from mmdet_moe.analysis.statistics.matching import IGNORED, UNMATCHED, match
+from mmdet_moe.analysis.statistics.matching import (
+    BACKGROUND,
+    BOTH,
+    CLASSIFICATION,
+    CORRECT,
+    DUPLICATE,
+    IGNORED,
+    LOCALISATION,
+    MISSED,
+    UNMATCHED,
+    match,
+    reasons,
+)
 
 
 def random_image(rng, integers, detections=12, objects=6, classes=2):
@@ -167,3 +181,61 @@ def test_empty_boxes():
         with np.errstate(all='raise'):
             found = match(box, np.ones(1), np.zeros(1, int), *truth, np.array(crowd))
         assert found.tolist() == [UNMATCHED]
+
+
+# Reasons ------------------------------------------------------------------------------------------
+
+
+def reason_by_hand(i, boxes, labels, found, true_boxes, true_labels, crowd):
+    """(type, object) of one detection, as section 2.2 of arXiv 2008.08115 and its code say it."""
+    if found[i] >= 0:
+        return CORRECT, found[i]
+    same, other = [(0, -1)], [(0, -1)]
+    for j in range(len(true_boxes)):
+        if not crowd[j]:
+            mine = same if labels[i] == true_labels[j] else other
+            mine.append((overlap(boxes[i], true_boxes[j], False), j))
+    (best, j), (best_other, k) = (max(x, key=lambda pair: pair[0]) for x in (same, other))
+    if 0.1 <= best <= 0.5:
+        return LOCALISATION, j
+    if best_other >= 0.5:
+        return CLASSIFICATION, k
+    if best > 0.5:
+        return DUPLICATE, j
+    return (BACKGROUND, -1) if max(best, best_other) <= 0.1 else (BOTH, k)
+
+
+def test_reasons_of_random_images():
+    rng = np.random.default_rng(3)
+    seen = set()
+    for _ in range(100):
+        boxes, scores, labels, *truth = random_image(rng, False, classes=3)
+        found = match(boxes, scores, labels, *truth)
+        kept = found != IGNORED
+        boxes, scores, labels, found = (x[kept] for x in (boxes, scores, labels, found))
+        why = reasons(boxes, scores, labels, found, *truth)
+        expected = [reason_by_hand(i, boxes, labels, found, *truth) for i in range(len(boxes))]
+        assert list(zip(why.kind.tolist(), why.partner.tolist(), strict=True)) == expected
+        for (kind, j), box, iou in zip(expected, boxes, why.overlap, strict=True):
+            assert (kind == BACKGROUND) == np.isnan(iou)
+            assert kind == BACKGROUND or iou == pytest.approx(overlap(box, truth[0][j], False))
+        for j in range(len(truth[0])):
+            # The match, else the highest score among those that only one thing is wrong with.
+            meant = [
+                (kind == CORRECT, scores[i], i, kind) for i, (kind, k) in enumerate(expected)
+                if k == j and kind in (CORRECT, LOCALISATION, CLASSIFICATION)
+            ]  # fmt: skip
+            *_, i, kind = max(meant, default=(-1, MISSED))
+            assert (why.object_partner[j], why.object_kind[j]) == (i, kind)
+        seen |= set(why.kind.tolist()) | set(why.object_kind.tolist())
+    assert seen == set(range(7))
+
+
+@pytest.mark.parametrize(('detections', 'objects'), [(0, 3), (4, 0)])
+def test_reasons_without_anything(detections, objects):
+    boxes, scores, labels, *truth = random_image(
+        np.random.default_rng(2), True, detections, objects
+    )
+    why = reasons(boxes, scores, labels, np.full(detections, UNMATCHED), *truth)
+    assert why.kind.tolist() == [BACKGROUND] * detections
+    assert why.object_kind.tolist() == [MISSED] * objects

@@ -1,6 +1,7 @@
 /* The Expert Explorer. Reads the payloads (see payload.py) and draws; asks no network for anything.
  *
- * A run's outcomes are columns: typed arrays of n rows. Weights, uint8 (n, E) by layer, are inflated
+ * A run's outcomes are columns: typed arrays of n rows, objects and detections (see outcomes.py), of
+ * which the page counts one population at a time. Weights, uint8 (n, E) by layer, are inflated
  * when their layer is first chosen. Class names come from users: they go into the page as text, and
  * into charts, which know a little HTML, through `chartText`.
  */
@@ -10,13 +11,20 @@
   const NO_WEIGHT = 255;
   const WEIGHT_STEPS = 254;
   const FINE = 257; // small weights travel in finer steps, see packing.py
-  const KINDS = ['correct', 'wrong', 'missed'];
-  const SYMBOLS = ['✓', '✗', '○'];
+  const KINDS = JSON.parse(document.querySelector('#kinds').textContent);
+  const [CORRECT, CLASSIFICATION, LOCALISATION, BOTH, DUPLICATE, BACKGROUND, MISSED] = KINDS.keys();
+  const TAGS = ['✓', 'cls', 'loc', 'both', 'dup', 'bkg', 'miss'];
+  const KINDS_OF = {
+    images: [CORRECT, CLASSIFICATION],
+    objects: [CORRECT, CLASSIFICATION, LOCALISATION, MISSED],
+    detections: [CORRECT, CLASSIFICATION, LOCALISATION, BOTH, DUPLICATE, BACKGROUND],
+  };
   const SIZE_LIMITS = [32, 96];
   const WALL_PAGE = { narrow: 24, wide: 48 };
   const CLASSES_IN_CHART = 12;
   const CLASSES_IN_HEAT_MAP = 24;
   const CROWDED = 12;
+  const ROWS = 4096; // of an image in a random order, see pool.py
   /* Of the experts, as in all pictures. A number always stands beside a colour. */
   const COLOURS = JSON.parse(document.querySelector('#colours').textContent);
   const ARRAYS = {
@@ -73,6 +81,13 @@
       return c <= 0.03928 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4;
     });
     return 0.2126 * r + 0.7152 * g + 0.0722 * b > 0.18 ? '#000000' : '#ffffff';
+  }
+
+  /* A row's place in a random order: the same as random_keys in pool.py. */
+  function hashed(x) {
+    x = Math.imul(x ^ (x >>> 16), 0x7feb352d);
+    x = Math.imul(x ^ (x >>> 15), 0x846ca68b);
+    return (x ^ (x >>> 16)) >>> 0;
   }
 
   function badge(expert) {
@@ -157,27 +172,27 @@
     range: [-0.5, numbers.length - 0.5], ...expertTicks(numbers.length, div.clientWidth - 110),
   });
 
-  function heatMap(div, table, names, numbers, { rowTitle, hover, description, square }) {
+  /* `scale`: {low, high, colours}, the same for all maps of a kind. */
+  function heatMap(div, table, names, numbers, { texts, scale, rowTitle, hover, description, square }) {
     const experts = numbers.length;
     const rowHeight = square ? Math.max(8, Math.min(40, 300 / experts)) : Math.max(18, Math.min(30, 200 / names.length));
     const narrow = div.clientWidth < 420;
-    const digits = Math.max(...table.flat()) < 0.1 ? 3 : 2;
-    const colours = ['heat-low', 'heat-mid', 'heat-high'].map(theme);
     plot(div, [{
       type: 'heatmap',
       z: table,
       x: numbers,
       y: square ? numbers : range(names.length),
-      zmin: 0,
-      colorscale: [[0, colours[0]], [0.5, colours[1]], [1, colours[2]]],
+      zmin: scale.low,
+      zmax: scale.high,
+      colorscale: scale.colours.map((name, i) => [i / (scale.colours.length - 1), theme(name)]),
       xgap: experts > 24 ? 0 : 1,
       ygap: names.length > 40 ? 0 : 1,
+      text: texts,
       customdata: table.map((row, i) => row.map(() => chartText(names[i]))),
       hovertemplate: `${hover}<extra></extra>`,
-      texttemplate: experts <= (narrow ? 5 : 10) ? `%{z:.${digits}f}` : '',
+      texttemplate: experts <= (narrow ? 5 : 10) ? '%{text}' : '',
       textfont: { size: 12 },
-      colorbar: { thickness: 10, outlinewidth: 0, len: 1, tickformat: '.2~f', nticks: 5, xpad: 6 },
-      showscale: experts > (narrow ? 5 : 10),
+      showscale: false,
     }], {
       height: Math.round(names.length * rowHeight + 62),
       xaxis: expertAxis(numbers, div),
@@ -203,11 +218,15 @@
 
   // One run --------------------------------------------------------------------------------------
 
-  const COLUMNS = ['image', 'box', 'label', 'true_label', 'score', 'kind', 'size', 'level'];
+  const COLUMNS = ['image', 'is_detection', 'box', 'label', 'true_label', 'score', 'kind', 'partner', 'iou', 'loss', 'size', 'level'];
   const ATTRIBUTES = {
     class: 'class', superclass: 'superclass', cluster: 'hidden cluster', dataset: 'data set', level: 'pyramid level', size: 'object size', size_coco: 'COCO size', position: 'position in the image', image: 'image',
   };
-  const SOURCES = ['objects', 'detections', 'decisions'];
+  const SHARES = { low: 0, high: 1, colours: ['heat-low', 'heat-mid', 'heat-high'] };
+  /* log2 of how many times as much as if the two were independent */
+  const LIFTS = { low: -2, high: 2, colours: ['less', 'even', 'more'] };
+  const SIGNIFICANT = 0.05;
+  const DEFAULT_SORTING = { by: 'weight', descending: true, seed: 0, least: 0 };
 
   class Run {
     constructor(payload, root) {
@@ -233,36 +252,69 @@
       const [rows, regions] = await Promise.all([unpack(pool.rows), unpack(pool.regions)]);
       this.regions = regions;
       this.cropOf = new Map(Array.from(rows, (row, i) => [row, i]));
-      const { size, level } = this.columns;
+      const { image, size, level, is_detection: isDetection, label, true_label: truth } = this.columns;
       this.count = size.length;
+      this.place = new Int32Array(this.count); // of a row in its image
+      for (let row = 1; row < this.count; row++) if (image[row] === image[row - 1]) this.place[row] = this.place[row - 1] + 1;
+      // The class that a row counts as.
+      this.counted = truth.map((t, row) => (isDetection[row] ? label[row] : t));
+      this.sorting = { ...DEFAULT_SORTING };
       this.sizeBin = Int8Array.from(size, (s) => (Number.isNaN(s) ? -1 : s < SIZE_LIMITS[0] ? 0 : s < SIZE_LIMITS[1] ? 1 : 2));
       this.hasSizes = this.sizeBin.some((bin) => bin >= 0);
       this.levels = level.reduce((a, b) => Math.max(a, b), -1) + 1;
       if (this.levels) this.levels = Math.max(this.levels, this.payload.run.num_levels || 0);
     }
 
-    /* Begin with the first layer that has images to show. */
-    async start() {
-      this.listen();
+    /* Begin with the layer of the address, or the first one that has images to show. */
+    async start(wanted) {
       const names = Object.keys(this.payload.layers);
-      const first = names.find((name) => this.payload.columns.weights[name]) || names[0];
-      if (first === undefined) return;
-      this.$('.layer').value = first;
-      await this.chooseLayer(first);
+      const layer = names.includes(wanted.layer) ? wanted.layer
+        : names.find((name) => this.payload.columns.weights[name]) || names[0];
+      if (layer === undefined) return;
+      this.setSorting({ ...DEFAULT_SORTING, ...wanted.sorting });
+      this.$('.layer').value = layer;
+      await this.chooseLayer(layer, wanted.expert);
+    }
+
+    setSorting(changes) {
+      Object.assign(this.sorting, changes);
+      const { by, descending, seed, least } = this.sorting;
+      this.$('.sort').value = by;
+      this.$('.least').value = least;
+      this.$('.seed').value = seed;
+      this.$('.seed-field').hidden = by !== 'random';
+      const turn = this.$('.turn');
+      turn.textContent = by === 'random' ? 'Another sample' : descending ? '↓ highest first' : '↑ lowest first';
+    }
+
+    sortBy(changes) {
+      this.setSorting(changes);
+      this.refresh();
+      view.write();
     }
 
     listen() {
-      this.$('.layer').addEventListener('change', (event) => this.chooseLayer(event.target.value));
+      this.$('.layer').addEventListener('change', (event) => this.chooseLayer(event.target.value).then(view.write));
+      this.$('.sort').addEventListener('change', (event) => this.sortBy({ by: event.target.value, descending: true }));
+      this.$('.seed').addEventListener('change', (event) => this.sortBy({ seed: Math.abs(Math.trunc(event.target.value)) || 0 }));
+      this.$('.least').addEventListener('change', (event) => this.sortBy({ least: Math.min(Math.max(Number(event.target.value) || 0, 0), 1) }));
+      this.$('.turn').addEventListener('click', () => this.sortBy(
+        this.sorting.by === 'random' ? { seed: this.sorting.seed + 1 } : { descending: !this.sorting.descending },
+      ));
+      this.$('.csv').addEventListener('click', () => this.download());
       const experts = this.$('.experts');
       experts.addEventListener('click', (event) => {
         const button = event.target.closest('.expert');
-        if (button) this.chooseExpert(Number(button.dataset.expert));
+        if (!button) return;
+        this.chooseExpert(Number(button.dataset.expert));
+        view.write();
       });
       experts.addEventListener('keydown', (event) => {
         const target = stepped(event, this.expert, this.width, 1);
         if (target === null) return;
         event.preventDefault();
         this.chooseExpert(target);
+        view.write();
         $(`[data-expert="${target}"]`, experts).focus();
       });
       const wall = this.$('.wall');
@@ -285,6 +337,7 @@
         this.focusTile(before);
       });
       this.$('.empty-reset').addEventListener('click', () => {
+        this.setSorting({ least: 0 });
         form.reset();
         $('input, select', form).focus();
       });
@@ -308,7 +361,7 @@
 
     // Choices ------------------------------------------------------------------------------------
 
-    async chooseLayer(name) {
+    async chooseLayer(name, expert = null) {
       const turn = ++this.turn;
       const layer = this.payload.layers[name];
       const packed = this.payload.columns.weights[name];
@@ -322,6 +375,7 @@
         for (const attributes of Object.values(layer.associations)) {
           for (const association of Object.values(attributes)) {
             if (association.counts) association.table = await unpackTable(association.counts);
+            if (association.marked) association.marks = await unpackTable(association.marked);
           }
         }
       }
@@ -331,8 +385,10 @@
       this.weights = packed ? this.inflated[name] : null;
       this.drawExperts();
       this.drawLayerFacts();
+      this.drawVerdict();
       this.drawOverview();
-      this.chooseExpert(layer.load.indexOf(Math.max(...layer.load)));
+      const known = expert !== null && expert >= 0 && expert < this.width;
+      this.chooseExpert(known ? expert : layer.load.indexOf(Math.max(...layer.load)));
     }
 
     chooseExpert(expert) {
@@ -366,6 +422,7 @@
       const many = layer.dead_experts.length;
       const dead = many ? ` Never chosen: ${many > 8 ? `${many} experts, shown pale` : `expert ${layer.dead_experts.map((e) => this.number(e)).join(', ')}`}.` : '';
       const dense = layer.kind === 'factorised';
+      this.$('.layer-path').textContent = layer.title === this.layerName ? '' : this.layerName;
       const facts = this.$('.layer-facts');
       facts.replaceChildren(
         `${layer.num_experts} experts, ${dense ? 'each with a coefficient' : `${layer.top_k} chosen`} per decision. One decision per ${per}, `
@@ -377,7 +434,45 @@
       }
     }
 
+    /* Three lines on the layer; what else is known of it, and of all layers, is folded. */
+    drawVerdict() {
+      const { verdict } = this.payload;
+      const mine = verdict.find(({ layer }) => layer === this.layerName);
+      const others = verdict.filter((entry) => entry !== mine);
+      const list = (sentences) => sentences.map((sentence) => element('li', {}, sentence));
+      const box = this.$('.verdict');
+      box.hidden = !verdict.length;
+      this.$('.verdict-title').textContent = `Verdict: ${mine ? mine.name : 'no word on this layer'}`;
+      this.$('.verdict-lines').replaceChildren(...list(mine ? mine.lines : []));
+      const more = [
+        ...(mine && mine.details.length ? [['More on this layer', mine.details]] : []),
+        ...others.map(({ name, lines, details }) => [name, [...lines, ...details]]),
+      ];
+      $('details', box).hidden = !more.length;
+      $('summary', box).textContent = `More (${plural(sum(more.map(([, said]) => said.length)), 'sentence')})`;
+      this.$('.verdict-more').replaceChildren(...more.flatMap(([name, said]) => [element('h4', {}, name), element('ul', {}, ...list(said))]));
+    }
+
     // What the filters let through ---------------------------------------------------------------
+
+    /* 'objects', 'detections' or, of a classifier, 'images' */
+    get population() { return this.detection ? form.elements.population.value : 'images'; }
+
+    get noun() { return this.population.slice(0, -1); }
+
+    fileName(image) { return this.payload.files.names[image] ?? ''; }
+
+    /* Of rows: whether the search finds their class or file. */
+    searchTest(text) {
+      if (!text) return null;
+      const found = new Map();
+      const inClass = this.classes.map((name) => String(name).toLowerCase().includes(text));
+      const inFile = (image) => {
+        if (!found.has(image)) found.set(image, `${this.fileName(image)} ${image}`.toLowerCase().includes(text));
+        return found.get(image);
+      };
+      return (row) => inClass[this.counted[row]] || inFile(this.columns.image[row]);
+    }
 
     classTest(filter) {
       if (!filter) return null;
@@ -390,43 +485,86 @@
 
     refresh() {
       if (!this.layer) return;
-      const { sizes, kinds, klass } = readFilters();
-      const { kind, label } = this.columns;
+      const { sizes, kinds, klass, search } = readFilters();
+      const { kind, is_detection: isDetection } = this.columns;
       const test = this.classTest(klass);
+      const found = this.searchTest(search);
       const bySize = this.hasSizes && sizes.size < 3;
+      const wanted = Number(this.population === 'detections');
       const experts = this.width;
+      this.lowest = Math.max(this.sorting.least * WEIGHT_STEPS, Number.MIN_VALUE);
       this.matching = []; // rows of any expert
       this.rows = []; // rows that the chosen expert took part in
       for (let row = 0; this.weights && row < this.count; row++) {
-        if (!kinds.has(kind[row]) || (test && !test[label[row]])) continue;
-        if (bySize && !sizes.has(this.sizeBin[row])) continue;
+        if (isDetection[row] !== wanted || !kinds.has(kind[row]) || (test && !test[this.counted[row]])) continue;
+        if ((bySize && !sizes.has(this.sizeBin[row])) || (found && !found(row))) continue;
         const weight = this.weights[row * experts + this.expert];
         if (weight === NO_WEIGHT) continue;
         this.matching.push(row);
-        if (weight > 0) this.rows.push(row);
+        if (weight >= this.lowest) this.rows.push(row);
       }
-      this.wallRows = this.ranked(this.rows.filter((row) => this.cropOf.has(row)));
+      const { noun } = this;
+      for (const node of this.$$('.noun')) node.textContent = `${noun}s`;
+      this.$('.class-title').textContent = `Classes (${noun === 'detection' ? 'predicted' : 'true'})`;
+      this.refreshWall();
+      this.drawHistograms();
+    }
+
+    refreshWall() {
+      if (!this.layer) return;
+      const { image } = this.columns;
+      const seen = new Set();
+      const first = (row) => !seen.has(image[row]) && seen.add(image[row]);
+      const stored = (row) => this.picture(row) !== undefined;
+      this.sorted = this.ranked(this.rows);
+      if (this.sorting.by === 'random') {
+        // One of all rows, so that what has no picture is left out and counted.
+        const sample = this.sorted.filter(first);
+        this.wallRows = sample.filter(stored);
+        const gap = sample.findIndex((row) => !stored(row));
+        this.uniform = gap < 0 ? sample.length : gap;
+      } else {
+        this.wallRows = this.sorted.filter(stored).filter(first);
+        this.uniform = 0;
+      }
       this.shown = this.page();
       this.drawWall();
-      this.drawHistograms();
+    }
+
+    /* The place in the pool of a row's crop; a correct detection has that of its object. */
+    picture(row) {
+      const { is_detection: isDetection, kind, partner } = this.columns;
+      return this.cropOf.get(isDetection[row] && kind[row] === CORRECT ? row + partner[row] : row);
     }
 
     steps(row, expert = this.expert) { return this.weights[row * this.width + expert]; }
 
-    /* Highest weight first; of equal ones one row of every image, then a second one; then by score. */
+    keys(seed) {
+      if (this.keysOf?.seed !== seed) {
+        const { image } = this.columns;
+        const mask = hashed(seed);
+        const keys = Float64Array.from(image, (i, row) => {
+          const ofImage = hashed(i ^ mask);
+          return ofImage * ROWS + (hashed(ofImage ^ this.place[row]) % ROWS);
+        });
+        this.keysOf = { seed, keys };
+      }
+      return this.keysOf.keys;
+    }
+
+    /* By what was chosen; equal ones, and a random sample, in random order. */
     ranked(rows) {
-      const { image, score } = this.columns;
-      const points = (row) => (score[row] === NO_WEIGHT ? -1 : score[row]);
-      const byScore = (a, b) => points(b) - points(a) || a - b;
-      const byWeight = (a, b) => this.steps(b) - this.steps(a);
-      const sorted = [...rows].sort((a, b) => byWeight(a, b) || image[a] - image[b] || byScore(a, b));
-      const repeat = new Map();
-      sorted.forEach((row, i) => {
-        const last = sorted[i - 1];
-        const again = i > 0 && image[last] === image[row] && this.steps(last) === this.steps(row);
-        repeat.set(row, again ? repeat.get(last) + 1 : 0);
-      });
-      return sorted.sort((a, b) => byWeight(a, b) || repeat.get(a) - repeat.get(b) || byScore(a, b));
+      const { by, descending, seed } = this.sorting;
+      const { score, size, loss } = this.columns;
+      const keys = this.keys(by === 'random' ? seed : 0);
+      const value = {
+        weight: (row) => this.steps(row), score: (row) => (score[row] === NO_WEIGHT ? null : score[row]), size: (row) => size[row], loss: (row) => loss[row],
+      }[by];
+      if (!value) return [...rows].sort((a, b) => keys[a] - keys[b]);
+      const sign = descending ? -1 : 1;
+      const known = rows.filter((row) => value(row) !== null);
+      const unknown = rows.filter((row) => value(row) === null); // last either way
+      return [...known.sort((a, b) => sign * (value(a) - value(b)) || keys[a] - keys[b]), ...unknown];
     }
 
     mainExpert(row) {
@@ -440,12 +578,38 @@
 
     className(label) { return String(this.classes[label] ?? `class ${label}`); }
 
-    /* "cat, wrong (a dog), score 0.91" */
+    scoreText(row) { return (this.columns.score[row] / WEIGHT_STEPS).toFixed(2); }
+
+    iouText(row) { return `IoU ${(this.columns.iou[row] / WEIGHT_STEPS).toFixed(2)}`; }
+
+    /* What became of an object, or of a detection, in words. */
+    result(row) {
+      const { label, true_label: truth, kind, is_detection: isDetection } = this.columns;
+      const k = kind[row];
+      if (!this.detection) return k === CORRECT ? `correct, ${this.scoreText(row)}` : `taken for ${this.className(label[row])}, ${this.scoreText(row)}`;
+      if (isDetection[row]) {
+        const object = truth[row] >= 0 ? this.className(truth[row]) : '';
+        return {
+          [CORRECT]: () => `correct (true: ${object}), ${this.iouText(row)}`,
+          [CLASSIFICATION]: () => `classification: true ${object}, ${this.iouText(row)}`,
+          [LOCALISATION]: () => `localisation: ${this.iouText(row)} with ${object}`,
+          [BOTH]: () => `class and place: ${this.iouText(row)} with ${object}`,
+          [DUPLICATE]: () => `duplicate of a better one on ${object}, ${this.iouText(row)}`,
+          [BACKGROUND]: () => 'background: no object there',
+        }[k]();
+      }
+      return {
+        [CORRECT]: () => `found, score ${this.scoreText(row)}, ${this.iouText(row)}`,
+        [CLASSIFICATION]: () => `taken for ${this.className(label[row])}, score ${this.scoreText(row)}, ${this.iouText(row)}`,
+        [LOCALISATION]: () => `badly placed, score ${this.scoreText(row)}, ${this.iouText(row)}`,
+        [MISSED]: () => 'missed',
+      }[k]();
+    }
+
+    /* "cat: taken for dog, score 0.91, IoU 0.80" */
     describe(row) {
-      const { label, true_label: truth, kind, score } = this.columns;
-      const other = kind[row] === 1 && truth[row] >= 0 && truth[row] !== label[row] ? ` (true: ${this.className(truth[row])})` : '';
-      const points = score[row] === NO_WEIGHT ? '' : `, score ${(score[row] / WEIGHT_STEPS).toFixed(2)}`;
-      return `${this.className(label[row])}, ${KINDS[kind[row]]}${other}${points}`;
+      const score = this.columns.is_detection[row] ? ` ${this.scoreText(row)}` : '';
+      return `${this.className(this.counted[row])}${score}: ${this.result(row)}`;
     }
 
     // The wall -----------------------------------------------------------------------------------
@@ -462,31 +626,82 @@
 
     drawWall() {
       const shown = this.wallRows.slice(0, this.shown);
-      const noun = this.detection ? 'object' : 'image';
+      const { noun } = this;
+      const { by } = this.sorting;
       this.$('.wall-title').textContent = `What expert ${this.number()} works on`;
       this.$('.wall').replaceChildren(...shown.map((row, i) => this.tile(row, i)));
       this.$('.wall').hidden = !shown.length;
       this.$('.wall-hint').hidden = !shown.length;
+      this.$('.wall-settings').hidden = !this.weights;
+      const csv = this.$('.csv');
+      csv.title = `Every matching ${noun} of this expert as a table`;
+      csv.textContent = `CSV of ${plural(this.rows.length, noun)}`;
       this.$('.more').hidden = this.wallRows.length <= this.shown;
       const count = this.$('.count');
       count.hidden = !this.weights;
-      count.replaceChildren(element('b', {}, `${whole(shown.length)} of ${whole(this.rows.length)} shown`));
-      if (this.wallRows.length < this.rows.length) {
-        count.append(` · pictures are stored for ${whole(this.wallRows.length)}`);
-      }
+      count.replaceChildren(element('b', {}, `${whole(shown.length)} of ${plural(this.rows.length, noun)} shown`));
+      count.append(`${this.detection ? ', one an image' : ''} · pictures are stored of ${whole(new Set(this.rows.filter((row) => this.picture(row) !== undefined).map((row) => this.columns.image[row])).size)} of ${plural(new Set(this.rows.map((row) => this.columns.image[row])).size, 'image')}`);
       const { kept, all } = this.payload.rows;
-      if (kept < all) count.append(` · from a sample of ${whole(kept)} of all ${whole(all)} ${noun}s`);
-
+      if (kept < all) count.append(` · from a sample of ${whole(kept)} of all ${whole(all)} rows`);
+      const lost = this.payload.pool.unreadable.length;
+      if (lost) count.append(` · ${plural(lost, 'image')} could not be read`);
       count.append(this.hangsOn());
+      const hints = {
+        weight: 'Equal weights in random order.',
+        random: this.uniform >= shown.length
+          ? `A random sample of the images, one random ${noun} of each.`
+          : `The first ${whole(this.uniform)} are a random sample of the images, one random ${noun} of each; of the next ones some have no picture and are left out.`,
+        score: noun === 'object' ? 'Score of the detection that finds the object; without one last.' : '',
+        size: 'Square root of the box area.',
+        loss: {
+          object: 'Loss: 1 − score × IoU of the detection that finds it; 1 where none does.',
+          detection: 'Loss: 1 − score × IoU if it is correct, its score if it is wrong.',
+          image: 'Loss: cross-entropy, −log of the probability of the true class.',
+        }[noun],
+      };
+      this.$('.wall-hint').textContent = `${hints[by]} Arrow keys move, Enter opens the whole image.`;
       this.$('.empty').hidden = shown.length > 0;
-      this.$('.empty-reset').hidden = !this.weights || !filtersActive();
+      const filtered = filtersActive() || this.sorting.least > 0;
+      this.$('.empty-reset').hidden = !this.weights || !filtered;
       const dead = this.layer.dead_experts.includes(this.expert);
       this.$('.empty-text').textContent = !this.weights
         ? `Decisions of this layer do not belong to single ${noun}s. Its statistics are below.`
         : this.rows.length
           ? `${plural(this.rows.length, noun)} ${this.rows.length === 1 ? 'matches' : 'match'}, but none of their pictures is stored.`
           : dead ? `Expert ${this.number()} is never chosen.`
-            : filtersActive() ? `No ${noun} of expert ${this.number()} matches these filters.` : `Expert ${this.number()} took part in no ${noun}.`;
+            : filtered ? `No ${noun} of expert ${this.number()} matches these filters.` : `Expert ${this.number()} took part in no ${noun}.`;
+    }
+
+    /* The matching rows of the chosen expert as a file, in the order of the wall. */
+    download() {
+      const { image, box, label, true_label: truth, score, kind, iou, loss, size, level } = this.columns;
+      const share = (steps) => (steps === NO_WEIGHT ? '' : (steps / WEIGHT_STEPS).toFixed(3));
+      const name = (i) => (i < 0 ? '' : this.className(i));
+      const levels = this.levels > 1 ? this.levelNames() : [];
+      const columns = {
+        image: (row) => image[row],
+        file: (row) => this.fileName(image[row]),
+        counted: () => this.noun,
+        true_class: (row) => name(truth[row]),
+        predicted_class: (row) => name(label[row]),
+        result: (row) => KINDS[kind[row]],
+        score: (row) => share(score[row]),
+        loss: (row) => loss[row].toFixed(3),
+        expert: () => this.number(),
+        weight: (row) => (this.steps(row) / WEIGHT_STEPS).toPrecision(3),
+        main_expert: (row) => this.number(this.mainExpert(row)),
+        ...(this.detection && {
+          iou: (row) => share(iou[row]),
+          size_px: (row) => size[row].toFixed(1),
+          level: (row) => levels[level[row]] ?? '',
+          ...Object.fromEntries(['x1', 'y1', 'x2', 'y2'].map((side, i) => [side, (row) => box[4 * row + i]])),
+        }),
+      };
+      const cell = (value) => (/[",\n\r]/.test(value) ? `"${String(value).replaceAll('"', '""')}"` : value);
+      const lines = [Object.keys(columns), ...this.sorted.map((row) => Object.values(columns).map((of) => cell(of(row))))];
+      const url = URL.createObjectURL(new Blob([`${lines.map((line) => line.join(',')).join('\r\n')}\r\n`], { type: 'text/csv' }));
+      element('a', { href: url, download: `${this.payload.run.config}_${this.layerName}_expert${this.number()}_${this.noun}s.csv` }).click();
+      setTimeout(() => URL.revokeObjectURL(url), 10000);
     }
 
     /* What zeroing the chosen expert does, where that was measured. */
@@ -499,24 +714,31 @@
     }
 
     tile(row, index) {
-      const { label, kind, image, size } = this.columns;
+      const { label, kind, image, size, loss, score } = this.columns;
       const weight = weightText(this.steps(row));
       const pixels = this.sizeBin[row] < 0 ? '' : `, ${Math.round(size[row])} px`;
+      const { by } = this.sorting;
+      const sorted = {
+        score: score[row] === NO_WEIGHT ? 'no score' : `score ${this.scoreText(row)}`, size: `${Math.round(size[row])} px`, loss: `loss ${loss[row].toFixed(2)}`,
+      }[by] ?? `weight ${weight}`;
+      const name = this.className(this.counted[row]);
+      const taken = kind[row] === CLASSIFICATION && !this.columns.is_detection[row] ? ` → ${this.className(label[row])}` : '';
       const picture = element('span', { class: 'picture' },
-        element('img', { src: jpeg(this.payload.pool.crops[this.cropOf.get(row)]), alt: '', decoding: 'async', draggable: false }),
+        element('img', { src: jpeg(this.payload.pool.crops[this.picture(row)]), alt: '', decoding: 'async', draggable: false }),
         ...this.outline(row),
-        element('span', { class: 'kind', 'aria-hidden': 'true' }, SYMBOLS[kind[row]]));
+        element('span', { class: kind[row] === CORRECT ? 'kind' : 'kind wrong', 'aria-hidden': 'true' }, this.detection || kind[row] === CORRECT ? TAGS[kind[row]] : '✗'));
       return element('li', {}, element('button', {
         type: 'button', class: 'tile', tabIndex: index ? -1 : 0, 'data-row': row,
-        'aria-label': `${this.describe(row)}, weight ${weight}${pixels}, image ${image[row]}`,
-        title: `${this.describe(row)}${pixels}`,
-      }, picture, element('span', { class: 'name' }, this.className(label[row])), element('span', { class: 'numbers' }, `weight ${weight}`)));
+        title: `${this.describe(row)}${pixels}, ${this.fileName(image[row]) || `image ${image[row]}`}`,
+      }, picture, element('span', { class: 'name' }, `${name}${taken}`), element('span', { class: 'numbers' }, sorted),
+      element('span', { class: 'unseen' }, `, ${this.result(row)}, weight ${weight}${pixels}, image ${image[row]}`)));
     }
 
-    /* The object's box, in a crop that is shown whole in a square tile. */
+    /* The row's box, in a crop that is shown whole in a square tile. */
     outline(row) {
       if (this.sizeBin[row] < 0) return [];
-      const [left, top, right, bottom] = this.regions.subarray(4 * this.cropOf.get(row), 4 * this.cropOf.get(row) + 4);
+      const crop = this.picture(row);
+      const [left, top, right, bottom] = this.regions.subarray(4 * crop, 4 * crop + 4);
       const side = Math.max(right - left, bottom - top);
       const [x0, y0] = [(left + right - side) / 2, (top + bottom - side) / 2];
       const [x1, y1, x2, y2] = this.columns.box.subarray(4 * row, 4 * row + 4);
@@ -534,7 +756,7 @@
       for (const row of this.matching) {
         const bin = binOf(row);
         if (!(bin >= 0 && bin < n)) continue;
-        own[bin] += this.steps(row);
+        if (this.steps(row) >= this.lowest) own[bin] += this.steps(row);
         all[bin] += 1;
       }
       const [ownTotal, allTotal] = [sum(own), sum(all)];
@@ -542,7 +764,7 @@
     }
 
     drawHistograms() {
-      const { size, level, label } = this.columns;
+      const { size, level } = this.columns;
       const show = (name, present, draw) => {
         const card = this.$(`[data-chart="${name}"]`);
         card.hidden = !present;
@@ -567,7 +789,7 @@
       const some = Boolean(this.weights);
       show('size', some && this.hasSizes, (div) => this.drawSizes(div, this.shares(sizes.count, (row) => sizes.binOf(size[row]))));
       show('level', some && this.levels > 1, (div) => this.drawLevels(div, this.shares(this.levels, (row) => level[row])));
-      show('class', some, (div) => this.drawClasses(div, this.shares(this.classes.length, (row) => label[row])));
+      show('class', some, (div) => this.drawClasses(div, this.shares(this.classes.length, (row) => this.counted[row])));
       this.$('.histograms').hidden = !some;
     }
 
@@ -656,26 +878,43 @@
     // The whole layer ----------------------------------------------------------------------------
 
     drawOverview() {
-      this.$('.layer-name').textContent = this.layerName;
+      this.$('.layer-name').textContent = this.layer.title;
       const dense = this.layer.kind === 'factorised';
       this.$('.load-hint').textContent = dense ? 'Load: share of the coefficients above 0. Importance: mean coefficient.' : 'Load: share of the choices that fall on an expert. Importance: share of the weight.';
       this.$('.coactivation-hint').textContent = dense ? 'Share of the decisions in which both coefficients are above 0; the diagonal: above 0 at all.' : 'Share of the decisions in which both experts are chosen; the diagonal: chosen at all.';
       drawSoon(this.chart('load'), () => this.drawLoad());
       drawSoon(this.chart('coactivation'), () => this.drawCoactivation());
       this.$('[data-chart="history"]').hidden = !this.layer.history;
-      const sources = SOURCES.filter((source) => Object.values(this.layer.associations[source] || {}).some((a) => a.table));
-      const select = this.$('.source');
-      const before = select.value;
-      select.replaceChildren(...sources.map((source) => element('option', { value: source }, this.counted(source))));
-      if (sources.includes(before)) select.value = before;
-      this.$('.association-settings').hidden = !sources.length;
-      this.drawHeatMaps();
-      this.drawAssociations();
+      const isCompared = Boolean(this.layer.similarity?.weights);
+      for (const name of ['similarity', 'tree']) this.$(`[data-chart="${name}"]`).hidden = !isCompared;
+      if (isCompared) {
+        drawSoon(this.chart('similarity'), () => this.drawSimilarity());
+        drawSoon(this.chart('tree'), () => this.drawTree());
+      }
+      this.drawAssociated();
       this.drawInterventions();
     }
 
-    counted(source) {
-      return { objects: this.detection ? 'every object' : 'every image', detections: 'every matched detection', decisions: 'every decision' }[source];
+    /* What is counted by the population of the page. */
+    drawAssociated() {
+      const { population } = this;
+      this.$('.population').textContent = this.countedAs(population);
+      const sources = [population === 'images' ? 'objects' : population, 'decisions']
+        .filter((source) => Object.values(this.layer.associations[source] || {}).some((a) => a.table));
+      this.$('.source').replaceChildren(...sources.map((source) => element('option', { value: source }, this.countedAs(source).split(',')[0])));
+      this.$('.association-settings').hidden = !sources.length;
+      this.$('.heat-legend').hidden = !sources.length;
+      this.drawHeatMaps();
+      this.drawAssociations();
+    }
+
+    countedAs(source) {
+      return {
+        images: 'every image, as its true class',
+        objects: this.detection ? 'every object (ground truth), as its true class' : 'every image, as its true class',
+        detections: 'every detection, as the predicted class',
+        decisions: 'every decision',
+      }[source];
     }
 
     drawLoad() {
@@ -697,10 +936,55 @@
     drawCoactivation() {
       const numbers = this.numbers();
       heatMap(this.chart('coactivation'), this.layer.tables.coactivation, numbers, numbers, {
+        texts: this.layer.tables.coactivation.map((row) => row.map(percent)), scale: SHARES,
         rowTitle: 'expert', square: true,
         hover: 'experts %{y} and %{x}: %{z:.1%} of the decisions',
         description: 'Share of the decisions in which two experts are chosen together.',
       });
+    }
+
+    drawSimilarity() {
+      const { weights, outputs } = this.layer.similarity;
+      const between = (matrix) => {
+        const values = matrix.flatMap((row, a) => row.filter((value, b) => a !== b && value !== null));
+        return values.length ? fixed(values.reduce((sum, value) => sum + value, 0) / values.length) : 'unknown';
+      };
+      const means = [`cosine of the weights ${between(weights.cosine)}`];
+      if (outputs) means.push(`of the outputs ${between(outputs.cosine)}`, `linear CKA ${between(outputs.cka)}`);
+      const shown = outputs ? 'Linear CKA of the outputs on the same inputs' : 'Cosine of the weights';
+      this.$('.similarity-hint').textContent = `${shown}; 1: the same. Mean of two experts: ${means.join(', ')}.`;
+      const table = outputs ? outputs.cka : weights.cosine;
+      const numbers = this.numbers();
+      heatMap(this.chart('similarity'), table, numbers, numbers, {
+        texts: table.map((row) => row.map((value) => (value === null ? '' : value.toFixed(2)))), scale: SHARES,
+        rowTitle: 'expert', square: true,
+        hover: 'experts %{y} and %{x}: %{z:.3f}',
+        description: `${shown} of every two experts.`,
+      });
+    }
+
+    /* A dendrogram: SciPy's linkage, whose rows join two clusters at a distance. */
+    drawTree() {
+      const { linkage, linkage_of: of } = this.layer.similarity;
+      const count = linkage.length + 1;
+      const leaves = [];
+      const collect = (cluster) => (cluster < count ? leaves.push(cluster) : linkage[cluster - count].slice(0, 2).forEach(collect));
+      collect(2 * count - 2);
+      const at = leaves.reduce((found, leaf, i) => ({ ...found, [leaf]: [i, 0] }), {});
+      const [x, y] = [[], []];
+      linkage.forEach(([one, other, distance], i) => {
+        const [[left, low], [right, high]] = [at[one], at[other]];
+        x.push(left, left, right, right, null);
+        y.push(low, distance, distance, high, null);
+        at[count + i] = [(left + right) / 2, distance];
+      });
+      plot(this.chart('tree'), [{
+        type: 'scatter', mode: 'lines', x, y, line: { color: theme('ink'), width: 1.5 }, hovertemplate: '%{y:.3f}<extra></extra>',
+      }], {
+        height: 270,
+        xaxis: { title: 'expert', showgrid: false, zeroline: false, range: [-0.5, count - 0.5], tickvals: range(count), ticktext: leaves.map((leaf) => String(this.number(leaf))) },
+        yaxis: { title: of === 'outputs' ? '1 − linear CKA' : '1 − cosine of the weights', rangemode: 'tozero', nticks: 6 },
+      }, `Tree of the experts by their ${of}.`);
     }
 
     drawHistory() {
@@ -711,7 +995,7 @@
       const order = range(experts).sort((a, b) => (few ? 0 : (a === this.expert) - (b === this.expert)));
       this.$('.history-hint').textContent = few ? '' : ` Coloured: expert ${this.number()}.`;
       plot(this.chart('history'), order.map((expert) => ({
-        type: 'scatter', mode: 'lines', name: `expert ${this.number(expert)}`, x: step, y: this.layer.tables.history.map((row) => row[expert]),
+        type: 'scatter', mode: step.length > 1 ? 'lines' : 'markers', name: `expert ${this.number(expert)}`, x: step, y: this.layer.tables.history.map((row) => row[expert]),
         line: few || expert === this.expert ? { color: expertColour(this.number(expert)), width: 2 } : { color: theme('rule'), width: 1 },
         hovertemplate: `expert ${this.number(expert)}, step %{x}: %{y:.1%}<extra></extra>`,
       })), {
@@ -740,14 +1024,18 @@
         const open = button.getAttribute('aria-expanded') === 'true';
         button.hidden = !many;
         button.textContent = open ? `Show the ${CLASSES_IN_HEAT_MAP} most telling` : `Show all ${association.bins.length}`;
-        const rows = many && !open ? mostTelling(association.table).slice(0, CLASSES_IN_HEAT_MAP) : range(association.bins.length);
+        const rows = many && !open ? mostTelling(association.table).slice(0, CLASSES_IN_HEAT_MAP) : range(association.bins.length).filter((i) => sum(association.table[i]) > 0);
         const unit = association.unit ? `, in ${association.unit}` : '';
-        $('.hint', card).textContent = `${byExpert ? `Share of each expert’s weight by ${noun}${unit}; columns sum to 1.` : `Share of each ${noun}${unit} by expert; rows sum to 1.`} `
+        $('.hint', card).textContent = `${byExpert ? `Numbers: share of each expert’s weight by ${noun}${unit}; columns sum to 1.` : `Numbers: share of each ${noun}${unit} by expert; rows sum to 1.`} `
           + `${many && !open ? 'Those that tell most about the experts. ' : ''}${inWords(association)}`;
         drawSoon($('.chart', card), () => {
-          const shares = byExpert ? columnShares(association.table) : association.table.map(normalised);
-          heatMap($('.chart', card), rows.map((i) => shares[i]), rows.map((i) => String(association.bins[i])), this.numbers(), {
-            hover: byExpert ? 'expert %{x}: %{z:.1%} of its weight on %{customdata}' : '%{customdata}: %{z:.1%} by expert %{x}',
+          const { table } = association;
+          const shares = byExpert ? columnShares(table) : table.map(normalised);
+          const lifts = liftsOf(table, association);
+          heatMap($('.chart', card), rows.map((i) => lifts[i]), rows.map((i) => String(association.bins[i])), this.numbers(), {
+            texts: rows.map((i) => shares[i].map(percent)),
+            scale: LIFTS,
+            hover: byExpert ? 'expert %{x}: %{text} of its weight on %{customdata}' : '%{customdata}: %{text} by expert %{x}',
             description: `Experts and ${noun}. ${inWords(association)}`,
           });
         });
@@ -755,19 +1043,32 @@
     }
 
     drawAssociations() {
-      const rows = [];
-      for (const source of SOURCES) {
-        for (const [attribute, a] of Object.entries(this.layer.associations[source] || {})) {
-          const clear = a.p_value !== null && a.p_value <= 0.05;
-          rows.push([clear ? '' : 'muted',
-            [ATTRIBUTES[attribute] || attribute, this.counted(source), fixed(a.mi), a.mi_max ? percent(a.mi / a.mi_max) : '–', fixed(a.chance), pValue(a),
-              whole(a.num_units), clear ? 'more than chance' : 'within chance']]);
-        }
-      }
+      const { population } = this;
+      const found = [population === 'images' ? 'objects' : population, 'decisions'].flatMap((source) => (
+        Object.entries(this.layer.associations[source] || {}).map(([attribute, a]) => [source, attribute, a])));
+      const has = (test) => found.some(([, , a]) => test(a));
+      const columns = [
+        ['Attribute', ([, attribute]) => ATTRIBUTES[attribute] || attribute],
+        ['Counted', ([source]) => this.countedAs(source).split(/[,(]/)[0]],
+        ['Information (nats)', ([, , a]) => `${fixed(a.mi)}${ends(a.interval)}`],
+        ['of the maximum', ([, , a]) => (a.mi_max ? percent(a.mi / a.mi_max) : '–')],
+        ['by chance', ([, , a]) => fixed(a.chance)],
+        has((a) => a.controls?.random) && ['random router', ([, , a]) => fixed(a.controls?.random?.mi)],
+        ['p, corrected', ([, , a]) => pValue(a)],
+        has((a) => a.given?.level) && ['beyond the level (nats)', ([, , { given }]) => (
+          given?.level ? `${fixed(given.level.mi)}${ends(given.level.interval)}, p ${pValue(given.level)}` : '–')],
+        ['decisions', ([, , a]) => whole(a.num_units)],
+        ['reads as', ([, , a]) => (a.p_adjusted > SIGNIFICANT ? 'within chance' : a.given?.level?.p_adjusted > SIGNIFICANT ? 'through the level' : 'more than chance')],
+      ].filter(Boolean);
+      const rows = found.map((entry) => {
+        return [entry[2].p_adjusted <= SIGNIFICANT ? '' : 'muted', columns.map(([, of]) => of(entry))];
+      });
       this.$('.associations').hidden = !rows.length;
-      this.$('.associations .table-scroll').replaceChildren(table(
-        ['Attribute', 'Counted', 'Information (nats)', 'of the maximum', 'by chance (nats)', 'p', 'decisions', 'reads as'], rows, [1, 7],
-      ));
+      this.$('.association-hint').textContent = 'What the choice of the experts tells about an attribute. By chance: the mean of the same after shuffling the decisions.'
+        + `${has((a) => a.interval) ? ' In brackets: 95 % interval, by a bootstrap over the images.' : ''}`
+        + ' p is corrected for all tests of the layer.'
+        + `${has((a) => a.given?.level) ? ' Beyond the level: within the pyramid levels alone; through the level: clear, but not beyond it.' : ''}`;
+      this.$('.associations .table-scroll').replaceChildren(table(columns.map(([title]) => title), rows, [1, columns.length - 1]));
     }
 
     drawInterventions() {
@@ -777,11 +1078,12 @@
       const title = { only: (e) => `only expert ${e}`, without: (e) => `without expert ${e}`, zeroed: (e) => `expert ${e} zeroed`, equal: () => 'all experts, equal weights', random: () => 'random experts' };
       const rows = mine.map((i) => ['', [
         (title[i.kind] ? title[i.kind](i.expert) : i.kind) + (i.layer === 'all' ? ' (all layers)' : ''),
-        ...names.map((name) => difference(i.metrics?.[name], base[name])),
+        ...names.map((name) => difference(i.metrics?.[name], base[name]) + ends(i.difference?.[name]?.interval)),
       ]]);
       const all = this.layer.polysemanticity?.num_zeroed || 0;
       const zeroed = mine.filter((i) => i.kind === 'zeroed').length;
       this.$('.zeroed-hint').textContent = zeroed < all ? ` Of the ${whole(all)} experts that were zeroed, the ${zeroed} that cost most.` : '';
+      this.$('.interval-hint').textContent = mine.some((i) => i.difference) ? ' In brackets: 95 % interval, by a bootstrap over the same images.' : '';
       this.$('.interventions').hidden = !rows.length;
       rows.unshift(['base', ['unchanged', ...names.map((name) => fixed(base[name]))]]);
       this.$('.interventions .table-scroll').replaceChildren(table(['Routing', ...names], rows, []));
@@ -797,6 +1099,17 @@
     return rows.map((row) => row.map((x, e) => (totals[e] ? x / totals[e] : 0)));
   }
 
+  /* log2 of each cell against what independence would give, in the limits of the scale; 0 (white) where it is not told apart from it. */
+  function liftsOf(rows, { marks, p_adjusted: p }) {
+    const total = sum(rows.map(sum)) || 1;
+    const experts = rows[0].map((_, e) => sum(rows.map((row) => row[e])));
+    return rows.map((row, b) => row.map((x, e) => {
+      const expected = (sum(row) * experts[e]) / total;
+      if (!expected || (marks ? !marks[b][e] : p > SIGNIFICANT)) return 0;
+      return Math.min(Math.max(Math.log2(x / expected), LIFTS.low), LIFTS.high);
+    }));
+  }
+
   /* Bins by what they contribute to the mutual information, most first. */
   function mostTelling(rows) {
     const experts = normalised(rows[0].map((_, e) => sum(rows.map((row) => row[e]))));
@@ -804,10 +1117,12 @@
     return range(rows.length).sort((a, b) => gain[b] - gain[a] || a - b);
   }
 
-  function pValue({ p_value: p, permutations }) {
+  function pValue({ p_adjusted: p, permutations }) {
     if (p === null || p === undefined) return '–';
     return permutations && p <= 1.0001 / (permutations + 1) ? `≤ ${fixed(p)}` : fixed(p);
   }
+
+  const ends = (interval) => (interval ? ` [${interval.map((x) => fixed(x)).join(', ').replaceAll('-', '−')}]` : '');
 
   const inWords = (a) => `Mutual information ${fixed(a.mi)} nats, p\u00a0${pValue(a).replace(/^(?!≤)/, '= ').replace(' ', '\u00a0')}.`;
 
@@ -844,6 +1159,7 @@
       $('#viewer-close').addEventListener('click', () => dialog.close());
       $('#viewer-previous').addEventListener('click', () => this.show(this.index - 1));
       $('#viewer-next').addEventListener('click', () => this.show(this.index + 1));
+      for (const input of $$('.viewer-buttons input', dialog)) input.addEventListener('change', () => this.toggle());
       dialog.addEventListener('click', (event) => { if (event.target === dialog) dialog.close(); });
       dialog.addEventListener('keydown', (event) => {
         if (event.ctrlKey || event.metaKey || event.altKey) return;
@@ -868,6 +1184,7 @@
           this.run.drawWall();
         }
         this.run.focusTile(this.index);
+        view.write();
       });
       for (const type of ['mouseover', 'mouseout', 'focusin', 'focusout']) {
         $('.viewer-body').addEventListener(type, (event) => this.point(event.type.endsWith('out') ? null : event.target.closest('[data-row]')));
@@ -876,6 +1193,7 @@
         const box = event.target.closest('.box');
         if (box) $(`.entry[data-row="${box.dataset.row}"]`, dialog).focus();
       });
+      new ResizeObserver(() => this.placeTags()).observe($('.stage'));
     },
 
     open(run, index) {
@@ -891,52 +1209,108 @@
       if (index < 0 || index >= run.wallRows.length) return;
       this.index = index;
       const row = run.wallRows[index];
-      const image = run.columns.image[row];
+      const { image: images, score, is_detection: isDetection, partner } = run.columns;
+      const image = images[row];
       const [width, height, data] = run.payload.pool.images[image];
-      const rows = range(run.count).filter((i) => run.columns.image[i] === image);
-      // The clicked one on top of the list, then by score; missed objects last.
-      const points = (i) => (run.columns.score[i] === NO_WEIGHT ? -1 : run.columns.score[i]);
+      const first = row - run.place[row];
+      const rows = [];
+      for (let i = first; i < run.count && images[i] === image; i++) rows.push(i);
+      // The clicked one on top of its list, then by score.
+      const points = (i) => (score[i] === NO_WEIGHT ? -1 : score[i]);
       rows.sort((a, b) => (b === row) - (a === row) || points(b) - points(a) || a - b);
 
-      const missed = rows.filter((i) => run.columns.kind[i] === 2).length;
-      $('#viewer-title').textContent = `Image ${image}`;
-      $('#viewer-hint').textContent = `${width} × ${height} px. Colour and number: main expert in ${run.layerName}.${missed ? ' Dashed: missed.' : ''}`;
-      $('#viewer-list-title').textContent = run.detection
-        ? plural(rows.length - missed, 'detection') + (missed ? `, ${plural(missed, 'missed object')}` : '')
-        : 'Prediction';
+      const name = run.fileName(image);
+      const { folder } = run.payload.files;
+      $('#viewer-title').textContent = name || `Image ${image}`;
+      $('#viewer-hint').textContent = `Image ${image}, ${width} × ${height} px. Colour and number: main expert in ${run.layer.title}.${run.detection ? ' Dashed: ground truth.' : ''}`;
+      const link = $('#viewer-link');
+      link.hidden = !name;
+      link.href = name.includes('://') ? name : (folder + name).split('/').map(encodeURIComponent).join('/').replace(/^([A-Za-z])%3A\//, 'file:///$1:/');
       $('#viewer-previous').disabled = index === 0;
       $('#viewer-next').disabled = index === run.wallRows.length - 1;
 
       const stage = $('.stage');
       const picture = $('img', stage);
       picture.src = jpeg(data);
-      picture.alt = `Image ${image}; what was found in it is listed beside it.`;
+      picture.alt = `Image ${image}; what is in it is listed beside it.`;
       stage.style.aspectRatio = `${width} / ${height}`;
       stage.style.width = `min(100%, 960px, (100vh - 150px) * ${width / height})`;
       stage.classList.remove('pointing');
-      $$('.box', stage).forEach((box) => box.remove());
+      $$('.box, .tag', stage).forEach((node) => node.remove());
       // Large boxes first, so that small ones lie above them and can be pointed at.
       const boxes = rows.filter((i) => run.sizeBin[i] >= 0).sort((a, b) => run.columns.size[b] - run.columns.size[a]);
-      stage.append(...boxes.map((i) => this.box(i, i === row, width, height)));
-      $('.viewer-list ul').replaceChildren(...rows.map((i, place) => this.entry(i, i === row, place)));
-      $('.viewer-list ul').scrollTop = 0;
+      const other = partner[row] ? row + partner[row] : -1;
+      stage.append(...boxes.map((i) => this.box(i, i === row || i === other, width, height)), ...boxes.map((i) => this.tag(i)));
+      const parts = run.detection
+        ? [['Object', rows.filter((i) => !isDetection[i])], ['Detection', rows.filter((i) => isDetection[i])]]
+        : [['Image', rows]];
+      if (isDetection[row]) parts.reverse();
+      const list = $('.viewer-list');
+      list.replaceChildren(...parts.filter(([, mine]) => mine.length).flatMap(([noun, mine]) => {
+        const title = run.detection ? `${plural(mine.length, noun.toLowerCase())}${noun === 'Object' ? ' (ground truth)' : ''}` : 'Prediction';
+        return [element('h3', {}, title), element('ul', {}, ...mine.map((i) => this.entry(i, i === row || i === other, i === row)))];
+      }));
+      list.scrollTop = 0;
+      this.toggle();
+      view.write();
     },
 
+    /* Ground truth, detections, or both. */
+    toggle() {
+      for (const [name, input] of [['hide-objects', '#show-objects'], ['hide-detections', '#show-detections']]) {
+        $('.stage').classList.toggle(name, $(input)?.checked === false);
+      }
+      this.placeTags();
+    },
+
+    colours(row) {
+      const expert = this.run.mainExpert(row);
+      const colour = expert < 0 ? '#7A7A7A' : expertColour(this.run.number(expert));
+      return { '--colour': colour, '--on-colour': textOn(colour) };
+    },
+
+    classOf(row) { return this.run.columns.is_detection[row] ? 'detection' : 'object'; },
+
     box(row, chosen, width, height) {
-      const { run } = this;
-      const expert = run.mainExpert(row);
-      const colour = expert < 0 ? '#7A7A7A' : expertColour(run.number(expert));
-      const [x1, y1, x2, y2] = run.columns.box.subarray(4 * row, 4 * row + 4);
-      const style = [chosen && 'chosen', run.columns.kind[row] === 2 && 'missed', y1 < 0.06 * height && 'at-top', x1 > 0.93 * width && 'at-right'];
-      const node = element('div', { class: ['box', ...style.filter(Boolean)].join(' '), 'data-row': row, 'aria-hidden': 'true' },
-        element('span', { class: 'tag' }, expert < 0 ? '–' : String(run.number(expert))));
-      node.style.setProperty('--colour', colour);
-      node.style.setProperty('--on-colour', textOn(colour));
+      const [x1, y1, x2, y2] = this.run.columns.box.subarray(4 * row, 4 * row + 4);
+      const node = element('div', { class: `box ${this.classOf(row)}${chosen ? ' chosen' : ''}`, 'data-row': row, 'aria-hidden': 'true' });
+      for (const [name, value] of Object.entries(this.colours(row))) node.style.setProperty(name, value);
       place(node, [x1, y1, Math.min(x2, width), Math.min(y2, height)], width, height);
       return node;
     },
 
-    entry(row, chosen, place) {
+    /* The number of the main expert; an object that was found leaves it to its detection. */
+    tag(row) {
+      const { run } = this;
+      const expert = run.mainExpert(row);
+      const found = !run.columns.is_detection[row] && run.columns.kind[row] === CORRECT;
+      const node = element('span', { class: `tag ${this.classOf(row)}${found ? ' found' : ''}`, 'data-row': row, 'aria-hidden': 'true' }, expert < 0 ? '–' : String(run.number(expert)));
+      for (const [name, value] of Object.entries(this.colours(row))) node.style.setProperty(name, value);
+      return node;
+    },
+
+    /* Beside the boxes' corners, so that no two tags touch each other. */
+    placeTags() {
+      const stage = $('.stage');
+      const [right, bottom] = [stage.clientWidth, stage.clientHeight];
+      const taken = [];
+      for (const tag of $$('.tag', stage)) {
+        const box = $(`.box[data-row="${tag.dataset.row}"]`, stage);
+        const [w, h] = [tag.offsetWidth, tag.offsetHeight];
+        if (!w || !box) continue;
+        const [x1, y1, x2, y2] = [box.offsetLeft, box.offsetTop, box.offsetLeft + box.offsetWidth, box.offsetTop + box.offsetHeight];
+        const places = [[x1, y1 - h], [x2 - w, y1 - h], [x1, y2], [x2 - w, y2], [x1, y1], [x2 - w, y1], [x1, y2 - h], [x2 - w, y2 - h]];
+        for (let step = 1; step < 12; step++) places.push([x1 + step * (w + 2), y1 - h], [x1, y1 + step * (h + 2)]);
+        const inside = places.map(([x, y]) => [Math.min(Math.max(x, 0), right - w), Math.min(Math.max(y, 0), bottom - h)]);
+        const free = ([x, y]) => taken.every(([a, b, c, d]) => x >= c + 1 || y >= d + 1 || x + w + 1 <= a || y + h + 1 <= b);
+        const [x, y] = inside.find(free) || inside[0];
+        taken.push([x, y, x + w, y + h]);
+        tag.style.left = `${x}px`;
+        tag.style.top = `${y}px`;
+      }
+    },
+
+    entry(row, chosen, reachable) {
       const { run } = this;
       const experts = range(run.width)
         .map((e) => [e, run.steps(row, e)])
@@ -945,9 +1319,9 @@
       const named = experts.slice(0, 6).map(([e, weight]) => `expert ${run.number(e)}: ${weightText(weight)}`);
       if (experts.length > 6) named.push(`${experts.length - 6} more`);
       const pixels = run.sizeBin[row] < 0 ? '' : ` · ${Math.round(run.columns.size[row])} px`;
-      return element('li', { class: chosen ? 'entry chosen' : 'entry', 'data-row': row, tabIndex: place ? -1 : 0 },
+      return element('li', { class: chosen ? 'entry chosen' : 'entry', 'data-row': row, tabIndex: reachable ? 0 : -1 },
         badge(run.number(run.mainExpert(row))),
-        element('span', { class: 'what' }, `${SYMBOLS[run.columns.kind[row]]} ${run.describe(row)}`),
+        element('span', { class: 'what' }, run.describe(row)),
         element('span', { class: 'weights' }, (named.join(' · ') || 'no expert known') + pixels));
     },
 
@@ -963,8 +1337,70 @@
 
   const form = $('#filters');
   const ticked = (name) => new Set($$(`input[name="${name}"]:checked`, form).map((input) => Number(input.value)));
-  const readFilters = () => ({ sizes: ticked('size'), kinds: ticked('kind'), klass: form.elements.class.value });
-  const filtersActive = () => form.elements.class.value !== '' || $$('input', form).some((input) => !input.checked);
+  const readFilters = () => ({
+    sizes: ticked('size'), kinds: ticked('kind'), klass: form.elements.class.value,
+    search: form.elements.search.value.trim().toLowerCase(),
+  });
+  const filtersActive = () => form.elements.class.value !== '' || form.elements.search.value.trim() !== ''
+    || $$('input[type="checkbox"]', form).some((input) => !input.checked && !input.closest('[hidden]'));
+
+  /* What can happen to the rows of the chosen population. */
+  function showKinds() {
+    const population = form.elements.population?.value ?? 'images';
+    for (const chip of $$('[data-kind]', form)) chip.hidden = !KINDS_OF[population].includes(Number(chip.dataset.kind));
+    $('.class-meaning').textContent = population === 'detections' ? 'Predicted class' : 'True class';
+  }
+
+  /* The address holds what was chosen, so that a link shows the same view. */
+  const view = {
+    runs: [],
+
+    write() {
+      const { runs } = view;
+      if (!view.ready) return;
+      const said = new URLSearchParams();
+      const { sizes, kinds, klass, search } = readFilters();
+      if (form.elements.population?.value === 'detections') said.set('count', 'detections');
+      if (form.elements.size && sizes.size < 3) said.set('size', [...sizes].join('.'));
+      if (kinds.size < $$('input[name="kind"]', form).length) said.set('result', [...kinds].join('.'));
+      for (const [name, value] of Object.entries({ class: klass, search })) if (value) said.set(name, value);
+      runs.forEach((run, i) => {
+        if (!run.layer) return;
+        const { by, descending, seed, least } = run.sorting;
+        said.set(`run${i}`, [run.layerName, run.expert, by, descending ? 'down' : 'up', seed, least].join('~'));
+      });
+      if (viewer.dialog.open) said.set('open', `${runs.indexOf(viewer.run)}~${viewer.run.wallRows[viewer.index]}`);
+      const hash = `#${said}`;
+      if (hash !== location.hash) history.replaceState(null, '', hash);
+    },
+
+    async read() {
+      const said = new URLSearchParams(location.hash.slice(1));
+      view.ready = false;
+      form.reset();
+      if (form.elements.population && said.get('count') === 'detections') form.elements.population.value = 'detections';
+      for (const [name, field] of [['size', 'size'], ['result', 'kind']]) {
+        if (!said.has(name)) continue;
+        const kept = said.get(name).split('.');
+        for (const input of $$(`input[name="${field}"]`, form)) input.checked = kept.includes(input.value);
+      }
+      for (const name of ['class', 'search']) if (said.has(name)) form.elements[name].value = said.get(name);
+      if (form.elements.class.selectedIndex < 0) form.elements.class.value = '';
+      showKinds();
+      for (const [i, run] of view.runs.entries()) {
+        const [layer, expert, by, direction, seed, least] = (said.get(`run${i}`) || '').split('~');
+        const known = [...run.$('.sort').options].some((option) => option.value === by);
+        await run.start({
+          layer, expert: expert === undefined ? null : Number(expert), sorting: known ? { by, descending: direction !== 'up', seed: Number(seed) || 0, least: Number(least) || 0 } : {},
+        });
+      }
+      view.ready = true;
+      const [i, row] = (said.get('open') || '').split('~').map(Number);
+      const index = view.runs[i]?.wallRows?.indexOf(row) ?? -1;
+      if (viewer.dialog.open) viewer.dialog.close();
+      if (index >= 0) viewer.open(view.runs[i], index);
+    },
+  };
 
   /* Bins of half an octave, the same ones for all runs. */
   const sizes = {
@@ -1001,12 +1437,28 @@
     });
     await Promise.all(runs.map((run) => run.load()));
     sizes.fit(runs);
-    const refresh = () => runs.forEach((run) => run.refresh());
-    form.addEventListener('change', refresh);
-    form.addEventListener('reset', () => setTimeout(refresh));
+    const refresh = () => {
+      showKinds();
+      runs.forEach((run) => run.refresh());
+      view.write();
+    };
+    form.addEventListener('input', (event) => {
+      refresh();
+      if (event.target.name === 'population') runs.forEach((run) => { if (run.layer) run.drawAssociated(); });
+    });
+    form.addEventListener('reset', () => setTimeout(() => {
+      if (!view.ready) return; // the address is being read
+      refresh();
+      runs.forEach((run) => { if (run.layer) run.drawAssociated(); });
+    }));
     form.addEventListener('submit', (event) => event.preventDefault());
+    const toggle = $('#filters-toggle');
+    toggle.addEventListener('click', () => toggle.setAttribute('aria-expanded', String(toggle.getAttribute('aria-expanded') !== 'true')));
     viewer.listen();
-    for (const run of runs) await run.start();
+    view.runs = runs;
+    runs.forEach((run) => run.listen());
+    await view.read();
+    addEventListener('hashchange', () => { if (location.hash.includes('=') || location.hash === '') view.read(); });
     await Promise.all($$('.tile img').map((image) => image.decode().catch(() => {})));
     await nextFrame();
     await nextFrame();

@@ -19,6 +19,17 @@ def pack(array: np.ndarray) -> dict:
     return {'dtype': array.dtype.name, 'shape': list(array.shape), 'data': data}
 
 
+def unpack(packed: dict) -> np.ndarray:
+    """The inverse of :func:`pack`.
+
+    Raises:
+        ValueError, KeyError, TypeError, zlib.error: It is damaged.
+    """
+    data = zlib.decompress(base64.b64decode(packed['data'], validate=True))
+    dtype = np.dtype(packed['dtype']).newbyteorder('<')
+    return np.frombuffer(data, dtype).reshape(packed['shape'])
+
+
 def quantise(values: np.ndarray) -> np.ndarray:
     """Floats of 0..1 as uint8 in steps of 1 / :data:`WEIGHT_STEPS`; NaN as :data:`NO_WEIGHT`."""
     steps = np.rint(np.clip(np.nan_to_num(values), 0, 1) * WEIGHT_STEPS)

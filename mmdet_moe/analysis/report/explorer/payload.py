@@ -2,7 +2,9 @@
 
 import json
 import math
-from collections.abc import Callable
+import os
+import zlib
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,14 +18,24 @@ from mmdet_moe.analysis.report.explorer.packing import (
     pack,
     quantise,
     quantise_weights,
+    unpack,
 )
 from mmdet_moe.analysis.report.explorer.pool import fill_pool
+from mmdet_moe.analysis.report.names import layer_names
 from mmdet_moe.analysis.report.shown import shown_interventions, shown_layer
 from mmdet_moe.analysis.statistics.outcomes import Outcomes
 from mmdet_moe.errors import ConfigError
 
-SCHEMA, VERSION = 'mmdet_moe.explorer', 1
-_FIELDS = ('run', 'metrics', 'layers', 'interventions', 'verdict', 'rows', 'columns', 'pool')
+SCHEMA, VERSION = 'mmdet_moe.explorer', 2
+_FIELDS = (
+    'run', 'metrics', 'layers', 'interventions', 'verdict', 'rows', 'columns', 'files', 'pool',
+)  # fmt: skip
+COLUMNS = (
+    'image', 'is_detection', 'box', 'label', 'true_label', 'score', 'kind', 'partner', 'iou',
+    'loss', 'size', 'level',
+)  # fmt: skip
+#: Cells of a heat map with a larger p-value are drawn as if nothing was there.
+SIGNIFICANT = 0.05
 #: Share of the budget that the columns may take; crops without their statistics help nobody, and
 #: neither do statistics without a crop.
 _COLUMN_SHARE = 0.6
@@ -36,6 +48,9 @@ def build_payload(
     outcomes: Outcomes,
     load_image: Callable[[int], np.ndarray],
     budget: int = 9_000_000,
+    path_of: Callable[[int], str | None] = lambda index: None,
+    folder: Path = Path(),
+    pictures: Sequence[dict] = (),
 ) -> dict:
     """Gather everything that a report shows of one run.
 
@@ -51,20 +66,29 @@ def build_payload(
             shown without crops.
         load_image: The image of an index, RGB uint8 ``(H, W, 3)``, in its original size.
         budget: Bytes that the payload may take as JSON. Statistics are kept even beyond it.
+        path_of: The file, or address, of the image of an index; None where it has none.
+        folder: Where the report will be: links to the images start there.
+        pictures: From :func:`~mmdet_moe.analysis.report.pictures.pictures_of`, beside the budget.
 
     Returns:
-        JSON-able.
+        JSON-able. Images that cannot be read any more are left out and named in
+        ``payload['pool']['unreadable']``, with the reasons.
     """
     layers = {name: shown_layer(layer) for name, layer in experts['layers'].items()}
     metrics = _overall(experts.get('metrics'))
     interventions = experts.get('interventions') or []
+    titles = layer_names(experts['layers'])
     payload = {
         'schema': SCHEMA,
         'version': VERSION,
         'run': experts['run'],
         'metrics': metrics,
+        'metrics_interval': experts.get('metrics_interval') or {},
         'layers': {
-            name: _layer(layer, (experts.get('history') or {}).get(name))
+            name: {
+                'title': titles[name][:1].upper() + titles[name][1:],
+                **_layer(layer, (experts.get('history') or {}).get(name)),
+            }
             for name, layer in layers.items()
         },
         'interventions': [
@@ -76,6 +100,7 @@ def build_payload(
             )
         ],
         'verdict': experts.get('verdict') or [],
+        'flows': experts.get('flows') or [],
     }
     payload = _jsonable(payload)
     room = budget - len(_dumps(payload))
@@ -86,6 +111,7 @@ def build_payload(
         outcomes, columns = _thinned(outcomes, columns, _COLUMN_SHARE * room)
     payload['rows'] = {'kept': len(outcomes), 'all': total}
     payload['columns'] = columns
+    payload['files'] = _files({int(i): path_of(int(i)) for i in np.unique(outcomes.image)}, folder)
     weights = {
         name: in_steps(quantise_weights(values)) for name, values in outcomes.weights.items()
     }
@@ -100,8 +126,31 @@ def build_payload(
             str(index): [image.width, image.height, image.jpeg]
             for index, image in pool.images.items()
         },
+        'unreadable': list(pool.unreadable.values()),
     }
-    return payload
+    return {**payload, 'pictures': list(pictures)}
+
+
+def _files(paths: dict[int, str | None], folder: Path) -> dict:
+    """``{'folder', 'names': {index: name}}``; folder + name leads from the report to the file."""
+    known = {index: path for index, path in paths.items() if path}
+    if not known:
+        return {'folder': '', 'names': {}}
+    if any('://' in path for path in known.values()):
+        return {'folder': '', 'names': {str(index): path for index, path in known.items()}}
+    absolute = {index: os.path.abspath(path) for index, path in known.items()}
+    common = os.path.commonpath([os.path.dirname(path) for path in absolute.values()])
+    names = {str(i): Path(path).relative_to(common).as_posix() for i, path in absolute.items()}
+    return {'folder': _relative(common, folder), 'names': names}
+
+
+def _relative(path: str | Path, folder: Path) -> str:
+    """The way from a folder to another one, with a slash behind it."""
+    try:
+        way = os.path.relpath(path, folder)
+    except ValueError:  # on another drive
+        way = os.path.abspath(path)
+    return f'{Path(way).as_posix()}/'
 
 
 def _overall(metrics: dict | None) -> dict:
@@ -111,7 +160,9 @@ def _overall(metrics: dict | None) -> dict:
 
 def _layer(layer: dict, history: dict | None) -> dict:
     """A layer's entry of ``experts.json``, with its tables packed."""
-    entry = {key: value for key, value in layer.items() if key != 'associations'}
+    # The counterfactual is a picture.
+    left_out = ('associations', 'counterfactual')
+    entry = {key: value for key, value in layer.items() if key not in left_out}
     entry['coactivation'] = pack(np.asarray(layer['coactivation'], np.float32))
     entry['associations'] = {
         source: {name: _association(table) for name, table in attributes.items()}
@@ -128,13 +179,13 @@ def _layer(layer: dict, history: dict | None) -> dict:
 
 def _association(table: dict) -> dict:
     # Both conditional tables follow from the counts; the intervals of their cells are in the file.
-    packed = ('counts', 'cell_p')
     shares = ('bin_given_expert', 'expert_given_bin')
-    left_out = (*packed, *shares, *(f'{name}_interval' for name in shares))
+    left_out = ('counts', 'cell_p', *shares, *(f'{name}_interval' for name in shares))
     entry = {key: value for key, value in table.items() if key not in left_out}
-    for key in packed:
-        if table.get(key) is not None:
-            entry[key] = pack(np.asarray(table[key], np.float32))
+    if table.get('counts') is not None:
+        entry['counts'] = pack(np.asarray(table['counts'], np.float32))
+    if table.get('cell_p') is not None:
+        entry['marked'] = pack((np.asarray(table['cell_p']) <= SIGNIFICANT).astype(np.uint8))
     return entry
 
 
@@ -158,11 +209,15 @@ def _columns(outcomes: Outcomes) -> dict:
     limit = np.iinfo(np.uint16).max
     return {
         'image': pack(outcomes.image.astype(np.int32)),
+        'is_detection': pack(outcomes.is_detection.astype(np.uint8)),
         'box': pack(np.rint(np.clip(np.nan_to_num(outcomes.box), 0, limit)).astype(np.uint16)),
         'label': pack(outcomes.label.astype(np.int32)),
         'true_label': pack(outcomes.true_label.astype(np.int32)),
         'score': pack(quantise(outcomes.score)),
         'kind': pack(outcomes.kind.astype(np.uint8)),
+        'partner': pack(outcomes.partner.astype(np.int32)),
+        'iou': pack(quantise(outcomes.iou)),
+        'loss': pack(np.round(outcomes.loss, 3).astype(np.float32)),
         'size': pack(outcomes.size.astype(np.float32)),
         'level': pack(outcomes.level.astype(np.int32)),
         'weights': {
@@ -204,8 +259,12 @@ def write_payload(payload: dict, path: Path) -> None:
     write_file(Path(path), _dumps(payload).encode())
 
 
-def read_payload(path: Path) -> dict:
+def read_payload(path: Path, folder: Path | None = None) -> dict:
     """Read what :func:`write_payload` wrote.
+
+    Args:
+        path: The file.
+        folder: Where the report will be, if not beside the file: links to images start there.
 
     Raises:
         ConfigError: If there is no such file, it is damaged or of another version.
@@ -232,4 +291,29 @@ def read_payload(path: Path) -> dict:
     missing = [name for name in _FIELDS if name not in payload]
     if missing:
         raise ConfigError(f'{path} is damaged (no {", ".join(missing)}); {again}')
+    try:
+        _check_arrays(payload)
+    except (KeyError, TypeError, ValueError, zlib.error):
+        raise ConfigError(
+            f'{path} is damaged (some of its columns are not whole); {again}'
+        ) from None
+    files = payload['files']
+    if folder is not None and files['names'] and files['folder']:
+        files['folder'] = _relative(path.absolute().parent / files['folder'], folder)
     return payload
+
+
+def _check_arrays(payload: dict) -> None:
+    """Raise if a column is missing, cannot be unpacked, or has another number of rows."""
+    columns, pool, count = payload['columns'], payload['pool'], payload['rows']['kept']
+    for name in COLUMNS:
+        if len(unpack(columns[name])) != count:
+            raise ValueError(name)
+    for name, packed in columns['weights'].items():
+        if name not in payload['layers'] or len(unpack(packed)) != count:
+            raise ValueError(name)
+    if not len(unpack(pool['rows'])) == len(unpack(pool['regions'])) == len(pool['crops']):
+        raise ValueError('pool')
+    for layer in payload['layers'].values():
+        unpack(layer['coactivation'])
+    payload['run']['task'], payload['files']['folder'], payload['files']['names'].items()

@@ -4,13 +4,15 @@ A whole image costs more than ten times as much as a crop, so images are chosen,
 brings crops of (nearly) all of its rows. What chooses the images are *cells*, sets of rows of which
 somebody will want to see some:
 
-1. an expert of a layer, its highest weights first,
-2. the same by object size and kind (correct, wrong, missed),
-3. a class by object size and kind.
+1. an expert of a layer, a random sample of the images, one random object (detection) of each,
+2. the same expert, its highest weights first,
+3. the same by object size, and by what became of the object (detection),
+4. a class by the same.
 
 First a few images are found that show every expert's highest weight; then the cells take turns.
-One decision per image and level gives many rows the same weight: of equal rows those of different
-images come first, then those of higher score.
+A wall has one tile for each image, so that a cell wants rows of different images. One decision per
+image and level gives many rows the same weight: equal ones come in the order of the random sample,
+:func:`random_keys`. A correct detection has no crop of its own: it is shown in its object's.
 """
 
 import base64
@@ -24,7 +26,9 @@ import cv2
 import numpy as np
 
 from mmdet_moe.analysis.report.explorer.packing import NO_WEIGHT
+from mmdet_moe.analysis.statistics.matching import CORRECT, KINDS
 from mmdet_moe.analysis.statistics.outcomes import Outcomes
+from mmdet_moe.errors import ConfigError
 
 #: Upper limits of small and medium objects, in px (COCO's).
 SIZE_LIMITS = (32, 96)
@@ -32,8 +36,12 @@ CROP_SIDE = 96
 #: Longest side of a whole image, and of one where very many experts have to share the budget.
 IMAGE_SIDE, IMAGE_SIDE_CROWDED, CROWDED = 480, 320, 64
 IMAGE_QUALITY, CROP_QUALITY = 70, 80
+#: Places of rows in the random order of an image.
+ROWS = 4096
+#: Rows of each expert's random sample.
+SAMPLE = 24
 #: Crops that an image brings by itself. Further ones are cut where a cell asks for them.
-CROPS_PER_IMAGE = 16
+CROPS_PER_IMAGE = 8
 #: How much of its surroundings a crop shows, as a multiple of the box's longer side.
 CONTEXT, MIN_CONTEXT_SIDE = 1.3, 24
 #: Weights that differ by no more than these steps (of 254) are as good as each other.
@@ -62,16 +70,45 @@ class Pool:
     Attributes:
         images: By index; width and height are the original ones, in px.
         crops: Base64 JPEG by row of the outcomes, in the order of choice.
+        unreadable: Images that were wanted and could not be read, with the reasons.
     """
 
     images: dict[int, StoredImage] = field(default_factory=dict)
     crops: dict[int, str] = field(default_factory=dict)
+    unreadable: dict[int, str] = field(default_factory=dict)
 
     def regions(self) -> np.ndarray:
         """int32 (m, 4), what the crops show: ``(x1, y1, x2, y2)`` in px of the original image."""
         owner = {row: image for image in self.images.values() for row in image.crops}
         regions = [owner[row].regions[row] for row in self.crops]
         return np.array(regions, np.int32).reshape(-1, 4)
+
+
+def random_keys(image: np.ndarray, seed: int = 0) -> np.ndarray:
+    """A random order of the images, and of the rows within each.
+
+    It depends on nothing but an image's number and a row's place in its image. ``explorer.js`` has
+    the same function, so that the page's random sample is one of all images and not of those with
+    pictures: for the seed 0 its beginning has pictures. All experts share it, and so the pictures.
+
+    Args:
+        image: int (n,), ascending.
+        seed: Of the order.
+
+    Returns:
+        int64 (n,); ascending keys are the order.
+    """
+    place = (np.arange(len(image)) - np.searchsorted(image, image)).astype(np.uint32)
+    of_image = _hashed(image.astype(np.uint32) ^ _hashed(np.array([seed], np.uint32)))
+    of_row = _hashed(of_image ^ place) % np.uint32(ROWS)
+    return of_image.astype(np.int64) * ROWS + of_row
+
+
+def _hashed(x: np.ndarray) -> np.ndarray:
+    """uint32 to uint32, each bit of which hangs on each bit of the other."""
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
+        x = (x ^ (x >> np.uint32(shift))) * np.uint32(factor)
+    return x ^ (x >> np.uint32(16))
 
 
 @dataclass
@@ -128,9 +165,17 @@ class _Filler:
         self.pool = Pool()
         self.misfits: set[int] = set()
         self.score = np.nan_to_num(outcomes.score)
+        self.label = outcomes.counted_label.astype(np.int64)
+        self.key = random_keys(outcomes.image)
+        # Where a row is shown.
+        shared = outcomes.is_detection & (outcomes.kind == CORRECT)
+        self.pictured = np.arange(len(outcomes)) + np.where(shared, outcomes.partner, 0)
+        self.own = self.pictured == np.arange(len(outcomes))
         size_bin = np.digitize(np.nan_to_num(outcomes.size), SIZE_LIMITS)
-        # Nine cells at most; a classifier's images are all "small".
-        self.group = size_bin * 3 + outcomes.kind
+        # A classifier's images are all "small".
+        kind = outcomes.is_detection * len(KINDS) + outcomes.kind
+        self.group = size_bin.astype(np.int64) * 2 * len(KINDS) + kind
+        self.num_groups = 6 * len(KINDS)
         self.highest = np.zeros(len(outcomes), np.float32)
         for values in weights.values():
             seen = np.where(values == NO_WEIGHT, 0, values)
@@ -138,26 +183,21 @@ class _Filler:
         order = np.argsort(outcomes.image, kind='stable')
         images, starts = np.unique(outcomes.image[order], return_index=True)
         parts = np.split(order, starts[1:]) if len(images) else []
-        self.rows_of = dict(zip(images.tolist(), parts, strict=True))
-        self.experts, self.expert_groups = self._expert_cells(weights)
+        self.rows_of = {
+            image: part[self.own[part]] for image, part in zip(images.tolist(), parts, strict=True)
+        }
+        self.samples, self.experts, self.expert_groups = self._expert_cells(weights)
         self.class_groups = self._class_cells()
-        crowded = len(self.experts) > CROWDED
+        crowded = sum(values.shape[1] for values in weights.values()) > CROWDED
         self.image_side = IMAGE_SIDE_CROWDED if crowded else IMAGE_SIDE
 
     # Cells ---------------------------------------------------------------------------------------
 
     def _ranking(self, rows: np.ndarray, rank: np.ndarray, limit: int) -> np.ndarray:
-        """Positions in ``rows``: highest rank, then variety of images, then highest score."""
-        if len(rows) > 64 * limit:
-            # The sorts below are for the rows that have a chance; ties keep the better scores.
-            keep = np.lexsort((rows, -self.score[rows], -rank.astype(float)))[: 64 * limit]
-            return keep[self._ranking(rows[keep], rank[keep], limit)]
-        image, score = self.outcomes.image[rows], self.score[rows]
-        minus = -rank.astype(float)
-        order = np.lexsort((rows, -score, image, minus))
-        repeat = np.empty(len(rows), int)
-        repeat[order] = _repeats(minus[order], image[order])
-        return np.lexsort((rows, -score, repeat, minus))[:limit]
+        """Positions in ``rows``, one of each image: highest rank, then in random order."""
+        order = np.lexsort((self.key[rows], -rank.astype(float)))
+        _, first = np.unique(self.outcomes.image[rows[order]], return_index=True)
+        return order[np.sort(first)[:limit]]
 
     def _cell(
         self,
@@ -167,34 +207,43 @@ class _Filler:
         counts: Callable[[np.ndarray], np.ndarray] | None = None,
     ) -> _Cell:
         chosen = self._ranking(rows, rank, limit)
-        candidates = rows[chosen]
+        candidates = self.pictured[rows[chosen]]
         if counts is None:
             counts = partial(np.isin, test_elements=candidates)
         return _Cell(candidates, rank[chosen].astype(float), counts)
 
-    def _expert_cells(self, weights: dict[str, np.ndarray]) -> tuple[list[_Cell], list[_Cell]]:
-        experts, groups = [], []
-        for values in weights.values():
-            for column in values.T:
-                rows = np.flatnonzero((column > 0) & (column != NO_WEIGHT))
+    def _expert_cells(
+        self, weights: dict[str, np.ndarray]
+    ) -> tuple[list[_Cell], list[_Cell], list[_Cell]]:
+        samples, experts, groups = [], [], []
+        for column in (column for values in weights.values() for column in values.T):
+            took_part = (column > 0) & (column != NO_WEIGHT)
+            for population in (False, True):
+                rows = np.flatnonzero(took_part & (self.outcomes.is_detection == population))
                 if not len(rows):
                     continue
+                chosen = self._ranking(rows, np.zeros(len(rows)), SAMPLE)
+                # One after the other: none is as good as the one before.
+                rank = -(TOLERANCE + 1.0) * np.arange(len(chosen))
+                candidates = self.pictured[rows[chosen]]
+                samples.append(_Cell(candidates, rank, partial(np.isin, test_elements=candidates)))
                 experts.append(self._cell(rows, column[rows], 48))
-                for group in np.unique(self.group[rows]).tolist():
-                    part = rows[self.group[rows] == group]
-                    counts = partial(self._in_group, column=column, group=group)
-                    groups.append(self._cell(part, column[part], 12, counts))
-        return experts, groups
+            rows = np.flatnonzero(took_part & self.own)
+            for group in np.unique(self.group[rows]).tolist():
+                part = rows[self.group[rows] == group]
+                counts = partial(self._in_group, column=column, group=group)
+                groups.append(self._cell(part, column[part], 12, counts))
+        return samples, experts, groups
 
     def _in_group(self, rows: np.ndarray, column: np.ndarray, group: int) -> np.ndarray:
         active = (column[rows] > 0) & (column[rows] != NO_WEIGHT)
         return active & (self.group[rows] == group)
 
     def _class_cells(self) -> list[_Cell]:
-        key = self.outcomes.label.astype(np.int64) * 9 + self.group
+        key = self.label * self.num_groups + self.group
         cells = []
-        for value in np.unique(key):
-            rows = np.flatnonzero(key == value)
+        for value in np.unique(key[self.own]):
+            rows = np.flatnonzero(self.own & (key == value))
             counts = partial(lambda rows, value: key[rows] == value, value=value)
             cells.append(self._cell(rows, np.zeros(len(rows), np.uint8), 8, counts))
         return cells
@@ -211,9 +260,10 @@ class _Filler:
             self._want(row)
         # Shares of the budget up to which a stage may go, so that later ones get some as well.
         for cells, target, share in (
-            (self.experts, 8, 0.5),
-            (self.expert_groups, 2, 0.65),
-            (self.class_groups, 1, 0.85),
+            (self.samples, SAMPLE, 0.35),
+            (self.experts, 8, 0.6),
+            (self.expert_groups, 2, 0.75),
+            (self.class_groups, 1, 0.9),
             (self.experts, 48, 0.95),
             (self.expert_groups, 12, 1.0),
             (self.class_groups, 8, 1.0),
@@ -272,7 +322,12 @@ class _Filler:
             return False
         stored = self.pool.images.get(image)
         if stored is None:
-            stored = self._encode(image)
+            try:
+                stored = self._encode(image)
+            except (ConfigError, OSError) as error:
+                self.misfits.add(image)
+                self.pool.unreadable[image] = str(error)
+                return False
             own = self._most_varied(self.rows_of[image], row)
             price = len(stored.jpeg) + IMAGE_OVERHEAD
             price += sum(len(stored.crops[r]) + CROP_OVERHEAD for r in own)
@@ -281,7 +336,7 @@ class _Filler:
             price = len(stored.crops[row]) + CROP_OVERHEAD
         if self.used + price > self.budget:
             self.misfits.add(image)
-            if len(self.misfits) > MISFITS:
+            if len(self.misfits) - len(self.pool.unreadable) > MISFITS:
                 raise _Full
             return False
         self.used += price
@@ -291,7 +346,7 @@ class _Filler:
 
     def _most_varied(self, rows: np.ndarray, wanted: int) -> list[int]:
         """At most :data:`CROPS_PER_IMAGE` rows of an image, of many classes, sizes and kinds."""
-        key = self.outcomes.label[rows].astype(np.int64) * 9 + self.group[rows]
+        key = self.label[rows] * self.num_groups + self.group[rows]
         order = np.lexsort((rows, -self.score[rows], -self.highest[rows], key))
         ranked = rows[order][np.argsort(_repeats(key[order]), kind='stable')].tolist()
         ranked.remove(wanted)
@@ -299,13 +354,21 @@ class _Filler:
 
     # Encoding ------------------------------------------------------------------------------------
 
+    def _shown_box(self, row: int) -> np.ndarray:
+        """(4,), the box of an object with that of the detection that found it."""
+        box, partner = self.outcomes.box[row], row + self.outcomes.partner[row]
+        if self.outcomes.kind[row] != CORRECT:
+            return box
+        other = self.outcomes.box[partner]
+        return np.concatenate([np.minimum(box[:2], other[:2]), np.maximum(box[2:], other[2:])])
+
     def _encode(self, index: int) -> StoredImage:
         pixels = np.ascontiguousarray(self.load_image(index)[..., ::-1])
         height, width = pixels.shape[:2]
         rows = self.rows_of[index].tolist()
         has_box = ~np.isnan(self.outcomes.size)
         regions = {
-            row: _surroundings(self.outcomes.box[row], width, height)
+            row: _surroundings(self._shown_box(row), width, height)
             if has_box[row]
             else (0, 0, width, height)
             for row in rows

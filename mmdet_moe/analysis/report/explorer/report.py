@@ -9,6 +9,7 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from mmdet_moe.analysis.files import write_file
+from mmdet_moe.analysis.statistics.matching import KINDS
 from mmdet_moe.drawing import expert_colours
 from mmdet_moe.errors import ConfigError
 
@@ -25,10 +26,12 @@ def write_report(payloads: Sequence[dict], path: Path) -> None:
         path: The file.
 
     Raises:
-        ConfigError: For any other number of runs.
+        ConfigError: For any other number of runs, or a detector beside a classifier.
     """
     if not 1 <= len(payloads) <= MAX_RUNS:
         raise ConfigError(f'a report shows one run or two, not {len(payloads)}; name one or two')
+    if len({payload['run']['task'] for payload in payloads}) > 1:
+        raise ConfigError('a report shows two detectors or two classifiers, not one of each')
     environment = Environment(
         loader=FileSystemLoader(FOLDER),
         autoescape=True,
@@ -42,14 +45,34 @@ def write_report(payloads: Sequence[dict], path: Path) -> None:
         titles=_titles(payloads),
         classes=_union([payload['run']['classes'] for payload in payloads]),
         superclasses=_union([payload['run'].get('superclasses') or {} for payload in payloads]),
-        has_sizes=any(payload['run']['task'] == 'detection' for payload in payloads),
-        payloads=[_json_for_html(payload) for payload in payloads],
+        is_detection=payloads[0]['run']['task'] == 'detection',
+        kinds=KINDS,
+        payloads=[_json_for_html(_of_script(payload)) for payload in payloads],
+        flows=[_json_for_html(_flows(payload)) for payload in payloads],
+        kind_names=_json_for_html(KINDS),
         colours=_json_for_html(expert_colours()),
         plotly=Markup(get_plotlyjs()),
-        style=Markup((FOLDER / 'explorer.css').read_text(encoding='utf-8')),
-        script=Markup((FOLDER / 'explorer.js').read_text(encoding='utf-8')),
+        style=_texts('explorer.css', 'choices.css'),
+        script=_texts('explorer.js', 'flow.js'),
     )
     write_file(Path(path), html.encode())
+
+
+def _texts(*names: str) -> Markup:
+    return Markup('\n'.join((FOLDER / name).read_text(encoding='utf-8') for name in names))
+
+
+def _flows(payload: dict) -> list[dict]:
+    """Those of a run, with its layers in human words."""
+    return [
+        {**flow, 'titles': [payload['layers'][name]['title'] for name in flow['layers']]}
+        for flow in payload.get('flows') or []
+    ]
+
+
+def _of_script(payload: dict) -> dict:
+    """Without what the template has written out."""
+    return {key: value for key, value in payload.items() if key not in ('flows', 'pictures')}
 
 
 def _titles(payloads: Sequence[dict]) -> list[str]:
@@ -65,7 +88,7 @@ def _union(lists: Sequence) -> list[str]:
     return list(dict.fromkeys(str(name) for names in lists for name in names))
 
 
-def _json_for_html(payload: dict | list) -> Markup:
+def _json_for_html(payload: dict | Sequence) -> Markup:
     """JSON that no HTML parser takes for the end of its script element."""
     text = json.dumps(payload, separators=(',', ':'), allow_nan=False)
     return Markup(text.replace('<', '\\u003c').replace('>', '\\u003e'))

@@ -1,23 +1,24 @@
 """Made-up runs with the structure of real ones: experts that prefer levels, ties, misses."""
 
-import base64
-import zlib
 from dataclasses import dataclass, field
 from itertools import pairwise
 
 import cv2
 import numpy as np
 
-from mmdet_moe.analysis.statistics.outcomes import CORRECT, MISSED, WRONG, Outcomes
+from mmdet_moe.analysis.records.contents import select
+from mmdet_moe.analysis.statistics.matching import (
+    BACKGROUND,
+    BOTH,
+    CLASSIFICATION,
+    CORRECT,
+    DUPLICATE,
+    LOCALISATION,
+    MISSED,
+)
+from mmdet_moe.analysis.statistics.outcomes import Outcomes
 
 WIDTH, HEIGHT, LEVELS = 320, 240, 5
-
-
-def unpack(packed: dict) -> np.ndarray:
-    """The inverse of ``pack``, as ``explorer.js`` has it."""
-    data = zlib.decompress(base64.b64decode(packed['data']))
-    dtype = np.dtype(packed['dtype']).newbyteorder('<')
-    return np.frombuffer(data, dtype).reshape(packed['shape'])
 
 
 @dataclass
@@ -79,6 +80,9 @@ def association(bins, counts, **extra) -> dict:
         'mi': mi,
         'chance': 0.004,
         'p_value': 0.001 if mi > 0.02 else 0.31,
+        'p_adjusted': 0.001 if mi > 0.02 else 0.62,
+        'interval': [0.9 * mi, 1.1 * mi],
+        'given': {'level': {'mi': 0.012, 'interval': [-0.01, 0.03], 'p_adjusted': 0.4}},
         'permutations': 999,
         'num_units': int(counts.sum()),
         'mi_max': float(np.log(min(counts.shape))),
@@ -86,23 +90,21 @@ def association(bins, counts, **extra) -> dict:
     }
 
 
-def layer_entry(weights, outcomes, classes, superclasses, granularity, detection) -> dict:
-    """The statistics of a layer, in the form of ``experts.json``."""
-    weights = np.nan_to_num(weights).astype(float)
-    experts = weights.shape[1]
-    chosen = weights > 0
-    load, importance = chosen.sum(0) / max(chosen.sum(), 1), weights.sum(0) / weights.sum()
+def associations_of(weights, outcomes, rows, classes, superclasses, detection) -> dict:
+    """What is counted of some rows."""
+    weights, outcomes = np.nan_to_num(weights).astype(float)[rows], select(outcomes, rows)
+    label = outcomes.counted_label
 
     def table(keys, bins, extra=None):
         counts = [weights[keys == b].sum(0) for b in range(len(bins))]
         return association(bins, counts, **(extra or {}))
 
-    attributes = {'class': table(outcomes.label, classes)}
+    attributes = {'class': table(label, classes)}
     if superclasses:
         group = np.full(len(classes), -1)
         for i, labels in enumerate(superclasses.values()):
             group[labels] = i
-        attributes['superclass'] = table(group[outcomes.label], list(superclasses))
+        attributes['superclass'] = table(group[label], list(superclasses))
     if detection:
         edges = [2.0 ** (i / 2) for i in range(6, 17)]
         attributes['level'] = table(outcomes.level, [f'P{i + 3}' for i in range(LEVELS)])
@@ -114,10 +116,31 @@ def layer_entry(weights, outcomes, classes, superclasses, granularity, detection
         column = np.clip(middle[:, 0] / middle[:, 0].max() * 3, 0, 2.9).astype(int)
         line = np.clip(middle[:, 1] / middle[:, 1].max() * 3, 0, 2.9).astype(int)
         attributes['position'] = table(line * 3 + column, cells)
-    image = {k: v for k, v in attributes['class'].items() if k in ('mi', 'chance', 'p_value')}
+    image = {
+        k: v
+        for k, v in attributes['class'].items()
+        if k in ('mi', 'chance', 'p_value', 'p_adjusted')
+    }
     image |= {'permutations': 999, 'num_units': 1000, 'mi_max': 1.2}
+    return {**attributes, 'image': image}
+
+
+def layer_entry(weights, outcomes, classes, superclasses, granularity, detection) -> dict:
+    """The statistics of a layer, in the form of ``experts.json``."""
+    tables = {
+        source: associations_of(weights, outcomes, rows, classes, superclasses, detection)
+        for source, rows in (
+            ('objects', ~outcomes.is_detection), ('detections', outcomes.is_detection)
+        )
+        if detection or source == 'objects'
+    }  # fmt: skip
+    tables['decisions'] = tables['objects']
+    weights = np.nan_to_num(weights).astype(float)
+    experts = weights.shape[1]
+    chosen = weights > 0
+    load, importance = chosen.sum(0) / max(chosen.sum(), 1), weights.sum(0) / weights.sum()
+
     paired = sorted(np.argsort(-importance, kind='stable')[:64].tolist())
-    sources = ('decisions', 'objects', 'detections') if detection else ('decisions', 'objects')
     return {
         'num_experts': experts,
         'top_k': int(chosen.sum(1).max()),
@@ -133,7 +156,7 @@ def layer_entry(weights, outcomes, classes, superclasses, granularity, detection
         'collapsed': False,
         'coactivation_experts': paired,
         'coactivation': (chosen.T.astype(float) @ chosen / len(chosen))[paired][:, paired].tolist(),
-        'associations': {source: {**attributes, 'image': image} for source in sources},
+        'associations': tables,
     }
 
 
@@ -174,8 +197,8 @@ def experts_entry(name, outcomes, classes, superclasses, layers, detection, seed
             'task': 'detection' if detection else 'classification',
             'split': 'val',
             'num_images': int(outcomes.image.max() + 1) if len(outcomes) else 0,
-            'num_objects': int((outcomes.kind != WRONG).sum()),
-            'num_detections': int((outcomes.kind != MISSED).sum()),
+            'num_objects': int((~outcomes.is_detection).sum()),
+            'num_detections': int(outcomes.is_detection.sum()),
             'score_thr': 0.3,
             'classes': classes,
             'superclasses': superclasses,
@@ -185,10 +208,15 @@ def experts_entry(name, outcomes, classes, superclasses, layers, detection, seed
         'layers': layers,
         'interventions': interventions,
         'history': {first: {'step': steps, 'load': load, 'importance': load}},
+        'metrics_interval': {name: [0.5, 0.7] for name in names},
         'verdict': [
-            f'{first}: the choice of the experts follows the pyramid level '
-            '(0.51 nats of at most 1.39, p ≤ 0.001).',
-            'Expert 0 handles most small objects; without it AP small falls by 0.214.',
+            {
+                'layer': first,
+                'name': 'classification head',
+                'lines': ['not collapsed.', 'strongly specialised by pyramid level.', 'needed.'],
+                'details': ['Expert 0 handles most small objects.'],
+            },
+            {'layer': None, 'name': 'All layers', 'lines': [], 'details': ['The routing matters.']},
         ],
     }
 
@@ -219,18 +247,9 @@ def detection_run(
     sides = np.minimum(sides, [width - 2, height - 2])
     corner = rng.uniform(0, 1, (total, 2)) * ([width, height] - sides)
     box = np.concatenate([corner, corner + sides], axis=1).astype(np.float32)
-    area = np.sqrt(sides.prod(axis=1)).astype(np.float32)
-    level = np.clip(np.log2(area / 16), 0, LEVELS - 1).astype(np.int32)
-    kind = rng.choice([CORRECT, WRONG, MISSED], total, p=[0.62, 0.2, 0.18]).astype(np.uint8)
-    true_label = label.copy()
-    wrong = kind == WRONG
-    background = rng.random(total) < 0.5
-    true_label[wrong & background] = -1
-    other = (label + 1) % len(classes)
-    true_label[wrong & ~background] = other[wrong & ~background]
-    score = rng.uniform(0.3, 1, total).astype(np.float32)
-    score[kind == MISSED] = np.nan
-    outcomes = Outcomes(image, box, label, true_label, score, kind, area, level, {})
+    outcomes = with_detections(rng, image, label, box, len(classes))
+    image, level = outcomes.image, outcomes.level
+    total = len(image)
     entries = {}
     if backbone:
         per_image = routed(rng.normal(0, 1, (num_images, 4)), top_k)
@@ -249,6 +268,65 @@ def detection_run(
     return FakeRun(entry, outcomes, width, height)
 
 
+def with_detections(rng, image, label, box, num_classes) -> Outcomes:
+    """Objects with what a detector may make of them; what is wrong with it is drawn."""
+    total = len(image)
+    kind = rng.choice(
+        [CORRECT, CLASSIFICATION, LOCALISATION, MISSED], total, p=[0.62, 0.1, 0.1, 0.18]
+    )
+    found = np.flatnonzero(kind != MISSED)
+    # Beside the objects' own detections some that find nothing.
+    more = rng.choice(total, total // 6, replace=False)
+    extra = rng.choice([BOTH, DUPLICATE, BACKGROUND], len(more))
+    other = np.concatenate([found, more])
+    what = np.concatenate([kind[found], extra])
+    taken = np.isin(what, [CLASSIFICATION, BOTH])
+    predicted = np.where(taken, (label[other] + 1) % num_classes, label[other])
+    shift = rng.uniform(-0.06, 0.06, (len(other), 4)) * np.tile(box[other, 2:] - box[other, :2], 2)
+    iou = np.where(
+        what == CORRECT, rng.uniform(0.5, 1, len(other)), rng.uniform(0.1, 0.5, len(other))
+    )
+    score = rng.uniform(0.3, 1, len(other))
+    rows = np.concatenate([image, image[other]])
+    order = np.argsort(rows, kind='stable')
+    place = np.argsort(order)
+    partner = place.copy()
+    partner[found] = place[total + np.arange(len(found))]
+    meant = np.flatnonzero(what != BACKGROUND)
+    partner[total + meant] = place[other[meant]]
+
+    def column(of_objects, of_detections, dtype):
+        return np.concatenate([of_objects, of_detections]).astype(dtype)[order]
+
+    def of_partner(values, default):
+        result = np.full(total, default, float)
+        result[found] = values[: len(found)]
+        return result
+
+    boxes = column(box, box[other] + shift, np.float32).clip(0)
+    area = np.sqrt((boxes[:, 2:] - boxes[:, :2]).prod(axis=1))
+    mine, theirs = of_partner(score, np.nan), of_partner(iou, np.nan)
+    background = what == BACKGROUND
+    return Outcomes(
+        image=rows[order].astype(np.int32),
+        is_detection=column(np.zeros(total), np.ones(len(other)), bool),
+        box=boxes,
+        label=column(of_partner(predicted, -1), predicted, np.int32),
+        true_label=column(label, np.where(background, -1, label[other]), np.int32),
+        score=column(mine, score, np.float32),
+        kind=column(kind, what, np.uint8),
+        partner=(partner - place)[order].astype(np.int32),
+        iou=column(theirs, np.where(background, np.nan, iou), np.float32),
+        loss=column(
+            np.where(kind == CORRECT, 1 - mine * theirs, 1),
+            np.where(what == CORRECT, 1 - score * iou, score), np.float32,
+        ),
+        size=area,
+        level=np.clip(np.log2(np.maximum(area, 1) / 16), 0, LEVELS - 1).astype(np.int32),
+        weights={},
+    )  # fmt: skip
+
+
 def classification_run(num_images=120, num_classes=100, experts=10, top_k=2, seed=0) -> FakeRun:
     rng = np.random.default_rng(seed)
     classes = [f'class {i}' for i in range(num_classes)]
@@ -256,11 +334,15 @@ def classification_run(num_images=120, num_classes=100, experts=10, top_k=2, see
     correct = rng.random(num_images) < 0.8
     outcomes = Outcomes(
         image=np.arange(num_images, dtype=np.int32),
+        is_detection=np.zeros(num_images, bool),
         box=np.zeros((num_images, 4), np.float32),
         label=label,
         true_label=np.where(correct, label, (label + 1) % num_classes).astype(np.int32),
         score=rng.uniform(0.2, 1, num_images).astype(np.float32),
-        kind=np.where(correct, CORRECT, WRONG).astype(np.uint8),
+        kind=np.where(correct, CORRECT, CLASSIFICATION).astype(np.uint8),
+        partner=np.zeros(num_images, np.int32),
+        iou=np.full(num_images, np.nan, np.float32),
+        loss=rng.exponential(1, num_images).astype(np.float32),
         size=np.full(num_images, np.nan, np.float32),
         level=np.full(num_images, -1, np.int32),
         weights={},

@@ -6,10 +6,12 @@ import json
 import cv2
 import numpy as np
 import pytest
-from explorer_runs import classification_run, detection_run, unpack
+from explorer_runs import classification_run, detection_run
 
 from mmdet_moe.analysis.report.explorer import build_payload, read_payload, write_payload
-from mmdet_moe.analysis.report.explorer.packing import pack, quantise
+from mmdet_moe.analysis.report.explorer.packing import pack, quantise, unpack
+from mmdet_moe.analysis.report.explorer.pool import SAMPLE, random_keys
+from mmdet_moe.analysis.statistics.matching import CORRECT
 from mmdet_moe.errors import ConfigError
 
 
@@ -48,13 +50,24 @@ def test_weights_are_rounded_to_steps_of_1_254_and_nan_stays_apart():
 
 def test_columns_equal_the_outcomes(run, payload):
     outcomes, columns = run.outcomes, payload['columns']
-    for name in ('image', 'label', 'true_label', 'kind', 'size', 'level'):
+    for name in (
+        'image',
+        'is_detection',
+        'label',
+        'true_label',
+        'kind',
+        'partner',
+        'size',
+        'level',
+    ):
         np.testing.assert_array_equal(unpack(columns[name]), getattr(outcomes, name))
     np.testing.assert_allclose(unpack(columns['box']), outcomes.box, atol=0.5)
-    score = unpack(columns['score'])
-    missed = np.isnan(outcomes.score)
-    assert (score[missed] == 255).all()
-    np.testing.assert_allclose(score[~missed] / 254, outcomes.score[~missed], atol=0.5 / 254)
+    np.testing.assert_allclose(unpack(columns['loss']), outcomes.loss, atol=0.0005)
+    for name in ('score', 'iou'):
+        steps, values = unpack(columns[name]), getattr(outcomes, name)
+        missed = np.isnan(values)
+        assert (steps[missed] == 255).all()
+        np.testing.assert_allclose(steps[~missed] / 254, values[~missed], atol=0.5 / 254)
     for layer, weights in outcomes.weights.items():
         steps = unpack(columns['weights'][layer])
         unknown = np.isnan(weights)
@@ -108,9 +121,13 @@ def test_crops_show_the_box(run, payload):
         x1, y1, x2, y2 = region
         assert 0 <= x1 < x2 <= run.width
         assert 0 <= y1 < y2 <= run.height
-        box = run.outcomes.box[row]
-        assert (region[:2] <= np.ceil(box[:2])).all()
-        assert (region[2:] >= np.floor(box[2:])).all()
+        shown = [row]
+        if run.outcomes.kind[row] == CORRECT:  # with the detection, which has no crop of its own
+            assert not run.outcomes.is_detection[row]
+            shown.append(row + run.outcomes.partner[row])
+        for box in run.outcomes.box[shown]:
+            assert (region[:2] <= np.ceil(box[:2])).all()
+            assert (region[2:] >= np.minimum(np.floor(box[2:]), [run.width, run.height])).all()
     # The mean colours are those of that part of the image, and red is red.
     for i in range(0, len(regions), 29):
         x1, y1, x2, y2 = regions[i]
@@ -120,17 +137,22 @@ def test_crops_show_the_box(run, payload):
         np.testing.assert_allclose(crop.mean(axis=(0, 1)), expected, atol=3)
 
 
-@pytest.mark.parametrize('budget', [9_000_000, 150_000])
+@pytest.mark.parametrize('budget', [9_000_000, 600_000])
 def test_every_expert_has_a_row_of_its_highest_weight(run, budget):
     payload = build_payload(run.experts, run.outcomes, run.load_image, budget)
-    rows = pool_rows(payload)
-    for weights in run.outcomes.weights.values():
+    outcomes = run.outcomes
+    stored = np.isin(np.arange(len(outcomes)), pool_rows(payload))
+    shared = outcomes.is_detection & (outcomes.kind == CORRECT)
+    stored |= shared & stored[np.arange(len(outcomes)) + outcomes.partner]
+    for weights in outcomes.weights.values():
         steps = np.rint(np.nan_to_num(weights) * 254)
-        assert (steps[rows].max(axis=0) == steps.max(axis=0)).all()
+        for population in (False, True):
+            rows = outcomes.is_detection == population
+            assert (steps[rows & stored].max(axis=0) == steps[rows].max(axis=0)).all()
 
 
 def test_an_expert_has_rows_of_many_images(run):
-    payload = build_payload(run.experts, run.outcomes, run.load_image, 300_000)
+    payload = build_payload(run.experts, run.outcomes, run.load_image, 600_000)
     rows = pool_rows(payload)
     for weights in run.outcomes.weights.values():
         for column in np.nan_to_num(weights).T:
@@ -140,22 +162,54 @@ def test_an_expert_has_rows_of_many_images(run):
 
 def test_filters_find_something_where_there_is_something():
     run = detection_run(num_images=400, layers=(('cls', 4),))
-    payload = build_payload(run.experts, run.outcomes, run.load_image, 1_000_000)
+    payload = build_payload(run.experts, run.outcomes, run.load_image, 2_500_000)
     rows = pool_rows(payload)
     assert len(rows) < len(run.outcomes) / 2
     outcomes = run.outcomes
     bins = np.digitize(outcomes.size, [32, 96])
+    own = np.flatnonzero(~(outcomes.is_detection & (outcomes.kind == CORRECT)))
+    what = outcomes.kind + 7 * outcomes.is_detection
 
     def cells(rows):
-        return set(zip(outcomes.label[rows], bins[rows], outcomes.kind[rows], strict=True))
+        return set(zip(outcomes.counted_label[rows], bins[rows], what[rows], strict=True))
 
-    assert cells(rows) == cells(np.arange(len(outcomes)))
+    assert cells(rows) == cells(own)
     steps = np.rint(np.nan_to_num(outcomes.weights['cls']) * 254)
     for expert in range(4):
-        took_part = np.flatnonzero(steps[:, expert])
-        everywhere = set(zip(bins[took_part], outcomes.kind[took_part], strict=True))
+        took_part = own[steps[own, expert] > 0]
+        everywhere = set(zip(bins[took_part], what[took_part], strict=True))
         here = rows[steps[rows, expert] > 0]
-        assert set(zip(bins[here], outcomes.kind[here], strict=True)) == everywhere
+        assert set(zip(bins[here], what[here], strict=True)) == everywhere
+
+
+def test_the_random_sample_has_pictures():
+    """Of the rows of an expert those that are first in the random order, one of each image."""
+    run = detection_run(num_images=400, layers=(('cls', 4),))
+    outcomes = run.outcomes
+    stored = set(
+        pool_rows(build_payload(run.experts, outcomes, run.load_image, 3_000_000)).tolist()
+    )
+    keys = random_keys(outcomes.image)
+    assert len(set(keys.tolist())) > 0.99 * len(keys)
+    assert not np.array_equal(keys, random_keys(outcomes.image, seed=1))
+    place = np.arange(len(keys)) - np.searchsorted(outcomes.image, outcomes.image)
+    part = np.arange(len(outcomes)) // 2 * 2 < 200  # also of a part of the images
+    part = np.isin(outcomes.image, outcomes.image[part])
+    assert np.array_equal(random_keys(outcomes.image[part]), keys[part])
+    assert abs(np.corrcoef(keys, outcomes.image)[0, 1]) < 0.1
+    assert abs(np.corrcoef(keys % 4096, place)[0, 1]) < 0.05
+    steps = np.rint(np.nan_to_num(outcomes.weights['cls']) * 254)
+    for expert in range(4):
+        for population in (False, True):
+            rows = np.flatnonzero((steps[:, expert] > 0) & (outcomes.is_detection == population))
+            seen, sample = set(), []
+            for row in rows[np.argsort(keys[rows])].tolist():
+                if outcomes.image[row] not in seen:
+                    seen.add(outcomes.image[row])
+                    sample.append(row)
+            sample = np.array(sample[:SAMPLE])
+            shared = population & (outcomes.kind[sample] == CORRECT)
+            assert set((sample + shared * outcomes.partner[sample]).tolist()) <= stored
 
 
 @pytest.mark.parametrize('budget', [1_000_000, 300_000, 100_000])
@@ -193,6 +247,48 @@ def test_the_choice_is_deterministic():
     first, second = (build_payload(r.experts, r.outcomes, r.load_image, 300_000) for r in runs)
     assert first == second
     assert runs[0].loaded == runs[1].loaded
+
+
+def test_an_image_that_is_gone_costs_nothing_else():
+    run = detection_run(num_images=30)
+    whole = build_payload(run.experts, run.outcomes, run.load_image)
+
+    def load_image(index):
+        if index in (3, 7):
+            raise ConfigError(f'cannot read the image {index}')
+        return run.load_image(index)
+
+    payload = build_payload(run.experts, run.outcomes, load_image)
+    assert sorted(payload['pool']['unreadable']) == [
+        'cannot read the image 3', 'cannot read the image 7'
+    ]  # fmt: skip
+    expected = set(whole['pool']['images']) - {'3', '7'}
+    assert set(payload['pool']['images']) == expected
+    assert payload['columns'] == whole['columns']
+
+
+def test_files_are_named_from_the_folder_of_the_report(tmp_path):
+    run = detection_run(num_images=4)
+    paths = {0: tmp_path / 'data/a/1.jpg', 1: tmp_path / 'data/b/2.jpg'}
+    payload = build_payload(
+        run.experts, run.outcomes, run.load_image,
+        path_of=lambda i: str(paths[i]) if i in paths else None, folder=tmp_path / 'out' / 'one',
+    )  # fmt: skip
+    assert payload['files'] == {
+        'folder': '../../data/', 'names': {'0': 'a/1.jpg', '1': 'b/2.jpg'}
+    }  # fmt: skip
+    (tmp_path / 'out' / 'one').mkdir(parents=True)
+    path = tmp_path / 'out' / 'one' / 'explorer.json'
+    write_payload(payload, path)
+    assert read_payload(path)['files']['folder'] == '../../data/'
+    # Beside another run, in a report that lies elsewhere.
+    assert read_payload(path, tmp_path / 'two')['files']['folder'] == '../data/'
+    remote = build_payload(
+        run.experts, run.outcomes, run.load_image, path_of=lambda i: f's3://bucket/{i}.jpg'
+    )
+    assert remote['files'] == {
+        'folder': '', 'names': {str(i): f's3://bucket/{i}.jpg' for i in range(4)}
+    }  # fmt: skip
 
 
 def test_no_image_is_loaded_twice():
@@ -271,7 +367,7 @@ def test_a_failing_write_leaves_the_old_file(tmp_path):
         ('[]', 'no payload'),
         ('{"schema": "mmdet_moe.experts", "version": 1}', 'no payload'),
         ('{"schema": "mmdet_moe.explorer", "version": 99}', 'version 99'),
-        ('{"schema": "mmdet_moe.explorer", "version": 1}', 'no run, metrics'),
+        ('{"schema": "mmdet_moe.explorer", "version": 2}', 'no run, metrics'),
     ],
 )
 def test_wrong_files_give_one_sentence(tmp_path, content, says):
@@ -287,3 +383,25 @@ def test_wrong_files_give_one_sentence(tmp_path, content, says):
 def test_a_folder_is_no_payload(tmp_path):
     with pytest.raises(ConfigError, match='cannot be read'):
         read_payload(tmp_path)
+
+
+@pytest.mark.parametrize('damage', ['column', 'length', 'field', 'crops', 'weights'])
+def test_a_damaged_column_gives_one_sentence(payload, tmp_path, damage):
+    broken = json.loads(json.dumps(payload))
+    columns = broken['columns']
+    if damage == 'column':
+        columns['label']['data'] = columns['label']['data'][:-8]
+    elif damage == 'length':
+        columns['kind'] = pack(np.zeros(3, np.uint8))
+    elif damage == 'field':
+        del columns['partner']
+    elif damage == 'crops':
+        broken['pool']['crops'].pop()
+    else:
+        columns['weights']['bbox_head.cls_moe']['data'] = '!'
+    path = tmp_path / 'explorer.json'
+    write_payload(broken, path)
+    with pytest.raises(ConfigError, match='damaged') as caught:
+        read_payload(path)
+    assert str(path) in str(caught.value)
+    assert '\n' not in str(caught.value)
