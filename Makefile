@@ -1,6 +1,7 @@
 # make demo   environment, data, training of a dense and an MoE RetinaNet, one table
 # make test   the same environment, then the test suite, with a fixed sample of each sweep (pytest.mark.sweep)
 # make test-all   the same with every case of the sweeps (pytest --all)
+# make gpu    what needs a GPU: checks, and the figures of docs/dispatch.md
 # make lint   ruff
 #
 # VENV=DIR puts the environment elsewhere; PYTHON=python3.12 makes it of another interpreter.
@@ -10,7 +11,7 @@ PYTHON ?= python3
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.mmdet_moe-installed
 
-.PHONY: demo test test-all lint install
+.PHONY: demo test test-all gpu lint install
 
 demo: $(STAMP)
 	$(PY) tools/demo.py
@@ -20,6 +21,9 @@ test: $(STAMP)
 
 test-all: $(STAMP)
 	$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder --all
+
+gpu: $(STAMP)
+	$(PY) tools/gpu.py
 
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .

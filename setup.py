@@ -104,6 +104,7 @@ setup(
         'mmdet': MMDET,
         'mmpretrain': MMPRETRAIN,
         'all': MMDET + MMPRETRAIN,
+        'cam': ['captum>=0.9'],  # class activation maps of single experts
         'demo': [*MMDET, 'scikit-learn>=1.5', 'scikit-image>=0.22'],
     },
 )

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from mmengine.config import Config, ConfigDict, DictAction
 from mmengine.device import get_device
 from mmengine.registry import RUNNERS
@@ -101,6 +102,12 @@ def _parse_train(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = _common_parser('Train a detector or a classifier')
     parser.add_argument(
         '--amp', action='store_true', help='mixed precision (bfloat16 on a CPU, float16 on a GPU)'
+    )
+    parser.add_argument(
+        '--channels-last',
+        action='store_true',
+        help='keep feature maps pixel by pixel in memory, which convolutions in mixed precision '
+        'are faster with; the results are the same up to rounding',
     )
     parser.add_argument(
         '--auto-scale-lr',
@@ -503,6 +510,9 @@ def _prepare_training(args: argparse.Namespace) -> Runner:
         _set_resume(cfg, args.resume)
     _check(cfg, 'train')
     runner = _build_runner(cfg)
+    if args.channels_last:
+        # A convolution whose weights lie so makes maps that do, whatever it is given.
+        runner.model.to(memory_format=torch.channels_last)
     runner.register_hook(FinishedRunHook())
     runner.register_hook(ResumedScheduleHook())
     runner.register_hook(ExpertReportHook())

@@ -114,11 +114,28 @@ def analyse(
 
 
 def _run_tool(tool: str, arguments: list[str], threads: int | None, output: TextIO | None) -> None:
+    run_process([str(REPOSITORY / 'tools' / tool)], arguments, threads, output)
+
+
+def run_process(
+    program: list[str], arguments: list[str], threads: int | None, output: TextIO | None
+) -> None:
+    """Run Python in a process of its own, in the checkout.
+
+    Args:
+        program: A file, or ``-m`` and a module.
+        arguments: Its arguments.
+        threads: As in :func:`train`.
+        output: As in :func:`train`.
+
+    Raises:
+        ConfigError: If it fails.
+    """
     environment = dict(os.environ)
     if threads is not None:
         environment['OMP_NUM_THREADS'] = str(threads)
     status = subprocess.run(
-        [sys.executable, str(REPOSITORY / 'tools' / tool), *arguments],
+        [sys.executable, *program, *arguments],
         cwd=REPOSITORY,
         env=environment,
         stdout=output,
@@ -126,7 +143,7 @@ def _run_tool(tool: str, arguments: list[str], threads: int | None, output: Text
     ).returncode
     if status:
         where = 'above' if output is None else f'in {output.name}'
-        name = Path(arguments[0]).name
+        tool, name = Path(program[-1]).name, Path(arguments[0]).name
         raise ConfigError(
             f'{tool} failed with status {status} for {name}; its messages are {where}'
         )

@@ -43,6 +43,9 @@ BALANCING = {
     'equal': ('ImportanceLoss', None),
     'backbone': ('KLLoss', None),
     'unbalanced': (None, None),
+    'patch': ('ImportanceLoss', None),
+    'pixel_sharp': ('EntropyLoss', None),
+    'pixel': ('ImportanceLoss', None),
 }
 
 
@@ -66,9 +69,11 @@ def test_config_is_what_its_name_says(path):
     places = (v for k, v in PLACES.items() if name.startswith(k))
     assert set(layers) == next(places, HEADS[detector])
     loss, constraint = next(v for k, v in BALANCING.items() if name.startswith(k))
-    losses = [hook['loss']['type'] for hook in cfg.custom_hooks if 'loss' in hook]
-    assert losses == ([f'mmdet_moe.{loss}'] if loss else [])
+    losses = [hook['loss'] for hook in cfg.custom_hooks if 'loss' in hook]
+    losses = [one for some in losses for one in (some if isinstance(some, list) else [some])]
+    assert {one['type'] for one in losses} == ({f'mmdet_moe.{loss}'} if loss else set())
     for layer in layers.values():
+        assert layer.granularity == next((g for g in ('patch', 'pixel') if g in name), 'image')
         assert (layer.num_experts, layer.top_k) == (4, 2)
         actual = layer.router.constraint
         assert actual is None if constraint is None else type(actual) is constraint

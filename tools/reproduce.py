@@ -23,6 +23,7 @@ from research.experiments.fashion_mnist import BUDGETS, FashionMNISTExperiment
 from research.experiments.mumoe import MuMoEExperiment
 from research.experiments.mumoe_editing import EditingExperiment
 from research.experiments.scenes import DIGIT_SCENES, FASHION_SCENES, ScenesExperiment
+from research.experiments.sizes import METHODS, SizesExperiment
 from research.runs import REPOSITORY
 
 
@@ -41,6 +42,22 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         type=Path,
         default=Path(os.environ.get('FASHION_MNIST_ROOT', REPOSITORY / 'data' / 'fashion-mnist')),
         help='folder of the four idx files (by default FASHION_MNIST_ROOT, or data/fashion-mnist)',
+    )
+    sizes = _add(
+        commands,
+        'size-beyond-level',
+        'heads whose experts may specialise by size beyond the level, on the demo data',
+        data='digit-scenes',
+    )
+    sizes.add_argument(
+        '--methods',
+        nargs='+',
+        default=[],
+        metavar='NAME',
+        help=f'some of {", ".join(repr(method.name) for method in METHODS)} (all)',
+    )
+    sizes.add_argument(
+        '--quick', action='store_true', help='few images and iterations, to see that it works'
     )
     fashion = _add(commands, 'fashion-mnist', 'balancing methods of a ResNet-18 on Fashion-MNIST')
     cluster = commands.add_parser(
@@ -111,6 +128,8 @@ def experiment(args: argparse.Namespace) -> Experiment | MuMoEExperiment | Editi
         return MuMoEExperiment(*common)
     if args.command == 'mumoe-editing':
         return EditingExperiment(*common)
+    if args.command == 'size-beyond-level':
+        return SizesExperiment(*common, methods=args.methods, quick=args.quick)
     if args.command == 'fashion-scenes':
         return ScenesExperiment(FASHION_SCENES, *common, source=args.source)
     return ScenesExperiment(DIGIT_SCENES, *common)

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from mmdet_moe.analysis.attribution import KNOWN_HEADS
 from mmdet_moe.analysis.data import SPLITS, AnalysisData
+from mmdet_moe.analysis.exports import check_projector, write_fiftyone, write_projector
 from mmdet_moe.analysis.files import EXPERTS_FILE, PAYLOAD_FILE, REPORT_FILE, write_file
 from mmdet_moe.analysis.models import load_model, task_of
 from mmdet_moe.analysis.report.explorer import (
@@ -23,9 +24,15 @@ from mmdet_moe.analysis.report.explorer import (
 )
 from mmdet_moe.analysis.report.figures import write_comparison, write_figures
 from mmdet_moe.analysis.report.history import read_history
+from mmdet_moe.analysis.report.likeness import likeness
+from mmdet_moe.analysis.report.pictures import MAX_IMAGES, pictures_of, write_looks
 from mmdet_moe.analysis.report.tables import write_tables
 from mmdet_moe.analysis.report.verdict import spoken, verdict
+from mmdet_moe.analysis.saliency import check_captum
+from mmdet_moe.analysis.statistics.counterfactual import sentences
 from mmdet_moe.analysis.statistics.outcomes import outcomes_of
+from mmdet_moe.analysis.statistics.similarity import checkpoints_in, over_training
+from mmdet_moe.analysis.statistics.stability import stability_to
 from mmdet_moe.analysis.statistics.summary import summarise
 from mmdet_moe.analysis.study import Study
 from mmdet_moe.cli import check_folder, fail, load_config, set_loader_defaults
@@ -73,7 +80,34 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         default=[],
         metavar='OTHER_DIR',
         help='results of another run, to stand beside this one in the report; may be repeated: the '
-        'first stands there, all are in one figure of polysemanticity by the number of experts',
+        'first stands there, all are in one figure of polysemanticity by the number of experts; '
+        'with another checkpoint of the same config: how many decisions have changed',
+    )
+    parser.add_argument(
+        '--over-training',
+        action='store_true',
+        help="how alike the experts' weights are in every iter_N.pth (or epoch_N.pth) beside the "
+        'checkpoint',
+    )
+    parser.add_argument(
+        '--cam',
+        type=int,
+        default=0,
+        metavar='N',
+        help='for N images, draw the routing of patches and pixels, and where the main experts of '
+        'the best detections look (class activation maps; needs captum)',
+    )
+    parser.add_argument(
+        '--fiftyone',
+        type=Path,
+        metavar='DIR',
+        help='write objects and detections with their experts and errors for FiftyOne, too',
+    )
+    parser.add_argument(
+        '--projector',
+        type=Path,
+        metavar='DIR',
+        help="write what the routers are given for TensorBoard's projector, too",
     )
     parser.add_argument(
         '--verbose', action='store_true', help='print the whole verdict, not three lines a layer'
@@ -133,6 +167,10 @@ def analyse(args: argparse.Namespace) -> dict:
     cfg = load_config(args.config, args.cfg_options)
     check_config(cfg, args.split, args.checkpoint)
     study = prepare(args, cfg, [experts['run']['task'] for experts in others])
+    training = {}
+    if args.over_training:
+        steps = checkpoints_in(Path(args.checkpoint).parent)
+        training = over_training(study.model, study.layers, steps)
     if study.is_detector and not study.tracer.knows_origins:
         print(
             'note: the detections of this head do not tell which pyramid level they come from; '
@@ -156,9 +194,14 @@ def analyse(args: argparse.Namespace) -> dict:
             'split': args.split,
         },
     )
+    for name, found in study.compare_experts().items():
+        experts['layers'][name]['similarity'] = {**found, 'training': training.get(name)}
+    experts['stability'] = [stability_to(study, folder) for folder in args.compare]
     experts['history'] = read_history(Path(args.checkpoint).parent)
-    experts['verdict'] = verdict(experts)
-    write_results(study, experts, args.out, other)
+    experts['verdict'] = verdict(experts, [*likeness(experts), *sentences(experts)])
+    write_results(study, experts, args.out, other, args.cam, args.fiftyone)
+    if args.projector:
+        write_projector(study, args.projector)
     if others:
         write_comparison([experts, *others], args.out / 'figures')
     _print_results(experts, args.out, args.verbose)
@@ -180,12 +223,26 @@ def _read_experts(path: Path) -> dict:
 def _check(args: argparse.Namespace) -> None:
     if args.max_images is not None and args.max_images < 1:
         raise ConfigError(f'--max-images={args.max_images} must be at least 1')
+    if not 0 <= args.cam <= MAX_IMAGES:
+        raise ConfigError(f'--cam={args.cam} must lie in 0..{MAX_IMAGES}')
+    if args.cam:
+        check_captum('--cam')
+    if args.projector:
+        check_folder(args.projector, '--projector')
+        check_projector(args.projector)
+    if args.fiftyone:
+        check_folder(args.fiftyone, '--fiftyone')
     if '://' in args.checkpoint:
         raise ConfigError(
             f"checkpoint: '{args.checkpoint}' is an address; download the file and give its path"
         )
     if not 0 <= args.score_thr < 1:
         raise ConfigError(f'--score-thr={args.score_thr} must lie in 0..1, 1 excluded')
+    if args.over_training and not checkpoints_in(Path(args.checkpoint).parent):
+        raise ConfigError(
+            f'--over-training: {Path(args.checkpoint).parent} holds neither iter_N.pth nor '
+            'epoch_N.pth; leave the option out, or name a checkpoint in the folder of its training'
+        )
     for part in ('', 'records/statistics', 'records/interventions', 'tables', 'figures'):
         check_folder(args.out / part, '--out')
     has_records = (args.out / 'records' / 'statistics').is_dir()
@@ -249,7 +306,14 @@ def _bar(name: str, total: int) -> Iterator[Callable[[int], None]]:
         yield progress
 
 
-def write_results(study: Study, experts: dict, out: Path, other: dict | None = None) -> None:
+def write_results(
+    study: Study,
+    experts: dict,
+    out: Path,
+    other: dict | None = None,
+    looks: int = 0,
+    fiftyone: Path | None = None,
+) -> None:
     """Write everything that a user looks at.
 
     Args:
@@ -257,15 +321,22 @@ def write_results(study: Study, experts: dict, out: Path, other: dict | None = N
         experts: The content of ``experts.json``.
         out: The folder.
         other: Payload of a run to compare with.
+        looks: Number of images to look at with the experts.
+        fiftyone: Folder of the export for FiftyOne; None for none.
     """
     content = json.dumps(experts, indent=1, allow_nan=False)
     write_file(out / EXPERTS_FILE, content.encode())
     write_tables(experts, out / 'tables')
     write_figures(experts, out / 'figures')
     outcomes = outcomes_of(study.records, list(study.layers), study.score_thr)
+    if fiftyone is not None:
+        write_fiftyone(study.data, outcomes, study.data.classes, fiftyone)
+    figures = out / 'figures'
+    looked = write_looks(study, looks, figures) if looks else ()
     payload = build_payload(
-        experts, outcomes, study.data.image, path_of=study.data.path, folder=out
-    )
+        experts, outcomes, study.data.image, path_of=study.data.path, folder=out,
+        pictures=pictures_of(experts, figures, looked),
+    )  # fmt: skip
     if lost := payload['pool']['unreadable']:
         print(f'note: missing in the report: {len(lost)} of the images; {lost[0]}')
     write_payload(payload, out / PAYLOAD_FILE)

@@ -12,6 +12,7 @@ from mmdet_moe.analysis.records.contents import (
     BoxRecords,
     ClassifierRecords,
     ClassRecords,
+    ControlRecords,
     DecisionRecords,
     DetectionRecords,
     DetectorLayerRecords,
@@ -108,15 +109,13 @@ class Recorder:
         layers = []
         for name in self.tracer.layers:
             decisions = self.tracer.decisions(name, len(indices))
+            kept = self._decisions(name, decisions, indices, results)
             behind = self._behind(name, decisions, objects, indices)
             links = _links(owner, objects.level.numpy(), behind)
-            layers.append(
-                DetectorLayerRecords(
-                    self._decisions(name, decisions, indices, results),
-                    links,
-                    self._behind(name, decisions, detections, indices),
-                )
-            )
+            found = self._behind(name, decisions, detections, indices)
+            named = np.concatenate([kept.unit, links.unit, found.unit])
+            controls = self._controls(name, decisions, indices, named)
+            layers.append(DetectorLayerRecords(kept, links, controls, found))
         return DetectorRecords(*concatenated(parts), layers)
 
     def _behind(
@@ -162,7 +161,8 @@ class Recorder:
                 np.full(len(kept.unit), -1),
                 OriginRecords(kept.unit, kept.weights),
             )
-            layers.append(LayerRecords(kept, links))
+            controls = self._controls(name, decisions, indices, kept.unit)
+            layers.append(LayerRecords(kept, links, controls))
         return ClassifierRecords(ImageRecords(indices, np.array(shapes, np.int32)), classes, layers)
 
     # Decisions -----------------------------------------------------------------------------------
@@ -195,6 +195,24 @@ class Recorder:
             centre=_on_images(decisions, results)[kept],
             weights=decisions.weights.numpy()[kept],
         )
+
+    def _controls(
+        self, name: str, decisions: Decisions | None, indices: np.ndarray, units: np.ndarray
+    ) -> ControlRecords:
+        """What the layer's controls make of the decisions with these numbers, -1 for none."""
+        routers = self.tracer.controls.get(name)
+        shape = (0, 0) if routers is None else (routers.draws, routers.num_logits)
+        unit = np.unique(units[units >= 0])
+        if decisions is None or not len(unit):
+            logits = np.zeros((0, *shape), np.float32)
+            return ControlRecords(unit, np.zeros(0, np.int32), logits)
+        every = _units(decisions, indices)
+        order = np.argsort(every, kind='stable')
+        rows = order[np.searchsorted(every, unit, sorter=order)]
+        level = decisions.level.numpy()[rows].astype(np.int32)
+        if routers is None:
+            return ControlRecords(unit, level, np.zeros((len(unit), *shape), np.float32))
+        return ControlRecords(unit, level, routers.logits(torch.from_numpy(decisions.first + rows)))
 
 
 def predictions_of(indices: Sequence[int], results: list) -> BoxRecords | np.ndarray:

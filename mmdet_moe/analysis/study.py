@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from mmdet_moe.analysis.attribution import Tracer, replaced
+from mmdet_moe.analysis.controls import RandomRouters
 from mmdet_moe.analysis.data import AnalysisData
 from mmdet_moe.analysis.files import write_file
 from mmdet_moe.analysis.interventions import (
@@ -38,6 +39,7 @@ from mmdet_moe.analysis.records.contents import (
     concatenated,
 )
 from mmdet_moe.analysis.records.files import RecordFiles
+from mmdet_moe.analysis.statistics.similarity import expert_similarity
 
 #: Raise it whenever the records of the same analysis would have other contents.
 RECORD_FORMAT = 5
@@ -58,7 +60,9 @@ class Study:
         overwrite: Replace the records of another analysis.
 
     Attributes:
+        plan: What identifies the analysis, its layers and images included.
         left_out: Layers whose decisions belong to no image that is known, with the reasons.
+        order: Names of the layers in the order in which the model runs them.
         records: What the statistics pass left, see
             :mod:`~mmdet_moe.analysis.records.contents`.
 
@@ -83,29 +87,39 @@ class Study:
         self.layers = self.tracer.layers
         plan = {**plan, 'format': RECORD_FORMAT}
         left_out = folder / 'left_out.json'
-        self.left_out = self._leave_out(left_out, plan)
-        content = json.dumps({'plan': plan, 'left_out': self.left_out}).encode()
+        self.left_out, self.order = self._leave_out(left_out, plan)
+        known = {'plan': plan, 'left_out': self.left_out, 'order': self.order}
+        content = json.dumps(known).encode()
         plan = {**plan, 'layers': list(self.layers), 'images': len(data)}
         kind = DetectorRecords if self.is_detector else ClassifierRecords
         self.records = RecordFiles(kind, folder / 'statistics', plan, overwrite)
-        self._folder, self._plan, self._overwrite = folder, plan, overwrite
+        self.plan, self._folder, self._overwrite = plan, folder, overwrite
         write_file(left_out, content)  # the folder is that of this analysis
 
-    def _leave_out(self, path: Path, plan: dict) -> dict[str, str]:
-        """Take out layers whose decisions belong to no known image; told by one batch."""
+    def _leave_out(self, path: Path, plan: dict) -> tuple[dict[str, str], list[str]]:
+        """Take out layers whose decisions belong to no known image, and the order of the others;
+        told by one batch.
+        """
         kept = json.loads(path.read_text()) if path.exists() else {}
-        if kept.get('plan') == plan:
+        if kept.get('plan') == plan and 'order' in kept:
             for name in kept['left_out']:
                 del self.layers[name]
-            return kept['left_out']
+            return kept['left_out'], kept['order']
         with self.tracer:
             results = self.tracer.predict(next(self.data.batches(num_workers=0)))
-        return self.tracer.leave_out_unknown(len(results))
+        left_out = self.tracer.leave_out_unknown(len(results))
+        return left_out, self.tracer.order
 
     @property
     def is_detector(self) -> bool:
         """Whether the model predicts boxes."""
         return self.tracer.is_detector
+
+    @cached_property
+    def controls(self) -> dict[str, RandomRouters]:
+        """By layer: routers with random weights, the same ones in every run."""
+        drawn = {name: RandomRouters.of(layer, name) for name, layer in self.layers.items()}
+        return {name: routers for name, routers in drawn.items() if routers is not None}
 
     @cached_property
     def interventions(self) -> list[Intervention]:
@@ -133,7 +147,7 @@ class Study:
         """What the interventions left: the boxes with each of :attr:`interventions`, or classes."""
         kind = list[BoxRecords] if self.is_detector else ChangedClassRecords
         made = [asdict(intervention) for intervention in self.interventions]
-        plan = {**self._plan, 'interventions': made}
+        plan = {**self.plan, 'interventions': made}
         return RecordFiles(kind, self._folder / 'interventions', plan, self._overwrite)
 
     # Passes --------------------------------------------------------------------------------------
@@ -145,6 +159,7 @@ class Study:
             progress: Told the number of images that are done, after each batch.
         """
         recorder = Recorder(self.tracer, self.data)
+        self.tracer.controls = self.controls
         with self.tracer:
             for first, batches in self._chunks(self.records, progress):
                 try:
@@ -171,6 +186,16 @@ class Study:
                 if done:
                     ends, parts = zip(*done, strict=True)
                     self.changed.write(first, ends[-1], concatenated(parts))
+
+    def compare_experts(self) -> dict[str, dict]:
+        """How alike the experts of each layer are, unless an earlier run has found out."""
+        path = self._folder / 'similarity.json'
+        kept = json.loads(path.read_text()) if path.exists() else {}
+        if kept.get('plan') != self.plan:
+            found = expert_similarity(self.model, self.layers, self.data)
+            kept = {'plan': self.plan, 'layers': found}
+            write_file(path, json.dumps(kept).encode())
+        return kept['layers']
 
     def _changed(self, indices: list[int], batch: dict) -> list[BoxRecords] | ChangedClassRecords:
         """The predictions for one batch, with each intervention."""

@@ -19,7 +19,7 @@ class CountPositives:
     Args:
         head: A head with a method ``get_targets`` that returns, among others, one int64 tensor
             (N, anchors) of labels for each level, as those of MMDetection's anchor heads do.
-        layers: The layers, each with one decision for each image and level.
+        layers: The layers, each called with the maps of all levels, in their order.
     """
 
     def __init__(self, head: nn.Module, layers: list[MoELayer]) -> None:
@@ -38,7 +38,8 @@ class CountPositives:
             )
         for layer in self.layers if labels is not None else ():
             is_object = [(lab >= 0) & (lab < self.head.num_classes) for lab in labels]
-            layer.weigh_decisions(torch.cat([positive.sum(dim=1) for positive in is_object]))
+            pairs = zip(layer.items, is_object, strict=True)
+            layer.weigh_decisions(torch.cat([items.total(positive) for items, positive in pairs]))
         return targets
 
 
@@ -64,9 +65,9 @@ def count_positives(model: nn.Module) -> None:
     for name, layer in waiting.items():
         inside = [h for h in heads if not h or name.startswith(h + '.')]
         head = heads[max(inside, key=len)] if inside else None
-        if head is None or not hasattr(head, 'prior_generator') or layer.granularity != 'image':
+        if head is None or not hasattr(head, 'prior_generator') or layer.granularity == 'token':
             raise ConfigError(
-                f'"{name}": decision_weight=\'positives\' needs a layer that decides per image, in '
+                f'"{name}": decision_weight=\'positives\' needs a layer that decides on maps, in '
                 'a head that assigns anchors level by level (an AnchorHead); use decision_weight='
                 "'uniform' or 'area'"
             )

@@ -29,7 +29,7 @@ def overflow(routing: Routing, capacity_factor: float) -> Tensor:
     capacity = math.ceil(capacity_factor * fair)
     by_weight = weights.argsort(descending=True, stable=True)
     chosen = routing.expert_ids.flatten().masked_fill(weights == 0, -1)[by_weight]
-    _, offsets, position = ops.sort_routes(chosen[:, None], routing.num_experts)
+    offsets, position = ops.sort_routes(chosen[:, None], routing.num_experts)
     # The sort is stable: inside an expert, routes stay in the order of their weights.
     rank = position.flatten() - offsets[chosen.clamp(min=0)]
     dropped = torch.empty_like(weights, dtype=torch.bool)

@@ -82,8 +82,7 @@ class _HardConstraint(Constraint):
         usage = self.usage()
         mask = usage > self.limit()
         # On paper the least used expert is always below the limit; rounding must not break that.
-        mask[usage.argmin()] = False
-        return mask
+        return mask.index_fill(0, usage.argmin(), False)
 
     def select(self, logits: Tensor, training: bool) -> Tensor:
         if not training:

@@ -11,53 +11,105 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from mmdet_moe import ops
 from mmdet_moe.errors import ConfigError
+from mmdet_moe.moe.routing import spread
 
 
-class Dispatcher:
-    """The routes of T items, sorted by expert.
+class Sorting:
+    """The routes of all levels of a forward pass, sorted together once somebody needs them sorted.
 
     A weight of exactly 0 is no choice: such a route belongs to no expert, takes no row and gets no
     gradient.
 
     Args:
+        expert_ids: int64 (T, K), of the items of all levels.
+        weights: (T, K).
+        num_experts: E.
+        items_per_level: How many of the T items each of the L levels has. Default: all on one.
+        level_ids: int64 (T,), the level of each item; needed if there are several.
+    """
+
+    def __init__(
+        self,
+        expert_ids: Tensor,
+        weights: Tensor,
+        num_experts: int,
+        items_per_level: Sequence[int] = (),
+        level_ids: Tensor | None = None,
+    ) -> None:
+        self.num_experts = num_experts
+        self._num_levels = max(len(items_per_level), 1)
+        self._ids, self._weights, self._level_ids = expert_ids, weights, level_ids
+        #: What else to read when the bounds are read, as reading anything waits for the device: a
+        #: scalar on the device, and who is told its value.
+        self.watched: tuple[Tensor, Callable[[bool], None]] | None = None
+
+    @cached_property
+    def tables(self) -> tuple[Tensor, Tensor]:
+        """What :func:`mmdet_moe.ops.sort_routes` gives for the keys ``level · E + expert``."""
+        keys = self._ids
+        if self._num_levels > 1:
+            keys = keys + self.num_experts * self._level_ids[:, None]
+        keys = keys.masked_fill(self._weights == 0, -1)
+        return ops.sort_routes(keys, self.num_experts * self._num_levels)
+
+    @cached_property
+    def bounds(self) -> list[int]:
+        """The offsets on the host; the only thing here that waits for the device."""
+        offsets = self.tables[0]
+        if self.watched is None:
+            return offsets.tolist()
+        flag, tell = self.watched
+        *bounds, value = torch.cat([offsets, flag.view(1).to(offsets.dtype)]).tolist()
+        self.watched = None
+        tell(bool(value))
+        return bounds
+
+
+class Dispatcher:
+    """The routes of the T items of one map, sorted by expert where the experts need it.
+
+    Args:
         expert_ids: int64 (T, K).
         weights: (T, K).
         num_experts: E.
-
-    Attributes:
-        offsets: int64 (E + 1,): expert e owns the rows ``offsets[e]`` to ``offsets[e + 1]``.
+        sorting: That of all levels, if this map is one of several.
+        level: Which one.
+        first_item: Number of its first item among those of all levels.
     """
 
-    def __init__(self, expert_ids: Tensor, weights: Tensor, num_experts: int) -> None:
+    def __init__(
+        self,
+        expert_ids: Tensor,
+        weights: Tensor,
+        num_experts: int,
+        sorting: Sorting | None = None,
+        level: int = 0,
+        first_item: int = 0,
+    ) -> None:
         self.expert_ids = expert_ids
         self.weights = weights
         self.num_experts = num_experts
-        chosen = expert_ids.masked_fill(weights == 0, -1)
-        self._order, self.offsets, self._inverse = ops.sort_routes(chosen, num_experts)
+        self.is_whole = False
+        self._sorting = sorting or Sorting(expert_ids, weights, num_experts)
+        self._level, self._first_item = level, first_item
 
     @classmethod
-    def to_one(cls, expert_ids: Tensor, weights: Tensor) -> 'Dispatcher':
-        """All T items to the only expert, each with weight 1: nothing has to be moved.
+    def to_one(
+        cls, expert_ids: Tensor, weights: Tensor, expert: int = 0, num_experts: int = 1
+    ) -> 'Dispatcher':
+        """All T items to one expert, each with weight 1: nothing has to be moved or sorted.
 
         Args:
-            expert_ids: (T, 1) of zeros.
+            expert_ids: (T, 1), all of them ``expert``.
             weights: (T, 1) of ones.
+            expert: Which one.
+            num_experts: E.
         """
-        whole = cls.__new__(cls)
-        whole.expert_ids, whole.weights, whole.num_experts = expert_ids, weights, 1
-        whole.offsets = torch.tensor([0, len(expert_ids)], device=expert_ids.device)
-        whole.bounds = [0, len(expert_ids)]
-        whole._order = whole._inverse = None
+        whole = cls(expert_ids, weights, num_experts)
+        whole.is_whole = True
+        whole.bounds = [0] * (expert + 1) + [len(expert_ids)] * (num_experts - expert)
+        whole.offsets = spread(tuple(whole.bounds), (1,) * (num_experts + 1), expert_ids.device)
         return whole
-
-    @property
-    def is_whole(self) -> bool:
-        """Whether all items go to one expert as they are."""
-        return self._order is None
-
-    def used_experts(self) -> set[int]:
-        """The experts that get items."""
-        return {e for e, (start, stop) in enumerate(pairwise(self.bounds)) if stop > start}
 
     @property
     def top_k(self) -> int:
@@ -65,15 +117,44 @@ class Dispatcher:
         return self.expert_ids.shape[1]
 
     @cached_property
+    def offsets(self) -> Tensor:
+        """int64 (E + 1,): expert e owns the rows ``offsets[e]`` to ``offsets[e + 1]``."""
+        offsets = self._sorting.tables[0]
+        if offsets.shape[0] == self.num_experts + 1:
+            return offsets
+        start = self._level * self.num_experts
+        own = offsets[start : start + self.num_experts + 1]
+        return own - own[:1]
+
+    @cached_property
     def bounds(self) -> list[int]:
-        """``offsets`` on the host, which waits for the device."""
-        return self.offsets.tolist()
+        """:attr:`offsets` on the host, which waits for the device once for all levels."""
+        start = self._level * self.num_experts
+        own = self._sorting.bounds[start : start + self.num_experts + 1]
+        return [bound - own[0] for bound in own]
+
+    @cached_property
+    def _first_row(self) -> int:
+        return self._sorting.bounds[self._level * self.num_experts]
+
+    @cached_property
+    def _inverse(self) -> Tensor:
+        inverse = self._sorting.tables[1]
+        if len(inverse) == len(self.expert_ids):
+            return inverse
+        own = inverse[self._first_item : self._first_item + len(self.expert_ids)]
+        # Routes of nobody come last of all, so they stay beyond the rows of this level.
+        return own - self._first_row
+
+    def used_experts(self) -> set[int]:
+        """The experts that get items."""
+        return {e for e, (start, stop) in enumerate(pairwise(self.bounds)) if stop > start}
 
     def dispatch(self, x_T: Tensor) -> Tensor:
         """Copy the items to rows in the order of the experts: (T, ...) to (R, ...)."""
         if self.is_whole:
             return x_T
-        return ops.dispatch(x_T, self._order[: self.bounds[-1]], self.top_k)
+        return ops.dispatch(x_T, self._inverse, self.bounds[-1])
 
     def split(self, rows_R: Tensor) -> tuple[Tensor, ...]:
         """Each expert's rows, views of E lengths from 0 on.

@@ -61,3 +61,7 @@ class Images(Items):
     def place(self, y: Tensor) -> Tensor:
         """The outputs are those of the images."""
         return y
+
+    def total(self, values: Tensor) -> Tensor:
+        """(N, n) to (N,)."""
+        return values.sum(1)

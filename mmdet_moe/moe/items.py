@@ -106,6 +106,18 @@ class Items(ABC):
             ConfigError: If the experts' outputs do not fit their places.
         """
 
+    def total(self, values: Tensor) -> Tensor:
+        """What lies in each item of a feature map: (N, n · pixels) to the sums (N · items,).
+
+        Args:
+            values: n numbers for every pixel, pixel by pixel, row by row.
+        """
+        raise NotImplementedError(f'{type(self).__name__} divide no feature map')
+
+    def spread(self, values: Tensor) -> Tensor:
+        """The numbers of each item at all of its pixels: (N · items, E) to (N, E, H, W)."""
+        raise NotImplementedError(f'{type(self).__name__} divide no feature map')
+
 
 @dataclass(frozen=True)
 class Pixels(Items):
@@ -126,12 +138,14 @@ class Pixels(Items):
         super().check(layer)
         if layer.experts.take_vectors:
             return
+        if layer.whole_maps:
+            return
         radius, stride = layer.experts.receptive_field(layer.router.in_channels)
         if radius > 0 or stride > 1:
             raise ConfigError(
                 "granularity='pixel' needs experts that see one pixel at a time, but these "
                 f'have a receptive field of radius {radius} and stride {stride}; use 1×1 '
-                "convolutions, or granularity='patch'"
+                "convolutions, whole_maps=True, or granularity='patch'"
             )
 
     @classmethod
@@ -194,6 +208,14 @@ class Pixels(Items):
             )
         y = y.flatten(1).unflatten(0, self.shape).permute(0, 3, 1, 2)
         return y.contiguous(memory_format=self.memory_format)
+
+    def total(self, values: Tensor) -> Tensor:
+        """(N, n · H · W) to (N · H · W,)."""
+        return values.unflatten(1, (len(self), -1)).sum(2).flatten()
+
+    def spread(self, values: Tensor) -> Tensor:
+        """(N · H · W, E) to (N, E, H, W)."""
+        return values.unflatten(0, self.shape).permute(0, 3, 1, 2)
 
 
 @dataclass(frozen=True)

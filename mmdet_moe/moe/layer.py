@@ -1,9 +1,11 @@
 """The MoE layer: a router that routes, experts that compute, glued by dispatch and combine."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -17,13 +19,13 @@ from mmdet_moe.errors import ConfigError, NonFiniteRouterError, explained
 from mmdet_moe.moe.build import build_experts, build_router
 from mmdet_moe.moe.capacity import overflow
 from mmdet_moe.moe.constraints import in_backward
-from mmdet_moe.moe.dispatcher import Dispatcher, unpack
+from mmdet_moe.moe.dispatcher import Dispatcher, Sorting, unpack
 from mmdet_moe.moe.expert_layer import ExpertLayer, Observer, find_expert_layers
 from mmdet_moe.moe.experts import Experts, upcycle
 from mmdet_moe.moe.granularity import GRANULARITIES
 from mmdet_moe.moe.items import Items
 from mmdet_moe.moe.routers import Router
-from mmdet_moe.moe.routing import Routing
+from mmdet_moe.moe.routing import Routing, spread
 from mmdet_moe.registry import MODELS
 
 EXPERT_INITS = ('independent', 'shared')
@@ -60,6 +62,10 @@ class MoELayer(ExpertLayer):
             :class:`~mmdet_moe.moe.LinearExperts`). ``'token'``: every vector along the last
             dimension of an input (N, ..., C), which is no feature map.
         grid_size: g for patch granularity. Small maps get fewer patches.
+        whole_maps: Each expert that anybody chose computes the whole feature map, and the outputs
+            are mixed patch by patch or pixel by pixel. For experts that see more than their item (a
+            subnet of a head, group normalisation), which need to keep the size of the map. It costs
+            what all E experts cost.
         decision_weight: What one decision counts in the balancing. ``'uniform'``: 1. ``'area'``:
             the pixels of its part of the feature map. ``'positives'``:
             the positive anchors in it, which only a detection head knows; the head tells them
@@ -101,6 +107,7 @@ class MoELayer(ExpertLayer):
         capacity_factor: float | None = None,
         shared: Sequence[nn.Module] = (),
         batch_dim: int = 0,
+        whole_maps: bool = False,
     ) -> None:
         super().__init__()
         _check_options(capacity_factor, expert_init, decision_weight, upcycle_noise, batch_dim)
@@ -115,6 +122,12 @@ class MoELayer(ExpertLayer):
         self.decision_weight = decision_weight
         self.upcycle_noise = upcycle_noise
         self.batch_dim = batch_dim
+        if whole_maps and granularity not in ('patch', 'pixel'):
+            raise ConfigError(
+                f'whole_maps=True has no effect with granularity={granularity!r}; set '
+                "granularity='patch' or 'pixel'"
+            )
+        self.whole_maps = whole_maps
         self.router = build_router(router, in_channels, num_experts, top_k)
         self.num_experts, self.top_k = self.router.num_experts, self.router.top_k
         self.experts = build_experts(expert, num_experts)
@@ -123,10 +136,14 @@ class MoELayer(ExpertLayer):
         self.share_initial_weights()
         GRANULARITIES[granularity].check(self)
         self.halo, self.stride = (
-            self.experts.receptive_field(self.router.in_channels) if grid_size > 1 else (0, 1)
+            self.experts.receptive_field(self.router.in_channels)
+            if grid_size > 1 and not whole_maps
+            else (0, 1)
         )
         self._latest = _Calls()
         self._norms_checked = False
+        # Of a forward pass on a GPU: flag, event and iteration, see check_finite.
+        self._unread: tuple[Tensor, torch.cuda.Event, int | None] | None = None
         self.register_load_state_dict_pre_hook(_upcycle_same_place)
 
     def init_weights(self) -> None:
@@ -257,7 +274,7 @@ class MoELayer(ExpertLayer):
         except RuntimeError:
             self._check_channels(maps, items)
             raise
-        self._check_finite(routing)
+        is_finite = self._check_finite(routing)
         if self.training and self.capacity_factor is not None:
             routing.dropped = overflow(routing, self.capacity_factor)
         if self.decision_weight == 'area':
@@ -267,8 +284,10 @@ class MoELayer(ExpertLayer):
         self._remember(routing, items)
         used: set[int] = set()
         outputs = [
-            self._mix(m, p, *routing.level(i), routing, used, args, kwargs)
-            for i, (m, p) in enumerate(zip(maps, items, strict=True))
+            self._mix(m, p, dispatcher, used, args, kwargs)
+            for m, p, dispatcher in zip(
+                maps, items, self._dispatchers(routing, is_finite), strict=True
+            )
         ]
         if torch.is_grad_enabled():
             outputs[0] = self._keep_in_graph(outputs[0], used)
@@ -334,32 +353,52 @@ class MoELayer(ExpertLayer):
         self,
         x: Tensor,
         items: Items,
-        expert_ids: Tensor,
-        factors: Tensor,
-        routing: Routing,
+        dispatcher: Dispatcher,
         used: set[int],
         args: tuple,
         kwargs: dict,
     ) -> Any:
         """Steps 3 to 5 for one map, and what stands beside the mixture."""
-        if self.num_experts == 1 and routing.is_plain:
-            dispatcher = Dispatcher.to_one(expert_ids, factors)
+        if self.whole_maps:
+            y, rebuild = self._mix_maps(x, items, dispatcher, args, kwargs)
         else:
-            dispatcher = Dispatcher(expert_ids, factors, self.num_experts)
-        others = (args, kwargs)
-        if args or kwargs:
-            others = tree_map(lambda other: self._as_items(other, x, items), others)
-        with self._tokens_explained() if self.granularity == 'token' else nullcontext():
-            output = self.run_experts(items.crop(x), dispatcher, *others[0], **others[1])
+            others = (args, kwargs)
+            if args or kwargs:
+                others = tree_map(lambda other: self._as_items(other, x, items), others)
+            with self._tokens_explained() if self.granularity == 'token' else nullcontext():
+                output = self.run_experts(items.crop(x), dispatcher, *others[0], **others[1])
+            y, rebuild = unpack(output)
+            y = items.place(y)
         if torch.is_grad_enabled() and self.experts.separate_parameters and not dispatcher.is_whole:
             used |= dispatcher.used_experts()
-        y, rebuild = unpack(output)
-        y = items.place(y)
         for expert in self.shared or ():
             y = y + unpack(expert(x, *args, **kwargs))[0]
         if self.shared:
             y = y / (1 + len(self.shared))
         return rebuild(y if self.shortcut is None else y + self.shortcut(x))
+
+    def _mix_maps(
+        self, x: Tensor, items: Items, dispatcher: Dispatcher, args: tuple, kwargs: dict
+    ) -> tuple[Tensor, Callable[[Tensor], Any]]:
+        """What the experts make of a whole map, mixed item by item; as :func:`unpack` gives it."""
+        factors_TE = dispatcher.weights.new_zeros(len(dispatcher.weights), self.num_experts)
+        factors_TE = factors_TE.scatter_add(1, dispatcher.expert_ids, dispatcher.weights)
+        factors = items.spread(factors_TE)
+        total: Tensor | None = None
+        # If nobody has a say, because the chosen ones are zeroed: 0 times what any of them gives.
+        for expert in sorted(dispatcher.used_experts()) or [0]:
+            ids = torch.full((len(x), 1), expert, device=x.device)
+            ones = factors.new_ones(ids.shape)
+            whole = Dispatcher.to_one(ids, ones, expert, self.num_experts)
+            y, rebuild = unpack(self.run_experts(x, whole, *args, **kwargs))
+            if y.shape[2:] != x.shape[2:]:
+                raise ConfigError(
+                    f'MoE layer "{self.name}": whole_maps=True needs experts that keep the size of '
+                    f'the map, but an expert made {tuple(y.shape[2:])} of {tuple(x.shape[2:])}'
+                )
+            part = y * factors[:, expert, None].to(y.dtype)
+            total = part if total is None else total + part
+        return total, rebuild
 
     def _as_items(self, other: Any, x: Tensor, items: Items) -> Any:
         if not isinstance(other, Tensor):
@@ -426,12 +465,71 @@ class MoELayer(ExpertLayer):
             "inside that looks at one token at a time, such as an FFN, or granularity='image'"
         )
 
-    def _check_finite(self, routing: Routing) -> None:
+    def _dispatchers(self, routing: Routing, is_finite: Tensor | None) -> Iterator[Dispatcher]:
+        """One for each map; all of them are sorted together."""
+        if self.num_experts == 1 and routing.is_plain:
+            for level in range(len(routing.items_per_level)):
+                yield Dispatcher.to_one(*routing.level(level))
+        else:
+            factors, sizes = routing.kept_factors, routing.items_per_level
+            sorting = Sorting(
+                routing.expert_ids,
+                factors,
+                self.num_experts,
+                sizes,
+                routing.level_ids if len(sizes) > 1 else None,
+            )
+            if is_finite is not None:
+                sorting.watched = (is_finite, partial(self._refuse_unless, _current_iteration()))
+            for level, first in enumerate(accumulate(sizes[:-1], initial=0)):
+                yield Dispatcher(*routing.level(level), self.num_experts, sorting, level, first)
+            if sorting.watched is None:
+                return
+        if is_finite is not None:
+            self._look_later(is_finite)
+
+    def _check_finite(self, routing: Routing) -> Tensor | None:
+        """Raise if the decision is not finite; on a GPU, a flag that says it there.
+
+        Reading the flag would wait for the GPU, so it is read together with the bounds of the
+        experts' rows where these are needed, and else when the layer is called again.
+        """
+        if routing.logits.is_cuda and torch.cuda.is_current_stream_capturing():
+            return None  # in a CUDA graph nobody is there to look
+        self.check_finite()
         # The weights as well: the noise has parameters of its own. A sum is finite if all is.
-        if math.isfinite(float(routing.logits.detach().sum() + routing.weights.detach().sum())):
+        is_finite = (routing.logits.detach().sum() + routing.weights.detach().sum()).isfinite()
+        if is_finite.device.type != 'cpu':
+            return is_finite
+        self._refuse_unless(_current_iteration(), bool(is_finite))
+        return None
+
+    def _look_later(self, is_finite: Tensor) -> None:
+        if is_finite.device.type != 'cuda':
+            return
+        on_host = torch.empty((), dtype=torch.bool, pin_memory=True)
+        on_host.copy_(is_finite, non_blocking=True)
+        copied = torch.cuda.Event()
+        copied.record()
+        self._unread = (on_host, copied, _current_iteration())
+
+    def check_finite(self) -> None:
+        """Raise what the latest forward pass on a GPU left to be looked at, if anything.
+
+        Raises:
+            NonFiniteRouterError: If the router's decision was not finite.
+        """
+        if self._unread is not None:
+            on_host, copied, iteration = self._unread
+            self._unread = None
+            copied.synchronize()
+            self._refuse_unless(iteration, bool(on_host))
+
+    def _refuse_unless(self, iteration: int | None, is_finite: bool) -> None:
+        if is_finite:
             return
         message = f'The router of MoE layer "{self.name}" produced values that are not finite'
-        if self.training and (iteration := _current_iteration()) is not None:
+        if self.training and iteration is not None:
             message += f' at training iteration {iteration}'
         raise NonFiniteRouterError(
             f'{message}; the input or a weight has become NaN or infinite: lower the learning rate '
@@ -446,7 +544,7 @@ class MoELayer(ExpertLayer):
 
     def __getstate__(self) -> dict[str, Any]:
         # deepcopy (EMA) and pickle see neither the latest Routing nor the graph behind it.
-        return {**self.__dict__, '_latest': _Calls()}
+        return {**self.__dict__, '_latest': _Calls(), '_unread': None}
 
     def extra_repr(self) -> str:
         return f'granularity={self.granularity!r}, grid_size={self.grid_size}'
@@ -528,7 +626,8 @@ def _areas(routing: Routing, maps: list[Tensor], items: list[Items]) -> Tensor:
     per_level = [
         math.prod(m.shape[1:]) / (m.shape[1] * len(p)) for m, p in zip(maps, items, strict=True)
     ]
-    return routing.weights.new_tensor(per_level)[routing.level_ids]
+    weights = routing.weights
+    return spread(tuple(per_level), routing.items_per_level, weights.device, weights.dtype)
 
 
 def _transposed(output: Any) -> Any:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from mmdet_moe.errors import ConfigError
 from mmdet_moe.moe.distributed import global_sum
-from mmdet_moe.moe.metrics import coefficient_of_variation_squared, entropy
+from mmdet_moe.moe.metrics import coefficient_of_variation_squared, entropy, shares
 from mmdet_moe.moe.routing import Routing
 from mmdet_moe.registry import MODELS
 
@@ -25,9 +25,12 @@ class BalancingLoss(nn.Module, ABC):
 
     Args:
         weight: λ, at least 0.
+        within: ``'level'``: the loss is that of each pyramid level alone, averaged over the levels
+            by what their decisions count, so that every level uses all experts and no expert can
+            have a level of its own. Default: the decisions of all levels are pooled.
 
     Raises:
-        ConfigError: For a negative weight, which would reward imbalance.
+        ConfigError: For a negative weight, which would reward imbalance, and an unknown ``within``.
     """
 
     #: Whether the loss keeps all experts in use by itself.
@@ -35,22 +38,32 @@ class BalancingLoss(nn.Module, ABC):
     #: Whether it reads :attr:`Routing.sources`.
     needs_sources = False
 
-    def __init__(self, weight: float) -> None:
+    def __init__(self, weight: float, within: str | None = None) -> None:
         super().__init__()
         if weight < 0:
             raise ConfigError(f'{type(self).__name__}: weight={weight} must not be negative')
+        if within not in (None, 'level'):
+            raise ConfigError(
+                f"{type(self).__name__}: within={within!r} is unknown; use 'level' or None"
+            )
         self.weight = weight
+        self.within = within
 
     def forward(self, routing: Routing) -> Tensor:
         """The weighted loss, a scalar of at least float32."""
-        return self.weight * self.compute(routing)
+        if self.within is None:
+            return self.weight * self.compute(routing)
+        levels = [routing.of_level(i) for i in range(len(routing.items_per_level))]
+        counts = torch.stack([level.known_decision_weights().sum() for level in levels])
+        losses = torch.stack([self.compute(level) for level in levels])
+        return self.weight * (shares(global_sum(counts)) * losses).sum()
 
     @abstractmethod
     def compute(self, routing: Routing) -> Tensor:
         """The loss before its weight."""
 
     def extra_repr(self) -> str:
-        return f'weight={self.weight}'
+        return f'weight={self.weight}, within={self.within!r}'
 
 
 def _mean_over_items(values: Tensor, routing: Routing) -> Tensor:
@@ -67,8 +80,8 @@ class ImportanceLoss(BalancingLoss):
     arXiv 2204.10598 after arXiv 1701.06538, equation 7.
     """
 
-    def __init__(self, weight: float = 0.5) -> None:
-        super().__init__(weight)
+    def __init__(self, weight: float = 0.5, within: str | None = None) -> None:
+        super().__init__(weight, within)
 
     def compute(self, routing: Routing) -> Tensor:
         return coefficient_of_variation_squared(global_sum(routing.importance(balancing=True)))
@@ -83,8 +96,8 @@ class KLLoss(BalancingLoss):
     weights, which sum to less, dividing by T would reward low confidence instead of balance.
     """
 
-    def __init__(self, weight: float = 0.5) -> None:
-        super().__init__(weight)
+    def __init__(self, weight: float = 0.5, within: str | None = None) -> None:
+        super().__init__(weight, within)
 
     def compute(self, routing: Routing) -> Tensor:
         importance = global_sum(routing.importance(balancing=True)) + _EPS
@@ -102,8 +115,8 @@ class VarianceLoss(BalancingLoss):
 
     balances = False
 
-    def __init__(self, weight: float = 0.5) -> None:
-        super().__init__(weight)
+    def __init__(self, weight: float = 0.5, within: str | None = None) -> None:
+        super().__init__(weight, within)
 
     def compute(self, routing: Routing) -> Tensor:
         weights_TE = routing.dense_weights()
@@ -120,8 +133,8 @@ class SwitchLoss(BalancingLoss):
     every k; P is the softmax over all E logits.
     """
 
-    def __init__(self, weight: float = 0.01) -> None:
-        super().__init__(weight)
+    def __init__(self, weight: float = 0.01, within: str | None = None) -> None:
+        super().__init__(weight, within)
 
     def compute(self, routing: Routing) -> Tensor:
         load = global_sum(routing.load(balancing=True))
@@ -139,8 +152,8 @@ class RouterZLoss(BalancingLoss):
 
     balances = False
 
-    def __init__(self, weight: float = 1e-3) -> None:
-        super().__init__(weight)
+    def __init__(self, weight: float = 1e-3, within: str | None = None) -> None:
+        super().__init__(weight, within)
 
     def compute(self, routing: Routing) -> Tensor:
         return _mean_over_items(routing.logits.logsumexp(dim=-1) ** 2, routing)
@@ -157,8 +170,8 @@ class EntropyLoss(BalancingLoss):
             constant, is minus the mutual information between input and expert.
     """
 
-    def __init__(self, weight: float = 0.1, over: str = 'batch') -> None:
-        super().__init__(weight)
+    def __init__(self, weight: float = 0.1, over: str = 'batch', within: str | None = None) -> None:
+        super().__init__(weight, within)
         if over not in ('batch', 'item'):
             raise ConfigError(f"EntropyLoss: over={over!r} is unknown; use 'batch' or 'item'")
         self.over = over

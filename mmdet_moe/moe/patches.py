@@ -177,3 +177,17 @@ class PatchGrid(Items):
             for i in range(len(rows))
         ]
         return torch.cat(lines, dim=-2)
+
+    def total(self, values: Tensor) -> Tensor:
+        """(N, n · H · W) to (N · patches,)."""
+        if len(self) == 1:
+            return values.sum(1)
+        pixels = values.unflatten(1, (*self.size, -1)).sum(3)
+        rows, cols = (axis.pooling_matrix(pixels.float()).sign() for axis in self._axes)
+        return torch.einsum('gh,nhw,kw->ngk', rows, pixels.float(), cols).flatten()
+
+    def spread(self, values: Tensor) -> Tensor:
+        """(N · patches, E) to (N, E, H, W)."""
+        rows, cols = (axis.pooling_matrix(values).sign() for axis in self._axes)
+        grid = values.unflatten(0, (-1, len(rows), len(cols)))
+        return torch.einsum('gh,ngke,kw->nehw', rows, grid, cols)

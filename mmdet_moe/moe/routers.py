@@ -11,7 +11,8 @@ from mmengine.logging import print_log
 from torch import Tensor, nn
 
 from mmdet_moe.errors import ConfigError
-from mmdet_moe.moe.constraints import Constraint
+from mmdet_moe.moe.constraints import Constraint, in_backward
+from mmdet_moe.moe.distributed import global_sum_
 from mmdet_moe.moe.items import Items
 from mmdet_moe.moe.patches import PatchGrid
 from mmdet_moe.moe.precision import no_autocast
@@ -164,7 +165,7 @@ class Router(nn.Module, ABC):
         if self.num_experts == 1 and type(self).gates is Router.gates:
             return _no_choice(maps, items)
         with no_autocast(maps[0].device.type):
-            logits = _cat([self.compute_logits(m, p) for m, p in zip(maps, items, strict=True)])
+            logits = _cat(self.logits_of_levels(maps, items))
             noisy = logits
             if not self.training:
                 pass
@@ -185,6 +186,10 @@ class Router(nn.Module, ABC):
             decision_weights=weights.new_ones(len(weights)),
             gates=gates,
         )
+
+    def logits_of_levels(self, maps: list[Tensor], items: Sequence[Items]) -> list[Tensor]:
+        """:meth:`compute_logits` of all levels; for subclasses that treat them differently."""
+        return [self.compute_logits(m, p) for m, p in zip(maps, items, strict=True)]
 
     def choose(self, logits: Tensor, training: bool) -> tuple[Tensor, Tensor]:
         """The k best experts of every item and their weights.
@@ -259,6 +264,52 @@ def linear(fc: nn.Linear, x: Tensor) -> Tensor:
     return F.linear(x, fc.weight.to(x.dtype), bias)
 
 
+class LevelNorm(nn.Module):
+    """Normalises each pyramid level to mean 0 and variance 1 of every channel over its items.
+
+    By running statistics, at inference as in training: the decision for an item depends on no other
+    one, and is the same in both. Training moves them towards those of the batch (of all ranks),
+    which the first batch of a level sets. They get no gradient.
+
+    Args:
+        num_levels: L.
+        features: Channels F.
+        momentum: What a batch counts against the past.
+
+    Attributes:
+        mean, variance: float32 (L, F).
+        batches: int64 (L,), how many batches a level has seen.
+    """
+
+    def __init__(self, num_levels: int, features: int, momentum: float = 0.1) -> None:
+        super().__init__()
+        self.momentum = momentum
+        self.register_buffer('mean', torch.zeros(num_levels, features))
+        self.register_buffer('variance', torch.ones(num_levels, features))
+        self.register_buffer('batches', torch.zeros(num_levels, dtype=torch.int64))
+
+    def forward(self, features: Tensor, level: int) -> Tensor:
+        """(items, F) of one level, at least float32, to the same."""
+        if self.training and not in_backward():
+            self._update(features.detach(), level)
+        scale = (self.variance[level] + 1e-5).rsqrt()
+        return (features - self.mean[level].to(features.dtype)) * scale.to(features.dtype)
+
+    @torch.no_grad()
+    def _update(self, features: Tensor, level: int) -> None:
+        sums = torch.stack([features.sum(0), (features**2).sum(0)])
+        count = features.new_full((1,), len(features))
+        global_sum_([sums, count])
+        if not count:
+            return
+        mean, square = sums / count
+        momentum = self.momentum if self.batches[level] else 1.0
+        self.batches[level] += 1
+        self.mean[level].lerp_(mean.to(self.mean), momentum)
+        variance = (square - mean**2).clamp(min=0).to(self.variance)
+        self.variance[level].lerp_(variance, momentum)
+
+
 class _PooledRouter(Router):
     """Base class of routers whose logits are a linear layer of pooled features."""
 
@@ -269,14 +320,44 @@ class _PooledRouter(Router):
         top_k: int,
         bias: bool = True,
         init_std: float = 0.01,
+        normalise_levels: int | None = None,
         **kwargs,
     ) -> None:
         super().__init__(in_channels, num_experts, top_k, **kwargs)
         if init_std < 0:
             raise ConfigError(f'init_std={init_std} must not be negative')
+        if normalise_levels is not None and (
+            not isinstance(normalise_levels, int) or normalise_levels < 1
+        ):
+            raise ConfigError(
+                f'normalise_levels={normalise_levels!r} must be the number of feature maps that '
+                'the layer is given together, at least 1, or None'
+            )
         self._bias, self._init_std = bias, init_std
+        self._num_levels = normalise_levels
+        self.norm: LevelNorm | None = None
+
+    @abstractmethod
+    def features(self, x: Tensor, items: Items) -> Tensor:
+        """(items, F) of one feature map (N, C, H, W), at least float32."""
+
+    def compute_logits(self, x: Tensor, items: Items) -> Tensor:
+        return linear(self.fc, self.features(x, items))
+
+    def logits_of_levels(self, maps: list[Tensor], items: Sequence[Items]) -> list[Tensor]:
+        if self.norm is None:
+            return super().logits_of_levels(maps, items)
+        if len(maps) != self._num_levels:
+            raise ConfigError(
+                f'normalise_levels={self._num_levels}, but the router is given {len(maps)} '
+                'feature maps together; give that number'
+            )
+        features = [self.features(m, p) for m, p in zip(maps, items, strict=True)]
+        return [linear(self.fc, self.norm(f, level)) for level, f in enumerate(features)]
 
     def _build_fc(self, features: int) -> RouterLinear:
+        if self._num_levels is not None:
+            self.norm = LevelNorm(self._num_levels, features)
         fc = RouterLinear(features, self.num_experts, bias=self._bias)
         # Small logits: at the start no expert is preferred, and the noise decides.
         nn.init.normal_(fc.weight, std=self._init_std)
@@ -292,14 +373,17 @@ class GAPRouter(_PooledRouter):
     Args: as :class:`Router`, and
         bias: Whether the linear layer has a bias.
         init_std: Standard deviation of its initial weights; 0 starts with equal logits.
+        normalise_levels: How many pyramid levels the layer is given together, each of which is then
+            normalised by itself (:class:`LevelNorm`), so that the router does not see them apart by
+            their means. Default: none is.
     """
 
     def __init__(self, in_channels: int, num_experts: int, top_k: int, **kwargs) -> None:
         super().__init__(in_channels, num_experts, top_k, **kwargs)
         self.fc = self._build_fc(in_channels)
 
-    def compute_logits(self, x: Tensor, items: Items) -> Tensor:
-        return linear(self.fc, items.pooled(x))
+    def features(self, x: Tensor, items: Items) -> Tensor:
+        return items.pooled(x)
 
 
 @MODELS.register_module()
@@ -319,8 +403,7 @@ class ConvGAPRouter(_PooledRouter):
         self.conv = nn.Conv2d(in_channels, conv_channels, 3, padding=1)
         self.fc = self._build_fc(conv_channels)
 
-    def compute_logits(self, x: Tensor, items: Items) -> Tensor:
+    def features(self, x: Tensor, items: Items) -> Tensor:
         x = x.to(torch.promote_types(x.dtype, torch.float32))
         weight, bias = self.conv.weight.to(x.dtype), self.conv.bias.to(x.dtype)
-        features = F.relu(F.conv2d(x, weight, bias, padding=1))
-        return linear(self.fc, items.pool(features))
+        return items.pool(F.relu(F.conv2d(x, weight, bias, padding=1)))

@@ -6,8 +6,8 @@ levels, C channels.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
@@ -98,11 +98,15 @@ class Routing:
         return self.weights if self.gates is None else self.gates
 
     @cached_property
+    def kept_factors(self) -> Tensor:
+        """:attr:`factors`, 0 where a route is dropped."""
+        return self.factors if self.dropped is None else self.factors.masked_fill(self.dropped, 0)
+
+    @cached_property
     def level_ids(self) -> Tensor:
         """int64 (T,): the index of each item's map in the list that the router was given."""
-        sizes = torch.tensor(self.items_per_level, device=self.expert_ids.device)
-        return torch.repeat_interleave(
-            torch.arange(len(sizes), device=sizes.device), sizes, output_size=self.num_items
+        return spread(
+            tuple(range(len(self.items_per_level))), self.items_per_level, self.expert_ids.device
         )
 
     @cached_property
@@ -110,9 +114,12 @@ class Routing:
         """int64 (T,): the index of each item's image in the batch."""
         if self.num_images < 0:
             raise RuntimeError('The calls of this routing held different numbers of images')
-        images = torch.arange(self.num_images, device=self.expert_ids.device)
         items_per_image = [items // max(self.num_images, 1) for items in self.items_per_level]
-        return torch.cat([images.repeat_interleave(items) for items in items_per_image])
+        return spread(
+            tuple(range(self.num_images)) * len(items_per_image),
+            tuple(items for items in items_per_image for _ in range(self.num_images)),
+            self.expert_ids.device,
+        )
 
     def dense_weights(self) -> Tensor:
         """(T, E): the weights with an exact 0 for every expert that was not chosen."""
@@ -141,14 +148,23 @@ class Routing:
 
     def level(self, index: int) -> tuple[Tensor, Tensor]:
         """``expert_ids`` of one level's items, and their factors, 0 where a route is dropped."""
-        if len(self.items_per_level) == 1 and self.dropped is None:
-            return self.expert_ids, self.factors
+        if len(self.items_per_level) == 1:
+            return self.expert_ids, self.kept_factors
         start = sum(self.items_per_level[:index])
         items = slice(start, start + self.items_per_level[index])
-        factors = self.factors[items]
-        if self.dropped is not None:
-            factors = factors.masked_fill(self.dropped[items], 0)
-        return self.expert_ids[items], factors
+        return self.expert_ids[items], self.kept_factors[items]
+
+    def of_level(self, index: int) -> 'Routing':
+        """The decisions of one level alone."""
+        start = sum(self.items_per_level[:index])
+        items = slice(start, start + self.items_per_level[index])
+        names = ('expert_ids', 'weights', 'logits', 'decision_weights', 'dropped', 'gates')
+        parts = {name: getattr(self, name) for name in names}
+        return replace(
+            self,
+            **{name: None if part is None else part[items] for name, part in parts.items()},
+            items_per_level=(self.items_per_level[index],),
+        )
 
     def known_decision_weights(self) -> Tensor:
         """``decision_weights``, or an error that says who should have given them."""
@@ -164,3 +180,15 @@ class Routing:
             values_TK = values_TK * self.known_decision_weights()[:, None]
         total = values_TK.new_zeros(self.num_experts)
         return total.index_add(0, self.expert_ids.flatten(), values_TK.flatten())
+
+
+@lru_cache(maxsize=256)  # a model repeats its few shapes, and a copy from the host waits for a GPU
+def spread(
+    values: tuple[float, ...],
+    repeats: tuple[int, ...],
+    device: torch.device,
+    dtype: torch.dtype = torch.int64,
+) -> Tensor:
+    """Each value as often as it is to be repeated, (sum of ``repeats``,); not to be changed."""
+    once = torch.tensor(values, dtype=dtype)
+    return once.repeat_interleave(torch.tensor(repeats, dtype=torch.int64)).to(device)

@@ -3,29 +3,25 @@
 import torch
 from torch import Tensor
 
-from mmdet_moe.ops import (
-    library,  # noqa: F401  # registers torch.ops.mmdet_moe.*
-    reference,
-)
+from mmdet_moe.ops import library, reference
 
 # PyTorch 2.6 knows only whether it exports to ONNX.
 _is_exporting = getattr(torch.compiler, 'is_exporting', torch.onnx.is_in_onnx_export)
 
 
-def sort_routes(expert_ids_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Sort the M = T·K routes by expert, keeping the order of the items inside each expert.
+def sort_routes(expert_ids_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+    """Number the M = T·K routes by expert, keeping the order of the items inside each expert.
 
     Args:
         expert_ids_TK: Chosen experts, int64 of shape (T, K), values in [0, num_experts), or -1 for
-            "no choice". Such routes are sorted behind all others and belong to nobody.
+            "no choice". Such routes come behind all others and belong to nobody.
         num_experts: Number of experts E.
 
     Returns:
-        ``order_M`` (int64): flat route indices ``t * K + j``, expert 0's routes first.
-        ``offsets`` (int64, shape (E + 1,)): expert e owns ``order_M[offsets[e]:offsets[e + 1]]``;
-        ``R = offsets[E]`` routes are somebody's.
-        ``inverse_TK`` (int64): the position of route (t, j) in ``order_M``; R and more for routes
-        of nobody.
+        ``offsets`` (int64, shape (E + 1,)): expert e owns the positions ``offsets[e]`` to
+        ``offsets[e + 1]``; ``R = offsets[E]`` routes are somebody's.
+        ``inverse_TK`` (int64): the position of route (t, j), in [0, M), each once: expert 0's
+        routes first, routes of nobody at R and behind.
 
     Raises:
         ValueError: If ``expert_ids_TK`` is not a two-dimensional int64 tensor.
@@ -39,40 +35,44 @@ def sort_routes(expert_ids_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor
         )
     if num_experts < 1:
         raise ValueError(f'num_experts must be at least 1, got {num_experts}')
-    return torch.ops.mmdet_moe.sort_routes(expert_ids_TK, num_experts)
+    return library.sort_routes(expert_ids_TK, num_experts)
 
 
-def dispatch(x_T: Tensor, order: Tensor, k: int) -> Tensor:
-    """Gather the items in expert order.
+def dispatch(x_T: Tensor, inverse_TK: Tensor, num_rows: int) -> Tensor:
+    """Copy every item to its rows, which are in expert order.
 
     Args:
         x_T: Items, shape (T, ...), any dtype.
-        order: From :func:`sort_routes`, or its first R entries, which leaves out the routes of
-            nobody. No route may occur twice.
-        k: Experts per item, K.
+        inverse_TK: From :func:`sort_routes`. Positions of ``num_rows`` and more get no row; every
+            one below must occur exactly once, or rows would be left as the memory happens to be. A
+            CPU counts them; a GPU does not.
+        num_rows: R = ``offsets[E]``, or T·K to give the routes of nobody rows as well.
 
     Returns:
-        Rows of shape (R, ...): row r is item ``order[r] // k``.
+        Rows of shape (R, ...): row ``inverse[t, j]`` is item t. Feature maps keep their memory
+        format.
 
     Raises:
-        ValueError: For an ``order`` of a wrong dtype, shape or device, and for k < 1.
+        ValueError: For an ``inverse`` of a wrong dtype, shape or device, and for ``num_rows``
+            outside [0, T·K].
+        RuntimeError: If a position is negative. On a GPU this is a device-side assertion, which
+            shows up at the next synchronisation.
     """
     if x_T.dim() < 1:
         raise ValueError('x must have at least one dimension, the items')
-    if order.dim() != 1 or order.dtype != torch.int64:
+    _check_inverse(inverse_TK, 'x', x_T)
+    if inverse_TK.shape[0] != x_T.shape[0]:
         raise ValueError(
-            f'order must be an int64 tensor of shape (R,), got {order.dtype} of shape '
-            f'{tuple(order.shape)}'
+            f'inverse has routes of {inverse_TK.shape[0]} items, but x has {x_T.shape[0]}'
         )
-    if k < 1:
-        raise ValueError(f'k must be at least 1, got {k}')
-    _check_device('order', order, 'x', x_T)
-    if order.shape[0] > x_T.shape[0] * k:
+    if not 0 <= num_rows <= inverse_TK.numel():
         raise ValueError(
-            f'order has {order.shape[0]} routes, but {x_T.shape[0]} items with k={k} have only '
-            f'{x_T.shape[0] * k}'
+            f'num_rows must be between 0 and the {inverse_TK.numel()} positions of inverse, got '
+            f'{num_rows}'
         )
-    return torch.ops.mmdet_moe.dispatch(x_T, order, k)
+    if _is_channels_last(x_T):  # rows are copied as they lie in memory
+        return _channels_first(dispatch(_channels_to_last(x_T), inverse_TK, num_rows))
+    return library.dispatch(x_T, inverse_TK, num_rows)
 
 
 def combine(y_R: Tensor, weights_TK: Tensor, inverse_TK: Tensor) -> Tensor:
@@ -87,31 +87,29 @@ def combine(y_R: Tensor, weights_TK: Tensor, inverse_TK: Tensor) -> Tensor:
             must occur exactly once.
 
     Returns:
-        Tensor of shape (T, ...) and of ``y_R``'s dtype, also under autocast.
+        Tensor of shape (T, ...) and of ``y_R``'s dtype, also under autocast. Feature maps keep
+        their memory format.
 
     Raises:
         ValueError: For wrong dtypes, shapes or devices.
     """
     if y_R.dim() < 1 or not y_R.is_floating_point():
         raise ValueError(f'y must be a floating-point tensor of shape (R, ...), got {y_R.dtype}')
-    if inverse_TK.dim() != 2 or inverse_TK.dtype != torch.int64:
-        raise ValueError(
-            'inverse must be an int64 tensor of shape (T, K), got '
-            f'{inverse_TK.dtype} of shape {tuple(inverse_TK.shape)}'
-        )
+    _check_inverse(inverse_TK, 'y', y_R)
     if weights_TK.shape != inverse_TK.shape or not weights_TK.is_floating_point():
         raise ValueError(
             f'weights must be a floating-point tensor of shape {tuple(inverse_TK.shape)}, as '
             f'inverse, got {weights_TK.dtype} of shape {tuple(weights_TK.shape)}'
         )
     _check_device('weights', weights_TK, 'y', y_R)
-    _check_device('inverse', inverse_TK, 'y', y_R)
     if y_R.shape[0] > inverse_TK.numel():
         raise ValueError(
             f'y has {y_R.shape[0]} rows, but inverse has only {inverse_TK.numel()} positions'
         )
+    if _is_channels_last(y_R):
+        return _channels_first(combine(_channels_to_last(y_R), weights_TK, inverse_TK))
     wide = torch.float64 if y_R.dtype == torch.float64 else torch.float32
-    return torch.ops.mmdet_moe.combine(y_R, weights_TK.to(wide), inverse_TK)
+    return library.combine(y_R, weights_TK.to(wide), inverse_TK)
 
 
 def entmax15(x: Tensor) -> Tensor:
@@ -146,8 +144,17 @@ def entmax15(x: Tensor) -> Tensor:
     wide = x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
     # The older ONNX exporter, torch.onnx.export(dynamo=False), does not count as the first.
     plain = _is_exporting() or torch.onnx.is_in_onnx_export()
-    op = reference.entmax15 if plain else torch.ops.mmdet_moe.entmax15
+    op = reference.entmax15 if plain else library.entmax15
     return op(wide).to(x.dtype)
+
+
+def _check_inverse(inverse: Tensor, other_name: str, other: Tensor) -> None:
+    if inverse.dim() != 2 or inverse.dtype != torch.int64:
+        raise ValueError(
+            f'inverse must be an int64 tensor of shape (T, K), got {inverse.dtype} of shape '
+            f'{tuple(inverse.shape)}'
+        )
+    _check_device('inverse', inverse, other_name, other)
 
 
 def _check_device(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
@@ -156,3 +163,19 @@ def _check_device(name: str, tensor: Tensor, other_name: str, other: Tensor) -> 
             f'{name} is on {tensor.device}, but {other_name} on {other.device}; '
             'move both to one device'
         )
+
+
+def _is_channels_last(rows: Tensor) -> bool:
+    return (
+        rows.dim() == 4
+        and not rows.is_contiguous()
+        and rows.is_contiguous(memory_format=torch.channels_last)
+    )
+
+
+def _channels_to_last(rows: Tensor) -> Tensor:
+    return rows.permute(0, 2, 3, 1)
+
+
+def _channels_first(rows: Tensor) -> Tensor:
+    return rows.permute(0, 3, 1, 2)

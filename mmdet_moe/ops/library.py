@@ -4,16 +4,18 @@ The PyTorch reference serves every device. Where a binary has been built for a d
 (:mod:`mmdet_moe.ops.native`), its kernels are registered for that device and take precedence.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from mmdet_moe.ops import native, reference
 
 _SCHEMAS = (
-    'sort_routes(Tensor expert_ids, int num_experts) -> (Tensor order, Tensor offsets, '
-    'Tensor inverse)',
-    'dispatch(Tensor x, Tensor order, int k) -> Tensor',
-    'dispatch_backward(Tensor grad, Tensor order, int k, int num_items) -> Tensor',
+    'sort_routes(Tensor expert_ids, int num_experts) -> (Tensor offsets, Tensor inverse)',
+    'dispatch(Tensor x, Tensor inverse, SymInt num_rows) -> Tensor',
+    'dispatch_backward(Tensor grad, Tensor inverse) -> Tensor',
     'combine(Tensor y, Tensor weights, Tensor inverse) -> Tensor',
     'combine_backward(Tensor grad, Tensor y, Tensor weights, Tensor inverse) -> (Tensor grad_y, '
     'Tensor grad_weights)',
@@ -23,22 +25,20 @@ _SCHEMAS = (
 
 # Kept for as long as the process lives: dropping it would unregister everything.
 _LIBRARY = torch.library.Library('mmdet_moe', 'DEF')
+for _schema in _SCHEMAS:
+    _LIBRARY.define(_schema)
 
 
-def _sort_routes_shapes(expert_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    return (
-        expert_ids.new_empty(expert_ids.shape[0] * expert_ids.shape[1]),
-        expert_ids.new_empty(num_experts + 1),
-        expert_ids.new_empty(expert_ids.shape),
-    )
+def _sort_routes_shapes(expert_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+    return expert_ids.new_empty(num_experts + 1), expert_ids.new_empty(expert_ids.shape)
 
 
-def _dispatch_shape(x: Tensor, order: Tensor, k: int) -> Tensor:
-    return x.new_empty(order.shape[0], *x.shape[1:])
+def _dispatch_shape(x: Tensor, inverse: Tensor, num_rows: int) -> Tensor:
+    return x.new_empty(num_rows, *x.shape[1:])
 
 
-def _dispatch_backward_shape(grad: Tensor, order: Tensor, k: int, num_items: int) -> Tensor:
-    return grad.new_empty(num_items, *grad.shape[1:])
+def _dispatch_backward_shape(grad: Tensor, inverse: Tensor) -> Tensor:
+    return grad.new_empty(inverse.shape[0], *grad.shape[1:])
 
 
 def _combine_shape(y: Tensor, weights: Tensor, inverse: Tensor) -> Tensor:
@@ -60,25 +60,21 @@ def _entmax15_backward_shape(grad: Tensor, p: Tensor) -> Tensor:
 
 
 def _save_for_dispatch(ctx, inputs, output) -> None:
-    x, order, k = inputs
-    ctx.save_for_backward(order)
-    ctx.k, ctx.num_items = k, x.shape[0]
+    ctx.save_for_backward(inputs[1])
 
 
 def _dispatch_gradient(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
-    (order,) = ctx.saved_tensors
-    return torch.ops.mmdet_moe.dispatch_backward(grad, order, ctx.k, ctx.num_items), None, None
+    return dispatch_backward(grad, *ctx.saved_tensors), None, None
 
 
 def _save_for_dispatch_backward(ctx, inputs, output) -> None:
-    _, order, k, _ = inputs
-    ctx.save_for_backward(order)
-    ctx.k = k
+    rows, inverse = inputs
+    ctx.save_for_backward(inverse)
+    ctx.num_rows = rows.shape[0]
 
 
-def _dispatch_backward_gradient(ctx, grad: Tensor) -> tuple[Tensor, None, None, None]:
-    (order,) = ctx.saved_tensors
-    return torch.ops.mmdet_moe.dispatch(grad, order, ctx.k), None, None, None
+def _dispatch_backward_gradient(ctx, grad: Tensor) -> tuple[Tensor, None]:
+    return dispatch(grad, *ctx.saved_tensors, ctx.num_rows), None
 
 
 def _save_inputs(ctx, inputs, output) -> None:
@@ -86,7 +82,7 @@ def _save_inputs(ctx, inputs, output) -> None:
 
 
 def _combine_gradient(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-    return *torch.ops.mmdet_moe.combine_backward(grad, *ctx.saved_tensors), None
+    return *combine_backward(grad, *ctx.saved_tensors), None
 
 
 def _no_second_derivative(ctx, *grads) -> None:
@@ -102,7 +98,7 @@ def _save_for_entmax15(ctx, inputs, output) -> None:
 
 def _entmax15_gradient(ctx, grad: Tensor) -> Tensor:
     (p,) = ctx.saved_tensors
-    return torch.ops.mmdet_moe.entmax15_backward(grad, p)
+    return entmax15_backward(grad, p)
 
 
 def _entmax15_backward_gradient(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
@@ -116,36 +112,73 @@ def _entmax15_backward_gradient(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
     weights = root.where(support, 0) / root.where(support, 0).sum(-1, keepdim=True)
     centred = [g - (weights * g).sum(-1, keepdim=True) for g in (first, grad)]
     grad_p = (centred[0] * centred[1] / (2 * root)).where(support, 0)
-    return torch.ops.mmdet_moe.entmax15_backward(grad, p), grad_p
+    return entmax15_backward(grad, p), grad_p
 
 
-def _register() -> None:
-    for schema in _SCHEMAS:
-        _LIBRARY.define(schema)
-    shapes = {
-        'sort_routes': _sort_routes_shapes,
-        'dispatch': _dispatch_shape,
-        'dispatch_backward': _dispatch_backward_shape,
-        'combine': _combine_shape,
-        'combine_backward': _combine_backward_shapes,
-        'entmax15': _entmax15_shape,
-        'entmax15_backward': _entmax15_backward_shape,
-    }
-    for name, shape in shapes.items():
-        _LIBRARY.impl(name, getattr(reference, name), 'CompositeExplicitAutograd')
-        torch.library.register_fake(f'mmdet_moe::{name}', shape, lib=_LIBRARY)
-    for name, gradient, save in (
-        ('dispatch', _dispatch_gradient, _save_for_dispatch),
-        ('dispatch_backward', _dispatch_backward_gradient, _save_for_dispatch_backward),
-        ('combine', _combine_gradient, _save_inputs),
-        ('combine_backward', _no_second_derivative, None),
-        ('entmax15', _entmax15_gradient, _save_for_entmax15),
-        ('entmax15_backward', _entmax15_backward_gradient, _save_inputs),
-    ):
-        torch.library.register_autograd(
-            f'mmdet_moe::{name}', gradient, setup_context=save, lib=_LIBRARY
-        )
-    native.load()
+def _op(
+    name: str,
+    shapes: Callable,
+    gradient: Callable | None = None,
+    save: Callable[[Any, tuple, Any], None] | None = None,
+) -> Callable:
+    """Register an op, and make the function that calls it.
+
+    Outside of graphs and transforms, which need what is registered, the function passes by the
+    Python layers of ``register_autograd``, which take longer than the op on small tensors.
+
+    Args:
+        name: As in its schema and in the reference.
+        shapes: Empty outputs for the inputs.
+        gradient: Of the inputs, as ``register_autograd`` wants it; None if it has none.
+        save: What ``gradient`` needs.
+    """
+    _LIBRARY.impl(name, getattr(reference, name), 'CompositeExplicitAutograd')
+    torch.library.register_fake(f'mmdet_moe::{name}', shapes, lib=_LIBRARY)
+    op = getattr(torch.ops.mmdet_moe, name).default
+    if gradient is None:
+        return op
+    torch.library.register_autograd(
+        f'mmdet_moe::{name}', gradient, setup_context=save, lib=_LIBRARY
+    )
+
+    class Eager(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, *inputs):
+            with torch._C._AutoDispatchBelowAutograd():
+                output = op(*inputs)
+            if save is not None:
+                save(ctx, inputs, output)
+            return output
+
+        backward = staticmethod(gradient)
+
+    def call(*inputs):
+        if (
+            torch.compiler.is_compiling()
+            or torch.jit.is_tracing()
+            or torch._C._are_functorch_transforms_active()
+        ):
+            return op(*inputs)
+        if torch.is_grad_enabled() and any(getattr(i, 'requires_grad', False) for i in inputs):
+            return Eager.apply(*inputs)
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*inputs)
+
+    return call
 
 
-_register()
+sort_routes = _op('sort_routes', _sort_routes_shapes)
+dispatch = _op('dispatch', _dispatch_shape, _dispatch_gradient, _save_for_dispatch)
+dispatch_backward = _op(
+    'dispatch_backward',
+    _dispatch_backward_shape,
+    _dispatch_backward_gradient,
+    _save_for_dispatch_backward,
+)
+combine = _op('combine', _combine_shape, _combine_gradient, _save_inputs)
+combine_backward = _op('combine_backward', _combine_backward_shapes, _no_second_derivative)
+entmax15 = _op('entmax15', _entmax15_shape, _entmax15_gradient, _save_for_entmax15)
+entmax15_backward = _op(
+    'entmax15_backward', _entmax15_backward_shape, _entmax15_backward_gradient, _save_inputs
+)
+native.load()

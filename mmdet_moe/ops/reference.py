@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 
-def sort_routes(expert_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Stable sort of the routes by expert, those with id -1 last."""
+def sort_routes(expert_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+    """Stable sort of the routes by expert, those with id -1 last: offsets and positions."""
     flat = expert_ids.flatten()
     if flat.numel() and not flat.is_meta:
         low, high = flat.aminmax()
@@ -24,19 +24,23 @@ def sort_routes(expert_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, T
     order = torch.argsort(bucket, stable=True)
     counts = torch.bincount(bucket, minlength=num_experts + 1)[:num_experts]
     offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-    return order, offsets, _invert(order, len(order)).view_as(expert_ids)
+    inverse = torch.empty_like(order)
+    inverse[order] = torch.arange(len(order), device=order.device)
+    return offsets, inverse.view_as(expert_ids)
 
 
-def dispatch(x: Tensor, order: Tensor, k: int) -> Tensor:
-    """Row r is item ``order[r] // k``."""
-    return x.index_select(0, torch.div(order, k, rounding_mode='floor'))
+def dispatch(x: Tensor, inverse: Tensor, num_rows: int) -> Tensor:
+    """Row ``inverse[t, j]`` is item t; positions behind the rows are left out."""
+    items = torch.arange(inverse.shape[0], device=x.device)[:, None].expand_as(inverse)
+    # A row that nobody writes is of an item that there is not, which index_select refuses.
+    item_of_row = items.new_full((num_rows + 1,), inverse.shape[0])
+    item_of_row.scatter_(0, inverse.clamp(max=num_rows).flatten(), items.flatten())
+    return x.index_select(0, item_of_row[:num_rows])
 
 
-def dispatch_backward(grad: Tensor, order: Tensor, k: int, num_items: int) -> Tensor:
+def dispatch_backward(grad: Tensor, inverse: Tensor) -> Tensor:
     """Sum over each item's rows, routes without a row left out."""
-    inverse = _invert(order, num_items * k).view(num_items, k)
-    ones = torch.ones(num_items, k, dtype=_wide(grad), device=grad.device)
-    return combine(grad, ones, inverse)
+    return combine(grad, torch.ones(inverse.shape, device=grad.device), inverse)
 
 
 def combine(y: Tensor, weights: Tensor, inverse: Tensor) -> Tensor:
@@ -111,13 +115,6 @@ def _rows(y: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
     rows = y.index_select(0, positions.clamp(max=y.shape[0] - 1))
     trailing = (1,) * (y.dim() - 1)
     return rows.masked_fill(~kept.view(-1, *trailing), 0), kept
-
-
-def _invert(order: Tensor, num_routes: int) -> Tensor:
-    """Position of every route; ``len(order)`` for those that are not in it."""
-    inverse = order.new_full((num_routes,), len(order))
-    inverse[order] = torch.arange(len(order), device=order.device)
-    return inverse
 
 
 def _wide(rows: Tensor) -> torch.dtype:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from mmdet_moe.errors import ConfigError
 from mmdet_moe.moe.items import Items
-from mmdet_moe.moe.routers import GAPRouter, linear
+from mmdet_moe.moe.routers import GAPRouter
 from mmdet_moe.registry import MODELS
 
 
@@ -43,10 +43,10 @@ class PatchRouter(GAPRouter):
             )
         self.gate = gate
 
-    def compute_logits(self, x: Tensor, items: Items) -> Tensor:
+    def features(self, x: Tensor, items: Items) -> Tensor:
         if len(items) > 1:
             raise ConfigError("PatchRouter sums over whole images; use granularity='image'")
-        return linear(self.fc, x.sum((2, 3), dtype=torch.promote_types(x.dtype, torch.float32)))
+        return x.sum((2, 3), dtype=torch.promote_types(x.dtype, torch.float32))
 
     def choose(self, logits: Tensor, training: bool) -> tuple[Tensor, Tensor]:
         expert_ids, weights = super().choose(logits, training)

@@ -34,6 +34,8 @@ SECONDS_PER_COMPARISON = 15.0
 FEWEST_ROUNDS, MOST_ROUNDS = 7, 50
 #: A GPU is kept busy for as long, so that waiting for its last kernel does not count.
 SECONDS_PER_GPU_SAMPLE = 1e-2
+#: Each may take other inputs, so that none finds its own in the cache.
+CALLS_PER_GRAPH = 6
 
 Results = dict[str, Tensor | list[Tensor]]
 Inputs = dict[str, Tensor | list[Tensor]]
@@ -289,6 +291,7 @@ class Benchmark:
         baseline: str | None = None,
         limit: str | None = None,
         show: bool = True,
+        replay: bool = False,
     ) -> Comparison:
         """Check all alternatives, time them in turns, and print the table.
 
@@ -298,6 +301,8 @@ class Benchmark:
             baseline: Name of the alternative that ratios refer to.
             limit: Name of the alternative whose bandwidth is 100 %.
             show: Whether to print.
+            replay: On a GPU, time the replay of a CUDA graph of several calls, in which the host
+                starts nothing: what the device alone takes.
 
         Raises:
             WrongResult: If an alternative does not compute what is expected.
@@ -309,13 +314,20 @@ class Benchmark:
         for _ in range(WARM_UP_ROUNDS):
             round_seconds = [self._seconds(a.run) for a in alternatives]
         calls = [self._calls(seconds) for seconds in round_seconds]
+        runs = [a.run for a in alternatives]
+        divisors = calls
+        if replay and self.device.type == 'cuda':
+            runs = [_graph_of(run) for run in runs]
+            divisors = [n * CALLS_PER_GRAPH for n in calls]
         rounds = self.repeats or min(
             max(int(SECONDS_PER_COMPARISON / sum(round_seconds)), FEWEST_ROUNDS), MOST_ROUNDS
         )
         samples: dict[str, list[float]] = {a.name: [] for a in alternatives}
         for _ in range(rounds):
-            for alternative, n in zip(alternatives, calls, strict=True):
-                samples[alternative.name].append(self._seconds(alternative.run, n))
+            for alternative, run, n, divisor in zip(
+                alternatives, runs, calls, divisors, strict=True
+            ):
+                samples[alternative.name].append(self._seconds(run, n) * n / divisor)
         comparison = Comparison(
             title,
             samples,
@@ -359,6 +371,21 @@ class Benchmark:
         from torch.utils.benchmark import timer
 
         return timeit.Timer(run, timer=timer).timeit(calls) / calls
+
+
+def _graph_of(run: Callable[[], object]) -> Callable[[], None]:
+    """The replay of :data:`CALLS_PER_GRAPH` calls."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(WARM_UP_ROUNDS):
+            run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(CALLS_PER_GRAPH):
+            run()
+    return graph.replay
 
 
 def _stacked(value: Tensor | list[Tensor]) -> Tensor:

@@ -64,6 +64,9 @@ def test_columns_are_as_documented(recorded):
             'owner': 'int64', 'unit': 'int64', 'level': 'int32', 'share': 'float64',
             'weights': 'float32',
         }  # fmt: skip
+        types[f'layers/{number}/controls'] = {
+            'unit': 'int64', 'level': 'int32', 'logits': 'float32',
+        }  # fmt: skip
         types[f'layers/{number}/detections'] = {'unit': 'int64', 'weights': 'float32'}
     expected = {f'{kind}/{name}': t for kind, of in types.items() for name, t in of.items()}
     assert {name: array.dtype.name for name, array in arrays.items()} == expected

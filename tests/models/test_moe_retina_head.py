@@ -246,6 +246,39 @@ def test_decisions_count_the_positive_anchors_of_their_level():
         assert layer.routing.decision_weights.tolist() == expected
 
 
+@pytest.mark.parametrize(('granularity', 'grid_size'), [('pixel', 1), ('patch', 2)])
+def test_positive_anchors_of_pixels_and_patches(granularity, grid_size):
+    """Those of the image's decision on the level, divided among its items by their places."""
+    options = {**FOUR, 'granularity': granularity, 'grid_size': grid_size, 'whole_maps': True}
+    model, image = build_head(options), build_head(FOUR)
+    maps = [torch.randn(2, 6, 64 // s, 96 // s) for s in (8, 16, 32)]
+    _, samples = batch()
+    inside = {}
+    get_targets = image.get_targets
+
+    def remember(*args, **kwargs):
+        targets = get_targets(*args, **kwargs)
+        inside['labels'] = targets[0]
+        return targets
+
+    image.get_targets = remember
+    for head in (model, image):
+        head.loss(maps, samples)
+    weights = model.cls_moe.routing.decision_weights
+    by_level = weights.split(list(model.cls_moe.routing.items_per_level))
+    per_image = [level.view(2, -1).sum(1) for level in by_level]
+    assert torch.cat(per_image).tolist() == image.cls_moe.routing.decision_weights.tolist()
+    for level, labels in enumerate(inside['labels']):
+        height, width = maps[level].shape[2:]
+        expected = torch.zeros(2, len(model.cls_moe.items[level]))
+        for n, anchor in (labels < 3).nonzero().tolist():
+            cell = anchor // (labels.shape[1] // (height * width))
+            row, column = divmod(cell, width)
+            place = [torch.tensor([(i + 0.5) / of]) for i, of in ((column, width), (row, height))]
+            expected[n, model.cls_moe.items[level].locate(*place)] += 1
+        assert by_level[level].tolist() == expected.flatten().tolist()
+
+
 @pytest.mark.parametrize('decision_weight', ['uniform', 'area'])
 def test_other_decision_weights(decision_weight):
     model = build_head({**FOUR, 'decision_weight': decision_weight})

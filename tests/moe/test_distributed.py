@@ -23,6 +23,7 @@ LOSSES = {
     'batch entropy': moe.EntropyLoss(1.0, over='batch'),
     'item entropy': moe.EntropyLoss(1.0, over='item'),
     'data sets': moe.DatasetLoss(1.0, sources=2),
+    'importance within levels': moe.ImportanceLoss(1.0, within='level'),
 }
 CONSTRAINTS = {
     'relative': moe.RelativeImportanceConstraint,
@@ -93,6 +94,11 @@ def play(rank, world_size):
         model(part(data[0]).flatten(2).mT).square().mean().backward()
         results[f'mumoe {norm}'] = gradients(layer)
 
+    layer = build(8, normalise_levels=1)
+    for x in data:
+        layer([part(x)])
+    results['normalised levels'] = dict(layer.router.norm.state_dict())
+
     results['unused experts'] = train_with_unused_experts(wrap, part)
     return results
 
@@ -160,6 +166,12 @@ def test_constraints(name, one_rank, two_ranks):
 def test_utilization(one_rank, two_ranks):
     for rank in two_ranks:
         torch.testing.assert_close(rank['utilization'], one_rank['utilization'], rtol=0, atol=1e-6)
+
+
+def test_normalised_levels(one_rank, two_ranks):
+    for rank in two_ranks:
+        for key, value in one_rank['normalised levels'].items():
+            torch.testing.assert_close(rank['normalised levels'][key], value)
 
 
 @pytest.mark.parametrize('norm', ['ln', 'bn'])

@@ -1,5 +1,6 @@
 """Soft constraints against their formulas, in plain Python over lists of numbers."""
 
+import copy
 import math
 from statistics import fmean, variance
 
@@ -342,3 +343,33 @@ def test_data_sets_that_do_not_fit_are_refused():
     routing.sources = None
     with pytest.raises(ConfigError, match=r'set routing\.sources to the number of the data set'):
         DatasetLoss()(routing)
+
+
+@pytest.mark.parametrize('name', LOSSES)
+def test_within_levels(name):
+    """The mean of the losses of each level alone, which count as much as their decisions."""
+    loss, formula = LOSSES[name]
+    torch.manual_seed(0)
+    counts = torch.tensor([1.0, 2, 0, 1, 5, 1, 2, 0, 0, 0]).double()
+    logits = torch.randn(10, 4).double()
+    whole = routing_of(logits, 2, decision=counts)
+    whole.items_per_level, whole.num_images, whole.sources = (4, 4, 2), 2, (0, 1)
+    parts = []
+    for level in (slice(0, 4), slice(4, 8)):  # nothing counts on the last one
+        part = routing_of(logits[level], 2, decision=counts[level])
+        part.num_images, part.sources = 2, (0, 0, 1, 1)
+        parts.append(formula(part))
+    within = copy.deepcopy(loss)
+    within.within = 'level'
+    assert within(whole).item() == pytest.approx((4 * parts[0] + 8 * parts[1]) / 12, abs=1e-8)
+
+
+def test_experts_of_one_level_each():
+    """Pooled, they are in balance; within the levels they are not."""
+    routing = routing_of(torch.tensor([[9.0, 9, 0, 0]] * 3 + [[0.0, 0, 9, 9]] * 3), 2)
+    routing.items_per_level, routing.num_images = (3, 3), 3
+    assert ImportanceLoss(1.0)(routing) == 0
+    # Importances (1.5, 1.5, 0, 0): variance 0.75, mean 0.75.
+    assert ImportanceLoss(1.0, within='level')(routing).item() == pytest.approx(0.75 / 0.75**2)
+    with pytest.raises(ConfigError, match="ImportanceLoss: within='image' is unknown"):
+        ImportanceLoss(within='image')

@@ -9,6 +9,7 @@ from torch.autograd import gradcheck
 
 from mmdet_moe.errors import ConfigError
 from mmdet_moe.moe import ConvGAPRouter, GAPRouter, RelativeImportanceConstraint, routers
+from mmdet_moe.moe.items import Pixels
 from mmdet_moe.moe.patches import PatchGrid
 
 E, C = 5, 6
@@ -295,3 +296,63 @@ def test_kept_softmax_is_harmless_with_one_expert():
         [1],
         [1],
     ]
+
+
+class TestNormalisedLevels:
+    """Of :class:`GAPRouter`; every level by itself."""
+
+    @staticmethod
+    def router(kind=GAPRouter, **options):
+        torch.manual_seed(0)
+        return kind(4, 3, 2, noise=False, normalise_levels=2, init_std=1.0, **options).double()
+
+    @staticmethod
+    def maps(images=5):
+        return [torch.randn(images, 4, 3, 3).double() * s + m for s, m in ((2, 10), (0.1, -7))]
+
+    def test_running_statistics_by_hand(self):
+        router = self.router()
+        batches = [self.maps(), self.maps()]
+        for batch in batches:
+            logits = router(batch).logits
+        for level in range(2):
+            first, second = (batch[level].mean((2, 3)) for batch in batches)
+            mean = 0.9 * first.mean(0) + 0.1 * second.mean(0)
+            variance = 0.9 * first.var(0, correction=0) + 0.1 * second.var(0, correction=0)
+            features = (second - mean) / (variance + 1e-5).sqrt()
+            expected = features @ router.fc.weight.T + router.fc.bias
+            torch.testing.assert_close(logits[5 * level :][:5], expected, rtol=1e-5, atol=1e-5)
+
+    def test_levels_cannot_be_told_apart_by_their_means(self):
+        router = self.router()
+        maps = self.maps(200)
+        shifted = [maps[0], maps[1] + 50]
+        means = router(maps).logits.unflatten(0, (2, -1)).mean(1)
+        torch.testing.assert_close(means[0], means[1], rtol=0, atol=1e-6)
+        other = self.router()(shifted).logits
+        torch.testing.assert_close(other, router(maps).logits, rtol=1e-4, atol=1e-4)
+
+    def test_same_at_inference_and_unchanged_by_it(self):
+        router = self.router()
+        maps = self.maps()
+        trained = router(maps).logits
+        router.eval()
+        torch.testing.assert_close(router(maps).logits, trained)
+        # A decision does not depend on the other images.
+        alone = router([level[:1] for level in maps]).logits
+        torch.testing.assert_close(alone, trained[[0, 5]])
+        assert router.norm.batches.tolist() == [1, 1]
+
+    def test_pixels_and_a_convolution_before(self):
+        maps = self.maps()
+        items = [Pixels.of(level) for level in maps]
+        assert self.router()(maps, items).logits.shape == (90, 3)
+        assert self.router(ConvGAPRouter, conv_channels=6)(maps).logits.shape == (10, 3)
+
+    def test_wrong_numbers(self):
+        with pytest.raises(
+            ConfigError, match=r'normalise_levels=2, but the router is given 1 feat'
+        ):
+            self.router()(self.maps()[:1])
+        with pytest.raises(ConfigError, match='normalise_levels=0 must be the number'):
+            GAPRouter(4, 3, 2, normalise_levels=0)

@@ -10,36 +10,35 @@ from mmdet_moe.ops import combine, dispatch, reference, sort_routes
 def example(dtype=torch.float64, drop=True):
     """Items, rows, weights that require gradients, and the routes of 5 items to 2 of 4 experts."""
     ids = torch.tensor([[2, 0], [0, 1], [2, 1], [3, -1 if drop else 0], [1, 3]])
-    order, offsets, inverse = sort_routes(ids, 4)
-    order = order[: int(offsets[-1])]
+    offsets, inverse = sort_routes(ids, 4)
+    num_rows = int(offsets[-1])
     x = torch.randn(5, 2, 3, dtype=dtype, requires_grad=True)
-    y = torch.randn(len(order), 2, 3, dtype=dtype, requires_grad=True)
+    y = torch.randn(num_rows, 2, 3, dtype=dtype, requires_grad=True)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     weights = torch.rand(5, 2, dtype=wide, requires_grad=True)
-    return ids, order, inverse, x, y, weights
+    return ids, num_rows, inverse, x, y, weights
 
 
 @pytest.mark.parametrize('drop', [False, True])
 def test_gradients_by_finite_differences(drop):
-    _, order, inverse, x, y, weights = example(drop=drop)
-    assert gradcheck(lambda x: dispatch(x, order, 2), (x,))
+    _, num_rows, inverse, x, y, weights = example(drop=drop)
+    assert gradcheck(lambda x: dispatch(x, inverse, num_rows), (x,))
     assert gradcheck(lambda y, w: combine(y, w, inverse), (y, weights))
-    rows = torch.randn(len(order), 2, 3, dtype=torch.float64, requires_grad=True)
     backward = torch.ops.mmdet_moe.dispatch_backward
-    assert gradcheck(lambda g: backward(g, order, 2, 5), (rows,))
+    assert gradcheck(lambda g: backward(g, inverse), (y,))
 
 
 @pytest.mark.parametrize('dtype', [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_opcheck(dtype):
     """PyTorch's own checks of schema, autograd registration, fake kernels and AOT dispatch."""
-    ids, order, inverse, x, y, weights = example(dtype)
+    ids, num_rows, inverse, x, y, weights = example(dtype)
     ops = torch.ops.mmdet_moe
     tests = ('test_schema', 'test_autograd_registration', 'test_faketensor')
-    grad, rows = torch.randn_like(x), torch.randn_like(y)
+    grad = torch.randn_like(x)
     for op, arguments in (
         (ops.sort_routes, (ids, 4)),
-        (ops.dispatch, (x, order, 2)),
-        (ops.dispatch_backward, (rows.detach().requires_grad_(), order, 2, 5)),
+        (ops.dispatch, (x, inverse, num_rows)),
+        (ops.dispatch_backward, (y, inverse)),
         (ops.combine, (y, weights, inverse)),
         (ops.combine_backward, (grad, y.detach(), weights.detach(), inverse)),
     ):
@@ -63,10 +62,10 @@ def test_weights_may_have_another_dtype():
 
 
 def test_autocast_leaves_the_rows_as_they_are():
-    _, order, inverse, x, y, weights = example(torch.float32)
+    _, num_rows, inverse, x, y, weights = example(torch.float32)
     with torch.autocast('cpu', torch.bfloat16):
-        assert dispatch(x, order, 2).dtype == torch.float32
-        assert dispatch(x.bfloat16(), order, 2).dtype == torch.bfloat16
+        assert dispatch(x, inverse, num_rows).dtype == torch.float32
+        assert dispatch(x.bfloat16(), inverse, num_rows).dtype == torch.bfloat16
         total = combine(y.bfloat16(), weights, inverse)
         assert total.dtype == torch.bfloat16
         assert combine(y, weights, inverse).dtype == torch.float32
@@ -76,10 +75,11 @@ def test_autocast_leaves_the_rows_as_they_are():
 
 def test_second_derivatives():
     """Dispatch is linear; combine says that it has none."""
-    _, order, inverse, x, y, weights = example()
-    (grad,) = torch.autograd.grad(dispatch(x, order, 2).square().sum(), x, create_graph=True)
+    _, num_rows, inverse, x, y, weights = example()
+    rows = dispatch(x, inverse, num_rows)
+    (grad,) = torch.autograd.grad(rows.square().sum(), x, create_graph=True)
     (second,) = torch.autograd.grad(grad.sum(), x)
-    kept = torch.bincount(order // 2, minlength=5).double()
+    kept = (inverse < num_rows).sum(1).double()
     torch.testing.assert_close(second, 2 * kept.view(5, 1, 1).expand_as(x))
     total = combine(y, weights, inverse).square().sum()
     (grad,) = torch.autograd.grad(total, y, create_graph=True)
@@ -92,8 +92,8 @@ def test_compiles_without_graph_breaks(dynamic):
     """Also when the number of rows is known to the device only."""
 
     def layer(x, ids, weights):
-        order, offsets, inverse = sort_routes(ids, 4)
-        rows = dispatch(x * 2, order, 2)
+        offsets, inverse = sort_routes(ids, 4)
+        rows = dispatch(x * 2, inverse, inverse.numel())
         return combine(rows.relu(), weights, inverse), offsets
 
     compiled = torch.compile(layer, fullgraph=True, dynamic=dynamic, backend='aot_eager')
@@ -114,10 +114,10 @@ def test_compiles_without_graph_breaks(dynamic):
 
 def test_shapes_without_data():
     ids = torch.zeros(7, 2, dtype=torch.int64, device='meta')
-    order, offsets, inverse = sort_routes(ids, 5)
-    assert (order.shape, offsets.shape, inverse.shape) == ((14,), (6,), (7, 2))
-    rows = dispatch(torch.zeros(7, 3, 4, device='meta', dtype=torch.bfloat16), order, 2)
-    assert (rows.shape, rows.dtype) == ((14, 3, 4), torch.bfloat16)
+    offsets, inverse = sort_routes(ids, 5)
+    assert (offsets.shape, inverse.shape) == ((6,), (7, 2))
+    rows = dispatch(torch.zeros(7, 3, 4, device='meta', dtype=torch.bfloat16), inverse, 13)
+    assert (rows.shape, rows.dtype) == ((13, 3, 4), torch.bfloat16)
     total = combine(rows, torch.zeros(7, 2, device='meta'), inverse)
     assert (total.shape, total.dtype) == ((7, 3, 4), torch.bfloat16)
 
@@ -131,15 +131,18 @@ def test_sort_routes_refuses_other_tensors(ids):
 
 
 def test_arguments_that_do_not_fit():
-    _, order, inverse, x, y, weights = example(torch.float32)
+    _, num_rows, inverse, x, y, weights = example(torch.float32)
     meta = weights.detach().to('meta')
     for message, call in {
         'num_experts must be at least 1, got 0': lambda: sort_routes(inverse, 0),
-        'x must have at least one dimension': lambda: dispatch(torch.tensor(1.0), order, 2),
-        'order must be an int64 tensor of shape': lambda: dispatch(x, order.int(), 2),
-        'k must be at least 1, got 0': lambda: dispatch(x, order, 0),
-        'order has 9 routes, but 5 items with k=1 have only 5': lambda: dispatch(x, order, 1),
-        'order is on meta, but x on cpu; move both': lambda: dispatch(x, order.to('meta'), 2),
+        'x must have at least one dimension': lambda: dispatch(
+            torch.tensor(1.0), inverse, num_rows
+        ),
+        'inverse must be an int64 tensor of shape': lambda: dispatch(x, inverse.int(), num_rows),
+        'inverse has routes of 5 items, but x has 3': lambda: dispatch(x[:3], inverse, 5),
+        'num_rows must be between 0 and the 10 .*, got -1': lambda: dispatch(x, inverse, -1),
+        'num_rows must be between 0 and the 10 .*, got 11': lambda: dispatch(x, inverse, 11),
+        'inverse is on meta, but x on cpu; move both': lambda: dispatch(x, inverse.to('meta'), 9),
         'y must be a floating-point tensor': lambda: combine(y.long(), weights, inverse),
         'inverse must be an int64 tensor': lambda: combine(y, weights, inverse[:, 0]),
         r'weights must be .* of shape \(5, 2\), as inverse': lambda: combine(
@@ -157,14 +160,58 @@ def test_arguments_that_do_not_fit():
 def test_direct_calls_cannot_touch_memory_of_others():
     """Arguments that the public functions do not see as wrong, or do not get to see."""
     ops = torch.ops.mmdet_moe
-    _, order, inverse, x, y, weights = example(torch.float32)
-    for arguments in ((x, order + 5, 2), (x, order - 1, 2), (x, order.int(), 2), (x, order, 1)):
+    _, num_rows, inverse, x, y, weights = example(torch.float32)
+    for positions, count in (
+        (inverse - 1, num_rows),
+        (inverse + 1, num_rows),  # nobody writes row 0
+        (inverse.int(), num_rows),
+        (inverse[:4], num_rows),
+        (inverse, 11),
+        (inverse, -1),
+    ):
         with pytest.raises((RuntimeError, IndexError)):
-            ops.dispatch(*arguments)
-    for wrong in (order + 5, order - 1):
-        with pytest.raises((RuntimeError, IndexError)):
-            ops.dispatch_backward(y, wrong, 2, 5)
+            ops.dispatch(x, positions, count)
+    with pytest.raises((RuntimeError, IndexError)):
+        ops.dispatch_backward(y, inverse - 1)
     with pytest.raises((RuntimeError, IndexError)):
         ops.combine(y, weights, inverse - 1)
     with pytest.raises((RuntimeError, IndexError)):
         ops.combine_backward(x, y, weights, inverse - 1)
+
+
+@pytest.mark.parametrize('width', [(3, 4), (1, 4), (1, 1)])
+def test_maps_keep_their_memory_format(width):
+    """Values and gradients those of contiguous maps, bit for bit."""
+    _, inverse = sort_routes(torch.tensor([[0, 2], [1, 0], [2, 1]]), 3)
+    x, weights = torch.randn(3, 5, *width), torch.rand(3, 2)
+    results = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        maps = x.clone().to(memory_format=layout).requires_grad_()
+        rows = dispatch(maps, inverse, 6)
+        y = combine(rows.tanh(), weights, inverse)
+        assert rows.is_contiguous(memory_format=layout)
+        assert y.is_contiguous(memory_format=layout)
+        results.append((rows, y, *torch.autograd.grad(y.square().sum(), maps)))
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.filterwarnings('ignore')  # about what is traced
+def test_registered_and_eager_gradients_agree():
+    """The public functions pass by the registered autograd, but not where something is traced."""
+    _, num_rows, inverse, x, _, weights = example()
+    ops = torch.ops.mmdet_moe
+
+    def layer(dispatch, combine):
+        return lambda x, w: combine(dispatch(x, inverse, num_rows).square(), w, inverse)
+
+    eager, registered = layer(dispatch, combine), layer(ops.dispatch, ops.combine)
+    results = []
+    for function in (eager, registered):
+        y = function(x, weights)
+        results.append((y, *torch.autograd.grad(y.square().sum(), (x, weights))))
+    torch.testing.assert_close(*results, rtol=0, atol=0)
+    with torch.no_grad():
+        assert torch.equal(eager(x, weights), results[0][0])
+    traced = torch.jit.trace(eager, (x, weights), check_trace=False)
+    assert {'mmdet_moe::dispatch', 'mmdet_moe::combine'} <= {n.kind() for n in traced.graph.nodes()}

@@ -97,9 +97,9 @@ def copy(tmp_path):
 
 
 def test_one_line_says_that_the_reference_serves(copy):
-    code = 'import torch, mmdet_moe.ops as o; print(o.sort_routes(torch.tensor([[1], [0]]), 2)[0])'
+    code = 'import torch, mmdet_moe.ops as o; print(o.sort_routes(torch.tensor([[1], [0]]), 2)[1])'
     done = run('-c', code, PYTHONPATH=str(copy))
-    assert done.stdout.strip() == 'tensor([1, 0])'
+    assert done.stdout.strip() == 'tensor([[1],\n        [0]])'
     (line,) = done.stderr.splitlines()
     assert LINE in line
     assert 'not built; run `python -m mmdet_moe.ops --build`' in line
@@ -322,23 +322,23 @@ STORE = """
 import resource, torch
 from mmdet_moe.ops import combine, dispatch, sort_routes
 ids = torch.rand(16384, 8).topk(2).indices
-order, _, inverse = sort_routes(ids, 8)
+_, inverse = sort_routes(ids, 8)
 x, weights = torch.rand(16384, 512), torch.rand(16384, 2)
 def step():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    combine(dispatch(x, order, 2), weights, inverse)
+    combine(dispatch(x, inverse, 32768), weights, inverse)
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 step(), step()
 print(step() + step())
-kept = [dispatch(x * factor, order, 2) for factor in range(20)]  # 1.3 GB at once
-rows = x.index_select(0, order // 2)
+kept = [dispatch(x * factor, inverse, 32768) for factor in range(20)]  # 1.3 GB at once
+rows = x.index_select(0, inverse.flatten().argsort() // 2)
 assert all(torch.equal(y, rows * factor) for factor, y in enumerate(kept))
 del kept
 def memory():
     return int(open('/proc/self/statm').read().split()[1]) * resource.getpagesize()
 print(memory())
-many, _, _ = sort_routes(torch.rand(16384, 20).topk(17).indices, 20)
-dispatch(x, many, 17)  # 570 MB: more than may be kept
+_, many = sort_routes(torch.rand(16384, 20).topk(17).indices, 20)
+dispatch(x, many, many.numel())  # 570 MB: more than may be kept
 print(memory())
 """
 

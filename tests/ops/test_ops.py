@@ -30,7 +30,7 @@ def random_ids(num_items, k, num_experts, drop=0.0):
 
 
 def loop_sort(ids, num_experts):
-    """order, offsets and inverse by their definition."""
+    """The routes in expert order, and the offsets, by their definition."""
     routes = ids.flatten().tolist()
     by_expert = [[r for r, e in enumerate(routes) if e == wanted] for wanted in range(num_experts)]
     order = [r for routes_of_one in by_expert for r in routes_of_one]
@@ -40,9 +40,9 @@ def loop_sort(ids, num_experts):
 
 
 def routes_on(device, ops, ids, num_experts):
-    """Sorted routes without those of nobody, on the device."""
-    order, offsets, inverse = ops.sort_routes(ids.to(device), num_experts)
-    return order[: int(offsets[-1])], inverse
+    """Sorted routes without those of nobody, and their positions, on the device."""
+    offsets, inverse = ops.sort_routes(ids.to(device), num_experts)
+    return inverse.flatten().argsort()[: int(offsets[-1])], inverse
 
 
 def tolerance(dtype, terms):
@@ -53,11 +53,10 @@ def tolerance(dtype, terms):
 def test_sort_routes_on_a_hand_example(ops, device):
     # Routes in order: 2, 0 | 0, 1 | none, 1. Expert 3 gets nothing.
     ids = torch.tensor([[2, 0], [0, 1], [-1, 1]], device=device)
-    order, offsets, inverse = ops.sort_routes(ids, 4)
-    assert order.tolist() == [1, 2, 3, 5, 0, 4]
+    offsets, inverse = ops.sort_routes(ids, 4)
     assert offsets.tolist() == [0, 2, 4, 5, 5]
     assert inverse.tolist() == [[4, 0], [1, 2], [5, 3]]
-    assert {t.dtype for t in (order, offsets, inverse)} == {torch.int64}
+    assert offsets.dtype == inverse.dtype == torch.int64
 
 
 @pytest.mark.parametrize('drop', [0.0, 0.3, 1.0])
@@ -66,11 +65,10 @@ def test_sort_routes_on_a_hand_example(ops, device):
 )
 def test_sort_routes_groups_by_expert_in_item_order(ops, device, num_items, k, num_experts, drop):
     ids = random_ids(num_items, k, num_experts, drop)
-    order, offsets, inverse = ops.sort_routes(ids.to(device), num_experts)
-    expected_order, expected_offsets = loop_sort(ids, num_experts)
-    assert order.tolist() == expected_order
+    offsets, inverse = ops.sort_routes(ids.to(device), num_experts)
+    order, expected_offsets = loop_sort(ids, num_experts)
     assert offsets.tolist() == expected_offsets
-    assert order[inverse.flatten()].tolist() == list(range(num_items * k))
+    assert inverse.flatten()[order].tolist() == list(range(num_items * k))
 
 
 @pytest.mark.parametrize('threads', [1, 2, 5])
@@ -79,12 +77,11 @@ def test_sort_routes_on_many_routes(ops, device, num_experts, threads, set_threa
     """2^18 routes, which several threads share; numpy's stable sort is the other opinion."""
     set_threads(threads)
     ids = torch.randint(-1, num_experts, (1 << 17, 2))
-    order, offsets, inverse = ops.sort_routes(ids.to(device), num_experts)
+    offsets, inverse = ops.sort_routes(ids.to(device), num_experts)
     flat = ids.flatten().numpy()
     keys = (flat + (flat < 0) * (num_experts + 1)).astype('int32')
     expected = torch.from_numpy(keys.argsort(kind='stable'))
-    assert torch.equal(order.cpu(), expected)
-    assert torch.equal(order[inverse.flatten()].cpu(), torch.arange(ids.numel()))
+    assert torch.equal(inverse.flatten().cpu()[expected], torch.arange(ids.numel()))
     starts = torch.from_numpy(keys[expected].searchsorted(range(num_experts + 1)))
     assert torch.equal(offsets.cpu(), starts)
 
@@ -92,7 +89,9 @@ def test_sort_routes_on_many_routes(ops, device, num_experts, threads, set_threa
 def test_sort_routes_on_sixteen_million_routes(device):
     """2^24 routes to 1,024 experts, by the kernels that are in use."""
     ids = torch.randint(0, 1024, (1 << 23, 2), device=device)
-    order, offsets, inverse = torch.ops.mmdet_moe.sort_routes(ids, 1024)
+    offsets, inverse = torch.ops.mmdet_moe.sort_routes(ids, 1024)
+    order = torch.empty_like(inverse.flatten())
+    order[inverse.flatten()] = torch.arange(1 << 24, device=device)
     experts = ids.flatten()[order]
     assert bool((experts.diff() >= 0).all())
     assert bool((order.diff()[experts.diff() == 0] > 0).all())  # stable
@@ -112,29 +111,26 @@ def test_sort_routes_refuses_unknown_experts(ops, device, wrong):
 
 @pytest.mark.parametrize('trailing', [(5, 4), (0,)])
 def test_no_items(ops, device, trailing):
-    order, offsets, inverse = ops.sort_routes(
-        torch.zeros(0, 2, dtype=torch.int64, device=device), 3
-    )
-    assert order.numel() == 0
+    offsets, inverse = ops.sort_routes(torch.zeros(0, 2, dtype=torch.int64, device=device), 3)
     assert offsets.tolist() == [0, 0, 0, 0]
     assert inverse.shape == (0, 2)
-    rows = ops.dispatch(torch.zeros(0, *trailing, device=device), order, 2)
+    rows = ops.dispatch(torch.zeros(0, *trailing, device=device), inverse, 0)
     assert rows.shape == (0, *trailing)
     weights = torch.zeros(0, 2, device=device)
     assert ops.combine(rows, weights, inverse).shape == (0, *trailing)
-    assert ops.dispatch_backward(rows, order, 2, 0).shape == (0, *trailing)
+    assert ops.dispatch_backward(rows, inverse).shape == (0, *trailing)
     grads = ops.combine_backward(rows, rows, weights, inverse)
     assert [g.shape for g in grads] == [(0, *trailing), (0, 2)]
 
 
 def test_no_rows(ops, device):
     """Items whose routes are all nobody's."""
-    order, inverse = routes_on(device, ops, torch.full((3, 2), -1), 4)
+    _, inverse = routes_on(device, ops, torch.full((3, 2), -1), 4)
     x, weights = torch.rand(3, 5, device=device), torch.rand(3, 2, device=device)
-    rows = ops.dispatch(x, order, 2)
+    rows = ops.dispatch(x, inverse, 0)
     assert rows.shape == (0, 5)
     assert torch.equal(ops.combine(rows, weights, inverse), torch.zeros_like(x))
-    assert torch.equal(ops.dispatch_backward(rows, order, 2, 3), torch.zeros_like(x))
+    assert torch.equal(ops.dispatch_backward(rows, inverse), torch.zeros_like(x))
     grad_y, grad_weights = ops.combine_backward(x, rows, weights, inverse)
     assert grad_y.shape == (0, 5)
     assert torch.equal(grad_weights, torch.zeros_like(weights))
@@ -142,26 +138,26 @@ def test_no_rows(ops, device):
 
 def test_rows_without_values(ops, device):
     ids = random_ids(4, 2, 3)
-    order, inverse = routes_on(device, ops, ids, 3)
+    _, inverse = routes_on(device, ops, ids, 3)
     x, weights = torch.zeros(4, 0, device=device), torch.rand(4, 2, device=device)
-    assert ops.dispatch(x, order, 2).shape == (8, 0)
+    assert ops.dispatch(x, inverse, 8).shape == (8, 0)
     grad_y, grad_weights = ops.combine_backward(x, x.new_zeros(8, 0), weights, inverse)
     assert grad_y.shape == (8, 0)
     assert torch.equal(grad_weights, torch.zeros_like(weights))
 
 
 @sweep
-@pytest.mark.parametrize('drop', [0.0, 0.4])
+@pytest.mark.parametrize(('k', 'drop'), [(1, 0.4), (2, 0.0), (2, 0.4), (9, 0.4)])
 @pytest.mark.parametrize('dtype', ANY, ids=str)
 @pytest.mark.parametrize('trailing', WIDTHS, ids=str)
-def test_dispatch_copies_rows(ops, device, dtype, trailing, drop):
+def test_dispatch_copies_rows(ops, device, dtype, trailing, k, drop):
     x = torch.randint(-9, 9, (6, *trailing)).to(dtype)
-    order, _ = routes_on(device, ops, random_ids(6, 2, 4, drop), 4)
-    rows = ops.dispatch(x.to(device), order, 2)
+    order, inverse = routes_on(device, ops, random_ids(6, k, 10, drop), 10)
+    rows = ops.dispatch(x.to(device), inverse, len(order))
     assert rows.dtype == dtype
     assert rows.shape == (len(order), *trailing)
     for row, route in zip(rows.cpu(), order.tolist(), strict=True):
-        assert torch.equal(row, x[route // 2])
+        assert torch.equal(row, x[route // k])
 
 
 @sweep
@@ -170,12 +166,12 @@ def test_dispatch_copies_rows(ops, device, dtype, trailing, drop):
 @pytest.mark.parametrize('trailing', WIDTHS, ids=str)
 def test_gradient_of_dispatch_is_the_sum(ops, device, dtype, k, trailing):
     ids = random_ids(5, k, 21, drop=0.3)
-    order, _ = routes_on(device, ops, ids, 21)
+    order, inverse = routes_on(device, ops, ids, 21)
     grad = torch.randn(len(order), *trailing).to(dtype)
     expected = torch.zeros(5, *trailing, dtype=torch.float64)
     for row, route in zip(grad.double(), order.tolist(), strict=True):
         expected[route // k] += row
-    result = ops.dispatch_backward(grad.to(device), order, k, 5)
+    result = ops.dispatch_backward(grad.to(device), inverse)
     assert result.dtype == dtype
     eps = tolerance(dtype, k)
     torch.testing.assert_close(result.cpu().double(), expected, rtol=eps, atol=eps * 10)
@@ -220,7 +216,7 @@ def test_rows_larger_than_the_caches(ops, device, dtype, width):
     ids = random_ids(num_items, k, 4, drop=0.1)
     order, inverse = routes_on(device, ops, ids, 4)
     x = torch.randn(num_items, width, device=device).to(dtype)
-    rows = ops.dispatch(x, order, k)
+    rows = ops.dispatch(x, inverse, len(order))
     assert torch.equal(rows, x[order // k])
     weights = torch.rand(num_items, k, device=device)
     chosen = weights * (ids.to(device) >= 0)
@@ -241,11 +237,11 @@ def test_tensors_that_are_not_aligned(ops, device, shift):
         return numbers[shift:].view(shape)
 
     ids = random_ids(9, 2, 4)
-    order, inverse = routes_on(device, ops, ids, 4)
+    _, inverse = routes_on(device, ops, ids, 4)
     x, y, grad, weights = shifted(9, 37), shifted(18, 37), shifted(9, 37), shifted(9, 2)
     for name, arguments in {
-        'dispatch': (x, order, 2),
-        'dispatch_backward': (y, order, 2, 9),
+        'dispatch': (x, inverse, 18),
+        'dispatch_backward': (y, inverse),
         'combine': (y, weights, inverse),
         'combine_backward': (grad, y, weights, inverse),
     }.items():
@@ -255,9 +251,9 @@ def test_tensors_that_are_not_aligned(ops, device, shift):
 
 def test_tensors_that_are_not_contiguous(ops, device):
     ids = random_ids(6, 2, 4)
-    order, offsets, inverse = ops.sort_routes(ids.to(device), 4)
+    offsets, inverse = ops.sort_routes(ids.to(device), 4)
     strange = ids.to(device).t().contiguous().t()
-    for a, b in zip(ops.sort_routes(strange, 4), (order, offsets, inverse), strict=True):
+    for a, b in zip(ops.sort_routes(strange, 4), (offsets, inverse), strict=True):
         assert torch.equal(a, b)
     x, y, grad = (torch.randn(n, 5, 7, device=device) for n in (6, 12, 6))
     weights = torch.rand(6, 2, device=device)
@@ -268,8 +264,8 @@ def test_tensors_that_are_not_contiguous(ops, device):
         return doubled[..., ::2]
 
     for name, arguments in {
-        'dispatch': (x, order, 2),
-        'dispatch_backward': (y, order, 2, 6),
+        'dispatch': (x, inverse, 12),
+        'dispatch_backward': (y, inverse),
         'combine': (y, weights, inverse),
         'combine_backward': (grad, y, weights, inverse),
     }.items():
@@ -282,10 +278,10 @@ def test_tensors_that_are_not_contiguous(ops, device):
 def test_half_precision_is_summed_in_float32(ops, device):
     # bfloat16 has 8 significant bits: 256 + 1 rounds to 256, so a bfloat16 sum would stay at 256.
     rows = torch.tensor([[256.0], [1.0], [1.0], [1.0], [1.0]], device=device).bfloat16()
-    routes = torch.arange(5, device=device)
-    total = ops.combine(rows, torch.ones(1, 5, device=device), routes.view(1, 5))
+    inverse = torch.arange(5, device=device).view(1, 5)
+    total = ops.combine(rows, torch.ones(1, 5, device=device), inverse)
     assert total.item() == 260.0
-    assert ops.dispatch_backward(rows, routes, 5, 1).item() == 260.0
+    assert ops.dispatch_backward(rows, inverse).item() == 260.0
 
 
 def test_dropped_rows_are_not_touched(ops, device):
@@ -305,7 +301,7 @@ def test_dropped_rows_are_not_touched(ops, device):
 def test_bitwise_equal_from_run_to_run(ops, device, width, set_threads):
     """Also with another number of threads."""
     ids = random_ids(200, 3, 8)
-    order, inverse = routes_on(device, ops, ids, 8)
+    _, inverse = routes_on(device, ops, ids, 8)
     x, y, weights = torch.randn(200, width), torch.randn(600, width), torch.rand(200, 3)
     x, y, weights = x.to(device), y.to(device), weights.to(device)
     seen = []
@@ -314,7 +310,7 @@ def test_bitwise_equal_from_run_to_run(ops, device, width, set_threads):
         seen.append(
             (
                 ops.combine(y, weights, inverse),
-                ops.dispatch_backward(y, order, 3, 200),
+                ops.dispatch_backward(y, inverse),
                 *ops.combine_backward(x, y, weights, inverse),
             )
         )
@@ -332,8 +328,8 @@ def test_more_than_two_to_the_31_values(device):
     width = 800_000_000  # the third row starts at 1.6e9, and ends at 2.4e9 > 2^31
     x = torch.zeros(1, width, dtype=torch.uint8, device=device)
     x[0, -1] = 7
-    order = torch.arange(3, device=device)
-    rows = torch.ops.mmdet_moe.dispatch(x, order, 3)
+    inverse = torch.arange(3, device=device).view(1, 3)
+    rows = torch.ops.mmdet_moe.dispatch(x, inverse, 3)
     assert rows.shape == (3, width)
     assert rows[:, -1].tolist() == [7, 7, 7]
     assert rows[2, -1000:-1].count_nonzero() == 0
@@ -341,6 +337,6 @@ def test_more_than_two_to_the_31_values(device):
     y = torch.zeros(3, width, dtype=torch.bfloat16, device=device)
     y[:, -1] = torch.tensor([1.0, 2.0, 4.0])
     weights = torch.tensor([[1.0, 1.0, 2.0]], device=device)
-    total = torch.ops.mmdet_moe.combine(y, weights, order.view(1, 3))
+    total = torch.ops.mmdet_moe.combine(y, weights, inverse)
     assert total[0, -1].item() == 11.0
     assert total[0, -1000:-1].count_nonzero() == 0

@@ -28,11 +28,13 @@ from mmdet_moe.analysis.records.files import RecordFiles
 from mmdet_moe.analysis.statistics import summary
 from mmdet_moe.analysis.statistics.matching import CORRECT
 from mmdet_moe.analysis.statistics.outcomes import outcomes_of
+from mmdet_moe.analysis.statistics.similarity import mean_between
 from mmdet_moe.errors import ConfigError
 
 DEMO = Path(mmdet_moe.__file__).parents[1] / 'configs' / 'demo'
 EXPERTS, LEVELS, IMAGES, BATCH, PER_FILE = 3, 5, 8, 2, 3
 HALF = ('--max-images', '4')
+ALIKE = ('cosine', 'cka')
 THRESHOLD = 0.87  # about half of the tiny model's detections
 LAYERS = ['bbox_head.cls_moe', 'bbox_head.reg_moe']
 DETECTOR = f"""
@@ -242,12 +244,30 @@ def check_association(table, experts, total=None):
         np.testing.assert_allclose(share, expected, atol=1e-12)
 
 
+def check_controls(table, attribute, task):
+    """Of each draw, and their means; the level is a control where there are several."""
+    if not table['num_units']:
+        assert 'controls' not in table
+        return
+    controls = table['controls']
+    assert set(controls) == ({'random', 'level'} if task == 'detection' else {'random'})
+    random = controls['random']
+    assert random['mi'] == pytest.approx(np.mean(random['draws']))
+    assert all(0 <= mi <= np.log(EXPERTS) for mi in random['draws'])
+    if task == 'detection':
+        # Where all things are on one level, there is none to be given.
+        assert set(random['given']) <= ({'level'} if attribute != 'level' else set())
+        for name, value in random['given'].items():
+            assert value == pytest.approx(np.mean(random['draws_given'][name]))
+            assert controls['level']['given'][name] == pytest.approx(0, abs=1e-6)
+
+
 def check_schema(experts, task):
     assert list(experts)[:2] == ['schema', 'version']
     assert (experts['schema'], experts['version']) == ('mmdet_moe.experts', 3)
     assert set(experts) == {
         'schema', 'version', 'run', 'metrics', 'metrics_interval', 'layers', 'interventions',
-        'history', 'verdict',
+        'history', 'flows', 'stability', 'verdict',
     }  # fmt: skip
     run = experts['run']
     assert set(run) == {
@@ -285,6 +305,15 @@ def check_schema(experts, task):
         for tables in layer['associations'].values():
             for table in tables.values():
                 check_association(table, experts_)
+            for attribute, table in tables.items():
+                check_controls(table, attribute, task)
+        similarity = layer['similarity']
+        for matrix in (similarity['weights']['cosine'], *map(similarity['outputs'].get, ALIKE)):
+            assert np.array(matrix).shape == (experts_, experts_)
+            np.testing.assert_allclose(np.diag(matrix), 1)
+        assert np.array(similarity['linkage']).shape == (experts_ - 1, 4)
+        assert similarity['outputs']['num_examples'] > 50
+        assert (similarity['reason'], similarity['training']) == (None, None)
     said = {entry['layer']: entry for entry in experts['verdict']}
     assert said.keys() == {*experts['layers'], None}
     for entry in said.values():
@@ -604,7 +633,7 @@ def test_error_in_the_middle(detector, tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         calls = stop_at(patch, SingleStageDetector, 'predict', 0, None)
         experts = detector(out, '--no-interventions')
-    assert calls == [2]
+    assert calls == [2 + IMAGES // BATCH]  # the other half, and to compare the experts
     assert experts['run']['num_images'] == IMAGES
 
 
@@ -722,12 +751,60 @@ def test_comparison(detector, finished, tmp_path, capsys):
         for layer in json.loads(content(finished))['layers'].values()
     ]
     assert (out / 'figures' / 'polysemanticity.png').exists() == any(matters)
+    (same,) = json.loads(content(out))['stability']
+    assert (same['run'], same['reason'], list(same['layers'])) == ('finished', None, LAYERS)
+    for shares in same['layers'].values():  # the first three images are the same ones
+        assert (shares['num_decisions'], shares['changed']) == (3 * LEVELS, 0)
     before = files_in(tmp_path)
     (tmp_path / 'nothing').mkdir()
     for other in (tmp_path / 'nothing', tmp_path / 'missing', detector.config):
         sentence = failure(capsys, detector, tmp_path / 'new', '--compare', str(other))
         assert str(other) in sentence
     assert files_in(tmp_path) == before
+    assert not (tmp_path / 'new').exists()
+
+
+def test_two_checkpoints_of_a_training(detector, finished, tmp_path, capsys):
+    """Who decides otherwise, and how alike the weights are in each."""
+    work = tmp_path / 'work'
+    work.mkdir()
+    shutil.copy(detector.checkpoint, work / 'iter_20.pth')
+    save_checkpoint(detector.read(), work / 'iter_3.pth', seed=1)
+    arguments = ('--no-interventions', '--over-training', '--compare', str(finished))
+    experts = detector(tmp_path / 'out', *arguments, checkpoint=work / 'iter_3.pth')
+    (other,) = experts['stability']
+    (other_images,) = detector(
+        tmp_path / 'train', '--no-interventions', '--split', 'train', '--compare', str(finished)
+    )['stability']
+    assert other_images['reason'] == 'it is of another data set'
+    for number, name in enumerate(LAYERS):
+        main = []
+        for folder in (finished, tmp_path / 'out'):
+            found = {}
+            for file in (folder / 'records' / 'statistics').glob('*.npz'):
+                arrays = np.load(file)
+                units, weights = (
+                    arrays[f'layers/{number}/decisions/{key}'] for key in ('unit', 'weights')
+                )
+                found |= dict(zip(units.tolist(), weights.argmax(1).tolist(), strict=True))
+            main.append(found)
+        changed = np.mean([main[0][unit] != expert for unit, expert in main[1].items()])
+        assert other['layers'][name]['changed'] == pytest.approx(changed)
+        assert changed > 0
+        assert len(main[0]) == other['layers'][name]['num_decisions']
+        (said,) = [entry for entry in experts['verdict'] if entry['layer'] == name]
+        assert any(s.startswith('against finished, ') for s in said['details'])
+        similarity = experts['layers'][name]['similarity']
+        training = similarity['training']
+        assert training['step'] == [3, 20]
+        means = [
+            mean_between(found['layers'][name]['similarity']['weights']['cosine'])
+            for found in (experts, json.loads(content(finished)))
+        ]
+        assert training['mean'] == pytest.approx(means)
+        assert training['least'] < training['mean'] < training['most']
+    sentence = failure(capsys, detector, tmp_path / 'new', '--over-training')
+    assert '--over-training' in sentence
     assert not (tmp_path / 'new').exists()
 
 
@@ -802,7 +879,9 @@ def test_another_checkpoint_in_the_same_folder(detector, finished, tmp_path, cap
     assert experts == fresh
 
 
-@pytest.mark.parametrize('arguments', [('--max-images', '0'), ('--score-thr', '1')])
+@pytest.mark.parametrize(
+    'arguments', [('--max-images', '0'), ('--score-thr', '1'), ('--cam', '33'), ('--cam', '-1')]
+)
 def test_values_out_of_range(arguments, detector, tmp_path, capsys):
     sentence = failure(capsys, detector, tmp_path / 'out', *arguments)
     assert '='.join(arguments) in sentence
@@ -815,6 +894,32 @@ def test_default_folder(detector):
 
 
 # Mistakes -----------------------------------------------------------------------------------------
+
+
+def test_exports_say_what_is_in_their_way(detector, tmp_path, capsys):
+    (tmp_path / 'file').touch()
+    said = failure(capsys, detector, tmp_path / 'out', '--projector', str(tmp_path))
+    assert f"--projector: '{tmp_path}' is not empty" in said
+    said = failure(capsys, detector, tmp_path / 'out', '--fiftyone', str(tmp_path / 'file'))
+    assert f"--fiftyone: '{tmp_path / 'file'}' is a file" in said
+    assert not (tmp_path / 'out').exists()
+
+
+def test_exports_and_looks(detector, tmp_path):
+    """All in one run: the files are there, and the report has the pictures."""
+    pytest.importorskip('captum')
+    paths = [tmp_path / name for name in ('out', 'fiftyone', 'projector')]
+    detector(
+        paths[0], '--no-interventions', '--max-images', '2', '--score-thr', '0', '--cam', '1',
+        '--fiftyone', str(paths[1]), '--projector', str(paths[2]),
+    )  # fmt: skip
+    samples = json.loads((paths[1] / 'samples.json').read_text())['samples']
+    assert [Path(sample['filepath']).exists() for sample in samples] == [True, True]
+    assert len(list(paths[2].glob('*/*/tensors.tsv'))) == len(LAYERS)
+    for layer in LAYERS:
+        assert (paths[0] / 'figures' / layer / 'cam_000000.png').exists()
+    pictures = json.loads((paths[0] / 'explorer.json').read_text())['pictures']
+    assert [picture['layer'] for picture in pictures] == LAYERS
 
 
 def test_model_without_experts(detector, tmp_path, capsys):
@@ -865,7 +970,7 @@ def test_checkpoints_of_distributed_models(detector, finished, tmp_path):
     experts = detector(tmp_path / 'out', '--no-interventions', checkpoint=path)
     expected = json.loads(content(finished))
     for layer in expected['layers'].values():
-        layer['polysemanticity'] = None  # without interventions
+        layer['polysemanticity'] = layer['counterfactual'] = None  # without interventions
     assert experts['layers'] == expected['layers']
     assert experts['metrics'] == expected['metrics']
 
@@ -953,7 +1058,7 @@ def test_nothing_there(what, detector, tmp_path):
     assert experts['metrics']['AP'] == (None if what == 'objects' else 0)
     layer = experts['layers'][LAYERS[0]]
     assert layer['num_decisions'] == IMAGES * LEVELS
-    for table in layer['associations']['detections'].values():
+    for table in layer['associations'][what].values():
         assert not np.array(table['counts']).any()
         assert (table['mi'], table['p_value'], table['num_units']) == (0, 1, 0)
 

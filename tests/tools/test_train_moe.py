@@ -285,3 +285,31 @@ def test_wrong_field_of_a_base_class_is_recognised(run, capsys):
         capsys, run, 'retinanet_moe_soft_digits', 'w', 1, 'model.bbox_head.stacked_conv=2'
     )
     assert "did you mean 'stacked_convs'?" in sentence
+
+
+def test_channels_last_trains_the_same_model(run):
+    """Maps lie otherwise in memory, through dispatch and combine as well; the sums are the same."""
+    seen = []
+
+    def look(module, inputs, output):
+        if isinstance(module, torch.nn.Conv2d) and module.kernel_size == (3, 3):
+            last = [
+                x.is_contiguous(memory_format=torch.channels_last)
+                for x in (module.weight, inputs[0])
+            ]
+            if last[0] and inputs[0].shape[1] > 3:  # not the dry run before, and not the images
+                seen.append(last[1])
+
+    handle = torch.nn.modules.module.register_module_forward_hook(look)
+    try:
+        usual = run('retinanet_moe_soft_digits', 'usual', 2)['state_dict']
+        assert not seen
+        options = {'arguments': ('--channels-last',)}
+        other = run('retinanet_moe_soft_digits', 'other', 2, **options)['state_dict']
+        assert seen
+        assert all(seen)
+    finally:
+        handle.remove()
+    for name, value in usual.items():
+        if value.is_floating_point():
+            torch.testing.assert_close(other[name], value, rtol=1e-3, atol=1e-4, msg=name)

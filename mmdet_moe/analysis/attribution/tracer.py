@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from mmdet_moe.analysis.attribution.families import origins_of
 from mmdet_moe.analysis.attribution.places import PLACE_FIELD, UNKNOWN, Origins, Places
+from mmdet_moe.analysis.controls import RandomRouters
 from mmdet_moe.analysis.models import task_of
 from mmdet_moe.errors import ConfigError
 from mmdet_moe.moe.expert_layer import ExpertLayer, Observer, find_expert_layers
@@ -31,6 +32,7 @@ class Decisions:
         code: int64 (T,), the number of the item among those of its image.
         level: int64 (T,), the pyramid level, or the index of the map; -1 where unknown.
         centre: float32 (T, 2), relative x and y; NaN where one decision covers the whole map.
+        first: Which of the routing's decisions is the first one of these.
     """
 
     routing: Routing
@@ -40,6 +42,7 @@ class Decisions:
     code: Tensor
     level: Tensor
     centre: Tensor
+    first: int = 0
 
 
 class Tracer:
@@ -70,6 +73,8 @@ class Tracer:
         self._calls: dict[str, list[tuple[Routing, list[Items]]]] = {}
         self._detections: list[int] = []  # of each image of the batch
         self._stack: ExitStack | None = None
+        #: By layer, what sees its inputs beside it.
+        self.controls: dict[str, RandomRouters] = {}
 
     @property
     def is_detector(self) -> bool:
@@ -86,10 +91,17 @@ class Tracer:
         """Pyramid levels that detections come from; None of a classifier, or where unknown."""
         return self._origins.num_levels
 
+    @property
+    def order(self) -> list[str]:
+        """The layers that took part in the latest batch, in the order of their first calls."""
+        return [name for name in self._calls if name in self.layers]
+
     def __enter__(self) -> 'Tracer':
         self._stack = ExitStack()
         for name, layer in self.layers.items():
             self._stack.callback(layer.observe(self._keep(name)).remove)
+            if name in self.controls:
+                self._stack.callback(self.controls[name].attach().remove)
         if self.is_detector:
             self._stack.enter_context(_hook(self.model.backbone, self._keep_sizes))
         self._stack.enter_context(self._origins.carried())
@@ -119,6 +131,8 @@ class Tracer:
         if self._maps_of_level is None:
             self._maps_of_level = self._find_maps(data)
         self._calls, self._origins.sources = {}, None
+        for control in self.controls.values():
+            control.forget()
         results = self.model(**data, mode='predict')
         if self.is_detector:
             self._detections = [len(result.pred_instances) for result in results]
@@ -167,6 +181,14 @@ class Tracer:
             else:
                 found.update({name: behind(levels, name) for name in outputs})
             return found
+
+    def has_fixed_items(self, name: str) -> bool:
+        """Whether a layer decides for places of the images, and not for RoIs, queries or detections
+        that the model has found itself.
+        """
+        if self._origins.has_queries:
+            return name.startswith(('backbone.', 'neck.', 'encoder.'))
+        return not name.startswith('roi_head.')
 
     def _is_in_attention(self, name: str) -> bool:
         """Whether the tokens of a layer can be in another order, as in shifted windows."""
@@ -244,14 +266,15 @@ class Tracer:
         if owners is not None:
             _, places, part = owners
             part = max(part, 0)
-            first = sum(routing.items_per_level[:part])
-            weights = weights[first : first + routing.items_per_level[part]]
+            start = sum(routing.items_per_level[:part])
+            weights = weights[start : start + routing.items_per_level[part]]
             each = len(weights) // len(places)
             image = places.image.repeat_interleave(each)
             first = torch.searchsorted(image, torch.arange(num_images))
             return Decisions(
                 routing, [maps[part]], weights, image, torch.arange(len(image)) - first[image],
                 places.level.repeat_interleave(each), torch.full((len(image), 2), torch.nan),
+                start,
             )  # fmt: skip
         image, code, level = (torch.zeros(len(weights), dtype=torch.long) for _ in range(3))
         centre = torch.full((len(weights), 2), torch.nan)

@@ -22,6 +22,7 @@ from mmdet_moe.analysis.image_demo.drawing import (
     draw_routing,
     page_style,
 )
+from mmdet_moe.analysis.image_demo.looks import draw_looks, find_looks
 from mmdet_moe.analysis.image_demo.pipeline import (
     ImagePipeline,
     LoadedImage,
@@ -29,6 +30,7 @@ from mmdet_moe.analysis.image_demo.pipeline import (
     dataset_of_tests,
 )
 from mmdet_moe.analysis.models import load_model
+from mmdet_moe.analysis.saliency import check_captum
 from mmdet_moe.cli import fail, load_config
 from mmdet_moe.drawing import to_bytes
 from mmdet_moe.engine.preflight import check_checkpoint
@@ -80,6 +82,12 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         action='store_true',
         help='draw the routing as well: every part of the image in the colour of its main expert',
     )
+    parser.add_argument(
+        '--cam',
+        action='store_true',
+        help='draw as well where its main expert sees each of the best detections, or the class of '
+        'the image: a class activation map (needs captum)',
+    )
     parser.add_argument('--device', help='cpu, cuda, cuda:1, … (default: a GPU if there is one)')
     parser.add_argument(
         '--cfg-options',
@@ -125,6 +133,8 @@ def draw_images(args: argparse.Namespace) -> Iterator[Path]:
     """
     if not 0 <= args.score_thr < 1:
         raise ConfigError(f'--score-thr={args.score_thr} must lie in 0..1, 1 excluded')
+    if args.cam:
+        check_captum('--cam')
     images = find_images(args.images)
     cfg = load_config(args.config, args.cfg_options)
     check_checkpoint(args.checkpoint, 'checkpoint')
@@ -139,7 +149,7 @@ def draw_images(args: argparse.Namespace) -> Iterator[Path]:
     with demo.tracer:
         for path, name in zip(images, distinct_names(images), strict=True):
             with page_style():
-                for suffix, figure in demo.draw(path, args.overlay):
+                for suffix, figure in demo.draw(path, args.overlay, args.cam):
                     # Not with_suffix, for the sake of dots in names.
                     target = args.out / f'{name}_{suffix}.png'
                     yield write_file(target, to_bytes(figure, 'png'))
@@ -218,12 +228,13 @@ class ImageDemo:
         mean = getattr(model.data_preprocessor, 'mean', None)
         self.pipeline = ImagePipeline(cfg, 3 if mean is None else mean.numel())
 
-    def draw(self, path: Path, overlay: bool) -> Iterator[tuple[str, Figure]]:
+    def draw(self, path: Path, overlay: bool, cam: bool = False) -> Iterator[tuple[str, Figure]]:
         """Everything about one image.
 
         Args:
             path: The file.
             overlay: Whether to draw the routing, too.
+            cam: Whether to draw where the experts look, too.
 
         Yields:
             End of the file's name, figure.
@@ -242,12 +253,28 @@ class ImageDemo:
                 figure = self._routing(path.name, image, name, decisions, (width, height))
                 if figure is not None:
                     yield f'{name}_routing', figure
-                elif decisions is not None and name not in self._without_map:
-                    self._without_map.add(name)
-                    print(
-                        f'note: no overlay of {name}, whose decisions cover no part of a map',
-                        file=sys.stderr,
-                    )
+                elif decisions is not None:
+                    self._note_without_map(f'no overlay of {name}')
+        if not cam:
+            return
+        looks = {
+            name: find_looks(self.tracer, name, result, self.score_thr, self._class)
+            for name in self.layers
+        }
+        for name, of_layer in looks.items():  # which run the model again: the last thing to do
+            title = f'{path.name}: where the main experts e look, and their weights'
+            if of_layer:
+                yield (
+                    f'{name}_cam',
+                    draw_looks(self.model, data, self.tracer, name, of_layer, title),
+                )
+            elif self.tracer.layers[name].granularity == 'token':
+                self._note_without_map(f'no class activation maps of {name}')
+
+    def _note_without_map(self, what: str) -> None:
+        if what not in self._without_map:
+            self._without_map.add(what)
+            print(f'note: {what}, whose decisions cover no part of a map', file=sys.stderr)
 
     # Found things --------------------------------------------------------------------------------
 

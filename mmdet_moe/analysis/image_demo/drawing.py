@@ -4,6 +4,7 @@ An expert is a colour and, always, its number. Everything is laid out in pixels 
 """
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -65,6 +66,25 @@ class RoutedMap:
     x: np.ndarray
     y: np.ndarray
     weights: np.ndarray
+
+
+@dataclass(frozen=True)
+class Heat:
+    """Where one thing is seen.
+
+    Attributes:
+        name: Title of the panel.
+        values: (rows, columns), at least 0.
+        size: Width and height that they cover, px of the image; may reach beyond it.
+        expert: Who sees it.
+        box: x0, y0, x1, y1 of the thing, px of the image; None for the whole image.
+    """
+
+    name: str
+    values: np.ndarray
+    size: tuple[float, float]
+    expert: int
+    box: tuple[float, float, float, float] | None
 
 
 @contextmanager
@@ -465,3 +485,41 @@ def _numbers(
             row, column = np.unravel_index(inside.argmax(), inside.shape)
             if (2 * inside[row, column] - 1) * side >= max(line, widest):
                 yield middle[0][column], middle[1][row], str(expert), factor
+
+
+# Heat --------------------------------------------------------------------------------------------
+
+
+def draw_heat(image: np.ndarray, heats: Sequence[Heat], title: str, num_experts: int) -> Figure:
+    """Values over the image, one panel each, from clear (0) to bright (its maximum).
+
+    Draw within :func:`page_style`.
+
+    Args:
+        image: uint8 (H, W, 3), best in grey.
+        heats: What to show, at least one.
+        title: Lines above the panels.
+        num_experts: Of the layer, for the legend.
+    """
+    experts = Counter(heat.expert for heat in heats)
+    counts = {e: f'{n} panel{"s" if n > 1 else ""}' for e, n in experts.items()}
+    dim = (0.45 * image).astype(np.uint8)  # the heat is bright
+    page = _Page(dim, title, [heat.name for heat in heats], _handles(counts, num_experts))
+    for axes, heat in zip(page.panels, heats, strict=True):
+        shares = heat.values / max(heat.values.max(), 1e-30)
+        colours = matplotlib.colormaps['inferno'](0.25 + 0.75 * shares)
+        colours[..., 3] = 0.8 * np.sqrt(shares)
+        width, height = heat.size
+        axes.imshow(
+            colours, extent=(0, width, height, 0), interpolation='bilinear', aspect='auto', zorder=1
+        )
+        x0, y0, x1, y1 = heat.box or (0, 0, *page.size)
+        axes.add_patch(
+            Rectangle(
+                (x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor=expert_colour(heat.expert),
+                linewidth=2, zorder=2, path_effects=[withStroke(linewidth=4, foreground='black')],
+            )
+        )  # fmt: skip
+        axes.set_xlim(0, page.size[0])
+        axes.set_ylim(page.size[1], 0)
+    return page.figure

@@ -105,11 +105,25 @@ class OriginRecords:
 
 
 @dataclass
+class ControlRecords:
+    """Decisions as :mod:`~mmdet_moe.analysis.controls` see them: all that a layer's other records
+    name, by ascending unit.
+
+    D draws, V logits; both 0 of a layer with one expert.
+    """
+
+    unit: np.ndarray  #: int64 (n,)
+    level: np.ndarray  #: int32 (n,), of the decision
+    logits: np.ndarray  #: float32 (n, D, V), of routers with random weights
+
+
+@dataclass
 class LayerRecords:
     """What one layer did."""
 
     decisions: DecisionRecords
     links: LinkRecords
+    controls: ControlRecords
 
 
 @dataclass

@@ -18,7 +18,7 @@ from mmdet_moe.analysis.records.contents import from_arrays, to_arrays
 from mmdet_moe.errors import ConfigError
 
 T = TypeVar('T')
-_PLAN = 'plan.json'
+PLAN_FILE = 'plan.json'
 
 
 class RecordFiles(Generic[T]):
@@ -39,7 +39,7 @@ class RecordFiles(Generic[T]):
         self.kind = kind
         self.folder = folder
         content = json.dumps(plan, indent=2, sort_keys=True).encode()
-        path = folder / _PLAN
+        path = folder / PLAN_FILE
         if path.exists() and path.read_bytes() != content:
             if not overwrite:
                 raise ConfigError(

@@ -7,9 +7,13 @@ interventions on all layers at once); <source> is ``decisions``, ``objects`` or 
 ``usage``                        load and importance of the experts, with 95 % intervals
 ``information``                  what the choice of the expert depends on: mutual information
 ``coactivation``                 which experts are chosen together
+``similarity``                   how alike the experts' weights and outputs are, and their tree
+``similarity_training``          how alike their weights are over the training
 ``history``                      load and importance over the training
 ``interventions``                change of the metrics with experts taken away or equalised
 ``polysemanticity``              which classes hang on which expert
+``counterfactual``               whether the main expert is the best one, and what is lost by whom
+``confusion``                    what each expert alone takes for what
 ``<source>_size_given_expert``   which sizes does an expert see
 ``<source>_expert_given_size``   who sees which size
 ``<source>_size_coco``           the same for COCO's three sizes
@@ -40,6 +44,8 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullFormatter, NullLocator
 
 from mmdet_moe.analysis.files import write_file
+from mmdet_moe.analysis.report.choices import draw_confusions, draw_counterfactual
+from mmdet_moe.analysis.report.likeness import draw_similarity, draw_similarity_over_training
 from mmdet_moe.analysis.report.shown import shown_interventions, shown_layer
 from mmdet_moe.analysis.statistics.bins import COCO_LIMITS
 from mmdet_moe.analysis.statistics.polysemanticity import class_drops
@@ -85,9 +91,13 @@ def write_figures(experts: dict, folder: Path) -> list[Path]:
     paths = []
     with style():
         for layer, name, figure in draw_figures(experts):
-            place = folder / layer.replace('/', '_').replace('\\', '_')
-            paths += _write(figure, place, name)
+            paths += _write(figure, folder_of(folder, layer), name)
     return paths
+
+
+def folder_of(folder: Path, layer: str) -> Path:
+    """Where the figures of a layer are."""
+    return folder / layer.replace('/', '_').replace('\\', '_')
 
 
 def write_comparison(runs: Sequence[dict], folder: Path) -> list[Path]:
@@ -130,6 +140,12 @@ def draw_figures(experts: dict) -> Iterator[tuple[str, str, Figure]]:
         if (figure := _information(name, layer, experts['run'])) is not None:
             yield name, 'information', figure
         yield name, 'coactivation', _coactivation(name, layer)
+        similarity = layer.get('similarity') or {}
+        if similarity.get('weights'):
+            yield name, 'similarity', draw_similarity(name, similarity)
+        if similarity.get('training'):
+            drawn = draw_similarity_over_training(name, similarity['training'])
+            yield name, 'similarity_training', drawn
         if name in histories and histories[name]['step']:
             yield name, 'history', _history(name, histories[name])
         for source, attributes in layer['associations'].items():
@@ -142,6 +158,10 @@ def draw_figures(experts: dict) -> Iterator[tuple[str, str, Figure]]:
         drops = class_drops(name, metrics, interventions)
         if any(drop.any() for drop in drops.values()):
             yield name, 'polysemanticity', _polysemanticity(name, layer, metrics, drops)
+        if (alone := layer.get('counterfactual')) and alone['num_objects']:
+            yield name, 'counterfactual', draw_counterfactual(name, alone)
+            if alone['confusion']:
+                yield name, 'confusion', draw_confusions(name, alone['confusion'])
     for name in dict.fromkeys(entry['layer'] for entry in interventions):
         entries = [entry for entry in interventions if entry['layer'] == name]
         figure = _interventions(name, entries, metrics)

@@ -13,6 +13,10 @@ so that they are read back unchanged.
                            hit most and its drop
 ``associations.csv``       one per layer, source, attribute and what is given (empty: nothing): the
                            mutual information
+``controls.csv``           one per layer, source, attribute, given, control and draw of random
+                           weights: the mutual information that the control has
+``similarity.csv``         one per layer and pair of experts, both orders: how alike they are
+``stability.csv``          one per run of --compare and layer: how many decisions have changed
 ``association_counts.csv`` one per layer, source, attribute, bin and expert
 ``interventions.csv``      one per intervention, metric and class; the unchanged model first
 =========================  ==========================================================
@@ -40,6 +44,11 @@ _LAYER_SCALARS = (
 )
 _INFORMATION = (
     *('mi', 'chance', 'mi_max', 'p_value', 'p_adjusted', 'permutations', 'num_units', 'num_images'),
+)
+_LIKENESS = (('weights', 'cosine'), ('outputs', 'cosine'), ('outputs', 'cka'))
+_STABILITY = (
+    *('num_decisions', 'changed', 'changed_by_chance', 'changed_relabelled'),
+    *('overlap', 'weight_in_common'),
 )
 _INTERVAL = ('low', 'high')  # 95 %, of the information, or of the change of a metric
 
@@ -102,6 +111,22 @@ def write_tables(experts: dict, folder: Path) -> list[Path]:
                 for given, found in {None: association, **(association.get('given') or {})}.items()
             ],
         ),
+        'controls': (
+            ('layer', 'source', 'attribute', 'given', 'control', 'draw', 'mi'),
+            list(_control_rows(layers)),
+        ),
+        'similarity': (
+            ('layer', 'expert', 'other_expert', *(f'{of}_{kind}' for of, kind in _LIKENESS)),
+            [row for name, layer in layers.items() for row in _similarity_rows(name, layer)],
+        ),
+        'stability': (
+            ('run', 'layer', *_STABILITY),
+            [
+                (other['run'], name, *map(shares.get, _STABILITY))
+                for other in experts.get('stability') or ()
+                for name, shares in other['layers'].items()
+            ],
+        ),
         'association_counts': (
             (
                 *('layer', 'source', 'attribute', 'bin', 'lower_edge', 'upper_edge', 'unit'),
@@ -133,6 +158,27 @@ def _associations(layers: dict[str, dict]) -> Iterator[tuple[str, str, str, dict
         for source, attributes in layer['associations'].items():
             for attribute, association in attributes.items():
                 yield name, source, attribute, association
+
+
+def _control_rows(layers: dict[str, dict]) -> Iterator[tuple]:
+    for *where, association in _associations(layers):
+        for control, found in (association.get('controls') or {}).items():
+            values = {None: found.get('draws') or [found['mi']]}
+            for given, mi in found['given'].items():
+                values[given] = (found.get('draws_given') or {}).get(given) or [mi]
+            for given, draws in values.items():
+                for draw, mi in enumerate(draws):
+                    yield (*where, given, control, draw, mi)
+
+
+def _similarity_rows(name: str, layer: dict) -> Iterator[tuple]:
+    found = layer.get('similarity') or {}
+    if not found.get('weights'):
+        return
+    for a in range(layer['num_experts']):
+        for b in range(layer['num_experts']):
+            matrices = ((found[of] or {}).get(kind) for of, kind in _LIKENESS)
+            yield name, a, b, *(matrix and matrix[a][b] for matrix in matrices)
 
 
 def _count_rows(layers: dict[str, dict]) -> Iterator[tuple]:

@@ -5,6 +5,7 @@ from dataclasses import asdict
 
 import numpy as np
 
+from mmdet_moe.analysis.controls import Controls, RandomRouters
 from mmdet_moe.analysis.data import AnalysisData
 from mmdet_moe.analysis.records.contents import (
     BoxRecords,
@@ -27,7 +28,9 @@ from mmdet_moe.analysis.statistics.bins import (
     position_bin,
     size_bin,
 )
+from mmdet_moe.analysis.statistics.counterfactual import counterfactuals
 from mmdet_moe.analysis.statistics.evaluation import ClassificationMetrics, DetectionMetrics
+from mmdet_moe.analysis.statistics.flow import flows
 from mmdet_moe.analysis.statistics.inference import interval, resampled_images
 from mmdet_moe.analysis.statistics.layer_statistics import MAX_LEVELS, LayerStatistics
 from mmdet_moe.analysis.statistics.matching import IGNORED
@@ -50,9 +53,13 @@ def summarise(study: Study, run: dict, permutations: int = 999) -> dict:
         permutations: Of each test.
     """
     summaries = [
-        _LayerSummary(layer.num_experts, study.data, study.score_thr)
-        for layer in study.layers.values()
+        _LayerSummary(layer.num_experts, study.data, study.score_thr, study.controls.get(name))
+        for name, layer in study.layers.items()
     ]
+    for records in study.records if study.controls else ():
+        for summary, layer in zip(summaries, records.layers, strict=True):
+            if summary.controls is not None:
+                summary.controls.learn(layer, len(records.images.index) / len(study.data))
     num_objects = num_detections = 0
     for records in study.records:
         for summary, layer in zip(summaries, records.layers, strict=True):
@@ -63,6 +70,7 @@ def summarise(study: Study, run: dict, permutations: int = 999) -> dict:
         else:
             num_objects += len(records.classes.label)
     measured = metrics_of(study, permutations)
+    alone = counterfactuals(study)
     return {
         'schema': SCHEMA,
         'version': VERSION,
@@ -78,6 +86,7 @@ def summarise(study: Study, run: dict, permutations: int = 999) -> dict:
             'num_levels': study.tracer.num_levels,
         },
         **measured,
+        'flows': flows(study),
         'layers': {
             name: {
                 'kind': 'sparse' if isinstance(layer, MoELayer) else 'factorised',
@@ -87,6 +96,7 @@ def summarise(study: Study, run: dict, permutations: int = 999) -> dict:
                 'polysemanticity': polysemanticity(
                     name, measured['metrics'], measured['interventions']
                 ),
+                'counterfactual': alone[name],
             }
             for (name, layer), summary in zip(study.layers.items(), summaries, strict=True)
         },
@@ -156,8 +166,15 @@ def _counts(found: DetectionRecords, score_thr: float) -> np.ndarray:
 class _LayerSummary:
     """All statistics of one layer."""
 
-    def __init__(self, num_experts: int, data: AnalysisData, score_thr: float) -> None:
+    def __init__(
+        self,
+        num_experts: int,
+        data: AnalysisData,
+        score_thr: float,
+        routers: RandomRouters | None,
+    ) -> None:
         self.num_experts = num_experts
+        self.controls = None if routers is None else Controls(routers)
         self.score_thr = score_thr
         self.decisions = LayerStatistics(num_experts)
         self.group_of = _group_of(data)
@@ -180,6 +197,10 @@ class _LayerSummary:
         links = layer.links
         made = layer.decisions
         self.decisions.add(made)
+        if self.controls is not None:
+            self.controls.use(layer.controls)
+            bins = {'level': made.level, 'position': position_bin(*made.centre.T)}
+            self._control('decisions', bins, bins, made.unit, np.ones(len(made.unit)))
         if self.source_of is not None:
             bins, given = self._of_images(made.image), {'level': made.level}
             behind = (made.unit, np.ones(len(made.unit)), made.weights, made.image)
@@ -240,6 +261,7 @@ class _LayerSummary:
         weights: np.ndarray,
         image: np.ndarray,
     ) -> None:
+        self._control(source, bins, given, unit, share)
         tables = self.associations.setdefault(source, {})
         for attribute, values in bins.items():
             if attribute not in tables:
@@ -247,6 +269,19 @@ class _LayerSummary:
                 count = len(self.bins[attribute])
                 tables[attribute] = Association(count, self.num_experts, names)
             tables[attribute].add(unit, values, share, weights, image, given)
+
+    def _control(
+        self,
+        source: str,
+        bins: dict[str, np.ndarray],
+        given: dict[str, np.ndarray],
+        unit: np.ndarray,
+        share: np.ndarray,
+    ) -> None:
+        if self.controls is not None:
+            level = given.get('level', np.zeros_like(unit))
+            sizes = {attribute: len(self.bins[attribute]) for attribute in bins}
+            self.controls.add(source, bins, unit, share, level, sizes)
 
     def as_dict(self, permutations: int) -> dict:
         """The layer's part of ``experts.json``."""
@@ -260,7 +295,10 @@ class _LayerSummary:
                 if attribute == 'level':
                     bins, result = level_bins(self._levels), result.first(self._levels)
                 found[source][attribute] = bins, result
-        return self.decisions.as_dict(permutations, found)
+        summary = self.decisions.as_dict(permutations, found)
+        if self.controls is not None:
+            self.controls.fill(summary['associations'])
+        return summary
 
 
 def _group_of(data: AnalysisData) -> np.ndarray | None:

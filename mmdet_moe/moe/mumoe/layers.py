@@ -88,7 +88,7 @@ class MuMoE(ExpertLayer):
             ConfigError: If the input has another number of features; and for a single row in
                 training with ``norm='bn'``, of which there is no variance.
         """
-        rows, restore = self._as_rows(x)
+        rows, restore = self.as_rows(x)
         if rows.shape[-1] != self.in_features:
             raise ConfigError(
                 f'μMoE layer "{self.name}" takes inputs of {self.in_features} features, got '
@@ -129,7 +129,7 @@ class MuMoE(ExpertLayer):
     def _items(self, x: Tensor) -> Items:
         return Tokens.of(x)
 
-    def _as_rows(self, x: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    def as_rows(self, x: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         """The rows (T, I) of an input, and how the output gets its shape."""
         shape = x.shape[:-1]
         return x.reshape(-1, x.shape[-1]), lambda y: y.reshape(*shape, y.shape[-1])
@@ -326,7 +326,7 @@ class MuMoEConv1x1(MuMoE):
     def _strided(self, x: Tensor) -> Tensor:
         return x if self.stride == 1 else x[:, :, :: self.stride, :: self.stride]
 
-    def _as_rows(self, x: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    def as_rows(self, x: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         if x.dim() != 4:
             raise ConfigError(
                 f'μMoE layer "{self.name}" takes inputs (N, C, H, W), got {tuple(x.shape)}'

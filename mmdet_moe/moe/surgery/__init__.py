@@ -46,8 +46,9 @@ class Entry:
     Attributes:
         at: Path, see :func:`~mmdet_moe.moe.surgery.paths.find_places`.
         every: Class of the modules below it that are meant, instead of itself.
-        num_experts, top_k, router, granularity, grid_size, decision_weight, expert_init,
-            upcycle_noise, capacity_factor, batch_dim: As of :class:`~mmdet_moe.moe.MoELayer`.
+        num_experts, top_k, router, granularity, grid_size, whole_maps, decision_weight,
+            expert_init, upcycle_noise, capacity_factor, batch_dim: As of
+            :class:`~mmdet_moe.moe.MoELayer`.
         in_channels: Channels of the input, where they cannot be told.
         width: How wide an expert is inside. None: as the dense module. A factor above 0.
             ``'equal'``: as makes the k active experts, and the shared ones, cost what the dense
@@ -67,6 +68,7 @@ class Entry:
     router: dict | None = None
     granularity: str = 'image'
     grid_size: int = 1
+    whole_maps: bool = False
     decision_weight: str = 'uniform'
     expert_init: str = 'shared'
     upcycle_noise: float = 0.0
@@ -320,7 +322,10 @@ def _make_layer(module: nn.Module, entry: Entry) -> tuple[MoELayer, float]:
     experts = make_experts(
         expert, entry.num_experts, entry.expert_init, entry.granularity, entry.impl
     )
-    options = ('granularity', 'grid_size', 'decision_weight', 'expert_init', 'upcycle_noise')
+    options = (
+        *('granularity', 'grid_size', 'whole_maps', 'decision_weight', 'expert_init'),
+        'upcycle_noise',
+    )
     layer = MoELayer(
         experts,
         entry.num_experts,

@@ -28,6 +28,11 @@ inline int64_t row_width(const Tensor& rows) {
   return width;
 }
 
+// Itself, if it is: PyTorch's own function takes a microsecond to find that out.
+inline Tensor as_contiguous(const Tensor& tensor) {
+  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+}
+
 // The sizes of `rows` with another number of rows.
 inline std::vector<int64_t> with_rows(const Tensor& rows, int64_t count) {
   std::vector<int64_t> sizes(rows.sizes().begin(), rows.sizes().end());
@@ -56,26 +61,23 @@ inline ScalarType accumulation_type(ScalarType rows) {
   return rows == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
-inline void check_dispatch(const Tensor& x, const Tensor& order, int64_t k) {
+inline void check_dispatch(const Tensor& x, const Tensor& inverse, int64_t num_rows) {
   check_rows(x, "x");
-  check_ids(order, "order", 1);
-  check_same_device(x, order);
-  STD_TORCH_CHECK(k >= 1, "mmdet_moe: k must be at least 1, got ", k);
+  check_ids(inverse, "inverse", 2);
+  check_same_device(x, inverse);
   STD_TORCH_CHECK(
-      order.size(0) <= x.size(0) * k,
-      "mmdet_moe: order has ", order.size(0), " routes, more than ", x.size(0), " items times k=", k);
+      inverse.size(0) == x.size(0), "mmdet_moe: inverse has routes of ", inverse.size(0),
+      " items, but x has ", x.size(0));
+  // A row that no route refers to would be left uninitialised.
+  STD_TORCH_CHECK(
+      num_rows >= 0 && num_rows <= inverse.size(0) * inverse.size(1),
+      "mmdet_moe: num_rows must be between 0 and the number of routes, got ", num_rows);
 }
 
-inline void check_dispatch_backward(
-    const Tensor& grad, const Tensor& order, int64_t k, int64_t num_items) {
+inline void check_dispatch_backward(const Tensor& grad, const Tensor& inverse) {
   check_rows(grad, "grad");
-  check_ids(order, "order", 1);
-  check_same_device(grad, order);
-  STD_TORCH_CHECK(k >= 1, "mmdet_moe: k must be at least 1, got ", k);
-  STD_TORCH_CHECK(
-      order.size(0) == grad.size(0) && order.size(0) <= num_items * k,
-      "mmdet_moe: order has ", order.size(0), " routes for ", grad.size(0), " rows and ", num_items,
-      " items times k=", k);
+  check_ids(inverse, "inverse", 2);
+  check_same_device(grad, inverse);
 }
 
 inline void check_combine(const Tensor& y, const Tensor& weights, const Tensor& inverse) {

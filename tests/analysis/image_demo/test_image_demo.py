@@ -340,6 +340,21 @@ def test_tool(save, image_file, tmp_path, monkeypatch, capsys):
 
 
 @torch.no_grad()
+def test_where_experts_look(save, image_file, tmp_path, monkeypatch, capsys):
+    """A picture for each layer with maps; tokens and a missing captum are named."""
+    pytest.importorskip('captum')
+    config, checkpoint, _ = save(classifier())
+    run(image_file, config, checkpoint, '--out', tmp_path / 'o', '--cam')
+    names = {path.name for path in (tmp_path / 'o').iterdir()}
+    assert names == {f'photo.one_backbone.layer4{end}.png' for end in ('', '_cam')}
+    monkeypatch.setattr('mmdet_moe.analysis.saliency.find_spec', lambda name: None)
+    with pytest.raises(SystemExit):
+        run(image_file, config, checkpoint, '--out', tmp_path / 'o', '--cam')
+    assert "--cam needs captum, which is missing: pip install 'mmdet_moe[cam]'" in (
+        capsys.readouterr().err
+    )
+
+
 @pytest.mark.parametrize('granularity', [('image', 1), ('patch', 2)], ids=lambda g: g[0])
 def test_classifier(granularity, save, image_file, tmp_path, drawn):
     config, checkpoint, model = save(classifier(*granularity))

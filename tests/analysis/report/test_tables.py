@@ -37,10 +37,13 @@ def tables(experts, tmp_path):
         'association_counts.csv',
         'associations.csv',
         'coactivation.csv',
+        'controls.csv',
         'experts.csv',
         'interventions.csv',
         'layers.csv',
         'polysemanticity.csv',
+        'similarity.csv',
+        'stability.csv',
     ]
     assert sorted(paths) == sorted((tmp_path / 'a' / 'tables').iterdir())  # nothing temporary
     return read(tmp_path / 'a' / 'tables')
@@ -175,3 +178,47 @@ def test_pairs_of_many_experts(tmp_path):
     for row in rows:
         a, b = places[row['expert']], places[row['other_expert']]
         assert same(row['share'], layer['coactivation'][a][b])
+
+
+def test_controls_similarity_and_stability(tmp_path):
+    """Every draw, each given alike; pairs of experts; runs that could not be compared have none."""
+    experts = make_experts(num_experts=2, layers=('a', 'b'), history=False, interventions=False)
+    for layer in experts['layers'].values():
+        for attributes in layer['associations'].values():
+            for association in attributes.values():
+                association['controls'] = {}
+    layer = experts['layers']['a']
+    layer['associations']['objects']['size']['controls'] = {
+        'random': {
+            'mi': 0.2, 'draws': [0.1, 0.3], 'given': {'level': 0.02},
+            'draws_given': {'level': [0.01, 0.03]},
+        },
+        'level': {'mi': 0.4, 'given': {'level': 0.0}},
+    }  # fmt: skip
+    alike = {'cosine': [[1.0, 0.5], [0.5, 1.0]], 'cka': [[1.0, None], [None, 1.0]]}
+    layer['similarity'] = {'weights': {'cosine': alike['cosine']}, 'outputs': alike}
+    experts['layers']['b']['similarity'] = {'reason': 'there is one expert alone'}
+    shares = {'num_decisions': 9, 'changed': 0.25, 'changed_by_chance': 0.5, 'overlap': 0.75}
+    shares |= {'changed_relabelled': 0.125, 'weight_in_common': 0.625}
+    experts['stability'] = [
+        {'run': 'soft', 'reason': None, 'layers': {'a': shares}},
+        {'run': 'hard', 'reason': 'it is of another split', 'layers': {}},
+    ]
+    write_tables(experts, tmp_path)
+    tables = read(tmp_path)
+    assert [tuple(row.values()) for row in tables['controls']] == [
+        ('a', 'objects', 'size', given, control, draw, mi)
+        for given, control, draw, mi in (
+            ('', 'random', '0', '0.1'), ('', 'random', '1', '0.3'),
+            ('level', 'random', '0', '0.01'), ('level', 'random', '1', '0.03'),
+            ('', 'level', '0', '0.4'), ('level', 'level', '0', '0.0'),
+        )
+    ]  # fmt: skip
+    assert [tuple(row.values()) for row in tables['similarity']] == [
+        ('a', '0', '0', '1.0', '1.0', '1.0'), ('a', '0', '1', '0.5', '0.5', ''),
+        ('a', '1', '0', '0.5', '0.5', ''), ('a', '1', '1', '1.0', '1.0', '1.0'),
+    ]  # fmt: skip
+    (row,) = tables['stability']
+    assert (row.pop('run'), row.pop('layer')) == ('soft', 'a')
+    assert all(same(value, shares[key]) for key, value in row.items())
+    assert set(row) == set(shares)

@@ -887,6 +887,12 @@
       drawSoon(this.chart('load'), () => this.drawLoad());
       drawSoon(this.chart('coactivation'), () => this.drawCoactivation());
       this.$('[data-chart="history"]').hidden = !this.layer.history;
+      const isCompared = Boolean(this.layer.similarity?.weights);
+      for (const name of ['similarity', 'tree']) this.$(`[data-chart="${name}"]`).hidden = !isCompared;
+      if (isCompared) {
+        drawSoon(this.chart('similarity'), () => this.drawSimilarity());
+        drawSoon(this.chart('tree'), () => this.drawTree());
+      }
       this.drawAssociated();
       this.drawInterventions();
     }
@@ -937,6 +943,50 @@
         hover: 'experts %{y} and %{x}: %{z:.1%} of the decisions',
         description: 'Share of the decisions in which two experts are chosen together.',
       });
+    }
+
+    drawSimilarity() {
+      const { weights, outputs } = this.layer.similarity;
+      const between = (matrix) => {
+        const values = matrix.flatMap((row, a) => row.filter((value, b) => a !== b && value !== null));
+        return values.length ? fixed(values.reduce((sum, value) => sum + value, 0) / values.length) : 'unknown';
+      };
+      const means = [`cosine of the weights ${between(weights.cosine)}`];
+      if (outputs) means.push(`of the outputs ${between(outputs.cosine)}`, `linear CKA ${between(outputs.cka)}`);
+      const shown = outputs ? 'Linear CKA of the outputs on the same inputs' : 'Cosine of the weights';
+      this.$('.similarity-hint').textContent = `${shown}; 1: the same. Mean of two experts: ${means.join(', ')}.`;
+      const table = outputs ? outputs.cka : weights.cosine;
+      const numbers = this.numbers();
+      heatMap(this.chart('similarity'), table, numbers, numbers, {
+        texts: table.map((row) => row.map((value) => (value === null ? '' : value.toFixed(2)))), scale: SHARES,
+        rowTitle: 'expert', square: true,
+        hover: 'experts %{y} and %{x}: %{z:.3f}',
+        description: `${shown} of every two experts.`,
+      });
+    }
+
+    /* A dendrogram: SciPy's linkage, whose rows join two clusters at a distance. */
+    drawTree() {
+      const { linkage, linkage_of: of } = this.layer.similarity;
+      const count = linkage.length + 1;
+      const leaves = [];
+      const collect = (cluster) => (cluster < count ? leaves.push(cluster) : linkage[cluster - count].slice(0, 2).forEach(collect));
+      collect(2 * count - 2);
+      const at = leaves.reduce((found, leaf, i) => ({ ...found, [leaf]: [i, 0] }), {});
+      const [x, y] = [[], []];
+      linkage.forEach(([one, other, distance], i) => {
+        const [[left, low], [right, high]] = [at[one], at[other]];
+        x.push(left, left, right, right, null);
+        y.push(low, distance, distance, high, null);
+        at[count + i] = [(left + right) / 2, distance];
+      });
+      plot(this.chart('tree'), [{
+        type: 'scatter', mode: 'lines', x, y, line: { color: theme('ink'), width: 1.5 }, hovertemplate: '%{y:.3f}<extra></extra>',
+      }], {
+        height: 270,
+        xaxis: { title: 'expert', showgrid: false, zeroline: false, range: [-0.5, count - 0.5], tickvals: range(count), ticktext: leaves.map((leaf) => String(this.number(leaf))) },
+        yaxis: { title: of === 'outputs' ? '1 − linear CKA' : '1 − cosine of the weights', rangemode: 'tozero', nticks: 6 },
+      }, `Tree of the experts by their ${of}.`);
     }
 
     drawHistory() {

@@ -4,7 +4,7 @@ import json
 import math
 import os
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -50,6 +50,7 @@ def build_payload(
     budget: int = 9_000_000,
     path_of: Callable[[int], str | None] = lambda index: None,
     folder: Path = Path(),
+    pictures: Sequence[dict] = (),
 ) -> dict:
     """Gather everything that a report shows of one run.
 
@@ -67,6 +68,7 @@ def build_payload(
         budget: Bytes that the payload may take as JSON. Statistics are kept even beyond it.
         path_of: The file, or address, of the image of an index; None where it has none.
         folder: Where the report will be: links to the images start there.
+        pictures: From :func:`~mmdet_moe.analysis.report.pictures.pictures_of`, beside the budget.
 
     Returns:
         JSON-able. Images that cannot be read any more are left out and named in
@@ -98,6 +100,7 @@ def build_payload(
             )
         ],
         'verdict': experts.get('verdict') or [],
+        'flows': experts.get('flows') or [],
     }
     payload = _jsonable(payload)
     room = budget - len(_dumps(payload))
@@ -125,7 +128,7 @@ def build_payload(
         },
         'unreadable': list(pool.unreadable.values()),
     }
-    return payload
+    return {**payload, 'pictures': list(pictures)}
 
 
 def _files(paths: dict[int, str | None], folder: Path) -> dict:
@@ -157,7 +160,9 @@ def _overall(metrics: dict | None) -> dict:
 
 def _layer(layer: dict, history: dict | None) -> dict:
     """A layer's entry of ``experts.json``, with its tables packed."""
-    entry = {key: value for key, value in layer.items() if key != 'associations'}
+    # The counterfactual is a picture.
+    left_out = ('associations', 'counterfactual')
+    entry = {key: value for key, value in layer.items() if key not in left_out}
     entry['coactivation'] = pack(np.asarray(layer['coactivation'], np.float32))
     entry['associations'] = {
         source: {name: _association(table) for name, table in attributes.items()}

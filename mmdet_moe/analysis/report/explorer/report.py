@@ -47,14 +47,32 @@ def write_report(payloads: Sequence[dict], path: Path) -> None:
         superclasses=_union([payload['run'].get('superclasses') or {} for payload in payloads]),
         is_detection=payloads[0]['run']['task'] == 'detection',
         kinds=KINDS,
-        payloads=[_json_for_html(payload) for payload in payloads],
+        payloads=[_json_for_html(_of_script(payload)) for payload in payloads],
+        flows=[_json_for_html(_flows(payload)) for payload in payloads],
         kind_names=_json_for_html(KINDS),
         colours=_json_for_html(expert_colours()),
         plotly=Markup(get_plotlyjs()),
-        style=Markup((FOLDER / 'explorer.css').read_text(encoding='utf-8')),
-        script=Markup((FOLDER / 'explorer.js').read_text(encoding='utf-8')),
+        style=_texts('explorer.css', 'choices.css'),
+        script=_texts('explorer.js', 'flow.js'),
     )
     write_file(Path(path), html.encode())
+
+
+def _texts(*names: str) -> Markup:
+    return Markup('\n'.join((FOLDER / name).read_text(encoding='utf-8') for name in names))
+
+
+def _flows(payload: dict) -> list[dict]:
+    """Those of a run, with its layers in human words."""
+    return [
+        {**flow, 'titles': [payload['layers'][name]['title'] for name in flow['layers']]}
+        for flow in payload.get('flows') or []
+    ]
+
+
+def _of_script(payload: dict) -> dict:
+    """Without what the template has written out."""
+    return {key: value for key, value in payload.items() if key not in ('flows', 'pictures')}
 
 
 def _titles(payloads: Sequence[dict]) -> list[str]:

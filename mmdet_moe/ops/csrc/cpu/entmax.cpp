@@ -196,7 +196,7 @@ Tensor new_like(const Tensor& x) {
 
 Tensor entmax15(Tensor x) {
   check_entmax15(x, "x");
-  x = torch::stable::contiguous(x);
+  x = as_contiguous(x);
   Tensor p = new_like(x);
   for_each_stretch(x, [&](auto* type, int64_t first, int64_t last, int64_t n) {
     using T = std::remove_pointer_t<decltype(type)>;
@@ -213,8 +213,8 @@ Tensor entmax15(Tensor x) {
 
 Tensor entmax15_backward(Tensor grad, Tensor p) {
   check_entmax15_backward(grad, p);
-  grad = torch::stable::contiguous(grad);
-  p = torch::stable::contiguous(p);
+  grad = as_contiguous(grad);
+  p = as_contiguous(p);
   Tensor out = new_like(p);
   for_each_stretch(p, [&](auto* type, int64_t first, int64_t last, int64_t n) {
     using T = std::remove_pointer_t<decltype(type)>;

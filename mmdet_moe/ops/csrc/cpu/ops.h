@@ -12,9 +12,9 @@ constexpr int64_t kBytesPerThread = 1 << 15;  // less than this is not worth ano
 // Uninitialised memory.
 Tensor new_tensor(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType dtype);
 
-std::tuple<Tensor, Tensor, Tensor> sort_routes(Tensor expert_ids, int64_t num_experts);
-Tensor dispatch(Tensor x, Tensor order, int64_t k);
-Tensor dispatch_backward(Tensor grad, Tensor order, int64_t k, int64_t num_items);
+std::tuple<Tensor, Tensor> sort_routes(Tensor expert_ids, int64_t num_experts);
+Tensor dispatch(Tensor x, Tensor inverse, int64_t num_rows);
+Tensor dispatch_backward(Tensor grad, Tensor inverse);
 Tensor combine(Tensor y, Tensor weights, Tensor inverse);
 std::tuple<Tensor, Tensor> combine_backward(
     Tensor grad, Tensor y, Tensor weights, Tensor inverse);

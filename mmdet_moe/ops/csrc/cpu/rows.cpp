@@ -7,7 +7,6 @@
 #include "ops.h"
 
 #include <algorithm>
-#include <bit>
 #include <cstring>
 
 namespace mmdet_moe::cpu {
@@ -116,73 +115,68 @@ void check_positions(const int64_t* inverse, int64_t routes) {
   STD_TORCH_CHECK(smallest >= 0, "mmdet_moe: inverse holds ", smallest, ", a negative position");
 }
 
-void check_routes(const int64_t* order, int64_t count, int64_t routes) {
-  int64_t smallest = 0, largest = -1;
-  for (int64_t m = 0; m < count; ++m) {
-    smallest = std::min(smallest, order[m]);
-    largest = std::max(largest, order[m]);
-  }
+// Refuses also those that leave some of `num_rows` rows to nobody.
+void check_rows_are_filled(const int64_t* inverse, int64_t routes, int64_t num_rows) {
+  check_positions(inverse, routes);
+  int64_t filled = 0;
+  for (int64_t r = 0; r < routes; ++r) filled += inverse[r] < num_rows;
   STD_TORCH_CHECK(
-      smallest >= 0 && largest < routes, "mmdet_moe: order holds ", smallest < 0 ? smallest : largest,
-      ", but routes are numbered from 0 to ", routes - 1);
+      filled == num_rows, "mmdet_moe: inverse holds ", filled, " positions below num_rows=", num_rows,
+      ", of which each must occur exactly once");
 }
 
 }  // namespace
 
-Tensor dispatch(Tensor x, Tensor order, int64_t k) {
-  check_dispatch(x, order, k);
-  x = torch::stable::contiguous(x);
-  order = torch::stable::contiguous(order);
-  const int64_t count = order.size(0), bytes = row_width(x) * x.element_size();
-  Tensor rows = new_tensor(x, with_rows(x, count), x.scalar_type());
-  const int64_t* route = order.const_data_ptr<int64_t>();
-  check_routes(route, count, x.size(0) * k);
+Tensor dispatch(Tensor x, Tensor inverse, int64_t num_rows) {
+  check_dispatch(x, inverse, num_rows);
+  x = as_contiguous(x);
+  inverse = as_contiguous(inverse);
+  const int64_t items = inverse.size(0), k = inverse.size(1);
+  const int64_t bytes = row_width(x) * x.element_size();
+  const int64_t* position = inverse.const_data_ptr<int64_t>();
+  check_rows_are_filled(position, items * k, num_rows);
+  Tensor rows = new_tensor(x, with_rows(x, num_rows), x.scalar_type());
   const char* from = static_cast<const char*>(x.const_data_ptr());
   char* to = static_cast<char*>(rows.mutable_data_ptr());
-  const bool past_caches = count * bytes >= kLargerThanCaches;
-  // A division takes as long as the copy of a short row.
-  const bool shifts = std::has_single_bit(static_cast<uint64_t>(k));
-  const int shift = std::countr_zero(static_cast<uint64_t>(k));
-  const auto row_of = [&](int64_t m) {
-    return from + (shifts ? route[m] >> shift : route[m] / k) * bytes;
-  };
-  for_each_stretch(count, bytes, 2, [&](int64_t m, int64_t start, int64_t n) {
-    if (m + kRowsAhead < count) prefetch_row(row_of(m + kRowsAhead), bytes);
-    char* target = to + m * bytes + start;
-    const char* source = row_of(m) + start;
-    if (past_caches) {
-      copy_past_caches(target, source, n);
-    } else {
-      std::memcpy(target, source, n);
+  const bool past_caches = num_rows * bytes >= kLargerThanCaches;
+  for_each_stretch(items, bytes, 1 + k, [&](int64_t t, int64_t start, int64_t n) {
+    const char* source = from + t * bytes + start;
+    for (int64_t j = 0; j < k; ++j) {
+      const int64_t m = position[t * k + j];
+      if (m >= num_rows) continue;
+      char* target = to + m * bytes + start;
+      if (past_caches) {
+        copy_past_caches(target, source, n);
+      } else {
+        std::memcpy(target, source, n);
+      }
     }
   });
   return rows;
 }
 
-Tensor dispatch_backward(Tensor grad, Tensor order, int64_t k, int64_t num_items) {
-  check_dispatch_backward(grad, order, k, num_items);
-  grad = torch::stable::contiguous(grad);
-  order = torch::stable::contiguous(order);
-  const int64_t count = order.size(0), width = row_width(grad);
-  const int64_t* route = order.const_data_ptr<int64_t>();
-  check_routes(route, count, num_items * k);
-  std::vector<int64_t> inverse(num_items * k, count);
-  for (int64_t m = 0; m < count; ++m) inverse[route[m]] = m;
-  Tensor out = new_tensor(grad, with_rows(grad, num_items), grad.scalar_type());
+Tensor dispatch_backward(Tensor grad, Tensor inverse) {
+  check_dispatch_backward(grad, inverse);
+  grad = as_contiguous(grad);
+  inverse = as_contiguous(inverse);
+  const int64_t items = inverse.size(0), k = inverse.size(1), width = row_width(grad);
+  const int64_t* position = inverse.const_data_ptr<int64_t>();
+  check_positions(position, items * k);
+  Tensor out = new_tensor(grad, with_rows(grad, items), grad.scalar_type());
   with_type(grad, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     gather_sum<T>(
-        static_cast<T*>(out.mutable_data_ptr()), static_cast<const T*>(grad.const_data_ptr()), count,
-        nullptr, inverse.data(), num_items, k, width);
+        static_cast<T*>(out.mutable_data_ptr()), static_cast<const T*>(grad.const_data_ptr()),
+        grad.size(0), nullptr, position, items, k, width);
   });
   return out;
 }
 
 Tensor combine(Tensor y, Tensor weights, Tensor inverse) {
   check_combine(y, weights, inverse);
-  y = torch::stable::contiguous(y);
-  weights = torch::stable::contiguous(weights);
-  inverse = torch::stable::contiguous(inverse);
+  y = as_contiguous(y);
+  weights = as_contiguous(weights);
+  inverse = as_contiguous(inverse);
   const int64_t items = inverse.size(0), k = inverse.size(1), width = row_width(y);
   const int64_t* position = inverse.const_data_ptr<int64_t>();
   check_positions(position, items * k);
@@ -199,10 +193,10 @@ Tensor combine(Tensor y, Tensor weights, Tensor inverse) {
 std::tuple<Tensor, Tensor> combine_backward(
     Tensor grad, Tensor y, Tensor weights, Tensor inverse) {
   check_combine_backward(grad, y, weights, inverse);
-  grad = torch::stable::contiguous(grad);
-  y = torch::stable::contiguous(y);
-  weights = torch::stable::contiguous(weights);
-  inverse = torch::stable::contiguous(inverse);
+  grad = as_contiguous(grad);
+  y = as_contiguous(y);
+  weights = as_contiguous(weights);
+  inverse = as_contiguous(inverse);
   const int64_t items = inverse.size(0), k = inverse.size(1), width = row_width(y);
   const int64_t count = y.size(0), parts = stretches(width);
   const int64_t* position = inverse.const_data_ptr<int64_t>();

@@ -8,18 +8,16 @@ namespace mmdet_moe::cpu {
 // Below this many routes a second thread costs more than it saves.
 constexpr int64_t kRoutesPerTask = 1 << 14;
 
-std::tuple<Tensor, Tensor, Tensor> sort_routes(Tensor expert_ids, int64_t num_experts) {
+std::tuple<Tensor, Tensor> sort_routes(Tensor expert_ids, int64_t num_experts) {
   check_ids(expert_ids, "expert_ids", 2);
   STD_TORCH_CHECK(num_experts >= 1, "mmdet_moe: num_experts must be at least 1");
-  const Tensor ids = torch::stable::contiguous(expert_ids);
+  const Tensor ids = as_contiguous(expert_ids);
   const int64_t routes = ids.numel();
   const int64_t buckets = num_experts + 1;  // the last one is for "no choice"
-  Tensor order = new_tensor(ids, {routes}, ScalarType::Long);
   Tensor offsets = new_tensor(ids, {buckets}, ScalarType::Long);
   Tensor inverse = new_tensor(ids, {ids.size(0), ids.size(1)}, ScalarType::Long);
 
   const int64_t* id = ids.const_data_ptr<int64_t>();
-  int64_t* order_out = order.mutable_data_ptr<int64_t>();
   int64_t* offsets_out = offsets.mutable_data_ptr<int64_t>();
   int64_t* inverse_out = inverse.mutable_data_ptr<int64_t>();
 
@@ -68,13 +66,11 @@ std::tuple<Tensor, Tensor, Tensor> sort_routes(Tensor expert_ids, int64_t num_ex
     for (int64_t task = first; task < last; ++task) {
       int64_t* next = counts.data() + task * buckets;
       for (int64_t r = begin_of(task); r < begin_of(task + 1); ++r) {
-        const int64_t m = next[bucket_of(r)]++;
-        order_out[m] = r;
-        inverse_out[r] = m;
+        inverse_out[r] = next[bucket_of(r)]++;
       }
     }
   });
-  return {order, offsets, inverse};
+  return {offsets, inverse};
 }
 
 }  // namespace mmdet_moe::cpu

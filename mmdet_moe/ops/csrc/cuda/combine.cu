@@ -87,20 +87,19 @@ __global__ void __launch_bounds__(kThreads) sum_parts_kernel(
 
 Tensor combine(Tensor y, Tensor weights, Tensor inverse) {
   check_combine(y, weights, inverse);
-  const int64_t items = inverse.size(0), k = inverse.size(1);
-  checked_routes(items, k);
+  const int64_t items = inverse.size(0);
+  checked_routes(items, inverse.size(1));
   const DeviceGuard guard(y.get_device_index());
   const cudaStream_t stream = current_stream(y);
-  y = torch::stable::contiguous(y);
-  weights = torch::stable::contiguous(weights);
-  inverse = torch::stable::contiguous(inverse);
+  y = as_contiguous(y);
+  weights = as_contiguous(weights);
+  inverse = as_contiguous(inverse);
   Tensor out = new_tensor(y, with_rows(y, items), y.scalar_type());
   if (out.numel() == 0) return out;
 
   with_type(y, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    gather_sum<T, true>(
-        out, y, weights.const_data_ptr<wide_t<T>>(), inverse.const_data_ptr<int64_t>(), k, stream);
+    gather_sum<T, true>(out, y, weights.const_data_ptr<wide_t<T>>(), inverse, stream);
   });
   return out;
 }
@@ -112,10 +111,10 @@ std::tuple<Tensor, Tensor> combine_backward(
   const uint32_t num_routes = checked_routes(items, k);
   const DeviceGuard guard(y.get_device_index());
   const cudaStream_t stream = current_stream(y);
-  grad = torch::stable::contiguous(grad);
-  y = torch::stable::contiguous(y);
-  weights = torch::stable::contiguous(weights);
-  inverse = torch::stable::contiguous(inverse);
+  grad = as_contiguous(grad);
+  y = as_contiguous(y);
+  weights = as_contiguous(weights);
+  inverse = as_contiguous(inverse);
   Tensor grad_y = new_tensor(y, with_rows(y, y.size(0)), y.scalar_type());
   if (num_routes == 0 || values == 0) {  // then grad_y is empty
     return {grad_y, torch::stable::new_zeros(weights, {items, k})};

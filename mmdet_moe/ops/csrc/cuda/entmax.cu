@@ -159,7 +159,7 @@ Tensor entmax15(Tensor x) {
   check_entmax15(x, "x");
   const DeviceGuard guard(x.get_device_index());
   const cudaStream_t stream = current_stream(x);
-  x = torch::stable::contiguous(x);
+  x = as_contiguous(x);
   Tensor p = new_like(x);
   with_rows_of(x, [&](auto* type, auto per_row, uint32_t blocks, int64_t rows, int64_t n) {
     using T = std::remove_pointer_t<decltype(type)>;
@@ -175,8 +175,8 @@ Tensor entmax15_backward(Tensor grad, Tensor p) {
   check_entmax15_backward(grad, p);
   const DeviceGuard guard(p.get_device_index());
   const cudaStream_t stream = current_stream(p);
-  grad = torch::stable::contiguous(grad);
-  p = torch::stable::contiguous(p);
+  grad = as_contiguous(grad);
+  p = as_contiguous(p);
   Tensor out = new_like(p);
   with_rows_of(p, [&](auto* type, auto per_row, uint32_t blocks, int64_t rows, int64_t n) {
     using T = std::remove_pointer_t<decltype(type)>;

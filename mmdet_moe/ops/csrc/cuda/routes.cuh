@@ -19,18 +19,17 @@ struct Sources {
   wide_t<T> weight[kTogether];
 };
 
-// Looks up the routes `first` to `first + count`, of which there may be none or more than fit. Of
-// `inverse`, positions of `num_rows` and more mean "not present", and so does -1 in the table of
-// dispatch_backward, which is the one without weights.
+// Looks up the routes `first` to `first + count`, of which there may be none or more than fit.
+// Positions of `num_rows` and more mean "not present".
 template <typename T, bool kWeighted>
 __device__ Sources<T> find_sources(
-    const std::conditional_t<kWeighted, int64_t, int32_t>* inverse, const wide_t<T>* weights,
-    int64_t first, uint32_t count, int64_t num_rows) {
+    const int64_t* inverse, const wide_t<T>* weights, int64_t first, uint32_t count,
+    int64_t num_rows) {
   Sources<T> sources;
   // All loads before the first use of one: the assertion is a barrier to the compiler.
 #pragma unroll
   for (uint32_t i = 0; i < kTogether; ++i) {
-    sources.row[i] = i < count ? int64_t{inverse[first + i]} : num_rows;
+    sources.row[i] = i < count ? inverse[first + i] : num_rows;
     sources.weight[i] = kWeighted && i < count ? weights[first + i] : wide_t<T>(0);
   }
   bool valid = true;
@@ -43,9 +42,7 @@ __device__ Sources<T> find_sources(
       sources.weight[i] = 0;
     }
   }
-  if constexpr (kWeighted) {
-    CUDA_KERNEL_ASSERT_MSG(valid, "mmdet_moe: inverse must not hold negative positions");
-  }
+  CUDA_KERNEL_ASSERT_MSG(valid, "mmdet_moe: inverse must not hold negative positions");
   return sources;
 }
 
@@ -54,8 +51,7 @@ __device__ Sources<T> find_sources(
 template <typename T, typename Vector, bool kWeighted>
 __global__ void __launch_bounds__(kThreads) gather_sum_kernel(
     Vector* __restrict__ out, const Vector* __restrict__ rows,
-    const wide_t<T>* __restrict__ weights,
-    const std::conditional_t<kWeighted, int64_t, int32_t>* __restrict__ inverse, int64_t num_rows,
+    const wide_t<T>* __restrict__ weights, const int64_t* __restrict__ inverse, int64_t num_rows,
     uint32_t k, int64_t width, Layout layout) {
   constexpr int kCount = sizeof(Vector) / sizeof(T);
   const Place place = my_place<kDepth>(layout);
@@ -95,8 +91,7 @@ __global__ void __launch_bounds__(kThreads) gather_sum_kernel(
 // Launches it; weights are null for dispatch_backward.
 template <typename T, bool kWeighted>
 void gather_sum(
-    const Tensor& out, const Tensor& rows, const wide_t<T>* weights,
-    const std::conditional_t<kWeighted, int64_t, int32_t>* inverse, int64_t k,
+    const Tensor& out, const Tensor& rows, const wide_t<T>* weights, const Tensor& inverse,
     cudaStream_t stream) {
   void* to = out.mutable_data_ptr();
   const void* from = rows.const_data_ptr();
@@ -106,8 +101,9 @@ void gather_sum(
     const int64_t width = values * sizeof(T) / sizeof(Vector);
     const Layout layout = lay_out(out.size(0), width, kDepth);
     gather_sum_kernel<T, Vector, kWeighted><<<layout.blocks, kThreads, 0, stream>>>(
-        static_cast<Vector*>(to), static_cast<const Vector*>(from), weights, inverse, rows.size(0),
-        static_cast<uint32_t>(k), width, layout);
+        static_cast<Vector*>(to), static_cast<const Vector*>(from), weights,
+        inverse.const_data_ptr<int64_t>(), rows.size(0), static_cast<uint32_t>(inverse.size(1)),
+        width, layout);
     STD_CUDA_KERNEL_LAUNCH_CHECK();
   });
 }

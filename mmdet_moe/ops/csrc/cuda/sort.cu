@@ -30,13 +30,11 @@ __global__ void __launch_bounds__(kThreads) prepare_kernel(
 // offsets[e] is the number of keys below e: thread m writes it for all e above the key before its
 // own and up to its own, and the last thread also for those above its own.
 __global__ void __launch_bounds__(kThreads) finish_kernel(
-    int64_t* order, int64_t* offsets, int64_t* inverse, const uint32_t* keys, const int32_t* routes,
+    int64_t* offsets, int64_t* inverse, const uint32_t* keys, const int32_t* routes,
     int64_t num_experts, uint32_t count) {
   const uint32_t m = blockIdx.x * kThreads + threadIdx.x;
   if (m >= count) return;
-  const int32_t route = routes[m];
-  order[m] = route;
-  inverse[route] = m;
+  inverse[routes[m]] = m;
   const int64_t key = keys[m];
   const int64_t previous = m == 0 ? -1 : int64_t{keys[m - 1]};
   for (int64_t e = previous + 1; e <= key; ++e) offsets[e] = m;
@@ -45,23 +43,22 @@ __global__ void __launch_bounds__(kThreads) finish_kernel(
   }
 }
 
-std::tuple<Tensor, Tensor, Tensor> sort_routes(Tensor expert_ids, int64_t num_experts) {
+std::tuple<Tensor, Tensor> sort_routes(Tensor expert_ids, int64_t num_experts) {
   check_ids(expert_ids, "expert_ids", 2);
   STD_TORCH_CHECK(
       num_experts >= 1 && num_experts < INT32_MAX,
       "mmdet_moe: num_experts must be at least 1 and below ", INT32_MAX, ", got ", num_experts);
   const DeviceGuard guard(expert_ids.get_device_index());
   const cudaStream_t stream = current_stream(expert_ids);
-  const Tensor ids = torch::stable::contiguous(expert_ids);
+  const Tensor ids = as_contiguous(expert_ids);
   const int64_t items = ids.size(0), k = ids.size(1);
   const uint32_t count = checked_routes(items, k);
-  Tensor order = new_tensor(ids, {int64_t{count}}, ScalarType::Long);
   Tensor offsets = new_tensor(ids, {num_experts + 1}, ScalarType::Long);
   Tensor inverse = new_tensor(ids, {items, k}, ScalarType::Long);
   int64_t* offsets_out = offsets.mutable_data_ptr<int64_t>();
   if (count == 0) {
     STD_CUDA_CHECK(cudaMemsetAsync(offsets_out, 0, (num_experts + 1) * sizeof(int64_t), stream));
-    return {order, offsets, inverse};
+    return {offsets, inverse};
   }
 
   using Keys = mmdet_moe_cub::cub::DoubleBuffer<uint32_t>;
@@ -90,10 +87,10 @@ std::tuple<Tensor, Tensor, Tensor> sort_routes(Tensor expert_ids, int64_t num_ex
   STD_CUDA_KERNEL_LAUNCH_CHECK();
   sort(buffer(4), scratch_bytes, keys, routes);
   finish_kernel<<<blocks_for(count), kThreads, 0, stream>>>(
-      order.mutable_data_ptr<int64_t>(), offsets_out, inverse.mutable_data_ptr<int64_t>(),
-      keys.Current(), routes.Current(), num_experts, count);
+      offsets_out, inverse.mutable_data_ptr<int64_t>(), keys.Current(), routes.Current(),
+      num_experts, count);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
-  return {order, offsets, inverse};
+  return {offsets, inverse};
 }
 
 }  // namespace

@@ -1,0 +1,18 @@
+# One decision for each pixel of each level: sharp ones, that use all experts within every level.
+_base_ = [
+    '../_base_/demo_runtime.py',
+    '../_base_/models/retinanet_demo.py',
+    '../_base_/datasets/digit_scenes.py',
+    '../_base_/schedules/demo.py',
+    '../_base_/balancing/sharp_within_levels.py',
+]
+model = dict(
+    bbox_head=dict(
+        type='mmdet_moe.MoERetinaHead',
+        num_experts=4,
+        top_k=2,
+        router={{_base_.router}},
+        granularity='pixel',
+        whole_maps=True,
+    )
+)

@@ -1,0 +1,147 @@
+"""How the choices of one layer of experts go with those of the next one.
+
+A unit goes from its main expert in one layer to its main expert in the next one; the layers are
+taken in the order in which the model runs them. Through all layers the unit is the image, whose
+main expert is the one with the most weight, summed over its decisions. Successive layers that
+decide for the same items (the same places of the same maps) are followed decision by decision as
+well. That two choices go together does not mean that one causes the other: both may follow the
+pyramid level, say.
+"""
+
+from itertools import pairwise
+
+import numpy as np
+import torch
+
+from mmdet_moe.analysis.records.contents import DecisionRecords
+from mmdet_moe.analysis.study import Study
+from mmdet_moe.moe.metrics import mutual_information
+
+#: Layers of more experts are left out: nobody can follow so many bands.
+MAX_EXPERTS = 64
+#: Of whole images, for the information that two layers have in common by chance; and how many
+#: units they are tried on at most, of images at even distances.
+PERMUTATIONS, MAX_UNITS = 199, 200_000
+UNITS = ('image', 'decision')
+Mains = tuple[np.ndarray, np.ndarray, np.ndarray]
+
+
+def flows(study: Study) -> list[dict]:
+    """``flows`` of ``experts.json``; none with fewer than two layers to follow.
+
+    Each has a ``unit`` (``'image'`` or ``'decision'``), ``layers``, and ``steps`` between them.
+    That of the images is left out where all layers decide for the same items.
+    """
+    names = [n for n in study.order if 1 < study.layers[n].num_experts <= MAX_EXPERTS]
+    if len(names) < 2:
+        return []
+    place = {name: i for i, name in enumerate(study.layers)}
+    steps = {(*pair, unit): Step(unit) for pair in pairwise(names) for unit in UNITS}
+    for part in study.records:
+        for (first, second, _), step in steps.items():
+            step.add(*(part.layers[place[name]].decisions for name in (first, second)))
+    found = {
+        (first, second, unit): {'from': first, 'to': second, **step.as_dict()}
+        for (first, second, unit), step in steps.items()
+        if step.fits
+    }
+    runs: list[list[dict]] = [[]]
+    for pair in pairwise(names):
+        if (*pair, 'decision') in found:
+            runs[-1].append(found[(*pair, 'decision')])
+        else:
+            runs.append([])
+    chosen = [('decision', run) for run in runs if run]
+    if len(runs) > 1:
+        chosen.insert(0, ('image', [found[(*pair, 'image')] for pair in pairwise(names)]))
+    return [
+        {'unit': unit, 'layers': [run[0]['from'], *(step['to'] for step in run)], 'steps': run}
+        for unit, run in chosen
+    ]
+
+
+class Step:
+    """From one layer to the next one.
+
+    Args:
+        unit: One of :data:`UNITS`.
+
+    Attributes:
+        fits: Whether there are such units; False once decisions were not for the same items.
+    """
+
+    def __init__(self, unit: str) -> None:
+        self.unit = unit
+        self.fits = True
+        self._parts: list[Mains] = []
+        self._experts = (0, 0)
+
+    def add(self, first: DecisionRecords, second: DecisionRecords) -> None:
+        """What both layers decided for the same images."""
+        self._experts = (first.weights.shape[1], second.weights.shape[1])
+        if self.unit == 'image':
+            self._parts.append(_of_images(first, second))
+            return
+        self.fits = self.fits and _correspond(first, second)
+        if self.fits:
+            order = np.argsort(first.unit, kind='stable')  # image by image
+            mains = (x.weights.argmax(1)[order] for x in (first, second))
+            self._parts.append((first.image[order], *mains))
+
+    def as_dict(self) -> dict:
+        """``num_units``, ``counts`` (E, E'), and ``mi``, the mutual information of the two main
+        experts in nats. ``chance`` is its mean, ``p_value`` the share of it that is as large, with
+        whole images permuted: what all images have in common, such as what their levels do to both
+        layers, stays. Both are None where images have different numbers of decisions.
+        """
+        experts = self._experts
+        image, a, b = (np.concatenate(columns) for columns in zip(*self._parts, strict=True))
+        found = {
+            'num_units': len(image),
+            'counts': _joint(a, b, experts).astype(int).tolist(),
+            'mi': _information(a, b, experts),
+            'chance': None,
+            'p_value': None,
+        }
+        each = np.unique(image, return_counts=True)[1]
+        if len(each) and (each == each[0]).all():
+            stride = -(-len(image) // MAX_UNITS)
+            a, b = (x.reshape(len(each), -1)[::stride] for x in (a, b))
+            observed, rng = _information(a, b, experts), np.random.default_rng(0)
+            permuted = [_information(a, rng.permutation(b), experts) for _ in range(PERMUTATIONS)]
+            reached = sum(mi >= observed - 1e-9 for mi in permuted)
+            found |= {
+                'mi': observed,
+                'chance': float(np.mean(permuted)),
+                'p_value': (1 + reached) / (1 + PERMUTATIONS),
+            }
+        return found
+
+
+def _correspond(first: DecisionRecords, second: DecisionRecords) -> bool:
+    return len(first.unit) == len(second.unit) and all(
+        np.array_equal(getattr(first, column), getattr(second, column), equal_nan=True)
+        for column in ('unit', 'level', 'centre')
+    )
+
+
+def _of_images(first: DecisionRecords, second: DecisionRecords) -> Mains:
+    """The images that both decided on, and the main expert of each in both layers."""
+    image = np.intersect1d(first.image, second.image)
+    mains = []
+    for made in (first, second):
+        total = np.zeros((len(image), made.weights.shape[1]))
+        here = np.isin(made.image, image)
+        np.add.at(total, np.searchsorted(image, made.image[here]), made.weights[here])
+        mains.append(total.argmax(1))
+    return image, *mains
+
+
+def _information(first: np.ndarray, second: np.ndarray, experts: tuple[int, int]) -> float:
+    return float(mutual_information(torch.from_numpy(_joint(first, second, experts))))
+
+
+def _joint(first: np.ndarray, second: np.ndarray, experts: tuple[int, int]) -> np.ndarray:
+    """float64 (E, E'): how often two main experts come together."""
+    pairs = np.bincount((first * experts[1] + second).ravel(), minlength=experts[0] * experts[1])
+    return pairs.reshape(experts).astype(np.float64)

@@ -1,0 +1,106 @@
+"""What TensorBoard's projector is given, read back and pooled again by hand."""
+
+import csv
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from tiny_models import MOE_NECK, build_single, make_batch
+from torch import nn
+
+from mmdet_moe.analysis.exports import check_projector, projector, write_projector
+from mmdet_moe.errors import ConfigError
+from mmdet_moe.moe import MoELayer, find_expert_layers
+from mmdet_moe.moe.mumoe import CPMuMoE
+
+pytest.importorskip('tensorboard')
+
+
+class Data:
+    """The tiny batch, image by image."""
+
+    classes = ('a', 'b', 'c')
+
+    def __len__(self):
+        return 3
+
+    def batches(self, first, batch_size, num_workers):
+        batch = make_batch()
+        yield {key: value[first : first + 1] for key, value in batch.items()}
+
+    def label(self, index):
+        return index
+
+
+def read(folder, layer):
+    (place,) = folder.glob(f'*/{layer}')
+    with (place / 'metadata.tsv').open() as file:
+        told = list(csv.DictReader(file, delimiter='\t'))
+    assert (place / 'sprite.png').exists()
+    return np.loadtxt(place / 'tensors.tsv', ndmin=2), told
+
+
+def test_detector(randomise, tmp_path):
+    """The head's router sees the mean of each level, the neck's that of each patch of its map."""
+    model = randomise(build_single('moe retina', neck=MOE_NECK)).eval()
+    layers = find_expert_layers(model)
+    study = SimpleNamespace(model=model, layers=layers, data=Data(), is_detector=True)
+    write_projector(study, tmp_path)
+    vectors, told = read(tmp_path, 'bbox_head.cls_moe')
+    expected, experts = [], []
+    for index in range(3):
+        batch = next(Data().batches(index, 1, 0))
+        with torch.no_grad():
+            features = model.extract_feat(model.data_preprocessor(batch, False)['inputs'])
+            model.bbox_head(features)
+        expected += [level.mean((2, 3))[0].numpy() for level in features]
+        experts += model.bbox_head.cls_moe.routing.dense_weights().argmax(1).tolist()
+    np.testing.assert_allclose(vectors, np.stack(expected), rtol=1e-4, atol=1e-5)
+    assert [row['map'] for row in told] == ['0', '1', '2'] * 3
+    assert [row['image'] for row in told] == [str(i) for i in range(3) for _ in range(3)]
+    assert [row['expert'] for row in told] == [f'e{e}' for e in experts]
+    assert 'class' not in told[0]
+    neck = next(name for name in layers if name.startswith('neck'))
+    vectors, told = read(tmp_path, neck)
+    assert len(vectors) == len(told) > 9  # several patches of an image
+
+
+@pytest.mark.parametrize('kind', ['sparse', 'factorised'])
+def test_classifier(tmp_path, monkeypatch, kind):
+    """Vectors of a classifier's head, with the true class; no more points than are wanted."""
+    monkeypatch.setattr(projector, 'MAX_POINTS', 2)
+    layer = MoELayer(nn.Linear(4, 3), 2, 1, in_channels=4, granularity='token')
+    if kind == 'factorised':
+        layer = CPMuMoE(4, 3, num_experts=2, rank=2)
+
+    class Classifier(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = layer
+
+        def data_preprocessor(self, batch, training):
+            inputs = torch.stack(batch['inputs']).float()
+            return {'inputs': inputs, 'data_samples': batch['data_samples']}
+
+        def forward(self, inputs, data_samples, mode):
+            return self.layer(inputs[..., :2, :2].mean(1).flatten(1))
+
+    model = Classifier().eval()
+    study = SimpleNamespace(model=model, layers={'fc': layer}, data=Data(), is_detector=False)
+    write_projector(study, tmp_path)
+    vectors, told = read(tmp_path, 'fc')
+    images = make_batch()['inputs']
+    expected = [images[i].float()[:, :2, :2].mean(0).flatten().numpy() for i in range(3)]
+    np.testing.assert_allclose(vectors, np.stack(expected), rtol=1e-4)
+    assert [row['class'] for row in told] == ['a', 'b', 'c']
+
+
+def test_what_would_fail_is_refused_before_the_work(tmp_path, monkeypatch):
+    check_projector(tmp_path / 'new')
+    (tmp_path / 'file').touch()
+    with pytest.raises(ConfigError, match='is not empty; choose a new folder'):
+        check_projector(tmp_path)
+    monkeypatch.setattr(projector, 'find_spec', lambda name: None)
+    with pytest.raises(ConfigError, match='pip install tensorboard'):
+        check_projector(tmp_path / 'new')

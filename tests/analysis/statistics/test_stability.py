@@ -1,0 +1,81 @@
+"""Decisions of two checkpoints, counted by hand."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from mmdet_moe.analysis.statistics.stability import Stability, _pairs
+
+BEFORE = np.array([[0.6, 0.4, 0], [0.6, 0.4, 0], [0, 0.3, 0.7], [0, 0.9, 0.1]])
+AFTER = np.array([[0.5, 0, 0.5], [0.4, 0.6, 0], [0, 0.2, 0.8], [0, 0.8, 0.2]])
+
+
+def test_four_decisions():
+    stability = Stability(3)
+    stability.add(BEFORE[:1], 2 * AFTER[:1])  # of which rows the sum does not matter
+    stability.add(BEFORE[1:], AFTER[1:])
+    nothing = np.array([[np.nan] * 3, [0.0] * 3])
+    stability.add(nothing, np.ones((2, 3)))
+    found = stability.as_dict()
+    assert found['num_decisions'] == 4
+    assert found['changed'] == 0.25  # the second; of two equal weights the first one counts
+    # Experts of before (0, 0, 2, 1), of after (0, 1, 2, 1).
+    assert found['changed_by_chance'] == pytest.approx(1 - (2 * 1 + 1 * 2 + 1 * 1) / 16)
+    assert found['overlap'] == pytest.approx((1 / 3 + 1 + 1 + 1) / 4)
+    assert found['weight_in_common'] == pytest.approx((0.5 + 0.8 + 0.9 + 0.9) / 4)
+
+
+def test_renumbered_experts():
+    """All decisions change, and none if the experts are given other numbers."""
+    rng = np.random.default_rng(0)
+    before = rng.random((50, 4))
+    stability = Stability(4)
+    stability.add(before, before[:, [1, 2, 3, 0]])
+    found = stability.as_dict()
+    assert (found['changed'], found['changed_relabelled']) == (1, pytest.approx(0))
+    assert found['overlap'] == 1
+
+
+def test_the_same_and_nothing():
+    stability = Stability(3)
+    assert stability.as_dict() is None
+    stability.add(BEFORE, BEFORE)
+    found = stability.as_dict()
+    assert (found['changed'], found['changed_relabelled']) == (0, 0)
+    assert (found['overlap'], found['weight_in_common']) == (1, pytest.approx(1))
+
+
+def records(first, end, rng, per_image=3, kept=1.0):
+    """Images first to end - 1, whose decisions' weights are their numbers; layers a and b."""
+
+    def layer():
+        units = [(i << 28) | k for i in range(first, end) for k in range(per_image)]
+        units = np.array([u for u in units if rng.random() < kept], np.int64)
+        units = rng.permutation(units)
+        return SimpleNamespace(
+            decisions=SimpleNamespace(unit=units, weights=units[:, None].astype(float))
+        )
+
+    return SimpleNamespace(
+        images=SimpleNamespace(index=np.arange(first, end)), layers=[layer(), layer()]
+    )
+
+
+@pytest.mark.parametrize('bounds', [[(0, 4), (4, 7)], [(0, 7)], [(0, 1), (1, 2), (2, 6), (6, 9)]])
+def test_files_of_other_lengths(bounds):
+    """Every decision that both have, once, with its own counterpart."""
+    rng = np.random.default_rng(1)
+    before = [records(*b, rng, kept=0.8) for b in bounds]
+    after = [records(*b, rng, kept=0.8) for b in [(0, 3), (3, 6), (6, 7)]]
+    found = {'a': [], 'b': []}
+    for name, one, two in _pairs(before, after, {'a': (0, 1), 'b': (1, 0)}):
+        np.testing.assert_array_equal(one, two)
+        found[name] += one[:, 0].tolist()
+
+    def units(parts, number):
+        return {u for part in parts for u in part.layers[number].decisions.unit.tolist()}
+
+    for name, mine, other in (('a', 0, 1), ('b', 1, 0)):
+        assert len(found[name]) == len(set(found[name])) > 5
+        assert set(found[name]) == units(after, mine) & units(before, other)
