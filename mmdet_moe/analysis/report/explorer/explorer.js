@@ -635,12 +635,14 @@
       this.$('.wall-settings').hidden = !this.weights;
       const csv = this.$('.csv');
       csv.title = `Every matching ${noun} of this expert as a table`;
-      csv.textContent = `CSV of ${plural(this.rows.length, noun)}`;
+      csv.textContent = `CSV of ${whole(this.rows.length)}`;
       this.$('.more').hidden = this.wallRows.length <= this.shown;
       const count = this.$('.count');
       count.hidden = !this.weights;
       count.replaceChildren(element('b', {}, `${whole(shown.length)} of ${plural(this.rows.length, noun)} shown`));
-      count.append(`${this.detection ? ', one an image' : ''} · pictures are stored of ${whole(new Set(this.rows.filter((row) => this.picture(row) !== undefined).map((row) => this.columns.image[row])).size)} of ${plural(new Set(this.rows.map((row) => this.columns.image[row])).size, 'image')}`);
+      const images = (rows) => new Set(rows.map((row) => this.columns.image[row])).size;
+      const stored = images(this.rows.filter((row) => this.picture(row) !== undefined));
+      count.append(`${this.detection ? ', one an image' : ''} · pictures of ${whole(stored)} of ${plural(images(this.rows), 'image')}`);
       const { kept, all } = this.payload.rows;
       if (kept < all) count.append(` · from a sample of ${whole(kept)} of all ${whole(all)} rows`);
       const lost = this.payload.pool.unreadable.length;

@@ -814,6 +814,11 @@ def test_very_many_experts_with_small_coefficients(open_report, tmp_path):
     assert rows == ['unchanged', *(f'expert {e} zeroed' for e in range(99, 83, -1))]
 
 
+def test_pictures_of_two_runs_begin_on_the_first_screen(open_report, double_report):
+    page = open_report(double_report, width=1280, height=800)
+    assert page.locator('.tile').first.bounding_box()['y'] < 800
+
+
 @pytest.mark.parametrize(('width', 'screens'), [(1280, 1), (400, 2)])
 def test_pictures_begin_early_below_three_lines_of_verdict(
     open_report, soft, single_report, width, screens
