@@ -28,7 +28,7 @@ from mmdet_moe.analysis.records.contents import (
     select,
 )
 from mmdet_moe.analysis.statistics.bins import COCO_SIZES, box_sizes, coco_size_bin
-from mmdet_moe.analysis.statistics.inference import interval, resampled_images
+from mmdet_moe.analysis.statistics.inference import QUANTILES, resampled_images
 from mmdet_moe.analysis.statistics.matching import IGNORED, match
 from mmdet_moe.analysis.statistics.outcomes import mean_weights
 from mmdet_moe.analysis.study import Study
@@ -329,7 +329,7 @@ def _means(quantities: Sequence[tuple[np.ndarray, np.ndarray]], image: np.ndarra
         sampled = (drawn @ sums) / (drawn @ nums)  # NaN where no image with such an object is drawn
     for total, num, means in zip(sums.sum(0), nums.sum(0), sampled.T, strict=True):
         value = float(total / num) if num else None
-        ends = None if value is None else interval(means, value)
+        ends = np.nanquantile(means, QUANTILES).tolist() if num else None
         found.append({'value': value, 'interval': ends, 'num': int(num)})
     return found
 
