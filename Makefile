@@ -1,7 +1,7 @@
 # make demo   environment, data, training of a dense and an MoE RetinaNet, one table
 # make test   the same environment, then the test suite, with a fixed sample of each sweep (pytest.mark.sweep)
 # make test-all   the same with every case of the sweeps (pytest --all)
-# make gpu    what needs a GPU: checks, and the figures of docs/dispatch.md
+# make gpu    what needs a GPU: checks, and the figures of docs/gpu.md
 # make lint   ruff
 #
 # VENV=DIR puts the environment elsewhere; PYTHON=python3.12 makes it of another interpreter.

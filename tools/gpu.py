@@ -5,7 +5,7 @@
 2. the tests of the ops and of the layers on it: the CPU's numbers, streams, CUDA graphs, and how
    often the host waits for it;
 3. the ops under compute-sanitizer (memory, races), where that is installed;
-4. tools/benchmark_moe.py on it; its tables go to docs/dispatch.md.
+4. tools/benchmark_moe.py on it; its tables go to docs/gpu.md.
 
 Exit status 1: a check failed, or a step took longer than it may.
 """
@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument('--page', type=Path, default=REPOSITORY / 'docs' / 'dispatch.md')
+    parser.add_argument('--page', type=Path, default=REPOSITORY / 'docs' / 'gpu.md')
     parser.add_argument('--work-dir', type=Path, default=REPOSITORY / 'work_dirs' / 'gpu')
     parser.add_argument('--repeats', type=int, default=9, help='rounds of every table')
     args = parser.parse_args(argv)

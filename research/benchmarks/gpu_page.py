@@ -1,4 +1,4 @@
-"""The figures of a GPU in ``docs/dispatch.md``, from what ``tools/benchmark_moe.py`` wrote."""
+"""The figures of a GPU in ``docs/gpu.md``, from what ``tools/benchmark_moe.py`` wrote."""
 
 import re
 from pathlib import Path

@@ -54,8 +54,8 @@ _MOST_MIXED_BYTES = 1 << 28
 def cheapest(experts: 'ConvExperts', x_T: Tensor, dispatcher: Dispatcher) -> str:
     """The way that is expected to be the fastest: ``'subbatches'``, ``'grouped'`` or ``'views'``.
 
-    On anything but a CPU it is ``'subbatches'``, whose work is the active FLOPs: the other two have
-    not been measured there.
+    On anything but a CPU it is ``'subbatches'``, whose work is the active FLOPs: on an H200 neither
+    of the others was faster for all sizes (``docs/gpu.md``).
 
     Args:
         experts: The experts.
