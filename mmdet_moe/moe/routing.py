@@ -183,6 +183,7 @@ class Routing:
 
 
 @lru_cache(maxsize=256)  # a model repeats its few shapes, and a copy from the host waits for a GPU
+@torch.inference_mode(False)  # a later training may need it in its graph
 def spread(
     values: tuple[float, ...],
     repeats: tuple[int, ...],
@@ -190,5 +191,5 @@ def spread(
     dtype: torch.dtype = torch.int64,
 ) -> Tensor:
     """Each value as often as it is to be repeated, (sum of ``repeats``,); not to be changed."""
-    once = torch.tensor(values, dtype=dtype)
-    return once.repeat_interleave(torch.tensor(repeats, dtype=torch.int64)).to(device)
+    once, times = torch.tensor(values, dtype=dtype), torch.tensor(repeats, dtype=torch.int64)
+    return once.repeat_interleave(times, output_size=sum(repeats)).to(device)

@@ -471,3 +471,14 @@ def test_inputs_of_a_wrong_rank():
     layer = MoELayer(LinearExperts(8, 8, 4), 4, 2, in_channels=6, granularity='token')
     with pytest.raises(ValueError, match=r'in_features=8 numbers, but an item .* has 6'):
         layer(torch.randn(3, 6))
+
+
+def test_training_after_inference_mode():
+    """What is kept of the same shapes belongs to no mode."""
+    layer = MoELayer(nn.Conv2d(3, 3, 1), 4, 2, in_channels=3, decision_weight='area')
+    maps = [torch.randn(2, 3, *size) for size in ((7, 5), (3, 2))]
+    with torch.inference_mode():
+        layer(maps)
+    layer(maps)
+    layer.routing.importance(balancing=True).var().backward()
+    assert layer.router.fc.weight.grad.any()
