@@ -18,7 +18,7 @@ have no map of the image. Needs captum, ``pip install 'mmdet_moe[cam]'``.
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
 from typing import Any
@@ -36,6 +36,7 @@ from mmdet_moe.moe import MoELayer
 from mmdet_moe.moe.dispatcher import Dispatcher, unpack
 from mmdet_moe.moe.expert_layer import ExpertLayer
 from mmdet_moe.moe.mumoe import MuMoE
+from mmdet_moe.moe.routing import Routing
 
 
 @dataclass(frozen=True)
@@ -162,6 +163,8 @@ def _one_path(layer: ExpertLayer, target: Target, probe: nn.Module) -> Iterator[
         stack.callback(layer.register_forward_pre_hook(enter).remove)
         for module in filter(None, beside):
             stack.callback(module.register_forward_hook(lambda _, __, y: _constant(y)).remove)
+        if isinstance(layer, MoELayer):
+            stack.callback(layer.router.register_forward_hook(_constant_weights).remove)
         name, change = ('mix', _mix) if isinstance(layer, MuMoE) else ('run_experts', _run_experts)
         change = partial(change, layer, getattr(layer, name), target.expert)
         stack.enter_context(replaced(layer, name, change))
@@ -173,7 +176,7 @@ def _run_experts(
     **kwargs: Any,
 ) -> Any:  # fmt: skip
     """Stands in for ``MoELayer.run_experts``."""
-    ids, weights = dispatcher.expert_ids, dispatcher.weights.detach()
+    ids, weights = dispatcher.expert_ids, dispatcher.weights
 
     def part(chosen: Tensor) -> Any:
         return usual(x_T, Dispatcher(ids, weights * chosen, layer.num_experts), *args, **kwargs)
@@ -189,6 +192,11 @@ def _mix(
     coefficients = tuple(a.detach() for a in coefficients)
     others = layer.mix_without(x, coefficients, expert)
     return usual(x, coefficients) - others + others.detach()
+
+
+def _constant_weights(_: nn.Module, __: tuple, routing: Routing) -> Routing:
+    gates = None if routing.gates is None else routing.gates.detach()
+    return replace(routing, weights=routing.weights.detach(), gates=gates)
 
 
 def _constant(output: Any) -> Any:

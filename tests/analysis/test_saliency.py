@@ -67,10 +67,12 @@ def test_linear_experts_by_formula(x):
     assert 'run_experts' not in vars(layer)
 
 
+@pytest.mark.parametrize('whole_maps', [False, True])
 @pytest.mark.parametrize('options', [{'grid_size': 2}, {}], ids=['patch', 'pixel'])
-def test_items_have_their_own_weights(x, options):
+def test_items_have_their_own_weights(x, options, whole_maps):
     """``G(h, w) = w_e(h, w) W_e^T V_k / HW``, 0 where the expert was not chosen."""
-    layer = sparse('patch' if options else 'pixel', **options)
+    layer = sparse('patch' if options else 'pixel', whole_maps=whole_maps, **options)
+    nn.init.normal_(layer.router.fc.weight)  # which has a gradient that must not be seen
     model = Classifier(layer, 5).eval()
     model(x)
     weights = layer.routing.dense_weights()  # row by row
