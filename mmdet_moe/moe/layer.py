@@ -133,6 +133,11 @@ class MoELayer(ExpertLayer):
         self.experts = build_experts(expert, num_experts)
         self.shared = nn.ModuleList(shared) if shared else None
         self.shortcut = shortcut
+        if whole_maps and self.experts.take_vectors:
+            raise ConfigError(
+                f'whole_maps=True needs experts that take maps, which {type(self.experts).__name__} '
+                'do not; use convolutions, or leave whole_maps out'
+            )
         self.share_initial_weights()
         GRANULARITIES[granularity].check(self)
         self.halo, self.stride = (
@@ -142,7 +147,7 @@ class MoELayer(ExpertLayer):
         )
         self._latest = _Calls()
         self._norms_checked = False
-        # Of a forward pass on a GPU: flag, event and iteration, see check_finite.
+        # Of a forward pass on a GPU: flag, event and training iteration, see check_finite.
         self._unread: tuple[Tensor, torch.cuda.Event, int | None] | None = None
         self.register_load_state_dict_pre_hook(_upcycle_same_place)
 
@@ -390,7 +395,8 @@ class MoELayer(ExpertLayer):
             ids = torch.full((len(x), 1), expert, device=x.device)
             ones = factors.new_ones(ids.shape)
             whole = Dispatcher.to_one(ids, ones, expert, self.num_experts)
-            y, rebuild = unpack(self.run_experts(x, whole, *args, **kwargs))
+            # A copy, because an expert may change in place what the next one is given.
+            y, rebuild = unpack(self.run_experts(x.clone(), whole, *args, **kwargs))
             if y.shape[2:] != x.shape[2:]:
                 raise ConfigError(
                     f'MoE layer "{self.name}": whole_maps=True needs experts that keep the size of '
@@ -480,7 +486,7 @@ class MoELayer(ExpertLayer):
                 routing.level_ids if len(sizes) > 1 else None,
             )
             if is_finite is not None:
-                sorting.watched = (is_finite, partial(self._refuse_unless, _current_iteration()))
+                sorting.watched = (is_finite, partial(self._refuse_unless, self._training_iteration()))
             for level, first in enumerate(accumulate(sizes[:-1], initial=0)):
                 yield Dispatcher(*routing.level(level), self.num_experts, sorting, level, first)
             if sorting.watched is None:
@@ -501,8 +507,11 @@ class MoELayer(ExpertLayer):
         is_finite = (routing.logits.detach().sum() + routing.weights.detach().sum()).isfinite()
         if is_finite.device.type != 'cpu':
             return is_finite
-        self._refuse_unless(_current_iteration(), bool(is_finite))
+        self._refuse_unless(self._training_iteration(), bool(is_finite))
         return None
+
+    def _training_iteration(self) -> int | None:
+        return _current_iteration() if self.training else None
 
     def _look_later(self, is_finite: Tensor) -> None:
         if is_finite.device.type != 'cuda':
@@ -510,8 +519,9 @@ class MoELayer(ExpertLayer):
         on_host = torch.empty((), dtype=torch.bool, pin_memory=True)
         on_host.copy_(is_finite, non_blocking=True)
         copied = torch.cuda.Event()
-        copied.record()
-        self._unread = (on_host, copied, _current_iteration())
+        # Not that of the current device, which need not be the layer's.
+        copied.record(torch.cuda.current_stream(is_finite.device))
+        self._unread = (on_host, copied, self._training_iteration())
 
     def check_finite(self) -> None:
         """Raise what the latest forward pass on a GPU left to be looked at, if anything.
@@ -529,7 +539,7 @@ class MoELayer(ExpertLayer):
         if is_finite:
             return
         message = f'The router of MoE layer "{self.name}" produced values that are not finite'
-        if self.training and iteration is not None:
+        if iteration is not None:
             message += f' at training iteration {iteration}'
         raise NonFiniteRouterError(
             f'{message}; the input or a weight has become NaN or infinite: lower the learning rate '

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from mmdet_moe.errors import ConfigError
 from mmdet_moe.moe.items import Items, check_map, grid_centres
+from mmdet_moe.moe.precision import no_autocast
 
 if TYPE_CHECKING:
     from mmdet_moe.moe.layer import MoELayer
@@ -182,12 +183,14 @@ class PatchGrid(Items):
         """(N, n · H · W) to (N · patches,)."""
         if len(self) == 1:
             return values.sum(1)
-        pixels = values.unflatten(1, (*self.size, -1)).sum(3)
-        rows, cols = (axis.pooling_matrix(pixels.float()).sign() for axis in self._axes)
-        return torch.einsum('gh,nhw,kw->ngk', rows, pixels.float(), cols).flatten()
+        pixels = values.unflatten(1, (*self.size, -1)).sum(3).float()
+        rows, cols = (axis.pooling_matrix(pixels).sign() for axis in self._axes)
+        with no_autocast(values.device.type):
+            return torch.einsum('gh,nhw,kw->ngk', rows, pixels, cols).flatten()
 
     def spread(self, values: Tensor) -> Tensor:
         """(N · patches, E) to (N, E, H, W)."""
         rows, cols = (axis.pooling_matrix(values).sign() for axis in self._axes)
         grid = values.unflatten(0, (-1, len(rows), len(cols)))
-        return torch.einsum('gh,ngke,kw->nehw', rows, grid, cols)
+        with no_autocast(values.device.type):
+            return torch.einsum('gh,ngke,kw->nehw', rows, grid, cols)

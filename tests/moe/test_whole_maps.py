@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from mmdet_moe.errors import ConfigError
-from mmdet_moe.moe import GAPRouter, MoELayer, add_experts
+from mmdet_moe.moe import GAPRouter, LinearExperts, MoELayer, add_experts
 from mmdet_moe.moe.items import Pixels, Tokens
 from mmdet_moe.moe.patches import PatchGrid
 
@@ -125,6 +125,45 @@ def test_sums_and_spreads_of_items():
         torch.testing.assert_close(sums, sizes * values[:, 1])
     with pytest.raises(NotImplementedError, match='Tokens divide no feature map'):
         Tokens((2, 3)).total(counts)
+
+
+def test_autocast_leaves_numbers_of_positives_and_weights_alone():
+    counts = torch.ones(1, 64 * 64)
+    counts[0, :3] = 0
+    items, weights = PatchGrid((64, 64), grid=2), torch.rand(4, E)
+    with torch.autocast('cpu', torch.bfloat16):
+        assert items.total(counts).tolist() == [1021, 1024, 1024, 1024]
+        assert torch.equal(items.spread(weights)[0, :, 0, 0], weights[0])
+
+
+class Doubling(nn.Conv2d):
+    """Changes its input in place."""
+
+    def forward(self, x):
+        return super().forward(x.mul_(2))
+
+
+def test_experts_that_change_their_input_in_place():
+    router = GAPRouter(C, E, K, noise=False)
+    experts = [Doubling(C, C, 1) for _ in range(E)]
+    layer = MoELayer(
+        experts, E, K, router, granularity='pixel', whole_maps=True, shortcut=nn.Identity()
+    ).eval()
+    x = torch.randn(2, C, 5, 7)
+    with torch.no_grad():
+        y = layer(x.clone())
+        weights = layer.routing.dense_weights().unflatten(0, (2, 5, 7)).permute(3, 0, 1, 2)
+        parts = (w[:, None] * e(x.clone()) for w, e in zip(weights, layer.experts, strict=True))
+        torch.testing.assert_close(y, x + sum(parts))
+
+
+def test_experts_on_vectors_are_refused():
+    for granularity, grid_size in (('pixel', 1), ('patch', 2)):
+        with pytest.raises(ConfigError, match='take maps, which LinearExperts do not'):
+            MoELayer(
+                LinearExperts(C, C, E), E, K, in_channels=C, granularity=granularity,
+                grid_size=grid_size, whole_maps=True,
+            )  # fmt: skip
 
 
 @pytest.mark.parametrize('granularity', ['image', 'token'])
