@@ -39,7 +39,6 @@ FILE = 'size_information.json'
 ATTRIBUTES = ('size', 'class', 'position')
 #: Random routers that one trained router is compared with.
 DRAWS = 3
-_CLASSES = 1000
 
 
 @dataclass
