@@ -135,8 +135,8 @@ class MoELayer(ExpertLayer):
         self.shortcut = shortcut
         if whole_maps and self.experts.take_vectors:
             raise ConfigError(
-                f'whole_maps=True needs experts that take maps, which {type(self.experts).__name__} '
-                'do not; use convolutions, or leave whole_maps out'
+                'whole_maps=True needs experts that take maps, which '
+                f'{type(self.experts).__name__} do not; use convolutions, or leave whole_maps out'
             )
         self.share_initial_weights()
         GRANULARITIES[granularity].check(self)
@@ -486,7 +486,8 @@ class MoELayer(ExpertLayer):
                 routing.level_ids if len(sizes) > 1 else None,
             )
             if is_finite is not None:
-                sorting.watched = (is_finite, partial(self._refuse_unless, self._training_iteration()))
+                tell = partial(self._refuse_unless, self._training_iteration())
+                sorting.watched = (is_finite, tell)
             for level, first in enumerate(accumulate(sizes[:-1], initial=0)):
                 yield Dispatcher(*routing.level(level), self.num_experts, sorting, level, first)
             if sorting.watched is None:

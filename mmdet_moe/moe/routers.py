@@ -298,16 +298,16 @@ class LevelNorm(nn.Module):
     @torch.no_grad()
     def _update(self, features: Tensor, level: int) -> None:
         sums = torch.stack([features.sum(0), (features**2).sum(0)])
-        count = features.new_full((1,), len(features))
+        count = features.new_full((), len(features))
         global_sum_([sums, count])
-        if not count:
-            return
-        mean, square = sums / count
-        momentum = self.momentum if self.batches[level] else 1.0
-        self.batches[level] += 1
-        self.mean[level].lerp_(mean.to(self.mean), momentum)
+        # Without asking how many there are, which would wait for a GPU.
+        mean, square = sums / count.clamp(min=1)
+        has_items = count > 0
+        momentum = torch.where(self.batches[level] > 0, self.momentum, 1.0) * has_items
+        self.batches[level] += has_items
+        self.mean[level].lerp_(mean.to(self.mean), momentum.to(self.mean))
         variance = (square - mean**2).clamp(min=0).to(self.variance)
-        self.variance[level].lerp_(variance, momentum)
+        self.variance[level].lerp_(variance, momentum.to(self.variance))
 
 
 class _PooledRouter(Router):

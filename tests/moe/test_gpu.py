@@ -36,6 +36,8 @@ LAYERS = {
     'convolutions': lambda: moe(convs('auto')),
     'convolutions, grouped': lambda: moe(convs('grouped')),
     'convolutions, views': lambda: moe(convs('views')),
+    'normalised levels': lambda: moe(subnet(), router={'normalise_levels': 3}),
+    'whole maps': lambda: moe(subnet(), granularity='patch', grid_size=2, whole_maps=True),
     'patches': lambda: moe(convs('auto'), granularity='patch', grid_size=2),
     'pixels': lambda: moe(LinearExperts(C, 12, E), granularity='pixel'),
     'hard constraint': lambda: moe(
@@ -109,6 +111,8 @@ def waits(function):
     [
         ('subnets', 1),  # the bounds of the experts' rows, for all levels together
         ('hard constraint', 1),
+        ('normalised levels', 1),
+        ('whole maps', 1),
         ('convolutions', 1),
         ('convolutions, grouped', 0),
     ],

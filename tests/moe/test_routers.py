@@ -1,5 +1,6 @@
 """Routers against pooling, convolutions and softmaxes computed another way."""
 
+import copy
 import math
 
 import pytest
@@ -342,6 +343,16 @@ class TestNormalisedLevels:
         alone = router([level[:1] for level in maps]).logits
         torch.testing.assert_close(alone, trained[[0, 5]])
         assert router.norm.batches.tolist() == [1, 1]
+
+    def test_batches_without_items_change_nothing(self):
+        router = self.router()
+        for images, batches in ((0, [0, 0]), (5, [1, 1]), (0, [1, 1])):
+            before = copy.deepcopy(router.norm.state_dict())
+            router(self.maps(images))
+            after = router.norm.state_dict()
+            assert after['batches'].tolist() == batches
+            if not images:
+                assert all(torch.equal(before[key], after[key]) for key in after)
 
     def test_pixels_and_a_convolution_before(self):
         maps = self.maps()
