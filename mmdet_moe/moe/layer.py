@@ -404,7 +404,9 @@ class MoELayer(ExpertLayer):
                 )
             part = y * factors[:, expert, None].to(y.dtype)
             total = part if total is None else total + part
-        return total, rebuild
+        # Pixels are prepared in another memory format than that of their map.
+        layout = getattr(items, 'memory_format', torch.preserve_format)
+        return total.to(memory_format=layout), rebuild
 
     def _as_items(self, other: Any, x: Tensor, items: Items) -> Any:
         if not isinstance(other, Tensor):

@@ -52,6 +52,7 @@ def test_mixture_of_whole_maps(granularity, grid_size):
     x = torch.randn(2, C, 5, 7, dtype=torch.float64)
     y = layer(x)
     torch.testing.assert_close(y, expected(layer, x, layer.items[0]))
+    assert y.is_contiguous()
     y.square().sum().backward()
     assert all(p.grad.any() for p in layer.router.parameters())
 

@@ -20,7 +20,7 @@ class MoERetinaHead(RetinaHead):
     """``RetinaHead`` whose classification and regression subnets become E experts each.
 
     Every MoE branch has its own router, shared by the pyramid levels, which decides once per image
-    and level. All levels go through a branch together.
+    and level, or as ``granularity`` says. All levels go through a branch together.
 
     Args:
         *args: As for MMDetection's ``RetinaHead``.
