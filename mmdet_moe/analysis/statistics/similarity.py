@@ -165,13 +165,17 @@ class _Outputs:
         self._generator = torch.Generator().manual_seed(seed)
         # Those with the smallest keys are the sample, uniform over all examples.
         self._examples, self._keys = [], []
+        self._latest = torch.empty(0)
 
     def run_experts(
         self, usual: Callable, x_T: Tensor, dispatcher: Dispatcher, *args: Any, **kwargs: Any
     ) -> Any:
         """Stands in for the ``run_experts`` of a sparse layer."""
         count = len(x_T)
-        if count:
+        # A whole map is given again for every expert that somebody chose.
+        is_new = not dispatcher.is_whole or not torch.equal(x_T, self._latest.to(x_T))
+        self._latest = x_T
+        if count and is_new:
             chosen = self._some(count, MAX_ITEMS).to(x_T.device)
 
             def items(value: Any) -> Any:

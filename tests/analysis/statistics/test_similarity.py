@@ -223,6 +223,18 @@ def test_examples_are_bounded(randomise, monkeypatch):
         assert (every == example[:, None]).all(2).all(0).any()
 
 
+def test_whole_maps_are_looked_at_once(monkeypatch):
+    """And not once for each expert that has a say in them."""
+    monkeypatch.setattr(similarity, 'MAX_POSITIONS', 100)
+    conv = nn.Conv2d(4, 4, 3, padding=1)
+    layer = MoELayer(conv, 3, 2, in_channels=4, granularity='pixel', whole_maps=True).eval()
+    data = Data()
+    features = outputs_of(Model(layer), {'a': layer}, data.batches(1, 0))['a']
+    assert len(layer.routing.expert_ids.unique()) > 1
+    expected = [expert(data.images).permute(0, 2, 3, 1).flatten(0, 2) for expert in layer.experts]
+    torch.testing.assert_close(features, torch.stack(expected).detach())
+
+
 def test_subnets_of_a_detector(randomise):
     """On all levels; the experts of the classification and of the regression apart."""
     model = randomise(build_single('moe retina')).eval()
