@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterator, Sequence
 
 from mmdet_moe.analysis.report.names import layer_names
+from mmdet_moe.analysis.statistics.inference import MIN_IMAGES
 from mmdet_moe.moe.utilization import COLLAPSE_SHARE, DEAD_SHARE
 
 #: Of a p-value that is corrected for all tests of the layer.
@@ -263,8 +264,8 @@ def _no_evidence(layer: dict, found: list[Entry], run: dict) -> str:
         numbers = f'{_name(attribute)}, {_things_of(source, run)}: {_numbers(best)}'
         if (control := best['control']) is not None and _excess(best) >= MIN_SHARE:
             return (
-                f'no specialisation beyond what routers with random weights give ({control:.3f} '
-                f'nats; {numbers}).'
+                'no specialisation beyond what routers with random weights give (up to '
+                f'{control:.3f} nats; {numbers}).'
             )
         return (
             'no specialisation worth the name: associations are there, but the strongest explains '
@@ -293,43 +294,38 @@ def _compared(found: list[Entry], run: dict) -> Iterator[str]:
         for name, one in association['given'].items():
             text += f'; given the {_name(name)}: {_numbers(one)}'
         if (control := association['control']) is not None:
-            text += f'; routers with random weights: {control:.3f} nats'
+            text += f'; routers with random weights: up to {control:.3f} nats'
         yield f'{text}.'
 
 
 def _associations(layer: dict) -> list[Entry]:
-    """Each attribute once; informations know their ``control``, that of random weights."""
+    """Each attribute once; informations know their ``control``, the most that any of the routers
+    with random weights has.
+    """
     found = {}
     for source in reversed(_SOURCES):
         for attribute, association in layer['associations'].get(source, {}).items():
             if association['num_units'] or attribute not in found:
                 control = (association.get('controls') or {}).get('random') or {}
+                draws = control.get('draws_given') or {}
                 given = {
-                    name: {**one, 'control': (control.get('given') or {}).get(name)}
+                    name: {**one, 'control': max(draws.get(name) or [], default=None)}
                     for name, one in (association.get('given') or {}).items()
                 }
-                known = {**association, 'control': control.get('mi'), 'given': given}
+                most = max(control.get('draws') or [], default=None)
+                known = {**association, 'control': most, 'given': given}
                 found[attribute] = (source, attribute, known)
     return list(found.values())
 
 
 def _qualifies(one: dict) -> bool:
-    """Significant, not negligible, and more than routers with random weights have."""
-    is_there = one['p_adjusted'] < SIGNIFICANT and _excess(one) >= MIN_SHARE
-    return is_there and exceeds_control(one, one['control'])
+    """Significant, not negligible, and more than all routers with random weights have.
 
-
-def exceeds_control(one: dict, control: float | None) -> bool:
-    """Whether an information is more than what a router with random weights has.
-
-    Such a router divides its input, too, by whatever the features are full of.
-
-    Args:
-        one: An association of ``experts.json``, or what it is given something.
-        control: The same information of the router with random weights; None if it is unknown, and
-            then every information is more.
+    Those divide their input, too, by whatever the features are full of. Where nothing is known of
+    them, every information is more.
     """
-    return control is None or one['interval'][0] > control
+    is_there = one['p_adjusted'] < SIGNIFICANT and _excess(one) >= MIN_SHARE
+    return is_there and (one['control'] is None or one['interval'][0] > one['control'])
 
 
 def _same(attribute: str) -> tuple[str, ...]:
@@ -506,7 +502,9 @@ def _routing_effects(interventions: list[dict], experts: dict) -> list[tuple[str
         text = f'{what} changes {metric} by {_change(effect)} from {before:.3f}'
         judgement = _judgement(effect, tolerance, images)
         if judgement == 'harmless':
-            text += f': {harmless}.'
+            # A loss is ruled out, a gain is not: it may matter, but the router is not needed.
+            gains = kind == 'random' and _ends(effect, images)[1] > tolerance
+            text += f': {"the router is no better than chance" if gains else harmless}.'
         elif judgement == 'harmful':
             text += f': {harmful}.'
         else:
@@ -536,12 +534,18 @@ def _effect(entry: dict, metric: str) -> dict | None:
 
 
 def _ends(effect: dict, images: int) -> tuple[float, float]:
-    """The interval; where no image made any difference, what that many images can exclude."""
+    """The interval; where a bootstrap cannot know, with what that many images can exclude."""
     low, high = effect['interval']
-    if high - low < 1e-12:
+    if _is_blind(effect, images):
         unseen = _RULE_OF_THREE / max(images, 1)
         return low - unseen, high + unseen
     return low, high
+
+
+def _is_blind(effect: dict, images: int) -> bool:
+    """Whether a bootstrap cannot know: all images say the same, or there are hardly any."""
+    low, high = effect['interval']
+    return high - low < 1e-12 or images < MIN_IMAGES
 
 
 def _judgement(effect: dict, tolerance: float, images: int) -> str | None:
@@ -556,7 +560,7 @@ def _more_images(effect: dict, tolerance: float, images: int) -> float:
     value = effect['value']
     distance = abs(value + tolerance)
     half = value - low if value >= -tolerance else high - value
-    if effect['interval'][1] - effect['interval'][0] < 1e-12:
+    if _is_blind(effect, images):
         return _RULE_OF_THREE / max(distance, 1e-9)  # not of the square root
     return images * (half / max(distance, 1e-9)) ** 2
 
