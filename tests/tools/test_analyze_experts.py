@@ -761,6 +761,11 @@ def test_comparison(detector, finished, tmp_path, capsys):
         sentence = failure(capsys, detector, tmp_path / 'new', '--compare', str(other))
         assert str(other) in sentence
     assert files_in(tmp_path) == before
+    # The second one, of which no report is read.
+    old = {**json.loads(content(finished)), 'version': 2}
+    (tmp_path / 'nothing' / 'experts.json').write_text(json.dumps(old))
+    two = ('--compare', str(finished), '--compare', str(tmp_path / 'nothing'))
+    assert 'has version 2' in failure(capsys, detector, tmp_path / 'new', *two)
     assert not (tmp_path / 'new').exists()
 
 
