@@ -339,6 +339,8 @@ def write_results(
         write_fiftyone(study.data, outcomes, study.data.classes, fiftyone)
     figures = out / 'figures'
     looked = write_looks(study, looks, figures) if looks else ()
+    if looks and not looked:
+        print('note: --cam drew nothing: no layer decides for parts of a map, or nothing was found')
     payload = build_payload(
         experts, outcomes, study.data.image, path_of=study.data.path, folder=out,
         pictures=pictures_of(experts, figures, looked),

@@ -813,6 +813,13 @@ def test_two_checkpoints_of_a_training(detector, finished, tmp_path, capsys):
     assert not (tmp_path / 'new').exists()
 
 
+def test_cam_that_draws_nothing_says_so(detector, tmp_path, capsys):
+    pytest.importorskip('captum')
+    more = ('--max-images', '1', '--no-interventions', '--cam', '1', '--score-thr', '0.99')
+    detector(tmp_path / 'out', *more)
+    assert 'note: --cam drew nothing' in capsys.readouterr().out
+
+
 def test_detectors_and_classifiers_are_not_compared(
     detector, finished, finished_classifier, tmp_path, capsys
 ):

@@ -238,6 +238,9 @@ def _remainder(what: str, rest: dict) -> str:
     by, of = (f'by {what}', f' of {what}') if what else 2 * (' beyond the pyramid level',)
     if _qualifies(rest):
         return f'also {by.strip()} ({numbers})'
+    if _is_there(rest):
+        control = f'up to {rest["control"]:.3f} nats'
+        return f'{by.strip()} no more than routers with random weights ({control}; {numbers})'
     low, high = rest['interval']
     enough = MIN_SHARE * rest['mi_max']
     if high <= enough:
@@ -324,8 +327,12 @@ def _qualifies(one: dict) -> bool:
     Those divide their input, too, by whatever the features are full of. Where nothing is known of
     them, every information is more.
     """
-    is_there = one['p_adjusted'] < SIGNIFICANT and _excess(one) >= MIN_SHARE
-    return is_there and (one['control'] is None or one['interval'][0] > one['control'])
+    return _is_there(one) and (one['control'] is None or one['interval'][0] > one['control'])
+
+
+def _is_there(one: dict) -> bool:
+    """Significant and not negligible."""
+    return one['p_adjusted'] < SIGNIFICANT and _excess(one) >= MIN_SHARE
 
 
 def _same(attribute: str) -> tuple[str, ...]:

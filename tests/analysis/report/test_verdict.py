@@ -216,6 +216,10 @@ def test_no_more_than_random_weights_give():
     level = association(0.5, 0.01, 0.001)
     text = said(layer(associations={'objects': {'class': found, 'level': level}}))
     assert 'also by class' not in text
+    assert (
+        'by class beyond it no more than routers with random weights (up to 0.300 nats; 0.200'
+        in text
+    )
 
 
 def test_collapsed():
