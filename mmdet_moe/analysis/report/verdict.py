@@ -258,7 +258,7 @@ def _no_evidence(layer: dict, found: list[Entry], run: dict) -> str:
         return f'no evidence of a specialisation: {_number(images, "image")} cannot be compared.'
     if smallest >= SIGNIFICANT:
         return (
-            f'{best["permutations"]} permutations cannot reach p < {SIGNIFICANT:g}, so no '
+            f'{best["permutations"]} flips cannot reach p < {SIGNIFICANT:g}, so no '
             f'specialisation can be shown; at most {numbers}.'
         )
     real = [entry for entry in found if entry[2]['p_adjusted'] < SIGNIFICANT]

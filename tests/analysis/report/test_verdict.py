@@ -342,7 +342,7 @@ def test_no_evidence():
     assert 'no specialisation worth the name' in said(layer(associations=found))
     assert 'nothing was measured' in said(layer(associations={}))
     found = {'objects': {'class': association(0.3, 0.01, 0.01, permutations=99)}}
-    assert '99 permutations cannot reach p < 0.01' in said(layer(associations=found))
+    assert '99 flips cannot reach p < 0.01' in said(layer(associations=found))
     found['objects']['class'].update(num_units=0, num_images=0, mi=0.0, chance=0.0, mi_max=0.0)
     assert '0 images cannot be compared' in said(layer(associations=found))
 
