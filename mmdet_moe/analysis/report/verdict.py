@@ -26,6 +26,8 @@ CLEAR_SHARE, STRONG_SHARE = 0.1, 0.3
 #: What the main metric may fall by and still count as unchanged: 0.005 AP, 0.5 points of accuracy.
 #: Half a point on the usual scale of 100; less is seldom worth a larger model.
 TOLERANCE = {'AP': 0.005, 'accuracy': 0.005}
+#: And never more than this share of it.
+MAX_LOSS = 0.1
 #: Experts are always chosen together if this share of the decisions with either has both.
 TOGETHER_SHARE = 0.95
 #: A bin has to hold this share of all things, and as many things, to be an example.
@@ -453,7 +455,7 @@ def _effects(interventions: list[dict], experts: dict) -> tuple[str, list[str]]:
     routing = _routing_effects(interventions, experts)
     lines, details = [text for kind, text in routing if kind == 'random'], []
     details += [text for kind, text in routing if kind != 'random']
-    tolerance, images = TOLERANCE[metric], experts['run']['num_images']
+    tolerance, images = _tolerance(metric, before), experts['run']['num_images']
     judged = {'harmless': [], 'harmful': [], None: []}
     for entry in interventions:
         if entry['kind'] == 'without' and (effect := _effect(entry, metric)) is not None:
@@ -465,7 +467,7 @@ def _effects(interventions: list[dict], experts: dict) -> tuple[str, list[str]]:
         details.append(
             f'can be pruned, each on its own (not tried together): expert '
             f'{_with_effects(free)}; {metric} falls from {before:.3f} by no more than '
-            f'{tolerance:g}.'
+            f'{tolerance:.2g}.'
         )
     if needed:
         short.append(f'needed: expert {_listed(needed)}')
@@ -476,7 +478,7 @@ def _effects(interventions: list[dict], experts: dict) -> tuple[str, list[str]]:
         )
         if not free and not unknown:
             details.append(
-                f'no expert can be pruned: each removal costs more than {tolerance:g} {metric}.'
+                f'no expert can be pruned: each removal costs more than {tolerance:.2g} {metric}.'
             )
     if unknown:
         short.append(f'open: expert {_listed(unknown)}')
@@ -495,7 +497,7 @@ def _routing_effects(interventions: list[dict], experts: dict) -> list[tuple[str
     metric, before = _main_metric(experts)
     if before is None:
         return []
-    tolerance, images = TOLERANCE[metric], experts['run']['num_images']
+    tolerance, images = _tolerance(metric, before), experts['run']['num_images']
     found, alone = [], []
     for entry in interventions:
         kind, effect = entry['kind'], _effect(entry, metric)
@@ -532,6 +534,11 @@ def _routing_effects(interventions: list[dict], experts: dict) -> list[tuple[str
             )
         found.append(('only', text))
     return found
+
+
+def _tolerance(metric: str, before: float) -> float:
+    """What the main metric may fall by: a model that finds nothing has nothing to lose."""
+    return min(TOLERANCE[metric], MAX_LOSS * before)
 
 
 def _effect(entry: dict, metric: str) -> dict | None:

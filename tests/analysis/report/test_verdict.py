@@ -274,6 +274,9 @@ def test_nothing_is_judged_without_power():
     # Its upper end has to fall to the tolerance, from 0.01 to 0.005 away: (0.01 / 0.005)^2.
     assert 'whether expert 1 alone does as well as all together cannot be told' in text
     assert 'about 20,000 images would do' in text
+    # A model that finds hardly anything has hardly anything to lose.
+    text = said(layer(), change('random', -0.004, before=0.005), metric=0.005)
+    assert 'it matters which experts are chosen' in text
     # A bootstrap of very few images knows nothing.
     text = said(layer(), change('random', -0.1, width=0.01), num_images=4)
     assert 'cannot be told from 4 images' in text
