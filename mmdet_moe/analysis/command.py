@@ -33,7 +33,7 @@ from mmdet_moe.analysis.statistics.counterfactual import sentences
 from mmdet_moe.analysis.statistics.outcomes import outcomes_of
 from mmdet_moe.analysis.statistics.similarity import checkpoints_in, over_training
 from mmdet_moe.analysis.statistics.stability import stability_to
-from mmdet_moe.analysis.statistics.summary import summarise
+from mmdet_moe.analysis.statistics.summary import VERSION, summarise
 from mmdet_moe.analysis.study import Study
 from mmdet_moe.cli import check_folder, fail, load_config, set_loader_defaults
 from mmdet_moe.engine.preflight import check_config, check_trained_classes
@@ -211,13 +211,19 @@ def analyse(args: argparse.Namespace) -> dict:
 def _read_experts(path: Path) -> dict:
     try:
         experts = json.loads(path.read_text(encoding='utf-8'))
-        experts['run']['task']
-        return experts
+        version = experts['version']
+        experts['run']['task'], experts['layers']
     except (OSError, ValueError, KeyError, TypeError):
         raise ConfigError(
             f'--compare: {path} is missing or damaged; name a folder that tools/analyze_experts.py '
             'wrote'
         ) from None
+    if version != VERSION:
+        raise ConfigError(
+            f'--compare: {path} has version {version!r}, this mmdet_moe reads version {VERSION}; '
+            'run tools/analyze_experts.py again'
+        )
+    return experts
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -333,6 +339,8 @@ def write_results(
         write_fiftyone(study.data, outcomes, study.data.classes, fiftyone)
     figures = out / 'figures'
     looked = write_looks(study, looks, figures) if looks else ()
+    if looks and not looked:
+        print('note: --cam drew nothing: no layer decides for parts of a map, or nothing was found')
     payload = build_payload(
         experts, outcomes, study.data.image, path_of=study.data.path, folder=out,
         pictures=pictures_of(experts, figures, looked),

@@ -761,6 +761,11 @@ def test_comparison(detector, finished, tmp_path, capsys):
         sentence = failure(capsys, detector, tmp_path / 'new', '--compare', str(other))
         assert str(other) in sentence
     assert files_in(tmp_path) == before
+    # The second one, of which no report is read.
+    old = {**json.loads(content(finished)), 'version': 2}
+    (tmp_path / 'nothing' / 'experts.json').write_text(json.dumps(old))
+    two = ('--compare', str(finished), '--compare', str(tmp_path / 'nothing'))
+    assert 'has version 2' in failure(capsys, detector, tmp_path / 'new', *two)
     assert not (tmp_path / 'new').exists()
 
 
@@ -806,6 +811,13 @@ def test_two_checkpoints_of_a_training(detector, finished, tmp_path, capsys):
     sentence = failure(capsys, detector, tmp_path / 'new', '--over-training')
     assert '--over-training' in sentence
     assert not (tmp_path / 'new').exists()
+
+
+def test_cam_that_draws_nothing_says_so(detector, tmp_path, capsys):
+    pytest.importorskip('captum')
+    more = ('--max-images', '1', '--no-interventions', '--cam', '1', '--score-thr', '0.99')
+    detector(tmp_path / 'out', *more)
+    assert 'note: --cam drew nothing' in capsys.readouterr().out
 
 
 def test_detectors_and_classifiers_are_not_compared(

@@ -46,7 +46,7 @@ from matplotlib.ticker import FixedLocator, MaxNLocator, NullFormatter, NullLoca
 from mmdet_moe.analysis.files import write_file
 from mmdet_moe.analysis.report.choices import draw_confusions, draw_counterfactual
 from mmdet_moe.analysis.report.likeness import draw_similarity, draw_similarity_over_training
-from mmdet_moe.analysis.report.shown import shown_interventions, shown_layer
+from mmdet_moe.analysis.report.shown import SIGNIFICANT_CELL, shown_interventions, shown_layer
 from mmdet_moe.analysis.statistics.bins import COCO_LIMITS
 from mmdet_moe.analysis.statistics.polysemanticity import class_drops
 from mmdet_moe.drawing import (
@@ -66,8 +66,6 @@ from mmdet_moe.drawing import (
 
 #: Bins with fewer things are faded: their shares are noise.
 FEW_THINGS = 10
-#: Cells of heat maps with larger p-values are faded.
-SIGNIFICANT_CELL = 0.05
 #: A heat map shows at most this many classes, those with the most things.
 MAX_CLASSES = 200
 #: So many experts, and classes, at most are shown with their drops.

@@ -8,6 +8,8 @@ from mmdet_moe.analysis.statistics.layer_statistics import MAX_PAIRED
 MAX_SHOWN = MAX_PAIRED
 #: Interventions with one expert zeroed that pictures show, those that cost most.
 MAX_ZEROED = 16
+#: Cells of heat maps with larger p-values are drawn as if nothing was there.
+SIGNIFICANT_CELL = 0.05
 _TABLES = (
     *('counts', 'bin_given_expert', 'expert_given_bin', 'cell_p'),
     *('bin_given_expert_interval', 'expert_given_bin_interval'),

@@ -183,9 +183,8 @@ def _similarity_rows(name: str, layer: dict) -> Iterator[tuple]:
 
 def _count_rows(layers: dict[str, dict]) -> Iterator[tuple]:
     for *where, association in _associations(layers):
-        # The attribute `image` has no bins.
-        names = association.get('bins') or []
-        edges = association.get('edges') or [None] * (len(names) + 1)
+        names = association['bins']
+        edges = association['edges'] or [None] * (len(names) + 1)
         for b, name in enumerate(names):
             for e, count in enumerate(association['counts'][b]):
                 yield (

@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterator, Sequence
 
 from mmdet_moe.analysis.report.names import layer_names
+from mmdet_moe.analysis.statistics.inference import MIN_IMAGES
 from mmdet_moe.moe.utilization import COLLAPSE_SHARE, DEAD_SHARE
 
 #: Of a p-value that is corrected for all tests of the layer.
@@ -25,6 +26,8 @@ CLEAR_SHARE, STRONG_SHARE = 0.1, 0.3
 #: What the main metric may fall by and still count as unchanged: 0.005 AP, 0.5 points of accuracy.
 #: Half a point on the usual scale of 100; less is seldom worth a larger model.
 TOLERANCE = {'AP': 0.005, 'accuracy': 0.005}
+#: And never more than this share of it.
+MAX_LOSS = 0.1
 #: Experts are always chosen together if this share of the decisions with either has both.
 TOGETHER_SHARE = 0.95
 #: A bin has to hold this share of all things, and as many things, to be an example.
@@ -237,6 +240,9 @@ def _remainder(what: str, rest: dict) -> str:
     by, of = (f'by {what}', f' of {what}') if what else 2 * (' beyond the pyramid level',)
     if _qualifies(rest):
         return f'also {by.strip()} ({numbers})'
+    if _is_there(rest):
+        control = f'up to {rest["control"]:.3f} nats'
+        return f'{by.strip()} no more than routers with random weights ({control}; {numbers})'
     low, high = rest['interval']
     enough = MIN_SHARE * rest['mi_max']
     if high <= enough:
@@ -254,7 +260,7 @@ def _no_evidence(layer: dict, found: list[Entry], run: dict) -> str:
         return f'no evidence of a specialisation: {_number(images, "image")} cannot be compared.'
     if smallest >= SIGNIFICANT:
         return (
-            f'{best["permutations"]} permutations cannot reach p < {SIGNIFICANT:g}, so no '
+            f'{best["permutations"]} flips cannot reach p < {SIGNIFICANT:g}, so no '
             f'specialisation can be shown; at most {numbers}.'
         )
     real = [entry for entry in found if entry[2]['p_adjusted'] < SIGNIFICANT]
@@ -263,8 +269,8 @@ def _no_evidence(layer: dict, found: list[Entry], run: dict) -> str:
         numbers = f'{_name(attribute)}, {_things_of(source, run)}: {_numbers(best)}'
         if (control := best['control']) is not None and _excess(best) >= MIN_SHARE:
             return (
-                f'no specialisation beyond what routers with random weights give ({control:.3f} '
-                f'nats; {numbers}).'
+                'no specialisation beyond what routers with random weights give (up to '
+                f'{control:.3f} nats; {numbers}).'
             )
         return (
             'no specialisation worth the name: associations are there, but the strongest explains '
@@ -293,43 +299,42 @@ def _compared(found: list[Entry], run: dict) -> Iterator[str]:
         for name, one in association['given'].items():
             text += f'; given the {_name(name)}: {_numbers(one)}'
         if (control := association['control']) is not None:
-            text += f'; routers with random weights: {control:.3f} nats'
+            text += f'; routers with random weights: up to {control:.3f} nats'
         yield f'{text}.'
 
 
 def _associations(layer: dict) -> list[Entry]:
-    """Each attribute once; informations know their ``control``, that of random weights."""
+    """Each attribute once; informations know their ``control``, the most that any of the routers
+    with random weights has.
+    """
     found = {}
     for source in reversed(_SOURCES):
         for attribute, association in layer['associations'].get(source, {}).items():
             if association['num_units'] or attribute not in found:
                 control = (association.get('controls') or {}).get('random') or {}
+                draws = control.get('draws_given') or {}
                 given = {
-                    name: {**one, 'control': (control.get('given') or {}).get(name)}
+                    name: {**one, 'control': max(draws.get(name) or [], default=None)}
                     for name, one in (association.get('given') or {}).items()
                 }
-                known = {**association, 'control': control.get('mi'), 'given': given}
+                most = max(control.get('draws') or [], default=None)
+                known = {**association, 'control': most, 'given': given}
                 found[attribute] = (source, attribute, known)
     return list(found.values())
 
 
 def _qualifies(one: dict) -> bool:
-    """Significant, not negligible, and more than routers with random weights have."""
-    is_there = one['p_adjusted'] < SIGNIFICANT and _excess(one) >= MIN_SHARE
-    return is_there and exceeds_control(one, one['control'])
+    """Significant, not negligible, and more than all routers with random weights have.
 
-
-def exceeds_control(one: dict, control: float | None) -> bool:
-    """Whether an information is more than what a router with random weights has.
-
-    Such a router divides its input, too, by whatever the features are full of.
-
-    Args:
-        one: An association of ``experts.json``, or what it is given something.
-        control: The same information of the router with random weights; None if it is unknown, and
-            then every information is more.
+    Those divide their input, too, by whatever the features are full of. Where nothing is known of
+    them, every information is more.
     """
-    return control is None or one['interval'][0] > control
+    return _is_there(one) and (one['control'] is None or one['interval'][0] > one['control'])
+
+
+def _is_there(one: dict) -> bool:
+    """Significant and not negligible."""
+    return one['p_adjusted'] < SIGNIFICANT and _excess(one) >= MIN_SHARE
 
 
 def _same(attribute: str) -> tuple[str, ...]:
@@ -450,7 +455,7 @@ def _effects(interventions: list[dict], experts: dict) -> tuple[str, list[str]]:
     routing = _routing_effects(interventions, experts)
     lines, details = [text for kind, text in routing if kind == 'random'], []
     details += [text for kind, text in routing if kind != 'random']
-    tolerance, images = TOLERANCE[metric], experts['run']['num_images']
+    tolerance, images = _tolerance(metric, before), experts['run']['num_images']
     judged = {'harmless': [], 'harmful': [], None: []}
     for entry in interventions:
         if entry['kind'] == 'without' and (effect := _effect(entry, metric)) is not None:
@@ -462,7 +467,7 @@ def _effects(interventions: list[dict], experts: dict) -> tuple[str, list[str]]:
         details.append(
             f'can be pruned, each on its own (not tried together): expert '
             f'{_with_effects(free)}; {metric} falls from {before:.3f} by no more than '
-            f'{tolerance:g}.'
+            f'{tolerance:.2g}.'
         )
     if needed:
         short.append(f'needed: expert {_listed(needed)}')
@@ -473,7 +478,7 @@ def _effects(interventions: list[dict], experts: dict) -> tuple[str, list[str]]:
         )
         if not free and not unknown:
             details.append(
-                f'no expert can be pruned: each removal costs more than {tolerance:g} {metric}.'
+                f'no expert can be pruned: each removal costs more than {tolerance:.2g} {metric}.'
             )
     if unknown:
         short.append(f'open: expert {_listed(unknown)}')
@@ -492,7 +497,7 @@ def _routing_effects(interventions: list[dict], experts: dict) -> list[tuple[str
     metric, before = _main_metric(experts)
     if before is None:
         return []
-    tolerance, images = TOLERANCE[metric], experts['run']['num_images']
+    tolerance, images = _tolerance(metric, before), experts['run']['num_images']
     found, alone = [], []
     for entry in interventions:
         kind, effect = entry['kind'], _effect(entry, metric)
@@ -506,7 +511,9 @@ def _routing_effects(interventions: list[dict], experts: dict) -> list[tuple[str
         text = f'{what} changes {metric} by {_change(effect)} from {before:.3f}'
         judgement = _judgement(effect, tolerance, images)
         if judgement == 'harmless':
-            text += f': {harmless}.'
+            # A loss is ruled out, a gain is not: it may matter, but the router is not needed.
+            gains = kind == 'random' and _ends(effect, images)[1] > tolerance
+            text += f': {"the router is no better than chance" if gains else harmless}.'
         elif judgement == 'harmful':
             text += f': {harmful}.'
         else:
@@ -529,6 +536,11 @@ def _routing_effects(interventions: list[dict], experts: dict) -> list[tuple[str
     return found
 
 
+def _tolerance(metric: str, before: float) -> float:
+    """What the main metric may fall by: a model that finds nothing has nothing to lose."""
+    return min(TOLERANCE[metric], MAX_LOSS * before)
+
+
 def _effect(entry: dict, metric: str) -> dict | None:
     """Its difference to the unchanged model; None where nothing can be measured."""
     effect = (entry.get('difference') or {}).get(metric)
@@ -536,12 +548,18 @@ def _effect(entry: dict, metric: str) -> dict | None:
 
 
 def _ends(effect: dict, images: int) -> tuple[float, float]:
-    """The interval; where no image made any difference, what that many images can exclude."""
+    """The interval; where a bootstrap cannot know, with what that many images can exclude."""
     low, high = effect['interval']
-    if high - low < 1e-12:
+    if _is_blind(effect, images):
         unseen = _RULE_OF_THREE / max(images, 1)
         return low - unseen, high + unseen
     return low, high
+
+
+def _is_blind(effect: dict, images: int) -> bool:
+    """Whether a bootstrap cannot know: all images say the same, or there are hardly any."""
+    low, high = effect['interval']
+    return high - low < 1e-12 or images < MIN_IMAGES
 
 
 def _judgement(effect: dict, tolerance: float, images: int) -> str | None:
@@ -556,7 +574,7 @@ def _more_images(effect: dict, tolerance: float, images: int) -> float:
     value = effect['value']
     distance = abs(value + tolerance)
     half = value - low if value >= -tolerance else high - value
-    if effect['interval'][1] - effect['interval'][0] < 1e-12:
+    if _is_blind(effect, images):
         return _RULE_OF_THREE / max(distance, 1e-9)  # not of the square root
     return images * (half / max(distance, 1e-9)) ** 2
 

@@ -28,7 +28,12 @@ from mmdet_moe.analysis.records.contents import (
     select,
 )
 from mmdet_moe.analysis.statistics.bins import COCO_SIZES, box_sizes, coco_size_bin
-from mmdet_moe.analysis.statistics.inference import QUANTILES, resampled_images
+from mmdet_moe.analysis.statistics.inference import (
+    MIN_IMAGES,
+    QUANTILES,
+    resampled_images,
+    weighted,
+)
 from mmdet_moe.analysis.statistics.matching import IGNORED, match
 from mmdet_moe.analysis.statistics.outcomes import mean_weights
 from mmdet_moe.analysis.study import Study
@@ -38,7 +43,7 @@ BACKGROUND, MISSED = 'background', 'missed'
 #: More cells than this, of all experts together, are no picture any more: no confusions are told.
 MAX_CELLS = 250_000
 #: Of the bootstrap.
-SAMPLES = 1000
+SAMPLES = 999
 _MIN_IOU = 0.5
 # Scores of equal predictions differ by rounding.
 _EQUAL = 1e-6
@@ -323,10 +328,10 @@ def _means(quantities: Sequence[tuple[np.ndarray, np.ndarray]], image: np.ndarra
         return [{'value': None, 'interval': None, 'num': 0} for _ in quantities]
     sums = np.stack([np.bincount(which, v * m, len(images)) for v, m in quantities], 1)
     nums = np.stack([np.bincount(which, m, len(images)) for _, m in quantities], 1)
-    drawn = resampled_images(len(images), SAMPLES).T.astype(np.float64)
+    drawn, rows = resampled_images(len(images), SAMPLES), np.arange(len(images))
     found = []
-    with np.errstate(invalid='ignore'):
-        sampled = (drawn @ sums) / (drawn @ nums)  # NaN where no image with such an object is drawn
+    with np.errstate(invalid='ignore'):  # NaN where no image with such an object is drawn
+        sampled = weighted(drawn, rows, sums) / weighted(drawn, rows, nums)
     for total, num, means in zip(sums.sum(0), nums.sum(0), sampled.T, strict=True):
         value = float(total / num) if num else None
         ends = np.nanquantile(means, QUANTILES).tolist() if num else None
@@ -353,6 +358,8 @@ def said(counterfactual: dict | None) -> str | None:
     measure = 'score' if found['measure'] == 'score' else 'accuracy'
     low, high = found['over_random']['interval']
     better = 'better than' if low > 0 else 'worse than' if high < 0 else 'not told from'
+    if found['num_images'] < MIN_IMAGES:
+        better = 'not told from'
     numbers = ', '.join(
         f'{name} {found[key]["value"]:.3f}'
         for name, key in (

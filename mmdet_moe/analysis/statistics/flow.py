@@ -20,7 +20,7 @@ from mmdet_moe.moe.metrics import mutual_information
 #: Layers of more experts are left out: nobody can follow so many bands.
 MAX_EXPERTS = 64
 #: Of whole images, for the information that two layers have in common by chance; and how many
-#: units they are tried on at most, of images at even distances.
+#: units are remembered for it at most, of images at even distances (for a moment one file more).
 PERMUTATIONS, MAX_UNITS = 199, 200_000
 UNITS = ('image', 'decision')
 Mains = tuple[np.ndarray, np.ndarray, np.ndarray]
@@ -73,40 +73,51 @@ class Step:
     def __init__(self, unit: str) -> None:
         self.unit = unit
         self.fits = True
-        self._parts: list[Mains] = []
-        self._experts = (0, 0)
+        self._counts = np.zeros(())  # of all units
+        self._per_image: set[int] = set()
+        self._kept: list[Mains] = []
+        self._stride = 1  # of the images that are kept
 
     def add(self, first: DecisionRecords, second: DecisionRecords) -> None:
         """What both layers decided for the same images."""
-        self._experts = (first.weights.shape[1], second.weights.shape[1])
-        if self.unit == 'image':
-            self._parts.append(_of_images(first, second))
+        experts = (first.weights.shape[1], second.weights.shape[1])
+        self.fits = self.fits and (self.unit == 'image' or _correspond(first, second))
+        if not self.fits:
+            self._kept = []
             return
-        self.fits = self.fits and _correspond(first, second)
-        if self.fits:
+        if self.unit == 'image':
+            image, *mains = _of_images(first, second)
+        else:
             order = np.argsort(first.unit, kind='stable')  # image by image
-            mains = (x.weights.argmax(1)[order] for x in (first, second))
-            self._parts.append((first.image[order], *mains))
+            image, *mains = (
+                first.image[order],
+                *(x.weights.argmax(1)[order] for x in (first, second)),
+            )
+        self._counts = self._counts + _joint(*mains, experts)
+        self._per_image |= set(np.unique(image, return_counts=True)[1].tolist())
+        self._kept.append(_every(self._stride, (image, *mains)))
+        while sum(len(image) for image, *_ in self._kept) > MAX_UNITS and self._stride < 1 << 30:
+            self._stride *= 2
+            self._kept = [_every(self._stride, kept) for kept in self._kept]
 
     def as_dict(self) -> dict:
         """``num_units``, ``counts`` (E, E'), and ``mi``, the mutual information of the two main
         experts in nats. ``chance`` is its mean, ``p_value`` the share of it that is as large, with
         whole images permuted: what all images have in common, such as what their levels do to both
-        layers, stays. Both are None where images have different numbers of decisions.
+        layers, stays. Both are None where images have different numbers of decisions. These three
+        are of the images that are remembered.
         """
-        experts = self._experts
-        image, a, b = (np.concatenate(columns) for columns in zip(*self._parts, strict=True))
+        experts = self._counts.shape
         found = {
-            'num_units': len(image),
-            'counts': _joint(a, b, experts).astype(int).tolist(),
-            'mi': _information(a, b, experts),
+            'num_units': int(self._counts.sum()),
+            'counts': self._counts.astype(int).tolist(),
+            'mi': float(mutual_information(torch.from_numpy(self._counts))),
             'chance': None,
             'p_value': None,
         }
-        each = np.unique(image, return_counts=True)[1]
-        if len(each) and (each == each[0]).all():
-            stride = -(-len(image) // MAX_UNITS)
-            a, b = (x.reshape(len(each), -1)[::stride] for x in (a, b))
+        if len(self._per_image) == 1:
+            _, a, b = (np.concatenate(columns) for columns in zip(*self._kept, strict=True))
+            a, b = (x.reshape(-1, *self._per_image) for x in (a, b))
             observed, rng = _information(a, b, experts), np.random.default_rng(0)
             permuted = [_information(a, rng.permutation(b), experts) for _ in range(PERMUTATIONS)]
             reached = sum(mi >= observed - 1e-9 for mi in permuted)
@@ -123,6 +134,12 @@ def _correspond(first: DecisionRecords, second: DecisionRecords) -> bool:
         np.array_equal(getattr(first, column), getattr(second, column), equal_nan=True)
         for column in ('unit', 'level', 'centre')
     )
+
+
+def _every(stride: int, mains: Mains) -> Mains:
+    """Those of every so many images."""
+    wanted = mains[0] % stride == 0
+    return tuple(column[wanted] for column in mains)
 
 
 def _of_images(first: DecisionRecords, second: DecisionRecords) -> Mains:

@@ -148,16 +148,16 @@ def information(
     p, of_bins, of_experts = [], [], []
     for stratum in _runs(strata):
         inside, where, bins = sums[stratum], images[stratum], rows[stratum]
-        columns, columns_P = inside.sum(0), _weighted(times, where, inside)
+        columns, columns_P = inside.sum(0), weighted(times, where, inside)
         mean = columns / columns.sum()
         excess = inside - inside.sum(1, keepdims=True) * mean
-        excess_P = _weighted(signs, where, excess)
+        excess_P = weighted(signs, where, excess)
         by_chance = []
         for run in _runs(bins):
-            table, table_P = inside[run].sum(0), _weighted(times, where[run], inside[run])
+            table, table_P = inside[run].sum(0), weighted(times, where[run], inside[run])
             expected = np.where(mean > 0, table.sum() * mean, np.inf)
             seen, share = excess[run].sum(0), table.sum() / columns.sum()
-            flips = _weighted(signs, where[run], excess[run]) - share * excess_P
+            flips = weighted(signs, where[run], excess[run]) - share * excess_P
             spread = flips**2 / expected
             statistic += (seen**2 / expected).sum()
             flipped += spread.sum(1)
@@ -190,7 +190,8 @@ def information(
     bias = (len(known) - 1) * float(without.mean() - mi)
     if chance < mi_max:
         bias = max(bias, chance * (mi_max - mi) / (mi_max - chance))
-    tails = _tails(np.append(flipped, statistic), flipped)
+    # A flip of all images, or of none, is the data again, but for the order of summation.
+    tails = _tails(np.append(flipped, statistic * (1 - _ROUNDING)), flipped)
     found = Information(
         mi=mi,
         chance=chance,
@@ -283,7 +284,7 @@ def _without_rounding(values: np.ndarray) -> np.ndarray:
     return np.where(values < _ROUNDING, 0.0, values)
 
 
-def _weighted(factors: np.ndarray, images: np.ndarray, values: np.ndarray) -> np.ndarray:
+def weighted(factors: np.ndarray, images: np.ndarray, values: np.ndarray) -> np.ndarray:
     """(P, E): for each of P columns of factors (N, P), the weighted sum of values (K, E)."""
     total = np.zeros((factors.shape[1], values.shape[1]))
     for start in range(0, len(values), _CHUNK):

@@ -200,20 +200,26 @@ def test_objects_speak_before_detections():
 
 
 def test_no_more_than_random_weights_give():
-    found = association(0.2, 0.01, 0.001, controls={'random': {'mi': 0.185}})
+    found = association(
+        0.2, 0.01, 0.001, controls={'random': {'mi': 0.15, 'draws': [0.115, 0.185]}}
+    )
     text = said(layer(associations={'objects': {'class': found}}))
-    assert 'no specialisation beyond what routers with random weights give (0.185 nats;' in text
+    assert 'no specialisation beyond what routers with random weights give (up to 0.185' in text
     assert 'specialised by' not in text
-    found['controls']['random']['mi'] = 0.1
+    found['controls']['random']['draws'] = [0.05, 0.1]
     text = said(layer(associations={'objects': {'class': found}}))
     assert 'clearly specialised by class' in text
-    assert 'routers with random weights: 0.100 nats' in text
+    assert 'routers with random weights: up to 0.100 nats' in text
     # Given the level as well.
-    found['controls']['random']['given'] = {'level': 0.3}
+    found['controls']['random']['draws_given'] = {'level': [0.0, 0.3]}
     found['given'] = {'level': numbers(0.2, 0.01, 0.001)}
     level = association(0.5, 0.01, 0.001)
     text = said(layer(associations={'objects': {'class': found, 'level': level}}))
     assert 'also by class' not in text
+    assert (
+        'by class beyond it no more than routers with random weights (up to 0.300 nats; 0.200'
+        in text
+    )
 
 
 def test_collapsed():
@@ -268,6 +274,12 @@ def test_nothing_is_judged_without_power():
     # Its upper end has to fall to the tolerance, from 0.01 to 0.005 away: (0.01 / 0.005)^2.
     assert 'whether expert 1 alone does as well as all together cannot be told' in text
     assert 'about 20,000 images would do' in text
+    # A model that finds hardly anything has hardly anything to lose.
+    text = said(layer(), change('random', -0.004, before=0.005), metric=0.005)
+    assert 'it matters which experts are chosen' in text
+    # A bootstrap of very few images knows nothing.
+    text = said(layer(), change('random', -0.1, width=0.01), num_images=4)
+    assert 'cannot be told from 4 images' in text
     # Equal on all of few images: 3 / 200 of others may still differ.
     text = said(layer(), change('random', 0.0, width=0), num_images=200)
     assert 'between -0.015 and +0.015); about 600 images would do' in text
@@ -282,6 +294,7 @@ def test_random_routing():
         'matter.'
     )
     text = said(layer(), change('random', -0.1), change('equal', -0.001))
+    assert 'the router is no better than chance.' in said(layer(), change('random', 0.01))
     assert '-0.100 (-0.101 to -0.099) from 0.600: it matters which experts are chosen' in text
     assert 'weighing all experts equally changes AP by -0.001' in text
     entry, rest = judged(layer(), change('random', -0.5, layer='all'))
@@ -332,7 +345,7 @@ def test_no_evidence():
     assert 'no specialisation worth the name' in said(layer(associations=found))
     assert 'nothing was measured' in said(layer(associations={}))
     found = {'objects': {'class': association(0.3, 0.01, 0.01, permutations=99)}}
-    assert '99 permutations cannot reach p < 0.01' in said(layer(associations=found))
+    assert '99 flips cannot reach p < 0.01' in said(layer(associations=found))
     found['objects']['class'].update(num_units=0, num_images=0, mi=0.0, chance=0.0, mi_max=0.0)
     assert '0 images cannot be compared' in said(layer(associations=found))
 

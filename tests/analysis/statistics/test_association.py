@@ -567,3 +567,18 @@ def test_bins_check_themselves():
         COCO_SIZES.find(np.zeros(1))
     with pytest.raises(ValueError, match='low=8'):
         size_bins(8, 8)
+
+
+@pytest.mark.parametrize('seed', range(8))
+def test_few_images_are_not_significant_by_rounding(seed):
+    """Of 2 to 8 images some flips are the data again: a corrected p-value is never the smaller."""
+    rng = np.random.default_rng(seed)
+    images, per_image = int(rng.integers(2, 9)), 40
+    rows = np.arange(images * per_image)
+    bins, level = rng.integers(0, 3, (2, len(rows)))
+    weights = rng.random((len(rows), 4)) + 3 * np.eye(4)[(bins + level) % 4]
+    made = Association(3, 4, ('level',))
+    image = rows // per_image
+    made.add(rows, bins, np.ones(len(rows)), weights, image, {'level': level})
+    for test in made.result(999).tests:
+        assert adjusted([test]) == [pytest.approx(test.p_value)]

@@ -142,7 +142,8 @@ def test_detector_by_hand():
         [[1, 0, 0], [0, 1, 1], [0, 0, 0]],
         [[1, 0, 0], [1, 0, 1], [0, 0, 0]],
     ]
-    assert 'worse than a random one' in said(result)
+    assert 'not told from a random one' in said(result)  # by one image
+    assert 'worse than a random one' in said({**result, 'num_images': 30})
     assert '-0.250' in said(result)
 
 

@@ -101,3 +101,19 @@ def test_runs_of_layers_on_the_same_items():
     ]  # fmt: skip
     assert [step['num_units'] for step in found[0]['steps']] == [4] * 5
     assert [step['num_units'] for step in found[2]['steps']] == [20] * 2
+
+
+def test_memory_does_not_grow_with_the_images(monkeypatch):
+    """All units are counted; chance is that of images at even distances."""
+    monkeypatch.setattr('mmdet_moe.analysis.statistics.flow.MAX_UNITS', 40)
+    rng = np.random.default_rng(0)
+    a = rng.integers(0, 3, 400)
+    b = np.where(rng.random(400) < 0.7, a, rng.integers(0, 3, 400))
+    step = Step('decision')
+    for pair in halves(decisions(a, 3, 2), decisions(b, 4, 2)):
+        step.add(*pair)
+    found = step.as_dict()
+    np.testing.assert_array_equal(np.array(found['counts'])[:, :3], contingency_matrix(a, b))
+    kept = np.isin(np.arange(400) // 2, np.arange(0, 200, 16))
+    assert found['mi'] == pytest.approx(mutual_info_score(a[kept], b[kept]))
+    assert found['p_value'] == 1 / 200

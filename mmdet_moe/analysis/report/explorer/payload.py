@@ -22,7 +22,7 @@ from mmdet_moe.analysis.report.explorer.packing import (
 )
 from mmdet_moe.analysis.report.explorer.pool import fill_pool
 from mmdet_moe.analysis.report.names import layer_names
-from mmdet_moe.analysis.report.shown import shown_interventions, shown_layer
+from mmdet_moe.analysis.report.shown import SIGNIFICANT_CELL, shown_interventions, shown_layer
 from mmdet_moe.analysis.statistics.outcomes import Outcomes
 from mmdet_moe.errors import ConfigError
 
@@ -34,8 +34,6 @@ COLUMNS = (
     'image', 'is_detection', 'box', 'label', 'true_label', 'score', 'kind', 'partner', 'iou',
     'loss', 'size', 'level',
 )  # fmt: skip
-#: Cells of a heat map with a larger p-value are drawn as if nothing was there.
-SIGNIFICANT = 0.05
 #: Share of the budget that the columns may take; crops without their statistics help nobody, and
 #: neither do statistics without a crop.
 _COLUMN_SHARE = 0.6
@@ -185,7 +183,7 @@ def _association(table: dict) -> dict:
     if table.get('counts') is not None:
         entry['counts'] = pack(np.asarray(table['counts'], np.float32))
     if table.get('cell_p') is not None:
-        entry['marked'] = pack((np.asarray(table['cell_p']) <= SIGNIFICANT).astype(np.uint8))
+        entry['marked'] = pack((np.asarray(table['cell_p']) <= SIGNIFICANT_CELL).astype(np.uint8))
     return entry
 
 
