@@ -297,6 +297,9 @@ class LevelNorm(nn.Module):
 
     @torch.no_grad()
     def _update(self, features: Tensor, level: int) -> None:
+        # Around the mean so far, as the difference of two large squares would be mostly rounding.
+        centre = self.mean[level].to(features.dtype, copy=True)
+        features = features - centre
         sums = torch.stack([features.sum(0), (features**2).sum(0)])
         count = features.new_full((), len(features))
         global_sum_([sums, count])
@@ -305,7 +308,7 @@ class LevelNorm(nn.Module):
         has_items = count > 0
         momentum = torch.where(self.batches[level] > 0, self.momentum, 1.0) * has_items
         self.batches[level] += has_items
-        self.mean[level].lerp_(mean.to(self.mean), momentum.to(self.mean))
+        self.mean[level].lerp_((centre + mean).to(self.mean), momentum.to(self.mean))
         variance = (square - mean**2).clamp(min=0).to(self.variance)
         self.variance[level].lerp_(variance, momentum.to(self.variance))
 

@@ -15,7 +15,7 @@ from torch import nn
 from toy_runs import ToyData
 
 from mmdet_moe.engine.hooks import expert_utilization_hook
-from mmdet_moe.errors import ConfigError
+from mmdet_moe.errors import ConfigError, NonFiniteRouterError
 from mmdet_moe.moe import MuMoEConv1x1, find_moe_layers
 from mmdet_moe.moe.utilization import UtilizationReport
 
@@ -432,3 +432,21 @@ def test_the_past_is_thinned_out_evenly():
     assert expert_utilization_hook._Past(3, 500_000, past.content).series()['steps'] == []
     assert expert_utilization_hook._Past(2, 400_000, past.content).series()['steps'] == []
     assert expert_utilization_hook._Past(2, 9, {'step': [1]}).series()['steps'] == []
+
+
+def test_nothing_is_saved_of_a_router_that_is_not_finite(make_runner, toy_model, tmp_path):
+    """A GPU may not have told so yet: what is left to be read is read before a checkpoint."""
+    runner = make_runner(toy_model(), [hook(), BALANCING])
+    runner.train()
+    layer = next(iter(find_moe_layers(runner.model).values()))
+    layer._unread = (torch.tensor(False), _NoEvent(), 7)
+    with pytest.raises(NonFiniteRouterError, match='not finite'):
+        runner.save_checkpoint(str(tmp_path), 'broken.pth')
+    assert not (tmp_path / 'broken.pth').exists()
+
+
+class _NoEvent:
+    """An event that has happened."""
+
+    def synchronize(self):
+        pass

@@ -324,6 +324,13 @@ class TestNormalisedLevels:
             expected = features @ router.fc.weight.T + router.fc.bias
             torch.testing.assert_close(logits[5 * level :][:5], expected, rtol=1e-5, atol=1e-5)
 
+    def test_a_small_spread_around_a_large_mean(self):
+        """In float32, where the difference of two squares would be off by a tenth."""
+        norm = routers.LevelNorm(1, 4)
+        for _ in range(60):
+            norm(30 + 0.01 * torch.randn(2000, 4), 0)
+        torch.testing.assert_close(norm.variance, torch.full((1, 4), 1e-4), rtol=0.05, atol=0)
+
     def test_levels_cannot_be_told_apart_by_their_means(self):
         router = self.router()
         maps = self.maps(200)

@@ -117,6 +117,11 @@ class ExpertUtilizationHook(Hook):
         if self.every_n_train_iters(runner, self.interval):
             self._report(runner, 'train', warn=runner.iter + 1 > self.warmup_iters)
 
+    def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        """Nothing is saved that a router made NaN of, also if a GPU has not told so yet."""
+        for layer in self._layers.values():
+            layer.check_finite()
+
     def after_train(self, runner: Runner) -> None:
         """Draw the whole training."""
         if self._drawn_at != runner.iter:
