@@ -316,7 +316,7 @@ def draw_utilization(
             level_shares,
             level_names(levels),
             expert_ticks(experts, most=8),
-            vmax=darkest(level_shares),
+            vmax=darkest(experts),
             numbers='.2f' if few else None,
             fontsize=7,
         )

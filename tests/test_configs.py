@@ -73,7 +73,8 @@ def test_config_is_what_its_name_says(path):
     losses = [one for some in losses for one in (some if isinstance(some, list) else [some])]
     assert {one['type'] for one in losses} == ({f'mmdet_moe.{loss}'} if loss else set())
     for layer in layers.values():
-        assert layer.granularity == next((g for g in ('patch', 'pixel') if g in name), 'image')
+        usual = 'patch' if name.startswith('neck') else 'image'
+        assert layer.granularity == next((g for g in ('patch', 'pixel') if g in name), usual)
         assert (layer.num_experts, layer.top_k) == (4, 2)
         actual = layer.router.constraint
         assert actual is None if constraint is None else type(actual) is constraint

@@ -43,7 +43,7 @@ def test_demo_trains_both_models_and_then_reuses_them(tmp_path):
         assert moe[6:] == ['3.57 M', '4.01 M']
         # An expert with 32 channels inside instead of 64: 2 · (64 + 32) · 32 · 9 + 32 · 9 · 126.
         assert equal[6:] == ['3.31 M', '3.49 M']
-        assert re.search(r'- bbox_head\.cls_moe: .*experts', output)
+        assert re.search(r'lassification head.*bbox_head\.cls_moe', output)
         assert 'retinanet_moe_soft_digits/experts/report.html' in output.replace('\n', '')
     assert (tmp_path / 'runs' / 'overview.png').stat().st_size > 10_000
     experts = tmp_path / 'runs' / 'retinanet_moe_soft_digits' / 'experts'

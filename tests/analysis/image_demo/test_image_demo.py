@@ -356,6 +356,7 @@ def test_where_experts_look(save, image_file, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize('granularity', [('image', 1), ('patch', 2)], ids=lambda g: g[0])
+@torch.no_grad()
 def test_classifier(granularity, save, image_file, tmp_path, drawn):
     config, checkpoint, model = save(classifier(*granularity))
     run(image_file, config, checkpoint, '--out', tmp_path / 'out', '--overlay')
