@@ -130,13 +130,11 @@ UNCHANGED_BUT_SMALL = (
 )
 
 
+@pytest.mark.sweep(keep=3 / 7)
 @pytest.mark.parametrize(
     'name',
     [
-        *(
-            pytest.param(f'retinanet_moe_{kind}_coco', marks=pytest.mark.sweep(keep=1 / 2))
-            for kind in ('soft', 'hard', 'neck', 'backbone')
-        ),
+        *(f'retinanet_moe_{kind}_coco' for kind in ('soft', 'hard', 'neck', 'backbone')),
         'retinanet_moe_soft_finetune_coco',
         'retinanet_mumoe_coco',
         'faster_rcnn_moe_soft_coco',
