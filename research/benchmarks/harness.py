@@ -10,6 +10,7 @@ import gc
 import statistics
 import sys
 import timeit
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -371,6 +372,21 @@ class Benchmark:
         from torch.utils.benchmark import timer
 
         return timeit.Timer(run, timer=timer).timeit(calls) / calls
+
+
+def waits(run: Callable[[], object]) -> list[str]:
+    """The places, ``file:line``, at which the host waits for the GPU."""
+    for _ in range(3):  # first calls allocate and choose algorithms
+        run()
+    torch.cuda.synchronize()
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter('always')
+        torch.cuda.set_sync_debug_mode('warn')
+        try:
+            run()
+        finally:
+            torch.cuda.set_sync_debug_mode('default')
+    return [f'{w.filename}:{w.lineno}' for w in found if 'synchronizing CUDA' in str(w.message)]
 
 
 def _graph_of(run: Callable[[], object]) -> Callable[[], None]:

@@ -4,7 +4,6 @@ import bisect
 import contextlib
 import copy
 import math
-import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -27,6 +26,7 @@ from research.benchmarks.harness import (
     Computation,
     Inputs,
     Results,
+    waits,
 )
 from research.runs import REPOSITORY
 
@@ -153,7 +153,9 @@ def _compare_iterations(
     )
     notes = dict.fromkeys(models, '')
     if bench.device.type == 'cuda':
-        notes = {name: f'the host waits {_waits(run)} times' for name, run in iterations.items()}
+        notes = {
+            name: f'the host waits {len(waits(run))} times' for name, run in iterations.items()
+        }
     comparison = bench.compare(
         f'training iteration (loss, gradients, SGD step), {what}',
         [
@@ -194,19 +196,6 @@ def _quiet() -> Iterator[None]:
         yield
     finally:
         logger.setLevel(level)
-
-
-def _waits(iteration: Callable[[], object]) -> int:
-    """How often the host waits for the GPU."""
-    iteration()  # first calls allocate and choose
-    with warnings.catch_warnings(record=True) as found:
-        warnings.simplefilter('always')
-        torch.cuda.set_sync_debug_mode('warn')
-        try:
-            iteration()
-        finally:
-            torch.cuda.set_sync_debug_mode('default')
-    return sum('synchronizing CUDA' in str(warning.message) for warning in found)
 
 
 def _batch(model: nn.Module, size: int, images: int = 2) -> dict[str, Any]:

@@ -1,7 +1,6 @@
 """Layers on a GPU: the numbers of the CPU, streams, graphs, and how often the host waits."""
 
 import copy
-import warnings
 
 import pytest
 import torch
@@ -9,6 +8,7 @@ from torch import nn
 
 from mmdet_moe.errors import NonFiniteRouterError
 from mmdet_moe.moe import ConvExperts, CPMuMoE, LinearExperts, MLPExperts, MoELayer
+from research.benchmarks.harness import waits
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason='there is no GPU')
 
@@ -88,21 +88,6 @@ def test_equals_the_cpu(name, monkeypatch):
     actual, others, _ = run(on_gpu, same, cotangents)
     for a, b in zip([*actual, *others], [*expected, *grads], strict=True):
         assert torch.allclose(a.cpu(), b, rtol=1e-9, atol=1e-10)
-
-
-def waits(function):
-    """Places at which the host waited for the device."""
-    for _ in range(3):  # first calls allocate and choose algorithms
-        function()
-    torch.cuda.synchronize()
-    with warnings.catch_warnings(record=True) as found:
-        warnings.simplefilter('always')
-        torch.cuda.set_sync_debug_mode('warn')
-        try:
-            function()
-        finally:
-            torch.cuda.set_sync_debug_mode('default')
-    return [f'{w.filename}:{w.lineno}' for w in found if 'synchronizing CUDA' in str(w.message)]
 
 
 @pytest.mark.parametrize('trains', [False, True])
