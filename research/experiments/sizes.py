@@ -40,22 +40,13 @@ _BOTH = (*_NORMALISED, *_WITHIN)
 METHODS = (
     Method('dense', 'demo/retinanet_dense_digits'),
     Method('image', _IMAGE),
-    Method('image: level normalised', _IMAGE, _NORMALISED),
-    Method('image: balanced within levels', _IMAGE, _WITHIN),
     Method('image: both', _IMAGE, _BOTH),
     Method('patch', _PATCH),
-    Method('patch: both', _PATCH, _BOTH),
     Method('pixel', _PIXEL),
     Method('pixel: level normalised', _PIXEL, _NORMALISED),
     Method('pixel: balanced within levels', _PIXEL, _WITHIN),
     Method('pixel: both', _PIXEL, _BOTH),
-    Method('pixel: both, no noise', _PIXEL, (*_BOTH, f'{_ROUTER}.noise=False')),
     Method('pixel: both, sharp', 'demo/retinanet_moe_pixel_sharp_digits'),
-    Method(
-        'pixel: both, sharp, 3×3 router',
-        'demo/retinanet_moe_pixel_sharp_digits',
-        (f'{_ROUTER}.type=mmdet_moe.ConvGAPRouter', f'{_ROUTER}.conv_channels=64'),
-    ),
 )
 #: With ``--quick``, which shows that everything works and nothing else.
 QUICK = 'pixel: both'
