@@ -1,7 +1,7 @@
 """Compact statistics of how experts are used; memory does not grow with the number of items."""
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 import torch
 from torch import Tensor
@@ -20,6 +20,8 @@ from mmdet_moe.moe.routing import Routing
 DEAD_SHARE = 0.01
 #: Of more experts than this only the extremes are told in a line, and no scalar of each.
 FEW_EXPERTS = 32
+#: Training and inference disagree from this distance of their loads (total variation) on.
+DISAGREEMENT = 0.2
 #: Routing whose decision says less on the input than this fraction of log E has collapsed.
 COLLAPSE_SHARE = 0.02
 
@@ -42,6 +44,8 @@ class UtilizationReport:
         level_shares: For each pyramid level, the share of its decisions that goes to each expert,
             (L, E), again as inference would decide; rows sum to 1.
         dropped: Share of the routed rows that exceeded the capacity of their expert.
+        inference_load: The load that the decisions of inference would give (no noise, no masks).
+            Empty in files of earlier versions.
     """
 
     num_items: int
@@ -54,6 +58,7 @@ class UtilizationReport:
     mi_level: float
     level_shares: list[list[float]]
     dropped: float = 0.0
+    inference_load: list[float] = field(default_factory=list)
 
     @classmethod
     def from_sums(cls, sums: dict[str, Tensor]) -> 'UtilizationReport':
@@ -77,6 +82,7 @@ class UtilizationReport:
             mi_level=float(mutual_information(sums['levels'])),
             level_shares=shares(sums['levels']).tolist(),
             dropped=float(sums['dropped'] / sums['load'].sum().clamp(min=1)),
+            inference_load=shares(sums['chosen']).tolist(),
         )
 
     @property
@@ -87,6 +93,15 @@ class UtilizationReport:
     def dead_experts(self, share: float) -> list[int]:
         """Experts whose load is below ``share`` of the fair 1 / E."""
         return [e for e, load in enumerate(self.load) if load < share / self.num_experts]
+
+    def disagreement(self) -> float:
+        """The share of the routed rows that inference would give to another expert, at least.
+
+        0 where noise and masks change who gets what but not how much. It is the total variation
+        distance between ``load`` and ``inference_load``.
+        """
+        pairs = zip(self.load, self.inference_load, strict=False)
+        return sum(abs(a - b) for a, b in pairs) / 2
 
     def has_collapsed(self, share: float) -> bool:
         """Whether the decision hardly depends on the input: ``mi_input < share · log E``.
@@ -117,8 +132,10 @@ class UtilizationReport:
 
     def __str__(self) -> str:
         load, importance = map(_listed, (self.load, self.importance))
+        differs = self.disagreement() >= DISAGREEMENT
         return (
-            f'load {load} | importance {importance} | decision entropy {self.decision_entropy:.2f} '
+            f'load {load}{f" (at inference {_listed(self.inference_load)})" if differs else ""} '
+            f'| importance {importance} | decision entropy {self.decision_entropy:.2f} '
             f'| information on input {self.mi_input:.3f}, on level {self.mi_level:.3f} nats '
             f'of {self.usage_entropy:.2f}'
             + (f' | dropped {100 * self.dropped:.1f} %' if self.dropped else '')
@@ -187,7 +204,7 @@ def sums_of_decisions(weights_TE: Tensor, level_ids: Tensor, num_levels: int) ->
         num_levels: L.
 
     Returns:
-        ``items`` (), ``decision_entropy`` () and ``levels`` (L, E), as
+        ``items`` (), ``decision_entropy`` (), ``levels`` (L, E) and ``chosen`` (E,), as
         :meth:`UtilizationReport.from_sums` wants them.
     """
     levels = weights_TE.new_zeros(num_levels, weights_TE.shape[1])
@@ -195,4 +212,5 @@ def sums_of_decisions(weights_TE: Tensor, level_ids: Tensor, num_levels: int) ->
         'items': weights_TE.new_tensor(float(len(weights_TE))),
         'decision_entropy': entropy(weights_TE).sum(),
         'levels': levels.index_add(0, level_ids, weights_TE),
+        'chosen': (weights_TE > 0).to(weights_TE.dtype).sum(0),
     }

@@ -123,7 +123,20 @@ def test_healthy_routing_is_silent(make_runner, toy_model):
     runner.train()
     entry = next(e for e in scalars_of(runner) if 'train/moe/stem/mi_input' in e)
     assert entry['train/moe/stem/mi_input'] > 0.5 * math.log(3)
-    assert not [w for w in ('DEAD', 'COLLAPSED', 'NO BALANCING') if w in log_of(runner)]
+    silent = ('DEAD', 'COLLAPSED', 'NO BALANCING', 'DISAGREE')
+    assert not [w for w in silent if w in log_of(runner)]
+
+
+def test_noise_that_balances_the_training_alone(make_runner, toy_model):
+    """Logits far below the noise: whatever the image, inference takes the same two experts."""
+    model = steer(toy_model({'noise': True}), [0.002, 0.001, -0.001, -0.002])
+    runner = make_runner(model, [hook(), BALANCING], max_iters=16, optim_wrapper=FROZEN)
+    runner.train()
+    warning = (
+        r'TRAINING AND INFERENCE DISAGREE in stem: the load is \[(.*?)\] in training and would '
+    )
+    found = re.search(warning + r'be \[0\.5, 0\.5, 0\.0, 0\.0\] at inference', log_of(runner))
+    assert all(float(share) > 0.05 for share in found[1].split(', '))
 
 
 def test_every_collapsed_layer_is_named(make_runner, toy_model):

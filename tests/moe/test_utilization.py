@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from mmdet_moe.moe import GAPRouter, RelativeImportanceConstraint, Utilization
+from mmdet_moe.moe import GAPRouter, RelativeImportanceConstraint, Routing, Utilization
 
 
 def router_of(num_experts, top_k, **kwargs):
@@ -130,6 +130,21 @@ def test_information_is_that_of_inference():
     report = utilization.report()
     assert report.load == [0.5, 0.5, 0]  # what training did
     assert report.mi_input == 0
+
+
+def test_disagreement_of_training_and_inference():
+    """Eight items that noise, or a mask, spread evenly; the logits want two experts."""
+    router = router_of(4, 1)
+    logits = torch.tensor([[3.0, 1, 1, 1]] * 6 + [[1.0, 3, 1, 1]] * 2)
+    ids = torch.arange(4).repeat(2)[:, None]
+    routing = Routing(ids, torch.ones(8, 1), logits, (8,), 8, torch.ones(8))
+    utilization = Utilization(4)
+    utilization.update(routing, router)
+    report = utilization.report()
+    assert report.load == [0.25] * 4
+    assert report.inference_load == [0.75, 0.25, 0, 0]
+    assert report.disagreement() == 0.5
+    assert '(at inference 0.75 0.25 0.00 0.00)' in str(report)
 
 
 def test_report_as_scalars_and_json():

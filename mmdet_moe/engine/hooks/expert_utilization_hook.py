@@ -14,6 +14,7 @@ from mmdet_moe.moe import ExpertLayer, MoELayer, Routing
 from mmdet_moe.moe.utilization import (
     COLLAPSE_SHARE,
     DEAD_SHARE,
+    DISAGREEMENT,
     FEW_EXPERTS,
     Utilization,
     UtilizationReport,
@@ -41,10 +42,11 @@ class ExpertUtilizationHook(Hook):
     summed over the ranks. With test-time augmentation only the last variant of each image is
     counted, of sparse layers.
 
-    It warns when MoE layers are trained without any balancing, when experts are dead, and when the
-    routing has collapsed, i.e. when the decision does not depend on the input. The last cannot be
-    seen in the load: a router that sends everything half to one expert and half to another looks
-    well balanced between the two.
+    It warns when MoE layers are trained without any balancing, when experts are dead, when noise or
+    masks spread a load in training that inference would not spread, and when the routing has
+    collapsed, i.e. when the decision does not depend on the input. The last cannot be seen in the
+    load: a router that sends everything half to one expert and half to another looks well balanced
+    between the two.
 
     At every validation, and at the end of a training, a picture of each layer goes to every
     visualisation backend as ``experts_<layer>``: which expert works on which pyramid level, and the
@@ -244,6 +246,17 @@ class ExpertUtilizationHook(Hook):
             runner.logger.warning(
                 f'DEAD EXPERTS in {name}: {named} of {report.num_experts} get less than '
                 f'{100 * self.dead_share:g} % of their fair share of the items; {advice}.'
+            )
+        if report.disagreement() >= DISAGREEMENT:
+            in_training, at_inference = (
+                [round(x, 3) for x in load[:FEW_EXPERTS]]
+                for load in (report.load, report.inference_load)
+            )
+            runner.logger.warning(
+                f'TRAINING AND INFERENCE DISAGREE in {name}: the load is {in_training} in training '
+                f'and would be {at_inference} at inference, without noise and masks; experts learn '
+                "from items that they will not get. Set the router's noise=False and "
+                "init='kmeans', or balance by a loss."
             )
         if report.has_collapsed(self.collapse_share):
             load = [round(x, 3) for x in report.load[:FEW_EXPERTS]]
