@@ -21,6 +21,7 @@ from mmdet_moe.registry import MODELS, build
 
 #: Former names of the values of the option ``softmax``.
 FORMER_SOFTMAX = {'kept': 'over_chosen', 'all': 'over_all'}
+SOFTMAX = ('over_chosen', 'over_all', 'straight_through')
 
 
 class _Linear(nn.Linear):
@@ -48,6 +49,8 @@ class Router(nn.Module, ABC):
         softmax: ``'over_chosen'``: softmax over the k chosen logits, so the weights of an item sum
             to 1. ``'over_all'``: softmax over all E logits before the choice (Switch, arXiv
             2101.03961), so they sum to less, and a single chosen expert still has a gradient.
+            ``'straight_through'``: the weights of ``'over_chosen'`` with the gradient of
+            ``'over_all'``: a single chosen expert counts in full, and its router still learns.
             Default: ``'over_chosen'`` for k > 1, ``'over_all'`` for k = 1. (The values of earlier
             versions, ``'kept'`` and ``'all'``, are still understood.)
         noise: What is added to the logits in training, for the choice as for the weights. ``True``:
@@ -91,12 +94,12 @@ class Router(nn.Module, ABC):
         elif softmax in FORMER_SOFTMAX:
             _warn_once(f"softmax='{softmax}' is now called softmax='{FORMER_SOFTMAX[softmax]}'")
             softmax = FORMER_SOFTMAX[softmax]
-        if softmax not in ('over_chosen', 'over_all'):
-            raise ConfigError(f"softmax={softmax!r} is unknown; use 'over_chosen' or 'over_all'")
+        if softmax not in SOFTMAX:
+            raise ConfigError(f'softmax={softmax!r} is unknown; use one of {SOFTMAX}')
         if softmax == 'over_chosen' and top_k == 1 < num_experts:
             raise ConfigError(
                 "softmax='over_chosen' with top_k=1 makes every weight the constant 1, so the "
-                "router gets no gradient and cannot learn; use softmax='over_all'"
+                "router gets no gradient and cannot learn; use softmax='straight_through'"
             )
         if isinstance(constraint, dict):
             constraint = build({**constraint, 'num_experts': num_experts})
@@ -212,7 +215,10 @@ class Router(nn.Module, ABC):
             chosen = allowed.gather(1, expert_ids)
         if self.softmax == 'over_chosen':
             return expert_ids, chosen.softmax(dim=-1)
-        return expert_ids, allowed.softmax(dim=-1).gather(1, expert_ids)
+        weights = allowed.softmax(dim=-1).gather(1, expert_ids)
+        if self.softmax == 'straight_through':
+            weights = weights + (chosen.softmax(dim=-1) - weights).detach()
+        return expert_ids, weights
 
     def gates(self, logits: Tensor, expert_ids: Tensor, weights: Tensor) -> Tensor | None:
         """What the experts' outputs are multiplied with, where that is not the weights.

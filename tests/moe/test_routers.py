@@ -61,6 +61,8 @@ def test_conv_gap_logits():
         (1, 'over_all'),
         (2, 'over_all'),
         (E, 'over_all'),
+        (1, 'straight_through'),
+        (2, 'straight_through'),
     ],
 )
 def test_weights(top_k, softmax):
@@ -71,7 +73,7 @@ def test_weights(top_k, softmax):
     ):
         best = sorted(range(E), key=lambda e: -logits[e])[:top_k]
         assert ids == best
-        if softmax == 'over_chosen':
+        if softmax != 'over_all':
             expected = softmax_by_hand([logits[e] for e in best])
             assert sum(weights) == pytest.approx(1, abs=1e-12)
         else:
@@ -82,6 +84,19 @@ def test_weights(top_k, softmax):
 def test_defaults_of_softmax():
     assert GAPRouter(C, E, 1).softmax == 'over_all'
     assert GAPRouter(C, E, 2).softmax == 'over_chosen'
+
+
+@pytest.mark.parametrize('top_k', [1, 2])
+def test_straight_through_has_the_gradient_over_all(top_k):
+    x, grad = torch.randn(4, C, 3, 3, dtype=torch.float64), torch.randn(4, top_k).double()
+    found = {}
+    for softmax in ('straight_through', 'over_all'):
+        torch.manual_seed(1)
+        router = gap_router(top_k, softmax=softmax)
+        router(x).weights.backward(grad)
+        found[softmax] = router.fc.weight.grad
+    assert found['over_all'].abs().max() > 1e-3
+    torch.testing.assert_close(found['straight_through'], found['over_all'])
 
 
 @pytest.mark.parametrize('top_k', [1, 2])
@@ -268,7 +283,7 @@ def test_constraint_from_config_and_instance():
         ({'num_experts': 0, 'top_k': 1}, r'num_experts=0\b.*at least 1 expert'),
         ({'top_k': 6}, r'top_k=6 must lie between 1 and num_experts=5'),
         ({'top_k': 0}, r'top_k=0 must lie between 1 and num_experts=5'),
-        ({'softmax': 'some'}, r"softmax='some' is unknown; use 'over_chosen' or 'over_all'"),
+        ({'softmax': 'some'}, r"softmax='some' is unknown; use one of .*'over_all'"),
         ({'noise': 'normal'}, r"noise='normal' is unknown; use True, False or 'uniform'"),
         ({'noise': 1}, r"noise=1 is unknown; use True, False or 'uniform'"),
         ({'init_std': -1.0}, r'init_std=-1.0 must not be negative'),
@@ -278,7 +293,7 @@ def test_constraint_from_config_and_instance():
         ),
         (
             {'top_k': 1, 'softmax': 'over_chosen'},
-            r"softmax='over_chosen' with top_k=1 .*use softmax='over_all'",
+            r"softmax='over_chosen' with top_k=1 .*use softmax='straight_through'",
         ),
         (
             {'noise': True, 'constraint': {'type': 'mmdet_moe.MeanImportanceConstraint'}},

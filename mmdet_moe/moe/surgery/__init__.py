@@ -302,7 +302,7 @@ def _warn_of_scaled_outputs(layer: MoELayer) -> None:
         print_log(
             f"{layer.name}: with softmax='over_all' (the default for top_k=1) the weights of the "
             'experts sum to less than 1 and scale what the layer gives, the prior of a focal loss '
-            "and a loaded dense model included; top_k > 1 with softmax='over_chosen' keeps them.",
+            "and a loaded dense model included; softmax='straight_through' keeps them.",
             logger='current',
             level=logging.WARNING,
         )
