@@ -39,3 +39,10 @@ def global_sum_(tensors: list[Tensor]) -> None:
     dist.all_reduce(flat)
     for t, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
         t.copy_(part.view_as(t))
+
+
+def from_first_rank_(tensors: list[Tensor]) -> None:
+    """Give every rank what the first one has, in place."""
+    if _active():
+        for tensor in tensors:
+            dist.broadcast(tensor, 0)

@@ -14,6 +14,7 @@ from mmdet_moe.errors import ConfigError
 from mmdet_moe.moe.constraints import Constraint, in_backward
 from mmdet_moe.moe.distributed import global_sum_
 from mmdet_moe.moe.items import Items
+from mmdet_moe.moe.kmeans_start import KMeansStart
 from mmdet_moe.moe.patches import PatchGrid
 from mmdet_moe.moe.precision import no_autocast
 from mmdet_moe.moe.routing import Routing
@@ -330,11 +331,16 @@ class _PooledRouter(Router):
         bias: bool = True,
         init_std: float = 0.01,
         normalise_levels: int | None = None,
+        init: str = 'normal',
         **kwargs,
     ) -> None:
         super().__init__(in_channels, num_experts, top_k, **kwargs)
         if init_std < 0:
             raise ConfigError(f'init_std={init_std} must not be negative')
+        if init not in ('normal', 'kmeans'):
+            raise ConfigError(f"init={init!r} is unknown; use 'normal' or 'kmeans'")
+        if init == 'kmeans' and not bias:
+            raise ConfigError("init='kmeans' sets the bias, which bias=False leaves out; leave it")
         if normalise_levels is not None and (
             not isinstance(normalise_levels, int) or normalise_levels < 1
         ):
@@ -345,6 +351,7 @@ class _PooledRouter(Router):
         self._bias, self._init_std = bias, init_std
         self._num_levels = normalise_levels
         self.norm: LevelNorm | None = None
+        self.start = KMeansStart(num_experts) if init == 'kmeans' and num_experts > 1 else None
 
     @abstractmethod
     def features(self, x: Tensor, items: Items) -> Tensor:
@@ -354,15 +361,17 @@ class _PooledRouter(Router):
         return linear(self.fc, self.features(x, items))
 
     def logits_of_levels(self, maps: list[Tensor], items: Sequence[Items]) -> list[Tensor]:
-        if self.norm is None:
-            return super().logits_of_levels(maps, items)
-        if len(maps) != self._num_levels:
-            raise ConfigError(
-                f'normalise_levels={self._num_levels}, but the router is given {len(maps)} '
-                'feature maps together; give that number'
-            )
         features = [self.features(m, p) for m, p in zip(maps, items, strict=True)]
-        return [linear(self.fc, self.norm(f, level)) for level, f in enumerate(features)]
+        if self.norm is not None:
+            if len(maps) != self._num_levels:
+                raise ConfigError(
+                    f'normalise_levels={self._num_levels}, but the router is given {len(maps)} '
+                    'feature maps together; give that number'
+                )
+            features = [self.norm(f, level) for level, f in enumerate(features)]
+        if self.start is not None and self.training and not in_backward():
+            self.start(self.fc, _cat(features))
+        return [linear(self.fc, f) for f in features]
 
     def _build_fc(self, features: int) -> RouterLinear:
         if self._num_levels is not None:
@@ -384,7 +393,10 @@ class GAPRouter(_PooledRouter):
         init_std: Standard deviation of its initial weights; 0 starts with equal logits.
         normalise_levels: How many pyramid levels the layer is given together, each of which is then
             normalised by itself (:class:`LevelNorm`), so that the router does not see them apart by
-            their means. Default: none is.
+            their means. Default: none is. Of a layer with one map: 1.
+        init: ``'normal'``, or ``'kmeans'``: the first batches set the weights so that each expert
+            is chosen for a cluster of their items (:class:`~mmdet_moe.moe.kmeans_start.KMeansStart`
+            ), so that experts have something of their own to learn from the start on.
     """
 
     def __init__(self, in_channels: int, num_experts: int, top_k: int, **kwargs) -> None:

@@ -99,8 +99,15 @@ def play(rank, world_size):
         layer([part(x)])
     results['normalised levels'] = dict(layer.router.norm.state_dict())
 
+    results['kmeans'] = started_by_clusters(part(torch.randn(600, 3, 1, 1, generator=generator)))
     results['unused experts'] = train_with_unused_experts(wrap, part)
     return results
+
+
+def started_by_clusters(x):
+    layer = build(9, init='kmeans')
+    layer(x.double())
+    return layer.router.fc.state_dict()
 
 
 def train_with_unused_experts(wrap, part):
@@ -172,6 +179,14 @@ def test_normalised_levels(one_rank, two_ranks):
     for rank in two_ranks:
         for key, value in one_rank['normalised levels'].items():
             torch.testing.assert_close(rank['normalised levels'][key], value)
+
+
+def test_a_start_by_clusters_is_that_of_the_first_rank(two_ranks):
+    generator = torch.Generator().manual_seed(0)
+    torch.randn(3, 8, 3, 4, 4, dtype=torch.float64, generator=generator)
+    expected = started_by_clusters(torch.randn(600, 3, 1, 1, generator=generator)[:300])
+    for rank in two_ranks:
+        torch.testing.assert_close(rank['kmeans'], expected)
 
 
 @pytest.mark.parametrize('norm', ['ln', 'bn'])

@@ -1,0 +1,110 @@
+"""Routers that start with the clusters of their first items."""
+
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics import adjusted_rand_score
+
+from mmdet_moe.errors import ConfigError
+from mmdet_moe.moe import ConvGAPRouter, GAPRouter
+from mmdet_moe.moe.kmeans_start import by_clusters
+
+C, E = 6, 3
+
+
+def items_of_three_kinds(count, seed=0):
+    """Maps (count, C, 2, 2), and which kind each is of; the channels have scales of their own."""
+    generator = torch.Generator().manual_seed(seed)
+    kinds = torch.randint(E, (count,), generator=generator)
+    centres = torch.tensor([[1.0, 0, 0, 0, 2, 5], [0, 30, 0, 0, 2, 5], [0, 0, 0.01, 0, 2, 5]])
+    noise = torch.randn(count, C, 2, 2, generator=generator)
+    scales = torch.tensor([0.1, 3, 0.001, 0, 1, 1])
+    return centres[kinds][:, :, None, None] + scales[:, None, None] * noise, kinds
+
+
+def router_of(make=GAPRouter, top_k=1, **kwargs):
+    return make(C, E, top_k, noise=False, init='kmeans', **kwargs)
+
+
+@pytest.mark.parametrize('kwargs', [{}, {'normalise_levels': 1}, {'top_k': 2}])
+def test_each_expert_gets_a_cluster(kwargs):
+    router = router_of(**kwargs)
+    router(items_of_three_kinds(300)[0])
+    x, kinds = items_of_three_kinds(200, seed=1)
+    chosen = router.eval()(x).expert_ids[:, 0]
+    assert adjusted_rand_score(kinds, chosen) == 1
+
+
+def test_a_convolution_in_front():
+    router = router_of(ConvGAPRouter, conv_channels=8)
+    router(items_of_three_kinds(300)[0])
+    assert router.eval()(items_of_three_kinds(200)[0]).expert_ids.unique().tolist() == [0, 1, 2]
+
+
+def test_logits_are_distances_to_the_centres():
+    x, kinds = items_of_three_kinds(250)
+    items = x.mean((2, 3)).double().numpy()
+    items[:, 3] = 7  # a channel that never changes
+    weight, bias = by_clusters(items, E)
+    z = (items - items.mean(0)) / np.where(items.std(0) > 0, items.std(0), 1)
+    centres = np.stack([z[kinds == kind].mean(0) for kind in range(E)])
+    distances = ((z[:, None] - centres) ** 2).sum(-1)
+    logits = items @ weight.T + bias
+    # Of which cluster k-means makes which expert is its own affair.
+    order = [int(logits[kinds == kind].mean(0).argmax()) for kind in range(E)]
+    logits = logits[:, order]
+    expected = distances.mean(1, keepdims=True) - distances
+    found = logits - logits.mean(1, keepdims=True)
+    scale = (found * expected).sum() / (expected**2).sum()
+    np.testing.assert_allclose(found, scale * expected, atol=1e-9)
+    first, second = np.sort(found, axis=1)[:, :-3:-1].T
+    assert (first - second).mean() == pytest.approx(1)
+
+
+def test_waits_for_enough_items_of_the_training():
+    router = router_of()
+    x, _ = items_of_three_kinds(400)
+    before = router.fc.weight.clone()
+    router.eval()(x)
+    router.train()
+    for batch in x[:180].split(60):
+        router(batch)
+    assert torch.equal(router.fc.weight, before)
+    router(x[180:192])
+    after = router.fc.weight.clone()
+    assert not torch.equal(after, before)
+    router(x[192:])
+    assert torch.equal(router.fc.weight, after)
+
+
+def test_what_has_been_trained_stays():
+    router = router_of()
+    router(items_of_three_kinds(300)[0])
+    torch.nn.init.normal_(router.fc.weight)
+    other = router_of()
+    other.load_state_dict(router.state_dict())
+    other(items_of_three_kinds(300)[0])
+    assert torch.equal(other.fc.weight, router.fc.weight)
+
+
+def test_the_start_needs_no_gradient_and_leaves_the_weights_their_own():
+    router = router_of(softmax='straight_through')
+    router(items_of_three_kinds(300)[0]).weights.sum().backward()
+    assert router.fc.weight.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize(
+    ('kwargs', 'message'),
+    [
+        ({'init': 'pca'}, r"init='pca' is unknown; use 'normal' or 'kmeans'"),
+        ({'init': 'kmeans', 'bias': False}, r"init='kmeans' sets the bias, which bias=False"),
+    ],
+)
+def test_bad_options(kwargs, message):
+    with pytest.raises(ConfigError, match=message):
+        GAPRouter(C, E, 1, **kwargs)
+
+
+def test_too_few_different_items():
+    with pytest.raises(ConfigError, match=r"init='kmeans': fewer than num_experts=3 of the first"):
+        router_of()(torch.ones(300, C, 2, 2))
