@@ -5,6 +5,7 @@ import re
 from dataclasses import replace
 
 import pytest
+import torch
 from miniature import note_checksums, write_cifar100, write_fashion_mnist
 from mmengine.config import Config
 from mmengine.registry import DefaultScope
@@ -13,6 +14,7 @@ from mmdet_moe.analysis.models import build_model
 from mmdet_moe.cli import load_config, parse_options
 from mmdet_moe.errors import ConfigError
 from mmdet_moe.moe import UtilizationReport
+from research import runs as runs_module
 from research.experiments import experiment as experiment_module
 from research.experiments.budget import MIXED_PRECISION, Budget
 from research.experiments.classification import (
@@ -184,6 +186,29 @@ def test_interrupted_in_the_last_validation(tmp_path, monkeypatch):
     (after,) = second.results(dense[0])
     assert after.metrics == before.metrics
     assert (folder / 'epoch_2.pth').stat().st_mtime_ns == stamp
+
+
+def test_killed_in_the_middle(tmp_path, monkeypatch):
+    """The training goes on from the latest checkpoint, of which there is one an epoch."""
+    budget = CIFAR.budgets['cpu']
+    experiment = ClassificationExperiment(CIFAR, budget, tmp_path, tmp_path / 'runs', [0], jobs=1)
+    (method,) = CIFAR.methods[:1]
+    folder = experiment.run_dir(method, 0)
+    folder.mkdir(parents=True)
+    cfg = load_config(
+        str(experiment_module.CONFIGS / f'{method.config}.py'),
+        parse_options(experiment.options(method, 0)),
+    )
+    assert cfg.default_hooks.checkpoint.interval == 1
+    started = []
+    monkeypatch.setattr(
+        runs_module, '_run_tool', lambda tool, arguments, *_: started.append(arguments)
+    )
+    for _ in range(2):
+        with pytest.raises(ConfigError, match='did not finish'):
+            experiment.train([method])
+        torch.save({}, folder / 'epoch_7.pth')
+    assert ['--resume' in arguments for arguments in started] == [False, True]
 
 
 @pytest.mark.parametrize(('seeds', 'jobs', 'message'), [
