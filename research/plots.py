@@ -74,22 +74,27 @@ def plot_specialisation(runs: dict[str, dict], path: Path) -> None:
         figure.savefig(path, dpi=130)
 
 
-def plot_class_specialisation(runs: dict[str, dict], path: Path) -> None:
+def plot_class_specialisation(runs: dict[str, dict], path: Path, attribute: str = 'class') -> None:
     """How the images of each class are divided among the experts, one panel for each run.
 
     Args:
         runs: Contents of ``experts.json`` of classifiers by the name of the run.
         path: The file to write.
+        attribute: ``'class'``, or ``'superclass'`` of data that know it.
     """
+    found = {}
+    for name, experts in runs.items():
+        (layer,) = experts['layers'].values()
+        found[name] = layer['associations']['objects'][attribute]
+    bins = max(len(entry['bins']) for entry in found.values())
     with style():
-        figure = new_figure(7.2, 3.4)
+        figure = new_figure(max(7.2, 1.4 + 1.1 * len(runs)), max(3.4, 0.9 + 0.2 * bins))
         panels = figure.subplots(1, len(runs), sharey=True, squeeze=False)[0]
-        for axes, (name, experts) in zip(panels, runs.items(), strict=True):
-            (layer,) = experts['layers'].values()
-            found = layer['associations']['objects']['class']
-            shares = np.array(found['expert_given_bin'])
-            plot_heat_map(axes, shares, found['bins'], expert_ticks(shares.shape[1]), fontsize=6)
-            axes.set_title(f'{name}\n{found["mi"]:.2f} nats', fontsize=8.5)
+        for axes, (name, entry) in zip(panels, found.items(), strict=True):
+            shares = np.array(entry['expert_given_bin'])
+            names = [str(label).replace('_', ' ') for label in entry['bins']]
+            plot_heat_map(axes, shares, names, expert_ticks(shares.shape[1]), fontsize=6)
+            axes.set_title(f'{name}\n{entry["mi"]:.2f} nats', fontsize=8.5)
             axes.set_xlabel('expert')
-        panels[0].set_ylabel('class')
+        panels[0].set_ylabel({'class': 'class', 'superclass': 'super-class'}[attribute])
         figure.savefig(path, dpi=130)

@@ -18,13 +18,17 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 from mmdet_moe.errors import exit_on_user_error
 from projects.cluster_theory import experiment as theory
 from research.experiments import rotate
+from research.experiments.budget import CIFAR10, FASHION_MNIST
+from research.experiments.classification import TASKS, ClassificationExperiment
 from research.experiments.experiment import SEEDS, Experiment
-from research.experiments.fashion_mnist import BUDGETS, FashionMNISTExperiment
 from research.experiments.mumoe import MuMoEExperiment
 from research.experiments.mumoe_editing import EditingExperiment
 from research.experiments.scenes import DIGIT_SCENES, FASHION_SCENES, ScenesExperiment
 from research.experiments.sizes import METHODS, SizesExperiment
 from research.runs import REPOSITORY
+
+#: The data of the experiments with rotated images, by command.
+ROTATED = {'rotate': FASHION_MNIST, 'rotate-cifar10': CIFAR10}
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -59,7 +63,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     sizes.add_argument(
         '--quick', action='store_true', help='few images and iterations, to see that it works'
     )
-    fashion = _add(commands, 'fashion-mnist', 'balancing methods of a ResNet-18 on Fashion-MNIST')
+    budgets = {name: task.budgets for name, task in TASKS.items()}
+    by_name = {
+        name: _add(commands, name, f'balancing methods of a ResNet-18 on {title}')
+        for name, title in (('fashion-mnist', 'Fashion-MNIST'), ('cifar100', 'CIFAR-100'))
+    }
     cluster = commands.add_parser(
         'theory', help='the table of "Towards Understanding the MoE Layer", on generated clusters'
     )
@@ -68,12 +76,15 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         '--runs', type=int, default=theory.RUNS, help='of each mixture (%(default)s)'
     )
     _add_common(cluster, 'theory', 'trainings at a time, which share the cores')
-    rotated = _add(
-        commands,
-        'rotate',
-        'a mixture of networks against a single one: is this image of Fashion-MNIST rotated?',
-        data='fashion-mnist',
-    )
+    for name, data_set in ROTATED.items():
+        budgets[name] = rotate.BUDGETS[data_set]
+        by_name[name] = _add(
+            commands,
+            name,
+            'a mixture of networks against a single one: is this image of '
+            f'{"CIFAR-10" if data_set == CIFAR10 else "Fashion-MNIST"} rotated?',
+            data=data_set.name,
+        )
     _add(
         commands,
         'mumoe',
@@ -86,9 +97,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         'expert editing against a spurious mark, with classes of CIFAR-100',
         data='cifar100',
     )
-    for command, budgets in ((fashion, BUDGETS), (rotated, rotate.BUDGETS)):
-        texts = '; '.join(f'{name}: {budget.text}' for name, budget in budgets.items())
-        command.add_argument('--budget', choices=tuple(budgets), default='cpu', help=texts)
+    for command, choices in budgets.items():
+        texts = '; '.join(f'{name}: {budget.text}' for name, budget in choices.items())
+        by_name[command].add_argument('--budget', choices=tuple(choices), default='cpu', help=texts)
     return parser.parse_args(argv)
 
 
@@ -120,10 +131,12 @@ def _add_common(parser: argparse.ArgumentParser, name: str, jobs: str) -> None:
 def experiment(args: argparse.Namespace) -> Experiment | MuMoEExperiment | EditingExperiment:
     """The experiment that the command line asks for."""
     common = (args.data, args.work_dir, args.seeds, args.jobs)
-    if args.command == 'fashion-mnist':
-        return FashionMNISTExperiment(BUDGETS[args.budget], *common)
-    if args.command == 'rotate':
-        return rotate.RotateExperiment(rotate.BUDGETS[args.budget], *common)
+    if args.command in TASKS:
+        task = TASKS[args.command]
+        return ClassificationExperiment(task, task.budgets[args.budget], *common)
+    if args.command in ROTATED:
+        data_set = ROTATED[args.command]
+        return rotate.RotateExperiment(data_set, rotate.BUDGETS[data_set][args.budget], *common)
     if args.command == 'mumoe':
         return MuMoEExperiment(*common)
     if args.command == 'mumoe-editing':

@@ -3,6 +3,7 @@
 import torch
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
+from torch import Tensor, nn
 
 
 class ChannelsLastHook(Hook):
@@ -11,8 +12,20 @@ class ChannelsLastHook(Hook):
     A convolution whose weights lie so makes maps that do, whatever it is given. Only once the
     weights have been drawn or loaded: random numbers are drawn in the order of the memory, so the
     model would be another one.
+
+    PyTorch's group normalisation on a CPU takes 12 times as long for such maps in bfloat16, so
+    there it is given its maps channel by channel.
     """
 
     def before_train(self, runner: Runner) -> None:
         """Change the format in place; parameters stay the same objects."""
         runner.model.to(memory_format=torch.channels_last)
+        for module in runner.model.modules():
+            if isinstance(module, nn.GroupNorm):
+                module.register_forward_pre_hook(_channel_by_channel)
+
+
+def _channel_by_channel(_: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
+    (x,) = inputs
+    slow = x.dtype == torch.bfloat16 and x.device.type == 'cpu'
+    return (x.contiguous() if slow else x,)

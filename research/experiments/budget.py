@@ -1,4 +1,4 @@
-"""Experiments on Fashion-MNIST that fit the machine: small on a CPU, in full on a GPU."""
+"""Experiments with images of classes that fit the machine: small on a CPU, in full on a GPU."""
 
 from dataclasses import dataclass
 
@@ -13,6 +13,36 @@ from mmdet_moe.engine.preflight import check_config
 from mmdet_moe.errors import ConfigError
 from mmdet_moe.moe.flops import count_flops
 from research.experiments.experiment import CONFIGS, Experiment, Method
+
+#: Options of trainings side by side on few cores, where worker processes only take their time.
+NO_WORKERS = ('train_dataloader.num_workers=0', 'val_dataloader.num_workers=0')
+#: As ``--amp`` of ``tools/train.py``.
+MIXED_PRECISION = 'optim_wrapper.type=AmpOptimWrapper'
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """Images of classes.
+
+    Attributes:
+        name: As ``tools/prepare_data.py`` calls them.
+        side: Of the square images, in pixels.
+        num_train: Images of the training split.
+    """
+
+    name: str
+    side: int
+    num_train: int
+
+    @property
+    def suffix(self) -> str:
+        """At the end of the names of configs."""
+        return self.name.replace('-', '_')
+
+
+FASHION_MNIST = DataSet('fashion-mnist', 28, 60_000)
+CIFAR10 = DataSet('cifar10', 32, 50_000)
+CIFAR100 = DataSet('cifar100', 32, 50_000)
 
 
 @dataclass(frozen=True)
@@ -41,12 +71,14 @@ class BudgetedExperiment(Experiment):
     """Base class of experiments with a budget.
 
     Args:
+        data_set: Whose images.
         budget: What all of its runs are trained with.
         *args, **kwargs: As for :class:`Experiment`; each budget has its own folder of runs.
     """
 
-    def __init__(self, budget: Budget, *args, **kwargs) -> None:
+    def __init__(self, data_set: DataSet, budget: Budget, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
+        self.data_set = data_set
         self.budget = budget
         self.work_dir /= budget.name
         self._flops: dict[Method, int] = {}
@@ -62,8 +94,9 @@ class BudgetedExperiment(Experiment):
             raise ConfigError('--budget gpu: there is no GPU here; use --budget cpu')
         if not self.data.is_dir():
             raise ConfigError(
-                f"--data: there is no folder '{self.data}'; `tools/prepare_data.py fashion-mnist "
-                '--out DIR` makes it, with --source DIR from files that you have already'
+                f"--data: there is no folder '{self.data}'; `tools/prepare_data.py "
+                f'{self.data_set.name} --out DIR` makes it, with --source DIR from files that you '
+                'have already'
             )
         config = str(CONFIGS / f'{method.config}.py')
         check_config(load_config(config, {'data_root': str(self.data)}))
@@ -78,6 +111,6 @@ class BudgetedExperiment(Experiment):
             cfg = Config.fromfile(next(path for folder in folders for path in folder.glob('*.py')))
             with DefaultScope.overwrite_default_scope(cfg.default_scope):
                 model = build_model(cfg)
-            channels = len(cfg.data_preprocessor.mean)
-            self._flops[method] = count_flops(model, torch.randn(1, channels, 28, 28))
+            channels, side = len(cfg.data_preprocessor.mean), self.data_set.side
+            self._flops[method] = count_flops(model, torch.randn(1, channels, side, side))
         return self._flops[method]

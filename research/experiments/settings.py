@@ -14,8 +14,10 @@ from mmdet_moe.moe.routers import FORMER_SOFTMAX
 #: depend on.
 _PLACES = {
     *('work_dir', 'launcher', 'resume', 'load_from', 'experiment_name'),
-    *('max_keep_ckpts', 'pin_memory'),
+    *('max_keep_ckpts', 'pin_memory', 'loss_scale'),
 }
+#: Mixed precision as a config asks for it, and as it is on a CPU.
+_MIXED_PRECISION = {'AmpOptimWrapper', 'CpuAmpOptimWrapper'}
 _MISSING = object()
 
 
@@ -66,8 +68,10 @@ def _difference(found: Any, wanted: Any, field: str) -> str | None:
             return next(
                 (text for i, pair in pairs if (text := _difference(*pair, f'{field}[{i}]'))), None
             )
-    elif (found is not _MISSING and wanted is not _MISSING and found == wanted) or (
-        field.endswith('.softmax') and FORMER_SOFTMAX.get(found) == wanted
+    elif (
+        (found is not _MISSING and wanted is not _MISSING and found == wanted)
+        or (field.endswith('.softmax') and FORMER_SOFTMAX.get(found) == wanted)
+        or (field == 'optim_wrapper.type' and {found, wanted} <= _MIXED_PRECISION)
     ):
         return None
     return f'{field}: {_shown(found)} there, {_shown(wanted)} now'

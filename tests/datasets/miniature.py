@@ -9,6 +9,7 @@ of a split show every class once.
 
 import gzip
 import hashlib
+import json
 import pickle
 import struct
 import tarfile
@@ -19,6 +20,7 @@ import numpy as np
 from mmpretrain.datasets import CIFAR10, CIFAR100
 
 from mmdet_moe.datasets import download, fashion_mnist, idx
+from mmdet_moe.datasets.class_folders import NOTE
 
 _NUM_CLASSES = {'cifar10': 10, 'cifar100': 100, 'fashion-mnist': 10}
 _CIFAR = {
@@ -131,6 +133,12 @@ def expect_cifar(monkeypatch, folder, archive=None):
     if archive is not None:
         published = _describe(published, archive)
     monkeypatch.setitem(download.CIFAR, name, published)
+
+
+def note_checksums(folder):
+    """Note the checksums of a written CIFAR folder in it, for processes of their own."""
+    sums = {path.name: _md5(path) for path in Path(folder).iterdir()}
+    Path(folder, NOTE).write_text(json.dumps(sums))
 
 
 def expect_fashion_mnist(monkeypatch, root):

@@ -3,14 +3,14 @@
 import math
 
 import pytest
-from miniature import write_fashion_mnist
+from miniature import note_checksums, write_cifar10, write_fashion_mnist
 
 from mmdet_moe.cli import load_config, parse_options
 from mmdet_moe.errors import ConfigError
 from mmdet_moe.moe import UtilizationReport
 from research.experiments import experiment as experiment_module
 from research.experiments import rotate
-from research.experiments.budget import Budget
+from research.experiments.budget import CIFAR10, FASHION_MNIST, Budget
 from research.experiments.rotate import BUDGETS, RotateExperiment, markdown_table
 from research.runs import RunResult
 
@@ -66,21 +66,22 @@ def test_experiment(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(experiment_module, 'RESULTS', page)
     monkeypatch.setattr(experiment_module, 'PICTURES', tmp_path / 'pictures')
     monkeypatch.setattr(experiment_module, 'SEEDS', (3,))
-    experiment = RotateExperiment(TINY, data, tmp_path / 'runs', seeds=[3], jobs=2)
+    experiment = RotateExperiment(FASHION_MNIST, TINY, data, tmp_path / 'runs', seeds=[3], jobs=2)
     experiment.run()
     first = page.read_text()
     lines = first.splitlines()
     assert (lines[0], lines[-1]) == ('before', 'after')
     assert 'Budget `tiny`: very small.' in lines
-    (mixture,) = [cells(line) for line in lines if line.startswith(f'| {rotate.MIXTURE.name} |')]
-    (trained,) = experiment.results(rotate.MIXTURE)
+    one, several, *_ = experiment.methods
+    (mixture,) = [cells(line) for line in lines if line.startswith(f'| {several.name} |')]
+    (trained,) = experiment.results(several)
     # Of 20 samples, two of each of ten classes.
     assert 0 <= trained.metrics['dispatch entropy'] <= math.log(10) + 1e-6
     assert mixture[2:4] == [
         f'{100 * trained.metrics["accuracy"]:.2f}',
         f'{trained.metrics["dispatch entropy"]:.3f}',
     ]
-    (single,) = experiment.results(rotate.SINGLE)
+    (single,) = experiment.results(one)
     assert single.metrics['dispatch entropy'] == pytest.approx(rotate.CHANCE, abs=1e-5)
     capsys.readouterr()
     monkeypatch.setattr(experiment_module, 'train', None)
@@ -90,20 +91,23 @@ def test_experiment(tmp_path, monkeypatch, capsys):
 
 
 def test_without_the_data(tmp_path):
-    experiment = RotateExperiment(TINY, tmp_path / 'no', tmp_path / 'runs', [0], jobs=1)
+    experiment = RotateExperiment(
+        FASHION_MNIST, TINY, tmp_path / 'no', tmp_path / 'runs', [0], jobs=1
+    )
     with pytest.raises(ConfigError, match=r"there is no folder '.*no'; .*prepare_data\.py"):
         experiment.run()
     assert not (tmp_path / 'runs').exists()
 
 
-@pytest.mark.parametrize(('budget', 'width', 'images', 'iterations'), [
-    ('cpu', 16, 5_000, 785), ('gpu', 64, 60_000, 28_140),
+@pytest.mark.parametrize(('data_set', 'budget', 'width', 'images', 'iterations'), [
+    (FASHION_MNIST, 'cpu', 16, 5_000, 785), (FASHION_MNIST, 'gpu', 64, 60_000, 28_140),
+    (CIFAR10, 'cpu', 16, 50_000, 3_910), (CIFAR10, 'gpu', 64, 50_000, 23_460),
 ])  # fmt: skip
-def test_what_the_budgets_say(budget, width, images, iterations, tmp_path):
+def test_what_the_budgets_say(data_set, budget, width, images, iterations, tmp_path):
     """The texts name widths, images and iterations; these are what the trainings get."""
-    experiment = RotateExperiment(BUDGETS[budget], tmp_path, tmp_path, [0], jobs=1)
-    text = BUDGETS[budget].text
-    for method in rotate.METHODS:
+    chosen = BUDGETS[data_set][budget]
+    experiment = RotateExperiment(data_set, chosen, tmp_path, tmp_path, [0], jobs=1)
+    for method in experiment.methods:
         options = parse_options([*experiment.options(method, 0), *method.options])
         cfg = load_config(str(experiment_module.CONFIGS / f'{method.config}.py'), options)
         backbone = cfg.model.expert.backbone
@@ -111,9 +115,25 @@ def test_what_the_budgets_say(budget, width, images, iterations, tmp_path):
         assert backbone.get('base_channels', 64) == backbone.get('stem_channels', 64) == wanted
         assert cfg.model.expert.head.in_channels == 8 * wanted
         loader = cfg.train_dataloader
-        assert loader.dataset.dataset.get('indices', 60_000) == images
+        assert loader.dataset.dataset.get('indices', data_set.num_train) == images
         epochs = cfg.train_cfg.max_epochs
         assert epochs * math.ceil(2 * images / loader.batch_size) == iterations
-        assert f'{images:,} training images, so {2 * images:,} samples' in text
-        assert f'{epochs} epochs in batches of {loader.batch_size}' in text
-        assert budget != 'cpu' or f'({iterations} iterations)' in text
+        assert f'{images:,} training images, so {2 * images:,} samples' in chosen.text
+        assert f'{epochs} epochs in batches of {loader.batch_size}' in chosen.text
+        assert budget != 'cpu' or f'({iterations:,} iterations)' in chosen.text.replace(
+            f'({iterations} ', f'({iterations:,} '
+        )
+
+
+def test_on_the_data_of_the_paper(tmp_path):
+    """CIFAR-10 in place of Fashion-MNIST takes the data alone."""
+    folder = write_cifar10(tmp_path / 'data')
+    note_checksums(folder)
+    experiment = RotateExperiment(CIFAR10, TINY, folder.parent, tmp_path / 'runs', [0], jobs=1)
+    for method in experiment.methods:
+        experiment.prepare(method)
+    experiment.write()
+    assert experiment.written == tmp_path / 'runs' / 'tiny' / 'tables'
+    assert (experiment.written / 'rotate-cifar10-tiny.md').is_file()
+    with pytest.raises(ConfigError, match=r'prepare_data\.py cifar10 --out DIR` makes it'):
+        RotateExperiment(CIFAR10, TINY, tmp_path / 'no', tmp_path, [0], jobs=1).run()

@@ -19,6 +19,16 @@ def test_places_do_not_matter():
     assert difference(Config(FOUND), Config(wanted)) is None
 
 
+def test_mixed_precision_of_another_device():
+    """A config asks for it; on a CPU it is another class, without a scale."""
+    scaled = {'type': 'AmpOptimWrapper', 'loss_scale': 'dynamic'}
+    wrappers = [{'type': 'AmpOptimWrapper'}, scaled, {'type': 'CpuAmpOptimWrapper'}]
+    found, *others = (Config({**FOUND, 'optim_wrapper': wrapper}) for wrapper in wrappers)
+    assert [difference(other, found) for other in others] == [None, None]
+    plain = Config({**FOUND, 'optim_wrapper': {'type': 'OptimWrapper'}})
+    assert difference(plain, found).startswith("optim_wrapper.type: 'OptimWrapper' there")
+
+
 def test_a_list_is_a_tuple():
     """A config file that was written and read again may have the one for the other."""
     wanted = {**FOUND, 'model': {'depth': 18, 'stages': [1, 2]}}

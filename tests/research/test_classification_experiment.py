@@ -1,10 +1,12 @@
-"""The Fashion-MNIST experiment: its tables, and all of it in miniature."""
+"""Experiments with classifiers: their tables, and all of one in miniature."""
 
 import math
+import re
 from dataclasses import replace
 
 import pytest
-from miniature import write_fashion_mnist
+import torch
+from miniature import note_checksums, write_cifar100, write_fashion_mnist
 from mmengine.config import Config
 from mmengine.registry import DefaultScope
 
@@ -12,12 +14,12 @@ from mmdet_moe.analysis.models import build_model
 from mmdet_moe.cli import load_config, parse_options
 from mmdet_moe.errors import ConfigError
 from mmdet_moe.moe import UtilizationReport
+from research import runs as runs_module
 from research.experiments import experiment as experiment_module
-from research.experiments import fashion_mnist
-from research.experiments.budget import Budget
-from research.experiments.fashion_mnist import (
-    BUDGETS,
-    FashionMNISTExperiment,
+from research.experiments.budget import MIXED_PRECISION, Budget
+from research.experiments.classification import (
+    TASKS,
+    ClassificationExperiment,
     accuracy_table,
     specialisation_table,
 )
@@ -28,25 +30,34 @@ def cells(line):
     return [cell.strip() for cell in line.split('|')[1:-1]]
 
 
-def result(accuracy, load=None):
+FASHION, CIFAR = TASKS['fashion-mnist'], TASKS['cifar100']
+
+
+def result(accuracy, load=None, seconds=0.2):
     layers = {}
     if load is not None:
         layers['layer4'] = UtilizationReport(
             num_items=10, load=load, importance=load, load_cv2=0.5, usage_entropy=0.6,
             decision_entropy=0.1, mi_input=0.3, mi_level=0.0, level_shares=[load],
         ).as_dict()  # fmt: skip
-    return RunResult({'accuracy': accuracy}, 0.2, 1000, 2_345_678, 8, layers)
+    return RunResult({'accuracy': accuracy}, seconds, 1000, 2_345_678, 8, layers)
 
 
 def test_table_of_accuracies():
     results = {
         'dense': [result(0.4), result(0.6)],
-        'soft': [result(0.5, [0.999, 0.001])],
+        'soft': [result(0.5, [0.999, 0.001], seconds=0.25)],
         'none yet': [],
     }
     dense, soft = accuracy_table(results, {'dense': 12_345_678, 'soft': 10**9}).splitlines()[2:]
-    assert cells(dense) == ['dense', '2', '0.500 ± 0.141', '12.3', '2,346 k', '–', '–', '–']
-    assert cells(soft) == ['soft', '1', '0.500', '1000.0', '2,346 k', '0.50', '1 of 2', '0.30']
+    assert cells(dense) == [
+        'dense', '2', '0.500 ± 0.141', '12.3', '0.200 (1.00)', '2,346 k', '–', '–', '–',
+    ]  # fmt: skip
+    assert cells(soft) == [
+        'soft', '1', '0.500', '1000.0', '0.250 (1.25)', '2,346 k', '0.50', '1 of 2', '0.30',
+    ]  # fmt: skip
+    (alone,) = accuracy_table({'dense': [], 'soft': results['soft']}, {'soft': 1}).splitlines()[2:]
+    assert cells(alone)[4] == '0.250 (–)'
 
 
 def experts_of(accuracy, mi, p_value, alone, equal, random, without):
@@ -74,6 +85,11 @@ def test_table_of_specialisation():
         'some', '2', '0.30 ± 0.14', '0.020', '0.500 ± 0.141', '0.400', '0.200', '0.450', '0.350',
         '0.250',
     ]  # fmt: skip
+    for run, mi in zip(runs, (0.1, 0.2), strict=True):
+        told = run['layers']['layer4']['associations']['objects']
+        told['superclass'] = {'mi': mi, 'p_value': 0.5}
+    (line,) = specialisation_table({'some': runs}).splitlines()[2:]
+    assert cells(line)[2:6] == ['0.30 ± 0.14', '0.020', '0.15 ± 0.07', '0.500']
 
 
 TINY = Budget(
@@ -89,6 +105,7 @@ TINY = Budget(
         'train_cfg.max_epochs=2',
         'train_cfg.val_interval=2',
         'param_scheduler.milestones=[1]',
+        MIXED_PRECISION,
     ),
     ('model.backbone.expert_channels=equal_flops',),
 )
@@ -96,19 +113,18 @@ TINY = Budget(
 
 def test_experiment(tmp_path, monkeypatch, capsys):
     """Trains, analyses, writes; a second run finds everything done."""
-    data = write_fashion_mnist(tmp_path / 'data', num_train=40, num_test=20)
+    folder = write_cifar100(tmp_path / 'data', num_train=40, num_test=40)
+    note_checksums(folder)
+    data = folder.parent
     page, pictures = tmp_path / 'results.md', tmp_path / 'pictures'
-    page.write_text(
-        'before\n<!-- fashion-mnist-tiny:begin -->\n<!-- fashion-mnist-tiny:end -->\nafter\n'
-    )
+    page.write_text('before\n<!-- cifar100-tiny:begin -->\n<!-- cifar100-tiny:end -->\nafter\n')
     pictures.mkdir()
-    methods = fashion_mnist.METHODS[:2]
+    task = replace(CIFAR, methods=CIFAR.methods[:2])
+    methods = task.methods
     monkeypatch.setattr(experiment_module, 'RESULTS', page)
     monkeypatch.setattr(experiment_module, 'PICTURES', pictures)
     monkeypatch.setattr(experiment_module, 'SEEDS', (3,))
-    monkeypatch.setattr(fashion_mnist, 'METHODS', methods)
-    monkeypatch.setattr(fashion_mnist, 'MOE_METHODS', methods[1:])
-    experiment = FashionMNISTExperiment(TINY, data, tmp_path / 'runs', seeds=[3], jobs=2)
+    experiment = ClassificationExperiment(task, TINY, data, tmp_path / 'runs', seeds=[3], jobs=2)
     experiment.run()
     first = page.read_text()
     lines = first.splitlines()
@@ -117,11 +133,12 @@ def test_experiment(tmp_path, monkeypatch, capsys):
     dense, soft = ([cells(x) for x in lines if x.startswith(f'| {m.name} ')] for m in methods)
     assert [len(dense), len(soft)] == [1, 2]
     (found,) = experiment.analyses(methods[1])
-    # The 20 test images, with the accuracy that the training has measured.
-    assert found['run']['num_images'] == 20
+    # The 40 test images, with the accuracy that the training has measured.
+    assert found['run']['num_images'] == 40
     (trained,) = experiment.results(methods[1])
     assert found['metrics']['accuracy'] == pytest.approx(trained.metrics['accuracy'])
     assert soft[0][2] == f'{trained.metrics["accuracy"]:.3f}'
+    assert 'information on super-class' in first
     (picture,) = pictures.iterdir()
     assert picture.stat().st_size > 10_000
     cfg = Config.fromfile(next(experiment.run_dir(methods[1], 3).glob('*.py')))
@@ -137,24 +154,24 @@ def test_experiment(tmp_path, monkeypatch, capsys):
     # Of other settings nothing is reused, and with other seeds nothing is published.
     longer = replace(TINY, options=(*TINY.options, 'train_cfg.max_epochs=3'))
     with pytest.raises(ConfigError, match=r'seed3 holds a run .*max_epochs: 2 there, 3 now'):
-        FashionMNISTExperiment(longer, data, tmp_path / 'runs', seeds=[3], jobs=2).run()
+        ClassificationExperiment(task, longer, data, tmp_path / 'runs', seeds=[3], jobs=2).run()
     with pytest.raises(ConfigError, match='max_epochs: 2 there, 3 now'):
-        FashionMNISTExperiment(longer, data, tmp_path / 'runs', [3], 2).run(table_only=True)
-    fewer = FashionMNISTExperiment(TINY, data, tmp_path / 'runs', seeds=[3, 4], jobs=2)
+        ClassificationExperiment(task, longer, data, tmp_path / 'runs', [3], 2).run(table_only=True)
+    fewer = ClassificationExperiment(task, TINY, data, tmp_path / 'runs', seeds=[3, 4], jobs=2)
     fewer.run(table_only=True)
     assert page.read_text() == first
-    assert (fewer.written / 'fashion-mnist-tiny.md').read_text().strip() in first
+    assert (fewer.written / 'cifar100-tiny.md').read_text().strip() in first
 
 
 def test_interrupted_in_the_last_validation(tmp_path, monkeypatch):
     """The checkpoint is there, the accuracy is not: resuming only has to validate."""
     data = write_fashion_mnist(tmp_path / 'data', num_train=40, num_test=20)
-    monkeypatch.setattr(FashionMNISTExperiment, 'write', lambda self: None)
+    monkeypatch.setattr(ClassificationExperiment, 'write', lambda self: None)
 
-    def started_anew() -> FashionMNISTExperiment:
-        return FashionMNISTExperiment(TINY, data, tmp_path / 'runs', seeds=[0], jobs=1)
+    def started_anew() -> ClassificationExperiment:
+        return ClassificationExperiment(FASHION, TINY, data, tmp_path / 'runs', seeds=[0], jobs=1)
 
-    dense = fashion_mnist.METHODS[:1]
+    dense = FASHION.methods[:1]
     first = started_anew()
     first.train(dense)
     (before,) = first.results(dense[0])
@@ -171,6 +188,29 @@ def test_interrupted_in_the_last_validation(tmp_path, monkeypatch):
     assert (folder / 'epoch_2.pth').stat().st_mtime_ns == stamp
 
 
+def test_killed_in_the_middle(tmp_path, monkeypatch):
+    """The training goes on from the latest checkpoint, of which there is one an epoch."""
+    budget = CIFAR.budgets['cpu']
+    experiment = ClassificationExperiment(CIFAR, budget, tmp_path, tmp_path / 'runs', [0], jobs=1)
+    (method,) = CIFAR.methods[:1]
+    folder = experiment.run_dir(method, 0)
+    folder.mkdir(parents=True)
+    cfg = load_config(
+        str(experiment_module.CONFIGS / f'{method.config}.py'),
+        parse_options(experiment.options(method, 0)),
+    )
+    assert cfg.default_hooks.checkpoint.interval == 1
+    started = []
+    monkeypatch.setattr(
+        runs_module, '_run_tool', lambda tool, arguments, *_: started.append(arguments)
+    )
+    for _ in range(2):
+        with pytest.raises(ConfigError, match='did not finish'):
+            experiment.train([method])
+        torch.save({}, folder / 'epoch_7.pth')
+    assert ['--resume' in arguments for arguments in started] == [False, True]
+
+
 @pytest.mark.parametrize(('seeds', 'jobs', 'message'), [
     ([0, 0], 1, '--seeds 0 0: give different numbers'),
     ([], 1, '--seeds : give different'),
@@ -178,23 +218,28 @@ def test_interrupted_in_the_last_validation(tmp_path, monkeypatch):
 ])  # fmt: skip
 def test_seeds_and_jobs(seeds, jobs, message, tmp_path):
     with pytest.raises(ConfigError, match=message):
-        FashionMNISTExperiment(TINY, tmp_path, tmp_path, seeds, jobs)
+        ClassificationExperiment(FASHION, TINY, tmp_path, tmp_path, seeds, jobs)
 
 
 def test_without_the_data(tmp_path):
-    experiment = FashionMNISTExperiment(TINY, tmp_path / 'no', tmp_path / 'runs', [0], jobs=1)
+    experiment = ClassificationExperiment(
+        FASHION, TINY, tmp_path / 'no', tmp_path / 'runs', [0], jobs=1
+    )
     with pytest.raises(ConfigError, match=r"--data: there is no folder '.*no'; .*prepare_data\.py"):
         experiment.run()
     assert not (tmp_path / 'runs').exists()
 
 
-@pytest.mark.parametrize(('budget', 'width', 'images', 'batches'), [
-    ('cpu', 16, 10_000, 157), ('gpu', 64, 60_000, 469),
+@pytest.mark.parametrize(('task', 'budget', 'width', 'images', 'batches'), [
+    (FASHION, 'cpu', 16, 10_000, 157), (FASHION, 'gpu', 64, 60_000, 469),
+    (CIFAR, 'cpu', 16, 50_000, 391), (CIFAR, 'short', 8, 50_000, 391),
+    (CIFAR, 'gpu', 64, 50_000, 391),
 ])  # fmt: skip
-def test_what_the_budgets_say(budget, width, images, batches, tmp_path):
+def test_what_the_budgets_say(task, budget, width, images, batches, tmp_path):
     """The texts name widths, images and batches; these are what the trainings get."""
-    experiment = FashionMNISTExperiment(BUDGETS[budget], tmp_path, tmp_path, [0], jobs=1)
-    for method in fashion_mnist.METHODS:
+    chosen = task.budgets[budget]
+    experiment = ClassificationExperiment(task, chosen, tmp_path, tmp_path, [0], jobs=1)
+    for method in task.methods:
         options = parse_options(experiment.options(method, 0))
         cfg = load_config(str(experiment_module.CONFIGS / f'{method.config}.py'), options)
         with DefaultScope.overwrite_default_scope(cfg.default_scope):
@@ -202,8 +247,13 @@ def test_what_the_budgets_say(budget, width, images, batches, tmp_path):
         assert model.backbone.bn1.num_features == width
         assert model.head.fc.in_features == 8 * width
         loader = cfg.train_dataloader
-        count = loader.dataset.get('indices', 60_000)
+        count = loader.dataset.get('indices', task.data_set.num_train)
         assert count == images
         assert math.ceil(count / loader.batch_size) == batches
-        assert f'{images:,} training images' in BUDGETS[budget].text
-        assert f'{cfg.train_cfg.max_epochs} epochs' in BUDGETS[budget].text
+        epochs = cfg.train_cfg.max_epochs
+        assert f'{images:,} training images' in chosen.text
+        assert f'{epochs} epochs in batches of {loader.batch_size}' in chosen.text
+        iterations = re.search(r'([0-9,]+) iterations', chosen.text)
+        assert (budget == 'gpu') == (iterations is None)
+        if iterations is not None:
+            assert int(iterations[1].replace(',', '')) == epochs * batches
