@@ -1,7 +1,7 @@
 """Heads on the features of a frozen backbone: their training, and what hangs on each expert."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mmdet_moe.analysis.statistics.polysemanticity import of_drops
-from mmdet_moe.moe import MoELayer, MuMoE
+from mmdet_moe.moe import MoELayer, MuMoE, find_moe_layers
 from mmdet_moe.moe.dispatcher import Dispatcher
-from mmdet_moe.moe.losses import ImportanceLoss
+from mmdet_moe.moe.losses import BalancingLoss
 
 _ROWS = 2000  # at a time, where nothing is trained
 #: How often the images are drawn for the polysemanticity of an expert that knows no class.
@@ -40,30 +40,41 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Data:
-    """Features (N, F) float32 and labels (N,) int64 of images, with weights (N,) in the loss."""
+    """Features (N, F) float32 and labels (N,) int64 of images.
+
+    Attributes:
+        weights: (N,) in the loss.
+        sources: int64 (N,), the data set that each image comes from.
+    """
 
     features: Tensor
     labels: Tensor
     weights: Tensor | None = None
+    sources: Tensor | None = None
 
     def __getitem__(self, rows: slice | Tensor) -> 'Data':
-        weights = None if self.weights is None else self.weights[rows]
-        return replace(
-            self, features=self.features[rows], labels=self.labels[rows], weights=weights
-        )
+        parts = ((name, getattr(self, name)) for name in self.__dataclass_fields__)
+        return Data(**{name: None if part is None else part[rows] for name, part in parts})
 
     def __len__(self) -> int:
         return len(self.labels)
 
 
-def train_head(head: nn.Module, data: Data, recipe: Recipe, seed: int) -> float:
-    """Train a head (N, F) → (N, C); sparse experts with the soft importance loss besides.
+def train_head(
+    head: nn.Module,
+    data: Data,
+    recipe: Recipe,
+    seed: int,
+    balancing: BalancingLoss | None = None,
+) -> float:
+    """Train a head (N, F) → (N, C).
 
     Args:
         head: Changed in place.
         data: The training images.
         recipe: How.
         seed: Of the order of the images, and of what is dropped.
+        balancing: Of its sparse experts, if it has some.
 
     Returns:
         The loss, mean over the last epoch.
@@ -73,7 +84,7 @@ def train_head(head: nn.Module, data: Data, recipe: Recipe, seed: int) -> float:
     optimizer = torch.optim.AdamW(trained, recipe.lr, weight_decay=recipe.weight_decay)
     steps = len(data) // recipe.batch_size
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps * recipe.epochs)
-    balancing = ImportanceLoss() if isinstance(head, MoELayer) else None
+    layers = find_moe_layers(head).values() if balancing is not None else ()
     head.train()
     for _ in range(recipe.epochs):
         # What is left over of the images is another part in the next epoch.
@@ -84,8 +95,10 @@ def train_head(head: nn.Module, data: Data, recipe: Recipe, seed: int) -> float:
             losses = F.cross_entropy(head(features), batch.labels, reduction='none')
             loss = (losses if batch.weights is None else losses * batch.weights).mean()
             total += float(loss.detach())
-            if balancing is not None:
-                loss = loss + balancing(head.routing)
+            for layer in layers:
+                if batch.sources is not None:
+                    layer.routing.sources = tuple(batch.sources.tolist())
+                loss = loss + balancing(layer.routing)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

@@ -20,6 +20,7 @@ from projects.cluster_theory import experiment as theory
 from research.experiments import rotate
 from research.experiments.budget import CIFAR10, FASHION_MNIST
 from research.experiments.classification import TASKS, ClassificationExperiment
+from research.experiments.domains import DomainsExperiment
 from research.experiments.experiment import SEEDS, Experiment
 from research.experiments.mumoe import MuMoEExperiment
 from research.experiments.mumoe_editing import EditingExperiment
@@ -97,6 +98,18 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         'expert editing against a spurious mark, with classes of CIFAR-100',
         data='cifar100',
     )
+    domains = _add(
+        commands,
+        'domains',
+        'one classifier for CIFAR-100 and Fashion-MNIST on frozen features: which experts win?',
+        data='cifar100',
+    )
+    domains.add_argument(
+        '--fashion-mnist',
+        type=Path,
+        default=Path(os.environ.get('FASHION_MNIST_ROOT', REPOSITORY / 'data' / 'fashion-mnist')),
+        help='folder of Fashion-MNIST (by default FASHION_MNIST_ROOT, or data/fashion-mnist)',
+    )
     for command, choices in budgets.items():
         texts = '; '.join(f'{name}: {budget.text}' for name, budget in choices.items())
         by_name[command].add_argument('--budget', choices=tuple(choices), default='cpu', help=texts)
@@ -128,7 +141,9 @@ def _add_common(parser: argparse.ArgumentParser, name: str, jobs: str) -> None:
     parser.add_argument('--table-only', action='store_true', help='train nothing')
 
 
-def experiment(args: argparse.Namespace) -> Experiment | MuMoEExperiment | EditingExperiment:
+def experiment(
+    args: argparse.Namespace,
+) -> Experiment | MuMoEExperiment | EditingExperiment | DomainsExperiment:
     """The experiment that the command line asks for."""
     common = (args.data, args.work_dir, args.seeds, args.jobs)
     if args.command in TASKS:
@@ -137,6 +152,8 @@ def experiment(args: argparse.Namespace) -> Experiment | MuMoEExperiment | Editi
     if args.command in ROTATED:
         data_set = ROTATED[args.command]
         return rotate.RotateExperiment(data_set, rotate.BUDGETS[data_set][args.budget], *common)
+    if args.command == 'domains':
+        return DomainsExperiment(*common, args.fashion_mnist)
     if args.command == 'mumoe':
         return MuMoEExperiment(*common)
     if args.command == 'mumoe-editing':

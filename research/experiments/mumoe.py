@@ -27,6 +27,7 @@ from mmdet_moe.analysis.models import build_model
 from mmdet_moe.cli import load_config
 from mmdet_moe.drawing import new_figure, style
 from mmdet_moe.errors import ConfigError
+from mmdet_moe.moe import ImportanceLoss, MoELayer
 from research.experiments.experiment import CONFIGS, SEEDS, folder_name, publish
 from research.experiments.markdown import NOTHING, mean_and_std, table
 from research.features import FeatureCache
@@ -267,6 +268,10 @@ def build(head: Head, seed: int, data: Path) -> tuple[nn.Module, nn.Module]:
     return layer, model
 
 
+def _balancing(layer: nn.Module) -> ImportanceLoss | None:
+    return ImportanceLoss() if isinstance(layer, MoELayer) else None
+
+
 def _tune(head: Head, recipes: Sequence[Recipe], path: Path, data: Path, work_dir: Path) -> None:
     """Choose the best recipe for a head, on the last tenth of the training images."""
     images = _data(data, work_dir, 'train')
@@ -274,7 +279,7 @@ def _tune(head: Head, recipes: Sequence[Recipe], path: Path, data: Path, work_di
     tried = []
     for recipe in recipes:
         layer, _ = build(head, 0, data)
-        train_head(layer, images[:kept], recipe, seed=0)
+        train_head(layer, images[:kept], recipe, 0, _balancing(layer))
         found = accuracy(predict(layer, images[kept:].features), images[kept:].labels)
         tried.append({'recipe': asdict(recipe), 'accuracy': found})
         print(f'{head.name}, {recipe}: {found:.4f}', flush=True)
@@ -288,7 +293,7 @@ def _train(head: Head, seed: int, recipe: Recipe, data: Path, work_dir: Path) ->
     train, test = (_data(data, work_dir, split) for split in ('train', 'test'))
     started = time.process_time()
     layer, model = build(head, seed, data)
-    loss = train_head(layer, train, recipe, seed)
+    loss = train_head(layer, train, recipe, seed, _balancing(layer))
     result = {
         'settings': settings(head, recipe),
         'accuracy': accuracy(predict(layer, test.features), test.labels),

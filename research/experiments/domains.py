@@ -1,0 +1,430 @@
+"""One classifier for two unlike data sets: where theory says that experts must win.
+
+CIFAR-100 and Fashion-MNIST, the classes of both, on the features of a frozen ImageNet backbone. The
+claim to be tested (arXiv 2208.02813; arXiv 2311.04894): a router finds the data sets apart, and a
+mixture is then better than a dense model of equal cost. And: which way to train the router does it
+take?
+"""
+
+import copy
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cache, partial
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from mmdet_moe.analysis.files import write_file
+from mmdet_moe.cli import load_config
+from mmdet_moe.errors import ConfigError
+from mmdet_moe.moe import MoELayer, Utilization
+from mmdet_moe.moe.flops import count_flops
+from mmdet_moe.moe.metrics import mutual_information
+from mmdet_moe.moe.utilization import DEAD_SHARE
+from mmdet_moe.registry import build
+from research.experiments.experiment import CONFIGS, SEEDS, folder_name, publish
+from research.experiments.markdown import NOTHING, mean_and_std, table
+from research.experiments.mumoe import in_processes
+from research.features import FeatureCache
+from research.heads import Data, Recipe, accuracy, predict, train_head
+from research.runs import mean_std
+
+CONFIG = 'efficientnet_lite0_dense_cifar100'
+NAME = 'domains'
+#: Training images of each data set: the first ones.
+IMAGES = 20_000
+SOURCES = ('CIFAR-100', 'Fashion-MNIST')
+CLASSES = (100, 10)
+#: Features of a frozen EfficientNet-Lite0, and the width of an expert: F → w → 2w.
+FEATURES, WIDTH = 1280, 32
+#: Tried on the dense model, with the last tenth of the training images held out.
+RECIPES = tuple(
+    Recipe(lr, decay, epochs=10, batch_size=256) for lr, decay in product((1e-3, 3e-3), (0.01, 1.0))
+)
+
+#: Clustered: k-means start, no noise, straight-through weights.
+_CLUSTERED = {'init': 'kmeans', 'noise': False, 'softmax': 'straight_through'}
+_SWITCH = {'type': 'mmdet_moe.SwitchLoss', 'weight': 0.01}
+_IMPORTANCE = {'type': 'mmdet_moe.ImportanceLoss', 'weight': 0.5}
+_DATA_SETS = {'type': 'mmdet_moe.DatasetLoss', 'weight': 0.1, 'sources': 2}
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of the table.
+
+    Attributes:
+        name: As the table calls it.
+        experts: E; 0 for a dense model.
+        top_k: k.
+        router: Options of the router.
+        loss: Config of the balancing loss, if any.
+        width: w. None: as wide as costs what 4 experts of :data:`WIDTH` and their router do.
+        apart: A dense model for each data set, told which one is whose.
+        frozen_router: The router stays as it was drawn.
+    """
+
+    name: str
+    experts: int = 0
+    top_k: int = 1
+    router: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    loss: Mapping[str, Any] | None = field(default=None, hash=False)
+    width: int | None = WIDTH
+    apart: bool = False
+    frozen_router: bool = False
+
+    @property
+    def hidden(self) -> int:
+        """The width w."""
+        # A router of 4 experts costs as much as 4 units of the first layer.
+        return WIDTH + 4 if self.width is None else self.width
+
+
+METHODS = (
+    Method('dense, equal cost', width=None),
+    Method('dense, 4 times as wide', width=4 * WIDTH),
+    Method('a dense model for each data set', apart=True),
+    Method('4 experts: Switch', 4, loss=_SWITCH),
+    Method('4 experts: importance', 4, loss=_IMPORTANCE),
+    Method('4 experts: loss-free', 4, router={'constraint': {'type': 'mmdet_moe.BiasBalancing'}}),
+    Method('4 experts: DAMEX', 4, loss=_DATA_SETS),
+    Method('4 experts: Switch, no noise', 4, router={'noise': False}, loss=_SWITCH),
+    Method(
+        '4 experts: Switch, no noise, straight-through', 4,
+        router={'noise': False, 'softmax': 'straight_through'}, loss=_SWITCH,
+    ),
+    Method(
+        '4 experts: k-means start, Switch', 4, router={'noise': False, 'init': 'kmeans'},
+        loss=_SWITCH,
+    ),
+    Method('4 experts: clustered, Switch', 4, router=_CLUSTERED, loss=_SWITCH),
+    Method('4 experts: clustered alone', 4, router=_CLUSTERED),
+    Method('2 experts: clustered, Switch', 2, router=_CLUSTERED, loss=_SWITCH),
+    Method('8 experts: clustered, Switch', 8, router=_CLUSTERED, loss=_SWITCH),
+    Method(
+        '8 experts of half the width, k = 2: k-means start, Switch', 8, 2, width=WIDTH // 2,
+        router={'noise': False, 'init': 'kmeans'}, loss=_SWITCH,
+    ),
+    Method(
+        '4 experts: random router, never trained', 4, frozen_router=True,
+        router={
+            'noise': False, 'init_std': 1.0, 'normalise_levels': 1, 'softmax': 'straight_through',
+        },
+    ),
+)  # fmt: skip
+DENSE = METHODS[0]
+
+
+def body(width: int) -> nn.Sequential:
+    """What is dense, or one of the experts: F → w → 2w."""
+    layers = nn.Linear(FEATURES, width), nn.ReLU(), nn.Linear(width, 2 * width), nn.ReLU()
+    return nn.Sequential(*layers)
+
+
+def build_head(method: Method, seed: int, classes: int = sum(CLASSES)) -> nn.Sequential:
+    """An untrained model (N, F) → (N, classes)."""
+    torch.manual_seed(seed)
+    first: nn.Module = body(method.hidden)
+    if method.experts:
+        first = MoELayer(
+            [body(method.hidden) for _ in range(method.experts)],
+            method.experts,
+            method.top_k,
+            {'type': 'mmdet_moe.GAPRouter', **method.router},
+            FEATURES,
+            granularity='token',
+        )
+        first.router.requires_grad_(not method.frozen_router)
+    return nn.Sequential(first, nn.Linear(2 * method.hidden, classes))
+
+
+class DomainsExperiment:
+    """All methods with some seeds.
+
+    Args:
+        data: Folder of CIFAR-100.
+        work_dir: Where features and results live: ``<method>/seed<seed>.json``.
+        seeds: Of each method.
+        jobs: Trainings at a time, in processes of one thread.
+        fashion_mnist: Folder of Fashion-MNIST.
+        methods: What is trained.
+        images: Training images of each data set.
+
+    Raises:
+        ConfigError: For seeds or jobs out of range.
+    """
+
+    def __init__(
+        self,
+        data: Path,
+        work_dir: Path,
+        seeds: Sequence[int],
+        jobs: int,
+        fashion_mnist: Path,
+        methods: Sequence[Method] = METHODS,
+        images: int = IMAGES,
+    ) -> None:
+        if not seeds or len(set(seeds)) < len(seeds):
+            raise ConfigError(f'--seeds {" ".join(map(str, seeds))}: give different numbers')
+        if jobs < 1:
+            raise ConfigError(f'--jobs {jobs}: give at least 1')
+        self.work_dir, self.seeds, self.jobs = work_dir.resolve(), list(seeds), jobs
+        self.methods = methods
+        self.where = Where((data.resolve(), fashion_mnist.resolve()), self.work_dir, images)
+        self.written: Path | None = None
+
+    def run(self, table_only: bool = False) -> None:
+        """Train what is missing, and write the table.
+
+        Args:
+            table_only: Train nothing.
+
+        Raises:
+            ConfigError: If data or weights are missing, or models were trained with other settings.
+        """
+        if not table_only:
+            # One process computes the features; the others find them.
+            load(self.where, 'train'), load(self.where, 'test')
+            if not self._recipe_path.exists():
+                _tune(self.where, self._recipe_path)
+            runs = [(m, seed) for seed in self.seeds for m in self.methods]
+            todo = [run for run in runs if self.result(*run) is None]
+            print(f'{len(runs) - len(todo)} of {len(runs)} models are trained.', flush=True)
+            work = [
+                partial(_train, m, seed, self._recipe(), self.where, self._path(m, seed))
+                for m, seed in todo
+            ]
+            in_processes(work, self.jobs, self.write)
+        self.write()
+
+    @property
+    def _recipe_path(self) -> Path:
+        return self.work_dir / 'recipe.json'
+
+    def _recipe(self) -> Recipe:
+        return Recipe(**json.loads(self._recipe_path.read_text())['best'])
+
+    def _path(self, method: Method, seed: int) -> Path:
+        return self.work_dir / folder_name(method.name).replace('=', '') / f'seed{seed}.json'
+
+    def result(self, method: Method, seed: int) -> dict | None:
+        """What a finished training has left.
+
+        Raises:
+            ConfigError: If its settings were others.
+        """
+        path = self._path(method, seed)
+        if not path.exists():
+            return None
+        found = json.loads(path.read_text())
+        if found['settings'] != settings(method, self._recipe(), self.where):
+            raise ConfigError(
+                f'{path} is of other settings; move it away, or choose another --work-dir'
+            )
+        return found
+
+    def write(self) -> None:
+        """The table of what is there."""
+        results = {m: [r for s in self.seeds if (r := self.result(m, s))] for m in self.methods}
+        complete = (
+            self.seeds == list(SEEDS)
+            and self.methods == METHODS
+            and self.where.images == IMAGES
+            and all(len(found) == len(self.seeds) for found in results.values())
+        )
+        text = markdown_table(results)
+        if self._recipe_path.exists():
+            recipe = self._recipe()
+            text = (
+                f'AdamW, cosine to 0, {recipe.epochs} epochs in batches of {recipe.batch_size}, '
+                f'learning rate {recipe.lr:g}, weight decay {recipe.weight_decay:g}: of '
+                f'{len(RECIPES)} recipes the best for the dense model, on the last tenth of the '
+                f'training images.\n\n{text}'
+            )
+        self.written = publish(complete, self.work_dir, {NAME: text}, {})
+
+
+@dataclass(frozen=True)
+class Where:
+    """What the features are computed of.
+
+    Attributes:
+        data: Folders of the data sets.
+        work_dir: Gets a folder ``features``.
+        images: Training images of each.
+    """
+
+    data: tuple[Path, ...]
+    work_dir: Path
+    images: int
+
+
+@cache
+def load(where: Where, split: str) -> Data:
+    """The images of both data sets: features, labels among all classes, and sources."""
+    torch.set_num_threads(1)
+    parts, first_class = [], 0
+    for source, name in enumerate(SOURCES):
+        cache = FeatureCache(_config(source, where), where.work_dir / 'features' / name)
+        indices = range(where.images) if split == 'train' else None
+        features, labels = cache.load(split, indices=indices, change=_coloured if source else None)
+        parts.append(Data(features, labels + first_class, sources=torch.full_like(labels, source)))
+        first_class += CLASSES[source]
+    keys = 'features', 'labels', 'sources'
+    return Data(**{key: torch.cat([getattr(part, key) for part in parts]) for key in keys})
+
+
+def _config(source: int, where: Where) -> Any:
+    cfg = load_config(str(CONFIGS / f'{CONFIG}.py'), {'data_root': str(where.data[0])})
+    if source:
+        for split in ('train', 'val', 'test'):
+            dataset = cfg[f'{split}_dataloader'].dataset
+            dataset.update(type='FashionMNIST', data_root=str(where.data[source]))
+        cfg.model.head.num_classes = CLASSES[source]
+    return cfg
+
+
+def _coloured(image: np.ndarray) -> np.ndarray:
+    """A grey image (H, W) with three channels."""
+    return np.repeat(image[..., None], 3, axis=-1)
+
+
+def settings(method: Method, recipe: Recipe, where: Where) -> dict:
+    """What the figures of a model depend on, as JSON has it."""
+    content = {'method': asdict(method), 'recipe': asdict(recipe), 'images': where.images}
+    return json.loads(json.dumps(content))
+
+
+def _tune(where: Where, path: Path) -> None:
+    """Choose the best recipe for the dense model, on a tenth of the training images."""
+    images = load(where, 'train')
+    held_out = torch.arange(len(images)) % 10 == 9
+    tried = []
+    for recipe in RECIPES:
+        head = build_head(DENSE, 0)
+        train_head(head, images[~held_out], recipe, seed=0)
+        held = images[held_out]
+        found = accuracy(predict(head, held.features), held.labels)
+        tried.append({'recipe': asdict(recipe), 'accuracy': found})
+        print(f'{recipe}: {found:.4f}', flush=True)
+    best = max(tried, key=lambda entry: entry['accuracy'])
+    content = {'best': best['recipe'], 'tried': tried}
+    write_file(path, json.dumps(content, indent=2).encode())
+
+
+def _train(method: Method, seed: int, recipe: Recipe, where: Where, path: Path) -> None:
+    """Train one model, and leave its figures."""
+    result = measure(method, seed, recipe, load(where, 'train'), load(where, 'test'))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = {'settings': settings(method, recipe, where), **result}
+    write_file(path, json.dumps(content).encode())
+
+
+def measure(method: Method, seed: int, recipe: Recipe, train: Data, test: Data) -> dict:
+    """Train one model; its accuracy for each data set, its cost, and what its router does.
+
+    Args:
+        method: Which.
+        seed: Of weights and order.
+        recipe: Of the training.
+        train, test: Images with sources.
+    """
+    loss = None if method.loss is None else build(dict(method.loss))
+    parts = [train.sources == s for s in range(len(SOURCES))] if method.apart else [slice(None)]
+    heads = []
+    for part in parts:
+        heads.append(build_head(method, seed))
+        train_head(heads[-1], train[part], recipe, seed, loss)
+    by_source = []
+    for source in range(len(SOURCES)):
+        of_source = test[test.sources == source]
+        head = heads[source if method.apart else 0]
+        by_source.append(accuracy(predict(head, of_source.features), of_source.labels))
+    result = {
+        'accuracy': by_source,
+        'flops': count_flops(heads[0], test.features[:1]),
+        'parameters': sum(p.numel() for head in heads for p in head.parameters()),
+    }
+    if method.experts:
+        result['routing'] = look_at_routing(heads[0], train, test)
+    return result
+
+
+@torch.no_grad()
+def look_at_routing(head: nn.Sequential, train: Data, test: Data) -> dict:
+    """Who gets what at inference, and how far from that training was.
+
+    Returns:
+        ``counts`` (sources, E) of the test images' choices, their ``information`` on the source in
+        nats, ``dead`` experts, and the ``disagreement`` of a pass in training mode.
+    """
+    layer = head[0]
+    counts = torch.zeros(len(SOURCES), layer.num_experts, dtype=torch.float64)
+    report = Utilization(layer.num_experts)
+    for rows in torch.arange(len(test)).split(2000):
+        layer.eval()(test.features[rows])
+        routing = layer.routing
+        report.update(routing)
+        sources = test.sources[rows, None].expand_as(routing.expert_ids)
+        counts.index_put_((sources, routing.expert_ids), (routing.weights > 0).double(), True)
+    training = Utilization(layer.num_experts)
+    constraint = layer.router.constraint
+    state = (
+        None if constraint is None else {k: v.clone() for k, v in constraint.state_dict().items()}
+    )
+    for rows in torch.arange(0, len(train), 8).split(256):
+        layer.train()(train.features[rows])
+        training.update(layer.routing, layer.router)
+    if state is not None:
+        constraint.load_state_dict(state)
+    layer.eval()
+    return {
+        'counts': counts.tolist(),
+        'information': float(mutual_information(counts)),
+        'dead': len(report.report().dead_experts(DEAD_SHARE)),
+        'disagreement': training.report().disagreement(),
+    }
+
+
+def markdown_table(results: Mapping[Method, Sequence[dict]]) -> str:
+    """Mean ± standard deviation over the seeds, in percent.
+
+    Args:
+        results: What the finished trainings have left, by method.
+    """
+    columns = (
+        'model', 'seeds', 'accuracy', 'against dense', *SOURCES, 'active kFLOPs', 'parameters',
+        'information on the data set', 'dead experts', 'training against inference',
+    )  # fmt: skip
+    dense = {i: np.mean(found['accuracy']) for i, found in enumerate(results.get(DENSE, ()))}
+
+    def rows() -> Iterator[list[str]]:
+        for method, found in results.items():
+            if not found:
+                continue
+            means = [100 * np.mean(run['accuracy']) for run in found]
+            by_source = zip(*(run['accuracy'] for run in found), strict=True)
+            cells = [method.name, str(len(found)), mean_and_std(means, 2)]
+            paired = [m - 100 * dense[i] for i, m in enumerate(means) if i in dense]
+            other = method is not DENSE and paired
+            cells.append(f'{mean_std(paired)[0]:+.2f}' if other else NOTHING)
+            cells += [f'{100 * mean_std(of_source)[0]:.1f}' for of_source in by_source]
+            cells += [f'{found[0]["flops"] / 1e3:.0f}', f'{found[0]["parameters"] / 1e3:.0f} k']
+            if 'routing' not in found[0]:
+                yield [*cells, *[NOTHING] * 3]
+                continue
+            routing = [run['routing'] for run in found]
+            dead = sum(of['dead'] for of in routing)
+            yield [
+                *cells,
+                mean_and_std([of['information'] for of in routing], 2),
+                f'{dead} of {method.experts * len(found)}',
+                f'{mean_std([of["disagreement"] for of in routing])[0]:.2f}',
+            ]
+
+    return table(columns, rows())
