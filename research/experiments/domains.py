@@ -284,7 +284,8 @@ def _config(source: int, where: Where) -> Any:
     if source:
         for split in ('train', 'val', 'test'):
             dataset = cfg[f'{split}_dataloader'].dataset
-            dataset.update(type='FashionMNIST', data_root=str(where.data[source]))
+            root, is_test = str(where.data[source]), split != 'train'
+            dataset.update(type='FashionMNIST', data_root=root, test_mode=is_test)
         cfg.model.head.num_classes = CLASSES[source]
     return cfg
 
@@ -374,9 +375,7 @@ def look_at_routing(head: nn.Sequential, train: Data, test: Data) -> dict:
         counts.index_put_((sources, routing.expert_ids), (routing.weights > 0).double(), True)
     training = Utilization(layer.num_experts)
     constraint = layer.router.constraint
-    state = (
-        None if constraint is None else {k: v.clone() for k, v in constraint.state_dict().items()}
-    )
+    state = copy.deepcopy(constraint.state_dict()) if constraint is not None else None
     for rows in torch.arange(0, len(train), 8).split(256):
         layer.train()(train.features[rows])
         training.update(layer.routing, layer.router)
