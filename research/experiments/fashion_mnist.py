@@ -157,7 +157,7 @@ def specialisation_table(found: dict[str, list[dict]]) -> str:
                 name,
                 str(len(runs)),
                 mean_and_std([entry['mi'] for entry in classes], digits=2),
-                f'{max(entry["p_value"] for entry in classes):.3f}',
+                f'{max(entry["p_adjusted"] for entry in classes):.3f}',
                 mean_and_std([run['metrics']['accuracy'] for run in runs]),
                 *(f'{mean_std([value(of_run) for of_run in changed])[0]:.3f}' for value in after),
             ]

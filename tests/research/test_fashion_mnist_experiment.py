@@ -49,10 +49,10 @@ def test_table_of_accuracies():
     assert cells(soft) == ['soft', '1', '0.500', '1000.0', '2,346 k', '0.50', '1 of 2', '0.30']
 
 
-def experts_of(accuracy, mi, p_value, alone, equal, random, without):
+def experts_of(accuracy, mi, p, alone, equal, random, without):
     changed = [('only', value) for value in alone] + [('without', value) for value in without]
     changed += [('equal', equal), ('random', random)]
-    association = {'mi': mi, 'p_value': p_value}
+    association = {'mi': mi, 'p_adjusted': p, 'p_value': 0.0}
     return {
         'metrics': {'accuracy': accuracy},
         'layers': {'layer4': {'associations': {'objects': {'class': association}}}},
