@@ -353,9 +353,9 @@ def write_results(
 
 def _print_results(experts: dict, out: Path, verbose: bool) -> None:
     metrics = ', '.join(
-        f'{name} {experts["metrics"][name]:.3f} ({ends[0]:.3f} to {ends[1]:.3f})'
+        f'{name} {value:.3f}' + (f' ({ends[0]:.3f} to {ends[1]:.3f})' if ends else '')
         for name, ends in experts['metrics_interval'].items()
-        if ends is not None
+        if (value := experts['metrics'][name]) is not None
     )
     print(f'\n{metrics}\n')
     print('\n'.join(spoken(experts['verdict'], verbose)))

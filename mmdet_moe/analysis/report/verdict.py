@@ -652,6 +652,11 @@ def _limits(experts: dict, interventions: list[dict]) -> Iterator[str]:
         )
         return
     metric, before = _main_metric(experts)
+    if 0 < (images := experts['run']['num_images']) < MIN_IMAGES:
+        yield (
+            f'{_number(images, "image")} are too few for intervals, and for a judgement of the '
+            f'interventions; {MIN_IMAGES} are the least.'
+        )
     if before is None:
         yield f'{metric} is undefined here, so the effects of the interventions cannot be judged.'
 

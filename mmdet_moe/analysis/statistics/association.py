@@ -69,9 +69,8 @@ class AssociationResult:
         """With the table of the first bins alone, where the others are empty."""
         cells = self.cells
         if cells is not None:
-            cells = Cells(
-                cells.p[:bins], cells.bin_given_expert[:, :bins], cells.expert_given_bin[:, :bins]
-            )
+            ends = (cells.bin_given_expert, cells.expert_given_bin)
+            cells = Cells(cells.p[:bins], *(e if e is None else e[:, :bins] for e in ends))
         return replace(self, counts=self.counts[:bins], cells=cells)
 
     def as_dict(self, bins: Bins, p_adjusted: Sequence[float] | None = None) -> dict:
@@ -124,8 +123,8 @@ def as_family(found: dict[str, dict[str, tuple[Bins, AssociationResult]]]) -> di
     }
 
 
-def _rounded(shares: np.ndarray) -> list:
-    return np.round(shares, 4).tolist()
+def _rounded(shares: np.ndarray | None) -> list | None:
+    return None if shares is None else np.round(shares, 4).tolist()
 
 
 @dataclass

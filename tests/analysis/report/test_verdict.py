@@ -287,6 +287,7 @@ def test_nothing_is_judged_without_power():
     assert 'it matters which experts are chosen' in text
     # A bootstrap of very few images knows nothing.
     text = said(layer(), change('random', -0.1, width=0.01), num_images=4)
+    assert '4 images are too few for intervals' in text
     assert 'cannot be told from 4 images' in text
     # Equal on all of few images: 3 / 200 of others may still differ.
     text = said(layer(), change('random', 0.0, width=0), num_images=200)
