@@ -667,7 +667,7 @@ def _interventions(layer: str, entries: list[dict], unchanged: dict) -> Figure |
         axes.barh(places, changes, 0.62, color='0.6')
         axes.hlines(places, *(100 * np.array(ends, float).T), color='black', linewidth=1.2)
         for place, change in zip(places, changes, strict=True):
-            _beside(axes, place, _signed(change), 28, ha='right')
+            _beside(axes, place, _signed(change), 4)
         axes.set_title(f'{metric}\n(unchanged {100 * unchanged[metric]:.1f} %)')
         axes.xaxis.set_major_locator(MaxNLocator(3))
         axes.spines['left'].set_visible(False)
