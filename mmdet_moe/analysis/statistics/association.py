@@ -267,7 +267,7 @@ class Association:
         wants_cells = self._table.size <= MAX_CELLS
         if not self._kept:
             empty, table = nothing(permutations), self.table()
-            cells = Cells(np.ones_like(table), *np.zeros((2, 2, *table.shape)))
+            cells = Cells(np.ones_like(table), None, None)
             return AssociationResult(empty, {}, table, cells if wants_cells else None)
         self._shrink()
         kept = self._kept[0]
@@ -298,6 +298,8 @@ class Association:
         shape = (self.num_bins, self.num_experts)
         p, of_bins, of_experts = np.ones(shape), *np.zeros((2, 2, *shape))
         p[known] = cells.p
+        if cells.bin_given_expert is None:
+            return Cells(p, None, None)
         of_bins[:, known], of_experts[:, known] = cells.bin_given_expert, cells.expert_given_bin
         return Cells(p, of_bins, of_experts)
 

@@ -143,7 +143,8 @@ def test_detector_by_hand():
         [[1, 0, 0], [1, 0, 1], [0, 0, 0]],
     ]
     assert 'not told from a random one' in said(result)  # by one image
-    assert 'worse than a random one' in said({**result, 'num_images': 30})
+    worse = {'over_random': {'value': -0.25, 'interval': [-0.3, -0.2]}}
+    assert 'worse than a random one' in said({**result, **worse})
     assert '-0.250' in said(result)
 
 
