@@ -220,7 +220,8 @@ def plot_heat_map(
         mesh.set_alpha(np.where(faded, 0.25, 1.0))
     if numbers is not None:
         for (row, column), value in np.ndenumerate(values):
-            is_dark = value > 0.5 * vmax and not faded[row, column]
+            # From here on white stands out more than black (WCAG's contrast on `Greys`).
+            is_dark = value > 0.62 * vmax and not faded[row, column]
             colour = 'white' if is_dark else '0.55' if faded[row, column] else 'black'
             axes.text(
                 column,

@@ -30,6 +30,7 @@ from mmdet_moe.analysis.report.tables import write_tables
 from mmdet_moe.analysis.report.verdict import spoken, verdict
 from mmdet_moe.analysis.saliency import check_captum
 from mmdet_moe.analysis.statistics.counterfactual import sentences
+from mmdet_moe.analysis.statistics.inference import MIN_IMAGES, TOO_FEW
 from mmdet_moe.analysis.statistics.outcomes import outcomes_of
 from mmdet_moe.analysis.statistics.similarity import checkpoints_in, over_training
 from mmdet_moe.analysis.statistics.stability import stability_to
@@ -353,11 +354,12 @@ def write_results(
 
 def _print_results(experts: dict, out: Path, verbose: bool) -> None:
     metrics = ', '.join(
-        f'{name} {experts["metrics"][name]:.3f} ({ends[0]:.3f} to {ends[1]:.3f})'
+        f'{name} {value:.3f}' + (f' ({ends[0]:.3f} to {ends[1]:.3f})' if ends else '')
         for name, ends in experts['metrics_interval'].items()
-        if ends is not None
+        if (value := experts['metrics'][name]) is not None
     )
-    print(f'\n{metrics}\n')
+    note = f'; {TOO_FEW}' if experts['run']['num_images'] < MIN_IMAGES else ''
+    print(f'\n{metrics}{note}\n')
     print('\n'.join(spoken(experts['verdict'], verbose)))
     more = '' if verbose else ' (has more sentences, as --verbose has)'
     print(f'\nReport{more}: {out / REPORT_FILE}')

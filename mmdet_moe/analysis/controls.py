@@ -35,7 +35,7 @@ from mmdet_moe.moe.items import at_least_float32
 from mmdet_moe.moe.metrics import entropy, mutual_information, shares
 from mmdet_moe.moe.mumoe import MuMoE
 from mmdet_moe.moe.precision import no_autocast
-from mmdet_moe.moe.routers import GAPRouter, linear
+from mmdet_moe.moe.routers import ConvGAPRouter, GAPRouter, linear
 
 RANDOM, LEVEL = 'random', 'level'
 #: How often random weights are drawn; of layers with many experts less often, see MAX_LOGITS.
@@ -124,6 +124,9 @@ class _SparseRouters(RandomRouters):
         own = self.layer.router
         blank = copy.deepcopy(own).cpu()
         blank.constraint = None  # its bias was learned
+        if isinstance(blank, ConvGAPRouter) and self.layer.granularity == 'image':
+            # The mean over a map hardly needs every place, and the convolution is all of the cost.
+            blank.conv.stride = (2, 2)
         self.routers = independent_copies(blank, self.draws + 1)[1:]
         for router in self.routers:
             for module in router.modules():

@@ -42,9 +42,11 @@ from mmdet_moe.analysis.records.files import RecordFiles
 from mmdet_moe.analysis.statistics.similarity import expert_similarity
 
 #: Raise it whenever the records of the same analysis would have other contents.
-RECORD_FORMAT = 5
+RECORD_FORMAT = 6
 #: Images in one file of records: what an interruption costs at most.
 IMAGES_PER_FILE = 64
+# Enough to tell a layer's items from images; they are predicted once more with all others.
+_FIRST_IMAGES = 2
 Progress = Callable[[int], None]
 
 
@@ -98,15 +100,17 @@ class Study:
 
     def _leave_out(self, path: Path, plan: dict) -> tuple[dict[str, str], list[str]]:
         """Take out layers whose decisions belong to no known image, and the order of the others;
-        told by one batch.
+        told by the first images.
         """
         kept = json.loads(path.read_text()) if path.exists() else {}
         if kept.get('plan') == plan and 'order' in kept:
             for name in kept['left_out']:
                 del self.layers[name]
             return kept['left_out'], kept['order']
+        size = min(_FIRST_IMAGES, self.data.loader_cfg.get('batch_size', 1))
         with self.tracer:
-            results = self.tracer.predict(next(self.data.batches(num_workers=0)))
+            batch = next(self.data.batches(batch_size=size, num_workers=0))
+            results = self.tracer.predict(batch)
         left_out = self.tracer.leave_out_unknown(len(results))
         return left_out, self.tracer.order
 

@@ -427,4 +427,4 @@ class ConvGAPRouter(_PooledRouter):
     def features(self, x: Tensor, items: Items) -> Tensor:
         x = x.to(torch.promote_types(x.dtype, torch.float32))
         weight, bias = self.conv.weight.to(x.dtype), self.conv.bias.to(x.dtype)
-        return items.pool(F.relu(F.conv2d(x, weight, bias, padding=1)))
+        return items.pool(F.relu(F.conv2d(x, weight, bias, self.conv.stride, padding=1)))

@@ -273,7 +273,7 @@ def specialisation_table(found: dict[str, list[dict]]) -> str:
             for attribute in attributes:
                 told = [_associations(run)[attribute] for run in runs]
                 cells.append(mean_and_std([entry['mi'] for entry in told], digits=2))
-                cells.append(f'{max(entry["p_value"] for entry in told):.3f}')
+                cells.append(f'{max(entry["p_adjusted"] for entry in told):.3f}')
             cells.append(mean_and_std([run['metrics']['accuracy'] for run in runs]))
             cells += [f'{mean_std([of(run) for run in changed])[0]:.3f}' for of in after]
             yield cells

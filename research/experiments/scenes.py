@@ -255,4 +255,4 @@ def _p_values(runs: Sequence[dict]) -> Iterator[float]:
     for run in runs:
         for layer in run['layers']:
             for source in ('objects', 'detections'):
-                yield _association(run, layer, source, 'size_coco')['p_value']
+                yield _association(run, layer, source, 'size_coco')['p_adjusted']

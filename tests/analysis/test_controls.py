@@ -99,6 +99,22 @@ def test_patches_of_a_convolutional_router(randomise):
         )
 
 
+def test_a_convolution_before_a_mean_over_the_map_is_computed_at_every_second_place(randomise):
+    model = build_single('retina')
+    add_experts(model, [{**PATCHES, 'granularity': 'image', 'grid_size': 1}])
+    tracer, records, inputs = recorded(randomise(model).eval())
+    (found,) = records.layers
+    ((maps,),) = inputs.values()
+    router = tracer.controls[LATERAL].routers[0]
+    conv = router.conv
+    full = nn.functional.conv2d(maps[0], conv.weight, conv.bias, padding=1).relu()
+    expected = router.fc(full[:, :, ::2, ::2].mean((2, 3))).detach().numpy()
+    np.testing.assert_allclose(
+        found.controls.logits[:, 0], by_unit(found, expected), rtol=1e-4, atol=1e-5
+    )
+    assert tracer.layers[LATERAL].router.conv.stride == (1, 1)
+
+
 def test_gates_of_a_factorised_layer(randomise):
     """Of those pixels alone that are recorded; each level has columns of its own."""
     model = build_single('retina')

@@ -60,10 +60,10 @@ def test_table_of_accuracies():
     assert cells(alone)[4] == '0.250 (–)'
 
 
-def experts_of(accuracy, mi, p_value, alone, equal, random, without):
+def experts_of(accuracy, mi, p, alone, equal, random, without):
     changed = [('only', value) for value in alone] + [('without', value) for value in without]
     changed += [('equal', equal), ('random', random)]
-    association = {'mi': mi, 'p_value': p_value}
+    association = {'mi': mi, 'p_adjusted': p, 'p_value': 0.0}
     return {
         'metrics': {'accuracy': accuracy},
         'layers': {'layer4': {'associations': {'objects': {'class': association}}}},
@@ -87,7 +87,7 @@ def test_table_of_specialisation():
     ]  # fmt: skip
     for run, mi in zip(runs, (0.1, 0.2), strict=True):
         told = run['layers']['layer4']['associations']['objects']
-        told['superclass'] = {'mi': mi, 'p_value': 0.5}
+        told['superclass'] = {'mi': mi, 'p_adjusted': 0.5, 'p_value': 0.0}
     (line,) = specialisation_table({'some': runs}).splitlines()[2:]
     assert cells(line)[2:6] == ['0.30 ± 0.14', '0.020', '0.15 ± 0.07', '0.500']
 

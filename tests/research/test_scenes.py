@@ -43,12 +43,12 @@ def test_table_has_mean_and_deviation_over_the_seeds():
     ]  # fmt: skip
 
 
-def experts_of(ap, mi, p_value, alone, equal, random, both):
+def experts_of(ap, mi, p, alone, equal, random, both):
     """The parts of an ``experts.json`` that the table reads; ``alone`` has one AP per expert."""
-    sizes = {'mi': mi, 'p_value': p_value}
+    sizes = {'mi': mi, 'p_adjusted': p, 'p_value': 0.0}
     associations = {
-        'objects': {'size_coco': sizes, 'class': {'mi': mi / 10, 'p_value': 0.5}},
-        'detections': {'size_coco': {'mi': 2 * mi, 'p_value': p_value / 2}},
+        'objects': {'size_coco': sizes, 'class': {'mi': mi / 10, 'p_adjusted': 0.5}},
+        'detections': {'size_coco': {'mi': 2 * mi, 'p_adjusted': p / 2}},
     }
     changed = [('cls', 'only', value) for value in alone]
     changed += [('cls', 'equal', equal), ('cls', 'random', random), ('all', 'random', both)]

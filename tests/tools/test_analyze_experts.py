@@ -911,7 +911,7 @@ def test_default_folder(detector):
 def test_exports_say_what_is_in_their_way(detector, tmp_path, capsys):
     (tmp_path / 'file').touch()
     said = failure(capsys, detector, tmp_path / 'out', '--projector', str(tmp_path))
-    assert f"--projector: '{tmp_path}' is not empty" in said
+    assert f"--projector: '{tmp_path}' holds something else than points" in said
     said = failure(capsys, detector, tmp_path / 'out', '--fiftyone', str(tmp_path / 'file'))
     assert f"--fiftyone: '{tmp_path / 'file'}' is a file" in said
     assert not (tmp_path / 'out').exists()

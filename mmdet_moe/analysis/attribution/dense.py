@@ -54,7 +54,10 @@ class PriorOrigins(Origins):
             priors = [Remembering(level) for level in mlvl_priors]
 
             def origins() -> Tensor:
-                return torch.cat([self._places(i, p.taken) for i, p in enumerate(priors)])
+                taken = [prior.taken for prior in priors]
+                counts = torch.tensor([len(t) for t in taken])
+                level = torch.arange(len(taken)).repeat_interleave(counts)
+                return self._places(level, torch.cat(taken).cpu())
 
             with self._told(origins):
                 return single(
@@ -78,12 +81,12 @@ class PriorOrigins(Origins):
         kinds = [kind for kind in self.head(features) if kind is not None]
         return [sum(part.sum() for part in level) for level in zip(*kinds, strict=True)]
 
-    def _places(self, level: int, priors: Tensor) -> Tensor:
+    def _places(self, level: Tensor, priors: Tensor) -> Tensor:
         """(n, 4) of the cells that priors belong to, given by their number in the level."""
-        height, width = self._sizes[level]
-        cell = priors // self.head.prior_generator.num_base_priors[level]
+        height, width = torch.tensor(self._sizes)[level].unbind(1)
+        cell = priors // torch.tensor(self.head.prior_generator.num_base_priors)[level]
         x, y = (cell % width + 0.5).double() / width, (cell // width + 0.5).double() / height
-        return Places.pack(torch.full_like(cell, level), x, y, torch.full_like(cell, UNKNOWN))
+        return Places.pack(level, x, y, torch.full_like(level, UNKNOWN))
 
     def _priors_inside(self, meta: dict, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         """The anchors that training assigns, (n, 4), their levels, and their numbers there."""
@@ -115,10 +118,8 @@ class PriorOrigins(Origins):
             InstanceData(priors=priors), InstanceData(bboxes=boxes, labels=labels)
         ).gt_inds.cpu()
         chosen = (assigned > 0).nonzero().flatten()
-        levels, number = of_level[chosen], number[chosen]
-        packed = [self._places(level, number[levels == level]) for level in range(self.num_levels)]
-        # Priors are ordered by level, so the parts are in the order of `chosen`.
-        return Places.unpack(image, torch.cat(packed)), assigned[chosen] - 1
+        packed = self._places(of_level[chosen], number[chosen])
+        return Places.unpack(image, packed), assigned[chosen] - 1
 
 
 class YOLOXOrigins(PriorOrigins):
@@ -143,12 +144,11 @@ class YOLOXOrigins(PriorOrigins):
             return list(images)
 
         def origins() -> Tensor:
-            taken = images.pop(0).taken
+            taken = images.pop(0).taken.cpu()
             counts = [height * width for height, width in self._sizes]
-            level = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))[taken.cpu()]
-            number = torch.cat([torch.arange(count) for count in counts])[taken.cpu()]
-            parts = [self._places(i, number[level == i]) for i in range(len(counts))]
-            return torch.cat(parts)  # the head keeps the order of the levels
+            level = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))[taken]
+            number = torch.cat([torch.arange(count) for count in counts])[taken]
+            return self._places(level, number)
 
         with (
             replaced(self.head, 'predict_by_feat', predict_by_feat),

@@ -268,7 +268,7 @@ class Tracer:
             part = max(part, 0)
             start = sum(routing.items_per_level[:part])
             weights = weights[start : start + routing.items_per_level[part]]
-            each = len(weights) // len(places)
+            each = len(weights) // max(len(places), 1)
             image = places.image.repeat_interleave(each)
             first = torch.searchsorted(image, torch.arange(num_images))
             return Decisions(

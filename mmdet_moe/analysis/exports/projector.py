@@ -6,6 +6,7 @@ the number of its map (the pyramid level, in a head), its image, and a small pic
 covers. ``tensorboard --logdir DIR`` shows them, as PCA, UMAP or t-SNE, coloured by expert.
 """
 
+import shutil
 from collections.abc import Callable
 from contextlib import ExitStack
 from importlib.util import find_spec
@@ -30,6 +31,7 @@ from mmdet_moe.moe.routing import Routing
 #: Points of a layer, more than which a browser cannot turn; of images, at even distances.
 MAX_POINTS, MAX_IMAGES = 5000, 1000
 _SIDE = 32  # of a picture, px
+_CONFIG, _POINTS = 'projector_config.pbtxt', 'tensors.tsv'  # TensorBoard's names
 _HEADER = ['expert', 'weight', 'map', 'image']
 
 
@@ -37,19 +39,22 @@ def check_projector(folder: Path) -> None:
     """Refuse what would fail after the work.
 
     Raises:
-        ConfigError: Without TensorBoard, or if the folder holds anything.
+        ConfigError: Without TensorBoard, or if the folder holds anything but an earlier export.
     """
     if find_spec('tensorboard') is None:
         raise ConfigError(
             '--projector needs TensorBoard, which is missing: pip install tensorboard'
         )
-    if folder.is_dir() and any(folder.iterdir()):
-        raise ConfigError(f"--projector: '{folder}' is not empty; choose a new folder")
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / _CONFIG).exists():
+        raise ConfigError(
+            f"--projector: '{folder}' holds something else than points for the projector; choose a "
+            'new folder'
+        )
 
 
 @torch.no_grad()
 def write_projector(study: Study, folder: Path) -> None:
-    """Run the model on some images, and write the points of all layers.
+    """Run the model on some images, and write the points of all layers, in place of earlier ones.
 
     Args:
         study: Its model and data.
@@ -77,6 +82,11 @@ def write_projector(study: Study, folder: Path) -> None:
             chosen = np.sort(rng.permutation(len(of_image))[:most])
             for vector, told, cell in (of_image[i] for i in chosen):
                 points[name].append((vector, [*told, str(index), *extra], cell))
+    for path in folder.glob(f'*/*/{_POINTS}'):
+        shutil.rmtree(path.parent)
+    for path in folder.glob('events.out.tfevents.*'):
+        path.unlink()
+    (folder / _CONFIG).unlink(missing_ok=True)  # to which TensorBoard appends
     header = [*_HEADER, 'class'] if is_labelled else _HEADER
     with SummaryWriter(str(folder)) as writer:
         for name, of_layer in points.items():

@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from mmdet_moe.analysis.statistics.inference import TOO_FEW
 from mmdet_moe.drawing import PAGE_WIDTH, new_figure, plot_heat_map, wrapped
 
 #: Rows of regret by class: those where most is lost.
@@ -52,13 +53,13 @@ def draw_counterfactual(layer: str, found: dict) -> Figure:
     right = [row for row in right if row[1]['num']]
     measure = 'score of the object' if is_score else 'share of images that are right'
     better, high = found['over_random'], 100 * found['best_share']['value']
-    low, top = better['interval']
+    known = '{:+.3f} to {:+.3f}'.format(*better['interval']) if better['interval'] else TOO_FEW
     number = f'{found["num_objects"]:,} {things}'
     if is_score:
         number += f' of {found["num_images"]:,} images'
     title = (
         f'{layer}: is the choice of the expert a good one? {number}\nmain expert minus a random '
-        f'one {better["value"]:+.3f} ({low:+.3f} to {top:+.3f}); '
+        f'one {better["value"]:+.3f} ({known}); '
         f'the best one is chosen for {high:.0f} % of the {things}, by a random choice for '
         f'{100 * found["best_share_random"]["value"]:.0f} %'
     )
@@ -80,7 +81,7 @@ def _dots(axes: Axes, rows: Sequence[tuple[str, dict]], label: str) -> None:
     """Means with their 95 % intervals, and how many things they are of."""
     places = np.arange(len(rows))
     values = np.array([entry['value'] for _, entry in rows], float)
-    intervals = np.array([entry['interval'] for _, entry in rows], float)
+    intervals = np.array([entry['interval'] or (np.nan, np.nan) for _, entry in rows], float)
     axes.hlines(places, *intervals.T, color='0.55', linewidth=2.5)
     axes.plot(values, places, 'o', color='black', markersize=3.5)
     numbers = [entry['num'] for _, entry in rows]

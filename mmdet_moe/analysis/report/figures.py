@@ -587,7 +587,7 @@ def _information(layer: str, content: dict, run: dict) -> Figure | None:
         if not np.isnan(values).all():
             axes.plot(
                 values, places, marker, color='0.55', markeredgecolor='white', markersize=6,
-                label=label,
+                label=label, clip_on=False,
             )  # fmt: skip
     for place, (_, given, association, _) in zip(places, rows, strict=True):
         text = f'{association["mi"]:.3f} nats, {_p_value(association)}'
@@ -644,6 +644,7 @@ def _interventions(layer: str, entries: list[dict], unchanged: dict) -> Figure |
         title += f'\nof the {zeroed} experts that were zeroed, the {shown} that cost most'
     figure = _titled(title, width, 1.3 + 0.2 * len(entries))
     panels = figure.subplots(1, len(metrics), sharex=True, sharey=True, squeeze=False)[0]
+    figure.get_layout_engine().set(wspace=0.1)  # or numbers seem to belong to the next panel
     places = np.arange(len(entries))
     names = {
         'only': 'expert {} alone',
@@ -666,7 +667,7 @@ def _interventions(layer: str, entries: list[dict], unchanged: dict) -> Figure |
         axes.barh(places, changes, 0.62, color='0.6')
         axes.hlines(places, *(100 * np.array(ends, float).T), color='black', linewidth=1.2)
         for place, change in zip(places, changes, strict=True):
-            _beside(axes, place, _signed(change), 28, ha='right')
+            _beside(axes, place, _signed(change), 4)
         axes.set_title(f'{metric}\n(unchanged {100 * unchanged[metric]:.1f} %)')
         axes.xaxis.set_major_locator(MaxNLocator(3))
         axes.spines['left'].set_visible(False)

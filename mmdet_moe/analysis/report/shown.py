@@ -47,7 +47,7 @@ def shown_layer(layer: dict) -> dict:
         **{
             name: [layer[name][e] for e in experts]
             for name in ('load', 'importance', 'load_interval', 'importance_interval')
-            if name in layer
+            if layer.get(name)
         },
         'dead_experts': [i for i, e in enumerate(experts) if e in set(layer['dead_experts'])],
         'associations': {

@@ -19,6 +19,12 @@ so that they are read back unchanged.
 ``stability.csv``          one per run of --compare and layer: how many decisions have changed
 ``association_counts.csv`` one per layer, source, attribute, bin and expert
 ``interventions.csv``      one per intervention, metric and class; the unchanged model first
+``counterfactual.csv``     one per layer, quantity (see ``experts.json``), and expert, size or class
+                           that it is of (empty: all objects)
+``confusion.csv``          one per layer, expert alone, true and predicted class
+``flows.csv``              one per two successive layers and unit (image or decision): how much the
+                           main experts have in common
+``flow_counts.csv``        the same per main expert in both of them
 =========================  ==========================================================
 
 A table without rows is a header alone.
@@ -51,6 +57,7 @@ _STABILITY = (
     *('overlap', 'weight_in_common'),
 )
 _INTERVAL = ('low', 'high')  # 95 %, of the information, or of the change of a metric
+_FLOW = ('num_units', 'mi', 'chance', 'p_value')
 
 
 def write_tables(experts: dict, folder: Path) -> list[Path]:
@@ -138,6 +145,34 @@ def write_tables(experts: dict, folder: Path) -> list[Path]:
             ('layer', 'kind', 'expert', 'metric', 'class', 'value', 'change', *_INTERVAL),
             list(_intervention_rows(experts)),
         ),
+        'counterfactual': (
+            ('layer', 'quantity', 'of', 'value', 'num', *_INTERVAL),
+            [row for name, layer in layers.items() for row in _counterfactual_rows(name, layer)],
+        ),
+        'confusion': (
+            ('layer', 'expert', 'true', 'predicted', 'count'),
+            [
+                (name, expert, true, predicted, count)
+                for name, layer in layers.items()
+                if (found := (layer.get('counterfactual') or {}).get('confusion'))
+                for expert, table in enumerate(found['counts'])
+                for true, row in zip(found['true'], table, strict=True)
+                for predicted, count in zip(found['predicted'], row, strict=True)
+            ],
+        ),
+        'flows': (
+            ('unit', 'from', 'to', *_FLOW),
+            [(*where, *map(step.get, _FLOW)) for *where, step in _steps(experts)],
+        ),
+        'flow_counts': (
+            ('unit', 'from', 'to', 'expert', 'next_expert', 'count'),
+            [
+                (*where, a, b, count)
+                for *where, step in _steps(experts)
+                for a, row in enumerate(step['counts'])
+                for b, count in enumerate(row)
+            ],
+        ),
     }
     folder.mkdir(parents=True, exist_ok=True)
     return [
@@ -207,6 +242,25 @@ def _intervention_rows(experts: dict) -> Iterator[tuple]:
             ends = known.get('interval') or (None, None)
             whose = (entry['layer'], entry['kind'], entry['expert'])
             yield *whose, metric, label, value, change, *ends
+
+
+def _counterfactual_rows(name: str, layer: dict) -> Iterator[tuple]:
+    for quantity, entry in (layer.get('counterfactual') or {}).items():
+        if isinstance(entry, list):
+            of = dict(enumerate(entry))
+        elif isinstance(entry, dict) and quantity != 'confusion':
+            of = entry if quantity.startswith('regret_by_') else {None: entry}
+        else:  # numbers of objects and the like
+            continue
+        for whose, mean in of.items():
+            ends = mean['interval'] or (None, None)
+            yield name, quantity, whose, mean['value'], mean['num'], *ends
+
+
+def _steps(experts: dict) -> Iterator[tuple[str, str, str, dict]]:
+    for flow in experts.get('flows') or ():
+        for step in flow['steps']:
+            yield flow['unit'], step['from'], step['to'], step
 
 
 def _metrics(metrics: dict) -> Iterator[tuple[tuple[str, str | None], float | None]]:

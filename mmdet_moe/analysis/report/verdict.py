@@ -225,7 +225,9 @@ def _beyond(lead: tuple[Entry, str | None], found: list[Entry]) -> str:
     # Size first, which is what detectors are said to divide their work by.
     for _, other, one in sorted(found, key=lambda e: (e[1] not in _SIZES, -_above_chance(e[2]))):
         rest = one['given'].get(attribute)
-        if other in said or rest is None or not (_qualifies(one) or _qualifies(rest)):
+        # Also of what goes with the choice no more than with that of random routers: whoever knows
+        # that it does wants to know what is left of it.
+        if other in said or rest is None or not (_is_there(one) or _is_there(rest)):
             continue
         said |= set(_same(other))
         parts.append(_remainder(f'{_name(other)} beyond it', rest))
@@ -650,6 +652,11 @@ def _limits(experts: dict, interventions: list[dict]) -> Iterator[str]:
         )
         return
     metric, before = _main_metric(experts)
+    if 0 < (images := experts['run']['num_images']) < MIN_IMAGES:
+        yield (
+            f'{_number(images, "image")} are too few for intervals, and for a judgement of the '
+            f'interventions; {MIN_IMAGES} are the least.'
+        )
     if before is None:
         yield f'{metric} is undefined here, so the effects of the interventions cannot be judged.'
 

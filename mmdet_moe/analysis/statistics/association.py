@@ -69,9 +69,8 @@ class AssociationResult:
         """With the table of the first bins alone, where the others are empty."""
         cells = self.cells
         if cells is not None:
-            cells = Cells(
-                cells.p[:bins], cells.bin_given_expert[:, :bins], cells.expert_given_bin[:, :bins]
-            )
+            ends = (cells.bin_given_expert, cells.expert_given_bin)
+            cells = Cells(cells.p[:bins], *(e if e is None else e[:, :bins] for e in ends))
         return replace(self, counts=self.counts[:bins], cells=cells)
 
     def as_dict(self, bins: Bins, p_adjusted: Sequence[float] | None = None) -> dict:
@@ -124,8 +123,8 @@ def as_family(found: dict[str, dict[str, tuple[Bins, AssociationResult]]]) -> di
     }
 
 
-def _rounded(shares: np.ndarray) -> list:
-    return np.round(shares, 4).tolist()
+def _rounded(shares: np.ndarray | None) -> list | None:
+    return None if shares is None else np.round(shares, 4).tolist()
 
 
 @dataclass
@@ -268,7 +267,7 @@ class Association:
         wants_cells = self._table.size <= MAX_CELLS
         if not self._kept:
             empty, table = nothing(permutations), self.table()
-            cells = Cells(np.ones_like(table), *np.zeros((2, 2, *table.shape)))
+            cells = Cells(np.ones_like(table), None, None)
             return AssociationResult(empty, {}, table, cells if wants_cells else None)
         self._shrink()
         kept = self._kept[0]
@@ -299,6 +298,8 @@ class Association:
         shape = (self.num_bins, self.num_experts)
         p, of_bins, of_experts = np.ones(shape), *np.zeros((2, 2, *shape))
         p[known] = cells.p
+        if cells.bin_given_expert is None:
+            return Cells(p, None, None)
         of_bins[:, known], of_experts[:, known] = cells.bin_given_expert, cells.expert_given_bin
         return Cells(p, of_bins, of_experts)
 

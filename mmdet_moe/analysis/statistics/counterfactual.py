@@ -13,6 +13,7 @@ which keeps the objects of an image together.
 Letters: n objects, E experts, I images, C classes, Q quantities, B samples.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -31,6 +32,7 @@ from mmdet_moe.analysis.statistics.bins import COCO_SIZES, box_sizes, coco_size_
 from mmdet_moe.analysis.statistics.inference import (
     MIN_IMAGES,
     QUANTILES,
+    TOO_FEW,
     resampled_images,
     weighted,
 )
@@ -334,7 +336,8 @@ def _means(quantities: Sequence[tuple[np.ndarray, np.ndarray]], image: np.ndarra
         sampled = weighted(drawn, rows, sums) / weighted(drawn, rows, nums)
     for total, num, means in zip(sums.sum(0), nums.sum(0), sampled.T, strict=True):
         value = float(total / num) if num else None
-        ends = np.nanquantile(means, QUANTILES).tolist() if num else None
+        is_known = num and len(images) >= MIN_IMAGES
+        ends = np.nanquantile(means, QUANTILES).tolist() if is_known else None
         found.append({'value': value, 'interval': ends, 'num': int(num)})
     return found
 
@@ -356,10 +359,9 @@ def said(counterfactual: dict | None) -> str | None:
     found = counterfactual
     things = 'objects' if found['measure'] == 'score' else 'images'
     measure = 'score' if found['measure'] == 'score' else 'accuracy'
-    low, high = found['over_random']['interval']
+    low, high = found['over_random']['interval'] or (-math.inf, math.inf)
     better = 'better than' if low > 0 else 'worse than' if high < 0 else 'not told from'
-    if found['num_images'] < MIN_IMAGES:
-        better = 'not told from'
+    known = f'95 % {low:+.3f} to {high:+.3f}' if math.isfinite(low) else TOO_FEW
     numbers = ', '.join(
         f'{name} {found[key]["value"]:.3f}'
         for name, key in (
@@ -371,8 +373,8 @@ def said(counterfactual: dict | None) -> str | None:
     )
     return (
         f'the choice is {better} a random one: mean {measure} of {found["num_objects"]} {things} '
-        f'with the {numbers}; choice minus random {found["over_random"]["value"]:+.3f} (95 % '
-        f'{low:+.3f} to {high:+.3f}); it is the best one for '
+        f'with the {numbers}; choice minus random {found["over_random"]["value"]:+.3f} ({known}); '
+        f'it is the best one for '
         f'{100 * found["best_share"]["value"]:.0f} % of the {things} (a random one for '
         f'{100 * found["best_share_random"]["value"]:.0f} %).'
     )

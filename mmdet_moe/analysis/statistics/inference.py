@@ -49,8 +49,10 @@ from scipy.special import xlogy
 
 #: Ends of the intervals.
 QUANTILES = (0.025, 0.975)
-#: Fewer images have no interval worth the name: it is that of everything possible.
+#: Fewer images have no interval worth the name: none is given, but for informations, where it is
+#: everything possible.
 MIN_IMAGES = 5
+TOO_FEW = 'too few images for an interval'
 # Equal up to the order of summation; far below any information that matters.
 _ROUNDING = 1e-9
 # Entries that are multiplied at once.
@@ -90,9 +92,10 @@ class Cells:
     """What is known of the cells of a joint table."""
 
     p: np.ndarray  #: float64 (B, E), two-sided p-values of the cells, by the same flips
-    #: float64 (2, B, E), ends of the intervals of ``bin_given_expert`` and ``expert_given_bin``
-    bin_given_expert: np.ndarray
-    expert_given_bin: np.ndarray
+    #: float64 (2, B, E), ends of the intervals of ``bin_given_expert`` and ``expert_given_bin``;
+    #: None of fewer than :data:`MIN_IMAGES` images
+    bin_given_expert: np.ndarray | None
+    expert_given_bin: np.ndarray | None
 
 
 def nothing(permutations: int) -> Information:
@@ -206,21 +209,23 @@ def information(
     )
     if not cells:
         return found, None
-    return found, Cells(np.array(p), np.stack(of_bins, axis=1), np.stack(of_experts, axis=1))
+    ends = (np.stack(of_bins, axis=1), np.stack(of_experts, axis=1))
+    return found, Cells(np.array(p), *(ends if len(known) >= MIN_IMAGES else (None, None)))
 
 
-def interval(resampled: np.ndarray, around: float) -> list[float] | None:
+def interval(resampled: np.ndarray, around: float, num_images: int) -> list[float] | None:
     """The 95 % interval of an estimate without the bias that a bootstrap has (as that of AP has).
 
     Args:
         resampled: (P,); NaN takes no part.
         around: The estimate, where the mean of the resamples is moved to.
+        num_images: That were resampled.
 
     Returns:
-        Low and high; None if nothing but NaN was resampled.
+        Low and high; None if nothing but NaN was resampled, or of fewer than :data:`MIN_IMAGES`.
     """
     known = resampled[~np.isnan(resampled)]
-    if not len(known):
+    if not len(known) or num_images < MIN_IMAGES:
         return None
     return np.quantile(known - known.mean() + around, QUANTILES).tolist()
 
@@ -230,7 +235,7 @@ def _interval(
 ) -> tuple[float, float]:
     if num_images < MIN_IMAGES:
         return 0.0, mi_max
-    low, high = interval(resampled, centre)
+    low, high = interval(resampled, centre, num_images)
     return max(0.0, low), max(0.0, high)
 
 

@@ -150,6 +150,7 @@ class LayerStatistics:
         return {**sums, 'load': experts, 'importance': experts, 'dropped': experts.sum()}
 
 
-def _share_intervals(of_one_bin: Association, permutations: int) -> list[list[float]]:
-    """[low, high] of the share of each expert."""
-    return of_one_bin.result(permutations).cells.expert_given_bin[:, 0].T.tolist()
+def _share_intervals(of_one_bin: Association, permutations: int) -> list[list[float]] | None:
+    """[low, high] of the share of each expert; None of too few images."""
+    ends = of_one_bin.result(permutations).cells.expert_given_bin
+    return None if ends is None else ends[:, 0].T.tolist()

@@ -38,9 +38,13 @@ from mmdet_moe.moe.mumoe import Factors, MuMoE
 IMAGES = 32
 #: Items of one call, positions of one item and examples of one layer, at most.
 MAX_ITEMS, MAX_POSITIONS, MAX_EXAMPLES = 64, 16, 4096
+#: Numbers of all experts' outputs together that are kept of a layer: wide outputs of many experts
+#: have fewer examples, of which CKA without bias takes few anyway.
+MAX_VALUES = 1 << 26
 #: With fewer examples for each feature than that, CKA is estimated without bias; from at most so
 #: many of them, because it takes n x n numbers for each expert.
 FEW_EXAMPLES, MAX_UNBIASED = 10, 512
+_LEAST = 64  # examples, however large they are
 
 
 def too_many(layer: ExpertLayer) -> str | None:
@@ -225,12 +229,17 @@ class _Outputs:
             examples.append(y.float().cpu())
         self._examples.append(torch.stack(examples))
         self._keys.append(torch.rand(len(examples[0]), generator=self._generator))
-        if sum(map(len, self._keys)) > 2 * MAX_EXAMPLES:
+        if sum(map(len, self._keys)) > 2 * self._most():
             self._shrink()
+
+    def _most(self) -> int:
+        """Examples that are kept."""
+        experts, _, features = self._examples[0].shape
+        return min(MAX_EXAMPLES, max(_LEAST, MAX_VALUES // (experts * features)))
 
     def _shrink(self) -> None:
         examples, keys = torch.cat(self._examples, dim=1), torch.cat(self._keys)
-        kept = keys.argsort()[:MAX_EXAMPLES].sort().values
+        kept = keys.argsort()[: self._most()].sort().values
         self._examples, self._keys = [examples[:, kept]], [keys[kept]]
 
     def features(self) -> Tensor | None:

@@ -131,7 +131,7 @@ def metrics_of(study: Study, resamples: int = 999) -> dict:
         difference = {
             name: {
                 'value': (value := after.metrics[name] - before.metrics[name]),
-                'interval': interval(changed[name] - values[name], value),
+                'interval': interval(changed[name] - values[name], value, len(study.data)),
             }
             for name in values
             if before.metrics[name] is not None is not after.metrics[name]
@@ -142,7 +142,9 @@ def metrics_of(study: Study, resamples: int = 999) -> dict:
     return {
         'metrics': before.metrics,
         'metrics_interval': {
-            name: None if (value := before.metrics[name]) is None else interval(of_name, value)
+            name: None
+            if (value := before.metrics[name]) is None
+            else interval(of_name, value, len(study.data))
             for name, of_name in values.items()
         },
         'interventions': interventions,

@@ -89,6 +89,10 @@ def test_classifier(tmp_path, monkeypatch, kind):
     model = Classifier().eval()
     study = SimpleNamespace(model=model, layers={'fc': layer}, data=Data(), is_detector=False)
     write_projector(study, tmp_path)
+    check_projector(tmp_path)  # the same command once more replaces it
+    write_projector(study, tmp_path)
+    assert (tmp_path / 'projector_config.pbtxt').read_text().count('embeddings {') == 1
+    assert len(list(tmp_path.glob('events*'))) == 1
     vectors, told = read(tmp_path, 'fc')
     images = make_batch()['inputs']
     expected = [images[i].float()[:, :2, :2].mean(0).flatten().numpy() for i in range(3)]
@@ -99,7 +103,7 @@ def test_classifier(tmp_path, monkeypatch, kind):
 def test_what_would_fail_is_refused_before_the_work(tmp_path, monkeypatch):
     check_projector(tmp_path / 'new')
     (tmp_path / 'file').touch()
-    with pytest.raises(ConfigError, match='is not empty; choose a new folder'):
+    with pytest.raises(ConfigError, match='holds something else than points'):
         check_projector(tmp_path)
     monkeypatch.setattr(projector, 'find_spec', lambda name: None)
     with pytest.raises(ConfigError, match='pip install tensorboard'):

@@ -3,10 +3,12 @@
 import csv
 import json
 
+import numpy as np
 import pytest
 from synthetic import make_experts
 
 from mmdet_moe.analysis.report.tables import write_tables
+from mmdet_moe.analysis.statistics.counterfactual import Alone, summary
 
 
 def read(folder):
@@ -37,8 +39,12 @@ def tables(experts, tmp_path):
         'association_counts.csv',
         'associations.csv',
         'coactivation.csv',
+        'confusion.csv',
         'controls.csv',
+        'counterfactual.csv',
         'experts.csv',
+        'flow_counts.csv',
+        'flows.csv',
         'interventions.csv',
         'layers.csv',
         'polysemanticity.csv',
@@ -222,3 +228,46 @@ def test_controls_similarity_and_stability(tmp_path):
     assert (row.pop('run'), row.pop('layer')) == ('soft', 'a')
     assert all(same(value, shares[key]) for key, value in row.items())
     assert set(row) == set(shares)
+
+
+def test_counterfactuals_and_flows(tmp_path):
+    """Read back as they are: a class called 'value', a regret of nobody, a step without a test."""
+    experts = make_experts(num_experts=2, layers=('a', 'b'), history=False, interventions=False)
+    alone = Alone(
+        np.repeat([0, 1, 2, 3, 4, 5], 2), np.tile([0, 1], 6), np.full(12, 20.0),
+        np.zeros(12, int), np.ones(12), np.random.default_rng(0).random((12, 2)),
+    )  # fmt: skip
+    confusion = np.arange(18).reshape(2, 3, 3)
+    found = summary(alone, confusion, ['value', 'other'], 0.3)
+    experts['layers']['a']['counterfactual'] = found
+    step = {'from': 'a', 'to': 'b', 'num_units': 9, 'counts': [[1, 2], [0, 6]], 'mi': 0.5}
+    step |= {'chance': None, 'p_value': None}
+    experts['flows'] = [{'unit': 'image', 'layers': ['a', 'b'], 'steps': [step]}]
+    write_tables(experts, tmp_path)
+    tables = read(tmp_path)
+    rows = {(row['quantity'], row['of']): row for row in tables['counterfactual']}
+    assert len(rows) == len(tables['counterfactual']) == 10 + 2 + 2 + 3 + 2
+    known = [
+        (('oracle', ''), found['oracle']), (('alone', '1'), found['alone'][1]),
+        (('regret_by_expert', '1'), found['regret_by_expert'][1]),
+        (('regret_by_size', 'small'), found['regret_by_size']['small']),
+        (('regret_by_class', 'value'), found['regret_by_class']['value']),
+    ]  # fmt: skip
+    for where, mean in known:
+        row = rows[where]
+        assert same(row['value'], mean['value'])
+        assert same(row['num'], mean['num'])
+        low, high = mean['interval'] or (None, None)
+        assert same(row['low'], low)
+        assert same(row['high'], high)
+    assert rows['regret_by_expert', '1']['value'] == ''
+    counts = [int(row['count']) for row in tables['confusion']]
+    assert counts == confusion.ravel().tolist()
+    assert list(tables['confusion'][5].values()) == ['a', '0', 'other', 'missed', '5']
+    assert [list(row.values()) for row in tables['flows']] == [
+        ['image', 'a', 'b', '9', '0.5', '', '']
+    ]
+    assert [list(row.values()) for row in tables['flow_counts']] == [
+        ['image', 'a', 'b', '0', '0', '1'], ['image', 'a', 'b', '0', '1', '2'],
+        ['image', 'a', 'b', '1', '0', '0'], ['image', 'a', 'b', '1', '1', '6'],
+    ]  # fmt: skip

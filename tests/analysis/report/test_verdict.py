@@ -160,6 +160,14 @@ def test_by_the_level_and_nothing_of_size_beyond_it():
         'strongly specialised by pyramid level (objects: 0.540 nats, 0.520 to 0.540, p = 0.001); '
         'nothing of object size beyond it (0.0001 nats, 0.0000 to 0.0004, p = 0.3).'
     )
+    # So it is if a random router knows as much of size, and one test of many looks significant.
+    found['size']['controls'] = {'random': {'mi': 0.5, 'draws': [0.56]}}
+    given['level'].update(p_value=0.01, p_adjusted=0.07)
+    (_, line), *_ = (entry['lines'] for entry in judged(layer(associations={'objects': found})))
+    assert line.endswith(
+        '; nothing of object size beyond it (0.0001 nats, 0.0000 to 0.0004, p = 0.07).'
+    )
+    del found['size']['controls']
     # Something is left.
     given['level'].update(numbers(0.2, 0.01, 0.001))
     found['level'].update(numbers(0.6, 0.01, 0.001))
@@ -279,6 +287,7 @@ def test_nothing_is_judged_without_power():
     assert 'it matters which experts are chosen' in text
     # A bootstrap of very few images knows nothing.
     text = said(layer(), change('random', -0.1, width=0.01), num_images=4)
+    assert '4 images are too few for intervals' in text
     assert 'cannot be told from 4 images' in text
     # Equal on all of few images: 3 / 200 of others may still differ.
     text = said(layer(), change('random', 0.0, width=0), num_images=200)

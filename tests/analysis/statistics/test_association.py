@@ -479,8 +479,10 @@ def test_nothing_at_all():
 def test_few_images_have_no_interval():
     association = Association(2, 2)
     association.add([0, 1, 2], [0, 1, 1], [1, 1, 1], [[1, 0], [0, 1], [0, 1]])
-    found = association.result(9).information
-    assert found.interval == (0, found.mi_max)
+    result = association.result(9)
+    assert result.information.interval == (0, result.information.mi_max)
+    assert result.cells.expert_given_bin is result.cells.bin_given_expert is None
+    assert result.first(1).cells.expert_given_bin is None
 
 
 @pytest.mark.parametrize(
@@ -519,7 +521,7 @@ def test_as_dict_is_the_contract():
     assert content['given'] == {}
     assert content['p_adjusted'] == content['p_value']
     assert np.shape(content['cell_p']) == (3, 2)
-    assert np.shape(content['expert_given_bin_interval']) == (2, 3, 2)
+    assert content['expert_given_bin_interval'] is None  # of two images
     assert len(content['interval']) == 2
     with pytest.raises(ValueError, match='9 bins are named, but there is a table of 3'):
         association.result(9).as_dict(POSITIONS)

@@ -216,7 +216,12 @@ def test_examples_are_bounded(randomise, monkeypatch):
     first = outputs_of(model, {'a': layer}, data.batches(1, 0))['a']
     assert first.shape == (3, 7, 4)
     assert torch.equal(first, outputs_of(model, {'a': layer}, data.batches(1, 0))['a'])
+    # Or by the size of what they hold: 3 experts, 4 channels.
     monkeypatch.setattr(similarity, 'MAX_EXAMPLES', 4096)
+    monkeypatch.setattr(similarity, 'MAX_VALUES', 7 * 3 * 4)
+    monkeypatch.setattr(similarity, '_LEAST', 1)
+    assert torch.equal(first, outputs_of(model, {'a': layer}, data.batches(1, 0))['a'])
+    monkeypatch.setattr(similarity, 'MAX_VALUES', 1 << 26)
     every = outputs_of(model, {'a': layer}, data.batches(1, 0))['a']
     assert every.shape == (3, 6 * 16, 4)
     for example in first.unbind(1):

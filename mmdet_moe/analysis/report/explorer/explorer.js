@@ -59,9 +59,7 @@
   const shortened = (text, length) => (text.length > length ? `${text.slice(0, length - 1)}…` : text);
 
   async function unpack({ dtype, data }) {
-    const binary = atob(data);
-    const bytes = new Uint8Array(binary.length);
-    for (let i = 0; i < binary.length; i++) bytes[i] = binary.charCodeAt(i);
+    const bytes = Uint8Array.fromBase64?.(data) ?? Uint8Array.from(atob(data), (c) => c.charCodeAt(0));
     const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream('deflate'));
     return new ARRAYS[dtype](await new Response(stream).arrayBuffer());
   }
@@ -1066,7 +1064,7 @@
         return [entry[2].p_adjusted <= SIGNIFICANT ? '' : 'muted', columns.map(([, of]) => of(entry))];
       });
       this.$('.associations').hidden = !rows.length;
-      this.$('.association-hint').textContent = 'What the choice of the experts tells about an attribute. By chance: the mean of the same after shuffling the decisions.'
+      this.$('.association-hint').textContent = 'What the choice of the experts tells about an attribute. By chance: the mean of the same with whole images flipped at random.'
         + `${has((a) => a.interval) ? ' In brackets: 95 % interval, by a bootstrap over the images.' : ''}`
         + ' p is corrected for all tests of the layer.'
         + `${has((a) => a.given?.level) ? ' Beyond the level: within the pyramid levels alone; through the level: clear, but not beyond it.' : ''}`;
@@ -1464,6 +1462,7 @@
     await Promise.all($$('.tile img').map((image) => image.decode().catch(() => {})));
     await nextFrame();
     await nextFrame();
+    document.documentElement.dataset.pictures = String(Math.round(performance.now()));
     startPlotly();
     matchMedia('(prefers-color-scheme: dark)').addEventListener('change', () => runs.forEach((run) => {
       if (!run.layer) return;
