@@ -162,7 +162,7 @@ def _look_at_annotations(
         elif _leaves(box['bbox'], coco.images[box['image_id']][1]):
             wrong['boxes reach out of their image'].append(where)
         if box['iscrowd']:
-            notes['objects have iscrowd=1, which is neither trained nor counted'].append(where)
+            notes['objects have iscrowd=1, which no evaluation counts'].append(where)
         seen.add(identity)
     without = set(coco.images).difference(*coco.showing.values())
     notes['images show no object'] += [coco.images[id_][0] for id_ in coco.images if id_ in without]

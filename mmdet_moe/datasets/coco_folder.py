@@ -32,7 +32,7 @@ class Box:
     Attributes:
         label: Number of its class, from 0.
         corners: ``(x0, y0, x1, y1)`` in px of the image; ``x1 - x0`` is its width.
-        crowd: Whether it is written with ``iscrowd=1``: neither trained nor counted as missed.
+        crowd: Whether it is written with ``iscrowd=1``: not counted as missed, nor trained.
     """
 
     label: int

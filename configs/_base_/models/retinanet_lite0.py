@@ -25,5 +25,7 @@ model = dict(
         feat_channels=64,
         norm_cfg=dict(type='GN', num_groups=16, requires_grad=True),
     ),
+    # Anchors on objects that VOC calls difficult are no background.
+    train_cfg=dict(assigner=dict(ignore_iof_thr=0.5)),
     test_cfg=dict(nms_pre=300, max_per_img=100),
 )
