@@ -57,6 +57,8 @@ def prepare_yolo(
     source = Path(source)
     if not source.is_dir():
         raise ConfigError(f'--source {source}: there is no such folder')
+    if Path(out).resolve().is_relative_to(source.resolve()):
+        raise ConfigError(f'--out {out} lies in --source: its images would be taken for new ones')
     if val_share is not None and not 0 < val_share < 1:
         raise ConfigError(f'--val-share must be above 0 and below 1, not {val_share}')
     data = _read_yaml(source / 'data.yaml') if (source / 'data.yaml').is_file() else {}
@@ -64,26 +66,29 @@ def prepare_yolo(
     images = sorted(_files(source, _SUFFIXES))
     if not images:
         raise ConfigError(f'--source {source}: there is no image in it')
+    splits = _splits(source, data, images, val_share)
     made_of = {
         'data': 'yolo',
-        'images': digest(map(str, images)),
+        'splits': {
+            split: digest(f'{image.relative_to(source)} {_read(source, image)}' for image in some)
+            for split, some in splits.items()
+        },
         'classes': names,
-        'val_share': val_share,
         'size': size,
     }
     if (counts := already_there(out, made_of)) is not None:
         return 'already there', counts
     _check_labels_have_images(source, images)
-    splits = _splits(source, data, images, val_share)
     label = partial(_labelled, source, names)
     return 'written', write_folder(out, splits, label, names, made_of, size)
 
 
-def read_labels(file: str | Path, size: tuple[int, int], num_classes: int) -> list[Box]:
+def read_labels(text: str, file: str | Path, size: tuple[int, int], num_classes: int) -> list[Box]:
     """The objects of a label file; what of a box leaves the image is cut off.
 
     Args:
-        file: It.
+        text: Its content.
+        file: Its name, for messages.
         size: Width and height of the image in px.
         num_classes: How many classes there are.
 
@@ -92,7 +97,7 @@ def read_labels(file: str | Path, size: tuple[int, int], num_classes: int) -> li
             width or height is 0.
     """
     boxes = []
-    for number, line in enumerate(Path(file).read_text().splitlines(), start=1):
+    for number, line in enumerate(text.splitlines(), start=1):
         if not (words := line.split()):
             continue
         where = f'{file}, line {number}'
@@ -163,9 +168,16 @@ def _label_file(source: Path, image: Path) -> Path:
     return source.joinpath(*parts)
 
 
+def _read(source: Path, image: Path) -> str:
+    """The labels of an image; none where there is no file."""
+    file = _label_file(source, image)
+    with explained(f'{file} is not text'):
+        return file.read_text(encoding='utf-8-sig') if file.is_file() else ''
+
+
 def _labelled(source: Path, names: Sequence[str], image: Path) -> Labelled:
-    size, labels = image_size(image), _label_file(source, image)
-    boxes = read_labels(labels, size, len(names)) if labels.is_file() else []
+    size, labels = image_size(image), _read(source, image)
+    boxes = read_labels(labels, _label_file(source, image), size, len(names))
     parts = [part for part in image.relative_to(source).parts if part != 'images']
     return Labelled(image, '/'.join(parts), size, boxes)
 
@@ -213,12 +225,11 @@ def _told(source: Path, data: Mapping, images: Sequence[Path]) -> dict[str, list
 
 def _by_folder(source: Path, images: Sequence[Path]) -> dict[str, list[Path]] | None:
     """The splits that names of folders tell, such as images/train2017 and valid/images."""
-    splits = {
-        split: [
-            image
-            for image in images
-            if any(part.startswith(split) for part in image.relative_to(source).parts[:-1])
-        ]
-        for split in ('train', 'val')
-    }
+    splits = {'train': [], 'val': []}
+    for image in images:
+        folders = reversed(image.relative_to(source).parts[:-1])
+        # The innermost one that tells.
+        told = (split for folder in folders for split in splits if folder.startswith(split))
+        if (split := next(told, None)) is not None:
+            splits[split].append(image)
     return splits if all(splits.values()) else None

@@ -27,7 +27,7 @@ def source(tmp_path):
     folder = tmp_path / 'source'
     write_image(folder / 'images/train/a.jpg', '1 0.5 0.5 0.25 0.5\n0 0.1 0.5 0.4 1.0\n')
     write_image(folder / 'images/train/b.png')
-    write_image(folder / 'images/val/a.jpg', '')
+    write_image(folder / 'images/val/a.jpg', '\ufeff\n')
     (folder / 'data.yaml').write_text('names: {0: cat, 1: dog}\n')
     return folder
 
@@ -56,6 +56,9 @@ def test_boxes_and_names(source, tmp_path):
     assert counts['val']['objects'] == 0
     assert (out / 'images/train/b.png').read_bytes() == (source / 'images/train/b.png').read_bytes()
     assert prepare_yolo(source, out) == ('already there', counts)
+    (source / 'labels/train/a.txt').write_text('0 0.5 0.5 0.5 0.5')
+    with pytest.raises(ConfigError, match='holds another data set'):
+        prepare_yolo(source, out)
 
 
 @pytest.mark.parametrize('entries', ['names: [cat, dog]', 'names: {0: cat, 1: dog}'])
@@ -134,11 +137,9 @@ def test_classes(source, tmp_path):
         ('cat 0.5 0.5 0.1 0.1', 'is not a class and four numbers'),
     ],
 )
-def test_wrong_lines(tmp_path, line, message):
-    file = tmp_path / 'a.txt'
-    file.write_text(f'1 0.5 0.5 0.5 0.5\n{line}\n')
+def test_wrong_lines(line, message):
     with pytest.raises(ConfigError, match=rf'a\.txt, line 2: .*{message}'):
-        read_labels(file, (40, 20), 2)
+        read_labels(f'1 0.5 0.5 0.5 0.5\n{line}\n', 'a.txt', (40, 20), 2)
 
 
 def test_wrong_files(source, tmp_path):
@@ -148,6 +149,8 @@ def test_wrong_files(source, tmp_path):
     with pytest.raises(ConfigError, match=r'c\.txt has no image: add it'):
         prepare_yolo(source, out)
     extra.unlink()
+    with pytest.raises(ConfigError, match='lies in --source'):
+        prepare_yolo(source, source / 'coco')
     (source / 'images/train/b.png').write_bytes(b'no image')
     with pytest.raises(ConfigError, match=r'b\.png cannot be read as an image'):
         prepare_yolo(source, out)
