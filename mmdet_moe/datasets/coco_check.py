@@ -190,7 +190,7 @@ def _look_at_images(
             with Image.open(io.BytesIO(data)) as image:
                 found = oriented_size(image)
                 # A JPEG is decoded to its end all the same, in a fraction of the time.
-                image.draft(image.mode, (image.width // 8, image.height // 8))
+                image.draft(image.mode, (max(1, image.width // 8), max(1, image.height // 8)))
                 image.load()
         except (OSError, SyntaxError, ValueError) as error:
             wrong['images cannot be read'].append(f'{path} ({error})')

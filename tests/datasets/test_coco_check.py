@@ -135,6 +135,12 @@ def test_images(folder):
     )
 
 
+def test_a_tiny_image(folder):
+    Image.new('RGB', (4, 2)).save(folder / 'images/3.jpg')
+    report = changed(folder, lambda c: c['images'][2].update(width=4, height=2))
+    assert report.wrong == []
+
+
 def test_layouts(folder, tmp_path):
     coco = tmp_path / 'coco'
     (coco / 'annotations').mkdir(parents=True)
