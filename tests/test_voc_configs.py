@@ -13,6 +13,7 @@ from test_configs import CONFIGS, VOC
 from mmdet_moe import cli
 from mmdet_moe.datasets.voc2007 import CLASSES
 from mmdet_moe.models import EfficientNetLite0
+from mmdet_moe.moe import find_moe_layers
 
 
 @pytest.fixture
@@ -61,6 +62,19 @@ def test_backbone_and_classes(path, tmp_path, monkeypatch):
     preprocessor = cfg.model.data_preprocessor
     assert (preprocessor.mean, preprocessor.std) == ([127.0] * 3, [128.0] * 3)
     assert preprocessor.bgr_to_rgb
+
+
+def test_equal_experts_cost_what_the_dense_head_does():
+    heads = []
+    for kind in ('dense', 'moe_equal'):
+        cfg = Config.fromfile(CONFIGS / f'retinanet_lite0_{kind}_voc2007.py')
+        cfg.model.backbone.init_cfg = None
+        init_default_scope('mmdet')
+        heads.append(MODELS.build(cfg.model).bbox_head)
+    layers = find_moe_layers(heads[1]).values()
+    experts = sum(p.numel() for layer in layers for p in layer.experts.parameters())
+    dense = sum(p.numel() for p in heads[0].parameters())
+    assert experts * 2 / 4 == pytest.approx(dense, rel=0.02)
 
 
 def test_config_trains(root, tmp_path, monkeypatch):
