@@ -17,6 +17,7 @@ from mmdet_moe import cli, moe
 
 CONFIGS = Path(mmdet_moe.__file__).parents[1] / 'configs'
 COCO = sorted(CONFIGS.glob('*_coco.py'))
+VOC = sorted(CONFIGS.glob('*_voc2007.py'))
 DEMO = sorted((CONFIGS / 'demo').glob('*.py'))
 #: Other files of tests look at these: test_*_configs.py.
 CLASSIFIERS = [
@@ -49,7 +50,7 @@ BALANCING = {
 }
 
 
-@pytest.mark.parametrize('path', [*COCO, *DEMO], ids=lambda path: path.stem)
+@pytest.mark.parametrize('path', [*COCO, *VOC, *DEMO], ids=lambda path: path.stem)
 def test_config_is_what_its_name_says(path):
     cfg = Config.fromfile(path)
     cfg.model.backbone.init_cfg = None
@@ -65,7 +66,7 @@ def test_config_is_what_its_name_says(path):
     if '_moe_' not in path.stem:
         assert not layers
         return
-    detector, name = path.stem.split('_moe_')
+    detector, name = path.stem.replace('_lite0', '').split('_moe_')
     places = (v for k, v in PLACES.items() if name.startswith(k))
     assert set(layers) == next(places, HEADS[detector])
     loss, constraint = next(v for k, v in BALANCING.items() if name.startswith(k))
@@ -81,7 +82,7 @@ def test_config_is_what_its_name_says(path):
 
 
 def test_every_config_is_looked_at():
-    assert {*COCO, *CLASSIFIERS} == set(CONFIGS.glob('*.py'))
+    assert {*COCO, *VOC, *CLASSIFIERS} == set(CONFIGS.glob('*.py'))
 
 
 def test_base_line_swaps_the_balancing():

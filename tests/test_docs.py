@@ -48,6 +48,14 @@ def test_readme(tmp_path, capsys):
     assert 'layer3.0.conv1  Conv2d' in capsys.readouterr().out
 
 
+def test_data(tmp_path):
+    (config,) = examples('docs/data.md')
+    layers_of(config, tmp_path / 'c.py', 'bbox_head')
+    cfg = Config.fromfile(tmp_path / 'c.py')
+    for loader in (cfg.train_dataloader, cfg.val_dataloader, cfg.test_dataloader):
+        assert len(loader.dataset.metainfo.classes) == cfg.model.bbox_head.num_classes == 2
+
+
 def test_experts(tmp_path, capsys):
     first, paths, plain, hooks, pure = examples('docs/experts.md')
     layers = layers_of(first, tmp_path / 'a.py', ('backbone.layer4', 'neck.fpn_convs.'))

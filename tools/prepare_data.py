@@ -1,8 +1,9 @@
 #!/usr/bin/env python
-"""Prepare what the configs run on: digit scenes, COCO 2017, CIFAR, Fashion-MNIST, and a backbone.
+"""Prepare what the configs run on: digit scenes, COCO, VOC, CIFAR, Fashion-MNIST, and a backbone.
 
 Each command fills one folder, by default the one where the configs look, verifies what it puts
-there and says "already there" when there is nothing to do.
+there and says "already there" when there is nothing to do. `yolo` takes your own data, and `check`
+looks at any folder in COCO's layout.
 """
 
 from __future__ import annotations
@@ -15,7 +16,15 @@ from pathlib import Path
 # The checkout, for what is not installed.
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-from mmdet_moe.datasets import class_folders, digit_scenes, download, fashion_mnist
+from mmdet_moe.datasets import (
+    class_folders,
+    coco_check,
+    digit_scenes,
+    download,
+    fashion_mnist,
+    voc2007,
+    yolo,
+)
 from mmdet_moe.datasets.sprites import SOURCES
 from mmdet_moe.errors import ConfigError
 
@@ -50,6 +59,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         )
         _add_download_options(cifar, download.CIFAR_URL_BASE)
     _add_fashion_mnist(commands)
+    _add_voc2007(commands)
+    _add_yolo(commands)
+    _add_check(commands)
 
     lite0 = commands.add_parser(
         'efficientnet-lite0',
@@ -123,6 +135,75 @@ def _add_fashion_mnist(commands: argparse._SubParsersAction) -> None:
         '--overwrite', action='store_true', help='replace files in --out that are something else'
     )
     _add_download_options(fashion, fashion_mnist.URL_BASE)
+
+
+def _add_voc2007(commands: argparse._SubParsersAction) -> None:
+    voc = commands.add_parser(
+        'voc2007', help='download PASCAL VOC2007 (0.9 GB), or take it from a folder'
+    )
+    voc.set_defaults(run=run_voc2007)
+    voc.add_argument('--out', default='data/voc2007', help='folder to fill (%(default)s)')
+    voc.add_argument(
+        '--source', help='VOCdevkit or VOC2007, in place of a download', metavar='FOLDER'
+    )
+    voc.add_argument(
+        '--ids',
+        nargs='+',
+        default=[],
+        help='text file of image ids: only these, in the official splits; or two files, of the '
+        'images to train and to validate with',
+        metavar='FILE',
+    )
+    voc.add_argument(
+        '--skip-missing', action='store_true', help='leave out images whose JPEG is not there'
+    )
+    _add_size(voc)
+    _add_download_options(voc, voc2007.URL_BASE)
+
+
+def _add_yolo(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        'yolo', help="turn data in YOLO's format (images/, labels/, data.yaml) into COCO's"
+    )
+    parser.set_defaults(run=run_yolo)
+    parser.add_argument('--source', required=True, help='its folder', metavar='FOLDER')
+    parser.add_argument('--out', required=True, help='folder to write')
+    parser.add_argument(
+        '--classes',
+        nargs='+',
+        default=[],
+        help='names in the order of their numbers, or a file with a name a line (data.yaml)',
+        metavar='NAME',
+    )
+    parser.add_argument(
+        '--val-share',
+        type=float,
+        help='divide all images anew (by default the splits that are there are kept; else 0.1)',
+        metavar='SHARE',
+    )
+    _add_size(parser)
+
+
+def _add_check(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        'check', help="count a folder in COCO's layout, say what is wrong, and draw some images"
+    )
+    parser.set_defaults(run=run_check)
+    parser.add_argument('folder', nargs='?', help='the folder')
+    parser.add_argument('--ann', help='one annotation file, in place of a folder', metavar='FILE')
+    parser.add_argument('--images', help='the folder of its images', metavar='FOLDER')
+    parser.add_argument(
+        '--sheet',
+        default='contact_sheet.png',
+        help='image file to write, with the boxes of some images (%(default)s)',
+        metavar='FILE',
+    )
+
+
+def _add_size(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        '--size', type=int, help='resize images to a longer side of so many px', metavar='PX'
+    )
 
 
 def _add_download_options(parser: argparse.ArgumentParser, url_base: str) -> None:
@@ -199,6 +280,66 @@ def run_fashion_mnist(args: argparse.Namespace) -> None:
     _report_images(args, num_images)
 
 
+def run_voc2007(args: argparse.Namespace) -> None:
+    """Write VOC2007, downloaded or of a folder, in COCO's layout."""
+    if args.source is not None:
+        _check_no_download(args, voc2007.URL_BASE)
+    if len(args.ids) > 2:
+        raise ConfigError(f'--ids takes one or two files, not {len(args.ids)}')
+    _check_size(args.size)
+    _report_folder(
+        args,
+        voc2007.prepare_voc2007(
+            args.out,
+            args.source,
+            args.ids,
+            args.skip_missing,
+            args.size,
+            args.url_base,
+            args.remove_archives,
+        ),
+    )
+
+
+def run_yolo(args: argparse.Namespace) -> None:
+    """Write a data set in YOLO's format in COCO's layout."""
+    _check_size(args.size)
+    made = yolo.prepare_yolo(args.source, args.out, args.classes, args.val_share, args.size)
+    _report_folder(args, made)
+
+
+def _check_size(size: int | None) -> None:
+    if size is not None and size < 32:
+        raise ConfigError(f'--size must be at least 32 px, not {size}')
+
+
+def _report_folder(args: argparse.Namespace, made: tuple[str, dict]) -> None:
+    status, splits = made
+    print(f'{args.out}: {status}')
+    print(format_table(splits))
+
+
+def run_check(args: argparse.Namespace) -> int:
+    """Print what is in a folder and what is wrong with it; 1 if something is."""
+    if (args.folder is None) == (args.ann is None) or (args.ann is None) != (args.images is None):
+        raise ConfigError('give either a folder, or --ann FILE and --images FOLDER')
+    if args.folder is not None:
+        parts = coco_check.parts_of(args.folder)
+    else:
+        parts = [coco_check.Part(Path(args.ann).stem, Path(args.ann), Path(args.images))]
+    report = coco_check.check(parts)
+    if report.splits:
+        print(format_table(report.splits))
+        print(coco_check.format_classes(report))
+    for kind, sentences in (('note', report.notes), ('wrong', report.wrong)):
+        for sentence in sentences:
+            print(f'{kind}: {sentence}')
+    if parts := [part for part in parts if part.name in report.splits]:
+        coco_check.contact_sheet(parts).save(args.sheet)
+        print(f'{args.sheet}: written')
+    return int(bool(report.wrong))
+
+
 def _check_no_download(args: argparse.Namespace, url_base: str) -> None:
     if args.remove_archives or args.url_base != url_base:
         raise ConfigError(
@@ -239,18 +380,21 @@ def _check_out(out: str | None) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command. Returns the exit status: 2 after an error that the user can mend."""
+    """Run a command.
+
+    Returns:
+        The exit status: 2 after an error that the user can mend, 1 if `check` finds anything wrong.
+    """
     args = parse_args(argv)
     try:
-        _check_out(args.out)
-        args.run(args)
+        _check_out(getattr(args, 'out', None))
+        return args.run(args) or 0
     except (ConfigError, OSError) as error:
         print(f'error: {error}', file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print('interrupted: a download continues when the command is run again', file=sys.stderr)
         return 130
-    return 0
 
 
 if __name__ == '__main__':

@@ -22,7 +22,6 @@ import json
 import math
 import os
 import shutil
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +30,7 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
+from mmdet_moe.datasets.coco_file import count_objects
 from mmdet_moe.datasets.sprites import SpriteSet, digest, load_sprites
 from mmdet_moe.errors import ConfigError
 
@@ -306,7 +306,7 @@ def _write_split(
         ],
     }
     (folder / 'annotations' / f'instances_{split}2017.json').write_text(json.dumps(coco))
-    return _count(images, annotations, sprites.classes)
+    return count_objects(coco)
 
 
 def _coco_annotation(annotation_id: int, image_id: int, placement: Placement) -> dict:
@@ -320,24 +320,6 @@ def _coco_annotation(annotation_id: int, image_id: int, placement: Placement) ->
         'iscrowd': 0,
         'segmentation': [[x, y, x + width, y, x + width, y + height, x, y + height]],
     }
-
-
-def _count(images: list[dict], annotations: list[dict], classes: Sequence[str]) -> dict:
-    sizes = Counter(size_bin(annotation['area']) for annotation in annotations)
-    labels = Counter(annotation['category_id'] - 1 for annotation in annotations)
-    return {
-        'images': len(images),
-        'objects': len(annotations),
-        'sizes': {name: sizes[name] for name in SIZE_BINS},
-        'classes': {name: labels[label] for label, name in enumerate(classes)},
-    }
-
-
-def size_bin(area: float) -> str:
-    """COCO's size bin ('small', 'medium' or 'large') of an area in px²."""
-    if area < 32**2:
-        return 'small'
-    return 'medium' if area <= 96**2 else 'large'
 
 
 def load_backgrounds(split: str) -> list[np.ndarray]:

@@ -15,8 +15,9 @@ from miniature import (
     write_fashion_mnist,
 )
 from mmpretrain.datasets import CIFAR10, CIFAR100
+from PIL import Image
 
-from mmdet_moe.datasets import class_folders, download, fashion_mnist
+from mmdet_moe.datasets import class_folders, download, fashion_mnist, voc2007
 from mmdet_moe.models.backbones import efficientnet_lite
 
 ROOT = Path(__file__).parents[2]
@@ -61,7 +62,7 @@ def test_an_error_is_one_sentence_and_status_2(tmp_path):
     assert 'Traceback' not in done.stderr
 
 
-COMMANDS = ('coco', 'cifar10', 'cifar100', 'fashion-mnist', 'digit-scenes')
+COMMANDS = ('coco', 'cifar10', 'cifar100', 'fashion-mnist', 'voc2007', 'digit-scenes')
 
 
 @pytest.mark.parametrize('command', COMMANDS)
@@ -75,7 +76,7 @@ def test_a_file_in_place_of_the_folder(main, tmp_path, capsys, command):
         )
 
 
-@pytest.mark.parametrize('command', COMMANDS[:4])
+@pytest.mark.parametrize('command', COMMANDS[:5])
 def test_offline(main, tmp_path, capsys, monkeypatch, command):
     monkeypatch.setenv('no_proxy', '127.0.0.1')
     for module in (download, fashion_mnist):
@@ -227,3 +228,59 @@ def test_efficientnet_lite0(main, tmp_path, capsys, monkeypatch):
     assert main(['efficientnet-lite0', '--out', str(tmp_path), '--source', 'x.pth']) == 0
     assert calls == [('data', None), (str(tmp_path), 'x.pth')]
     assert capsys.readouterr().out == 'the file: written\n' * 2
+
+
+def test_voc2007(main, tmp_path, capsys, monkeypatch):
+    counts = {'images': 2, 'objects': 1, 'sizes': {'small': 1, 'medium': 0, 'large': 0}}
+    calls = []
+    monkeypatch.setattr(
+        voc2007,
+        'prepare_voc2007',
+        lambda *args: calls.append(args) or ('written', {'train': counts, 'val': counts}),
+    )
+    assert main(['voc2007']) == 0
+    assert capsys.readouterr().out.splitlines()[0] == 'data/voc2007: written'
+    command = ['voc2007', '--out', str(tmp_path), '--source', 'VOCdevkit']
+    assert main([*command, '--ids', 'a', 'b', '--size', '320', '--skip-missing']) == 0
+    url = voc2007.URL_BASE
+    assert calls == [
+        ('data/voc2007', None, [], False, None, url, False),
+        (str(tmp_path), 'VOCdevkit', ['a', 'b'], True, 320, url, False),
+    ]
+    for options, message in (
+        (['--remove-archives'], 'are for a download: leave them out with --source'),
+        (['--ids', 'a', 'b', 'c'], '--ids takes one or two files, not 3'),
+        (['--size', '8'], '--size must be at least 32 px, not 8'),
+    ):
+        assert main([*command, *options]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_yolo_and_check(main, tmp_path, capsys):
+    """What one writes, the other finds right, until a file is damaged."""
+    source, out, sheet = (tmp_path / name for name in ('source', 'out', 'sheet.png'))
+    for split, colour in (('train', 'red'), ('val', 'blue')):
+        for kind in ('images', 'labels'):
+            (source / kind / split).mkdir(parents=True)
+        Image.new('RGB', (64, 64), colour).save(source / f'images/{split}/a.jpg')
+        (source / f'labels/{split}/a.txt').write_text('0 0.5 0.5 0.25 0.25')
+    command = ['yolo', '--source', str(source), '--out', str(out), '--classes', 'cat']
+    assert main(command) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith(f'{out}: written\nsplit ')
+    checks = (
+        ['check', str(out), '--sheet', str(sheet)],
+        ['check', '--ann', f'{out}/val.json', '--images', f'{out}/images', '--sheet', str(sheet)],
+    )
+    for check in checks:
+        assert main(check) == 0
+        shown = capsys.readouterr().out
+        assert 'wrong' not in shown
+        assert shown.endswith(f'{sheet}: written\n')
+    (out / 'images/val/a.jpg').unlink()
+    for check in checks:
+        assert main(check) == 1
+        assert 'wrong: val: 1 images do not exist, such as ' in capsys.readouterr().out
+    for options in ([], ['--ann', 'a.json'], [str(out), '--ann', 'a.json', '--images', 'b']):
+        assert main(['check', *options]) == 2
+        assert 'give either a folder, or --ann FILE' in capsys.readouterr().err

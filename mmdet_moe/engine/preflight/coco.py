@@ -1,15 +1,13 @@
 """Checks of COCO annotation files and of the images that they name."""
 
-import gc
 import os.path as osp
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from mmdet_moe.compat.coco import boxes_of, read_coco
 from mmdet_moe.compat.distributed import note
+from mmdet_moe.datasets.coco_file import USED, CocoFile, read_coco_file
 from mmdet_moe.engine.preflight.datasets import (
     GET_DATA,
     Dataset,
@@ -21,26 +19,6 @@ from mmdet_moe.engine.preflight.datasets import (
 from mmdet_moe.errors import ConfigError
 
 _IMAGES_TO_LOOK_AT = 5
-
-
-@dataclass(frozen=True)
-class CocoFile:
-    """What the checks need of an annotation file.
-
-    Attributes:
-        categories: Names, in the file's order.
-        images: By id, the name of the file, and width and height in px.
-        boxes: How many annotations there are, by their category (None: not in the file) and by
-            why they are not trained (``'used'``: they are).
-        showing: The ids of the images with an annotation of each category.
-        has_annotations: Whether there is a list of them.
-    """
-
-    categories: tuple[str, ...]
-    images: dict[Any, tuple[str, tuple[int, int]]]
-    boxes: Counter[tuple[str | None, str]]
-    showing: dict[str | None, set]
-    has_annotations: bool
 
 
 def reads_coco(cls: type | None) -> bool:
@@ -131,79 +109,7 @@ def check_coco_metric(
 def _read_coco(path: str, field: str) -> CocoFile:
     if not osp.isfile(path):
         raise ConfigError(f"{field}: there is no file '{path}'; {GET_DATA}")
-    # The files have up to millions of small dicts, over which the collector would run for seconds.
-    gc_was_on = gc.isenabled()
-    gc.disable()
-    try:
-        content, mended = read_coco(path)
-        for key in ('images', 'categories'):
-            if not isinstance(content, dict) or not isinstance(content.get(key), list):
-                raise ConfigError(
-                    f"{field}: '{path}' is not a COCO annotation file, it has no `{key}`"
-                )
-        coco = _summary(content, f"{field}: '{path}'")
-    except ValueError as error:
-        if isinstance(error, ConfigError):
-            raise
-        raise ConfigError(
-            f"{field}: '{path}' is not JSON, or an incomplete copy of it ({error})"
-        ) from error
-    finally:
-        if gc_was_on:
-            gc.enable()
-    if mended:
-        note(f"{field}: '{path}' is read by {' and '.join(mended)}")
-    return coco
-
-
-def _summary(content: dict, where: str) -> CocoFile:
-    images = {}
-    for image in content['images']:
-        if missing := [key for key in ('id', 'file_name', 'height', 'width') if key not in image]:
-            raise ConfigError(f'{where} has no `{missing[0]}` for the image {image}; add it')
-        if image['id'] in images:
-            raise ConfigError(
-                f'{where} lists two images with the id {image["id"]}; give each its own'
-            )
-        images[image['id']] = image['file_name'], (image['width'], image['height'])
-    names = {category['id']: str(category.get('name')) for category in content['categories']}
-    boxes, showing, ids = Counter(), defaultdict(set), set()
-    for box in boxes_of(content):
-        if missing := [key for key in ('image_id', 'category_id', 'id') if key not in box]:
-            raise ConfigError(f'{where} has no `{missing[0]}` for the annotation {box.get("id")}')
-        if box.get('id') in ids:
-            raise ConfigError(
-                f'{where} has two annotations with the id {box["id"]}; number them anew'
-            )
-        ids.add(box['id'])
-        if len(box['bbox'] or ()) != 4:
-            raise ConfigError(
-                f'{where} has bbox={box["bbox"]} for the annotation {box["id"]}, which must be '
-                '[x, y, width, height]; mend it or take it out'
-            )
-        name = names.get(box['category_id'])
-        boxes[name, _fate(box, images)] += 1
-        showing[name].add(box['image_id'])
-    return CocoFile(
-        categories=tuple(names.values()),
-        images=images,
-        boxes=boxes,
-        showing=showing,
-        has_annotations=isinstance(content.get('annotations'), list),
-    )
-
-
-def _fate(box: dict, images: dict) -> str:
-    """What MMDetection makes of an annotation of a class that it knows."""
-    if box['image_id'] not in images:
-        return 'of images that the file does not list'
-    if box.get('ignore'):
-        return 'marked with `ignore`'
-    (x, y, w, h), (width, height) = box['bbox'], images[box['image_id']][1]
-    is_outside = min(x + w, width) <= max(x, 0) or min(y + h, height) <= max(y, 0)
-    if is_outside or box['area'] <= 0 or w < 1 or h < 1:
-        return 'smaller than a pixel or outside of the image'
-    return 'used'
+    return read_coco_file(path, f"{field}: '{path}'")[1]
 
 
 def _count_what_is_left_out(dataset: Dataset, coco: CocoFile, path: str) -> None:
@@ -217,7 +123,7 @@ def _count_what_is_left_out(dataset: Dataset, coco: CocoFile, path: str) -> None
     left_out = Counter()
     for (name, fate), count in coco.boxes.items():
         left_out[fate if name in chosen else 'of other categories'] += count
-    used, total = left_out.pop('used', 0), coco.boxes.total()
+    used, total = left_out.pop(USED, 0), coco.boxes.total()
     if left_out:
         reasons = ', '.join(f'{count} {reason}' for reason, count in left_out.most_common())
         note(f"{dataset.field}: of the {total} annotations in '{path}', {used} are used: {reasons}")

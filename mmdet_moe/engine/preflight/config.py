@@ -8,9 +8,10 @@ from typing import Any
 from mmengine.config import Config
 from mmengine.registry import METRICS
 
+from mmdet_moe.datasets.coco_file import CocoFile
 from mmdet_moe.engine.preflight.arrays import check_arrays, is_grey, reads_arrays
 from mmdet_moe.engine.preflight.checkpoints import check_checkpoint
-from mmdet_moe.engine.preflight.coco import CocoFile, check_coco, check_coco_metric, reads_coco
+from mmdet_moe.engine.preflight.coco import check_coco, check_coco_metric, reads_coco
 from mmdet_moe.engine.preflight.datasets import (
     GET_DATA,
     Dataset,

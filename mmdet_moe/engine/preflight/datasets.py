@@ -19,7 +19,8 @@ from mmdet_moe.errors import ConfigError
 GET_DATA = (
     'prepare the data set with `tools/prepare_data.py`, or say where it is with '
     '`--cfg-options data_root=DIR` or an environment variable (COCO_ROOT for COCO, '
-    'DIGIT_SCENES_ROOT for digit scenes, FASHION_SCENES_ROOT for those with clothes)'
+    'VOC2007_ROOT for VOC2007, DIGIT_SCENES_ROOT for digit scenes, FASHION_SCENES_ROOT for those '
+    'with clothes)'
 )
 _NAMES_TO_PRINT = 5
 

@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 
@@ -33,6 +33,7 @@ class EfficientNetLite0(EfficientNet):
     ``(N, 3, H, W)`` images, normalised as (x − 127) / 128, to ``(N, 1280, H / 32, W / 32)``.
 
     Args:
+        out_indices: Which of the 7 layers give a feature map; those after the last are left out.
         **kwargs: As for ``EfficientNet``, without ``arch`` and ``act_cfg``.
     """
 
@@ -44,8 +45,10 @@ class EfficientNetLite0(EfficientNet):
         ]
     }
 
-    def __init__(self, **kwargs) -> None:
-        super().__init__(arch='b0', act_cfg=dict(type='ReLU6'), **kwargs)
+    def __init__(self, out_indices: Sequence[int] = (6,), **kwargs) -> None:
+        super().__init__(arch='b0', act_cfg=dict(type='ReLU6'), out_indices=out_indices, **kwargs)
+        # They would cost time, and DDP takes no parameters without a gradient.
+        del self.layers[max(out_indices) + 1 :]
 
 
 def convert_lite0(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

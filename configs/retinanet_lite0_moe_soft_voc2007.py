@@ -1,0 +1,11 @@
+# Both subnets of the head become 4 experts, balanced by the importance loss.
+_base_ = [
+    './_base_/models/retinanet_lite0.py',
+    './_base_/datasets/voc2007.py',
+    './_base_/schedules/voc_adamw.py',
+    './_base_/default_runtime.py',
+    './_base_/balancing/soft_importance.py',
+]
+model = dict(
+    bbox_head=dict(type='mmdet_moe.MoERetinaHead', num_experts=4, top_k=2, router={{_base_.router}})
+)

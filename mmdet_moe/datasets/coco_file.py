@@ -1,0 +1,143 @@
+"""COCO annotation files: read and checked for what no training could use, and counted."""
+
+import gc
+from collections import Counter, defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from mmdet_moe.compat.coco import boxes_of, read_coco
+from mmdet_moe.compat.distributed import note
+from mmdet_moe.errors import ConfigError
+
+#: COCO's size bins, by the area.
+SIZES = ('small', 'medium', 'large')
+#: :func:`fate` of what is trained.
+USED = 'used'
+
+
+@dataclass(frozen=True)
+class CocoFile:
+    """What checks need of an annotation file.
+
+    Attributes:
+        categories: Names, in the file's order.
+        images: By id, the name of the file, and width and height in px.
+        boxes: How many annotations there are, by their category (None: not in the file) and by
+            their :func:`fate`.
+        showing: The ids of the images with an annotation of each category.
+        has_annotations: Whether there is a list of them.
+    """
+
+    categories: tuple[str, ...]
+    images: dict[Any, tuple[str, tuple[int, int]]]
+    boxes: Counter[tuple[str | None, str]]
+    showing: dict[str | None, set]
+    has_annotations: bool
+
+
+def read_coco_file(path: str, where: str) -> tuple[dict, CocoFile]:
+    """The content of an annotation file, mended by ``read_coco``, and its summary.
+
+    Args:
+        path: A file that exists.
+        where: What messages begin with.
+
+    Raises:
+        ConfigError: It is no annotation file, or images or annotations lack a key, share an id, or
+            have a box of other than 4 numbers.
+    """
+    # The files have up to millions of small dicts, over which the collector would run for seconds.
+    gc_was_on = gc.isenabled()
+    gc.disable()
+    try:
+        content, mended = read_coco(path)
+        for key in ('images', 'categories'):
+            if not isinstance(content, dict) or not isinstance(content.get(key), list):
+                raise ConfigError(f'{where} is not a COCO annotation file, it has no `{key}`')
+        coco = _summary(content, where)
+    except ValueError as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f'{where} is not JSON, or an incomplete copy of it ({error})') from error
+    finally:
+        if gc_was_on:
+            gc.enable()
+    if mended:
+        note(f'{where} is read by {" and ".join(mended)}')
+    return content, coco
+
+
+def _summary(content: dict, where: str) -> CocoFile:
+    images = {}
+    for image in content['images']:
+        if missing := [key for key in ('id', 'file_name', 'height', 'width') if key not in image]:
+            raise ConfigError(f'{where} has no `{missing[0]}` for the image {image}; add it')
+        if image['id'] in images:
+            raise ConfigError(
+                f'{where} lists two images with the id {image["id"]}; give each its own'
+            )
+        images[image['id']] = image['file_name'], (image['width'], image['height'])
+    names = {category['id']: str(category.get('name')) for category in content['categories']}
+    boxes, showing, ids = Counter(), defaultdict(set), set()
+    for box in boxes_of(content):
+        if missing := [key for key in ('image_id', 'category_id', 'id') if key not in box]:
+            raise ConfigError(f'{where} has no `{missing[0]}` for the annotation {box.get("id")}')
+        if box.get('id') in ids:
+            raise ConfigError(
+                f'{where} has two annotations with the id {box["id"]}; number them anew'
+            )
+        ids.add(box['id'])
+        if len(box['bbox'] or ()) != 4:
+            raise ConfigError(
+                f'{where} has bbox={box["bbox"]} for the annotation {box["id"]}, which must be '
+                '[x, y, width, height]; mend it or take it out'
+            )
+        name = names.get(box['category_id'])
+        boxes[name, fate(box, images)] += 1
+        showing[name].add(box['image_id'])
+    return CocoFile(
+        categories=tuple(names.values()),
+        images=images,
+        boxes=boxes,
+        showing=showing,
+        has_annotations=isinstance(content.get('annotations'), list),
+    )
+
+
+def fate(box: Mapping, images: Mapping[Any, tuple[str, tuple[int, int]]]) -> str:
+    """What MMDetection makes of an annotation of a class it knows: :data:`USED`, or why not."""
+    if box['image_id'] not in images:
+        return 'of images that the file does not list'
+    if box.get('ignore'):
+        return 'marked with `ignore`'
+    (x, y, w, h), (width, height) = box['bbox'], images[box['image_id']][1]
+    is_outside = min(x + w, width) <= max(x, 0) or min(y + h, height) <= max(y, 0)
+    if is_outside or box['area'] <= 0 or w < 1 or h < 1:
+        return 'smaller than a pixel or outside of the image'
+    return USED
+
+
+def count_objects(content: Mapping[str, Any]) -> dict:
+    """Count the content of an annotation file, crowds (``iscrowd``) left out.
+
+    Returns:
+        ``{'images': int, 'objects': int, 'sizes': {'small': int, 'medium': int, 'large': int},
+        'classes': {name: int}}``.
+    """
+    objects = [box for box in boxes_of(content) if not box['iscrowd']]
+    sizes = Counter(size_bin(box['area']) for box in objects)
+    labels = Counter(box['category_id'] for box in objects)
+    return {
+        'images': len(content['images']),
+        'objects': len(objects),
+        'sizes': {name: sizes[name] for name in SIZES},
+        'classes': {category['name']: labels[category['id']] for category in content['categories']},
+    }
+
+
+def size_bin(area: float) -> str:
+    """COCO's size bin ('small', 'medium' or 'large') of an area in px²."""
+    if area < 32**2:
+        return 'small'
+    return 'medium' if area <= 96**2 else 'large'

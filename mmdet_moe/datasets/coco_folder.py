@@ -1,0 +1,186 @@
+"""Write labelled images as a folder in COCO's layout: train.json, val.json and images/."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from PIL import Image, ImageOps
+from tqdm import tqdm
+
+from mmdet_moe.datasets.coco_file import count_objects
+from mmdet_moe.errors import ConfigError, explained
+
+T = TypeVar('T')
+#: What a folder was made of, as JSON.
+NOTE = 'dataset.json'
+#: What shows that a JPEG or PNG is to be turned before it is looked at, by a quarter.
+_ORIENTATION, _QUARTER_TURNS = 0x0112, (5, 6, 7, 8)
+_JPEG_QUALITY = 95
+
+
+@dataclass(frozen=True)
+class Box:
+    """An object.
+
+    Attributes:
+        label: Number of its class, from 0.
+        corners: ``(x0, y0, x1, y1)`` in px of the image; ``x1 - x0`` is its width.
+        crowd: Whether it is written with ``iscrowd=1``: not counted as missed, nor trained.
+    """
+
+    label: int
+    corners: tuple[float, float, float, float]
+    crowd: bool = False
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """An image with its objects.
+
+    Attributes:
+        file: The image.
+        name: Its name in the folder, below ``images/``.
+        size: Width and height in px, of :func:`image_size`.
+        boxes: The objects.
+    """
+
+    file: Path
+    name: str
+    size: tuple[int, int]
+    boxes: Sequence[Box]
+
+
+def image_size(file: str | Path) -> tuple[int, int]:
+    """Width and height in px of an image, turned as its EXIF data say, as OpenCV reads it.
+
+    Raises:
+        ConfigError: It cannot be read.
+    """
+    with explained(f'{file} cannot be read as an image'), Image.open(file) as image:
+        return oriented_size(image)
+
+
+def oriented_size(image: Image.Image) -> tuple[int, int]:
+    """:func:`image_size` of an image that is open."""
+    turned = image.getexif().get(_ORIENTATION) in _QUARTER_TURNS
+    return image.size[::-1] if turned else image.size
+
+
+def already_there(out: str | Path, made_of: Mapping[str, object]) -> dict | None:
+    """Counts of the splits of a folder that :func:`write_folder` made of the same; None for none.
+
+    Raises:
+        ConfigError: There is something else.
+    """
+    out = Path(out)
+    if (out / NOTE).is_file():
+        noted = json.loads((out / NOTE).read_text())
+        if noted.get('made_of') == made_of:
+            return noted['splits']
+    elif not any((out / name).exists() for name in ('images', 'train.json', 'val.json')):
+        return None
+    raise ConfigError(
+        f'{out} holds another data set, or one made with other options: choose another --out, or '
+        'move it away'
+    )
+
+
+def write_folder(
+    out: str | Path,
+    splits: Mapping[str, Sequence[T]],
+    label: Callable[[T], Labelled],
+    classes: Sequence[str],
+    made_of: Mapping[str, object],
+    size: int | None = None,
+) -> dict:
+    """Write a data set, whole or not at all. What else is in ``out`` stays.
+
+    Images that keep their size are hard links where the disk allows.
+
+    Args:
+        out: The folder, for which :func:`already_there` is None.
+        splits: Images by 'train' and 'val'.
+        label: Of an image, what to write.
+        classes: Names, in the order of the labels; category ids begin with 1.
+        made_of: What decides about the result, as JSON has it.
+        size: Longer side of every image in px; None to keep the images as they are.
+
+    Returns:
+        By split what :func:`~mmdet_moe.datasets.coco_file.count_objects` gives.
+
+    Raises:
+        ConfigError: A split has no images, two images have one name, or one cannot be read.
+    """
+    out = Path(out)
+    scratch = out / '.writing'
+    shutil.rmtree(scratch, ignore_errors=True)
+    (scratch / 'images').mkdir(parents=True)
+    try:
+        counts, image_id, box_id = {}, 0, 0
+        for split, listed in splits.items():
+            if not listed:
+                raise ConfigError(f'there is no image for the split {split!r}')
+            images, annotations = [], []
+            for item in map(label, tqdm(listed, desc=split, unit='image', leave=False)):
+                image_id += 1
+                width, height = _store(item, scratch / 'images' / item.name, size)
+                images.append(
+                    {'id': image_id, 'file_name': item.name, 'width': width, 'height': height}
+                )
+                scale = (width / item.size[0], height / item.size[1]) * 2
+                for box in item.boxes:
+                    box_id += 1
+                    x0, y0, x1, y1 = (c * s for c, s in zip(box.corners, scale, strict=True))
+                    annotations.append(
+                        {
+                            'id': box_id,
+                            'image_id': image_id,
+                            'category_id': box.label + 1,
+                            'bbox': [round(v, 2) for v in (x0, y0, x1 - x0, y1 - y0)],
+                            'area': round((x1 - x0) * (y1 - y0), 2),
+                            'iscrowd': int(box.crowd),
+                        }
+                    )
+            content = {
+                'images': images,
+                'annotations': annotations,
+                'categories': [{'id': i, 'name': name} for i, name in enumerate(classes, start=1)],
+            }
+            (scratch / f'{split}.json').write_text(json.dumps(content))
+            counts[split] = count_objects(content)
+        (scratch / NOTE).write_text(json.dumps({'made_of': made_of, 'splits': counts}, indent=2))
+        # The note at last: without it nothing counts as there.
+        for name in ('images', *(f'{split}.json' for split in splits), NOTE):
+            (scratch / name).rename(out / name)
+        return counts
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def digest(lines: Iterable[str]) -> str:
+    """SHA-256 of some text, for ``made_of``."""
+    return hashlib.sha256('\n'.join(lines).encode()).hexdigest()
+
+
+def _store(item: Labelled, target: Path, size: int | None) -> tuple[int, int]:
+    if target.exists():
+        raise ConfigError(f'{item.file}: there is another image {item.name!r}; rename one')
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if size is None or max(item.size) == size:
+        try:
+            os.link(item.file.resolve(), target)
+        except OSError:  # another disk, or somebody else's file
+            shutil.copyfile(item.file, target)
+        return item.size
+    scaled = tuple(max(1, round(side * size / max(item.size))) for side in item.size)
+    with explained(f'{item.file} cannot be read as an image'), Image.open(item.file) as image:
+        upright = ImageOps.exif_transpose(image).convert('RGB')
+        upright.resize(scaled, Image.Resampling.BICUBIC).save(target, quality=_JPEG_QUALITY)
+    return scaled

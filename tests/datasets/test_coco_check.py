@@ -1,0 +1,169 @@
+"""What the check of a folder in COCO's layout finds."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mmdet_moe.datasets.coco_check import Part, check, contact_sheet, format_classes, parts_of
+from mmdet_moe.errors import ConfigError
+
+
+def write_split(folder, split, first):
+    """Three images of 200×100 px: a small and a large object, a medium one, none."""
+    (folder / 'images').mkdir(parents=True, exist_ok=True)
+    images = []
+    for id_ in range(first, first + 3):
+        pixels = np.random.default_rng(id_).integers(0, 256, (100, 200, 3), np.uint8)
+        Image.fromarray(pixels).save(folder / f'images/{id_}.jpg')
+        images.append({'id': id_, 'file_name': f'{id_}.jpg', 'width': 200, 'height': 100})
+    boxes = [(0, 1, [5, 5, 20, 20]), (0, 2, [0, 0, 200, 100]), (1, 2, [9, 9, 50, 50])]
+    content = {
+        'images': images,
+        'annotations': [
+            dict(id=i, image_id=first + n, category_id=c, bbox=b, area=b[2] * b[3], iscrowd=0)
+            for i, (n, c, b) in enumerate(boxes, start=1)
+        ],
+        'categories': [{'id': 1, 'name': 'cat'}, {'id': 2, 'name': 'dog'}],
+    }
+    (folder / f'{split}.json').write_text(json.dumps(content))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    write_split(tmp_path / 'data', 'train', 1)
+    write_split(tmp_path / 'data', 'val', 11)
+    return tmp_path / 'data'
+
+
+def changed(folder, change, split='train'):
+    """The report after ``change`` has changed the content of an annotation file."""
+    file = folder / f'{split}.json'
+    content = json.loads(file.read_text())
+    change(content)
+    file.write_text(json.dumps(content))
+    return check(parts_of(folder))
+
+
+def test_what_is_right(folder):
+    report = check(parts_of(folder))
+    assert report.wrong == []
+    assert report.notes == [
+        'train: 1 images show no object, such as 3.jpg',
+        'val: 1 images show no object, such as 13.jpg',
+    ]
+    assert report.splits['val']['sizes'] == {'small': 1, 'medium': 1, 'large': 1}
+    cells = [line.split() for line in format_classes(report).splitlines()]
+    assert cells[1:] == [
+        ['cat', '1', '0', '0', '1', '0', '0'],
+        ['dog', '0', '1', '1', '0', '1', '1'],
+    ]
+
+
+def box(**values):
+    return lambda content: content['annotations'][0].update(values)
+
+
+def same_name(content):
+    content['images'][1]['file_name'] = content['images'][0]['file_name']
+
+
+def same_category_id(content):
+    content['categories'].append({'id': 2, 'name': 'wolf'})
+
+
+def repeat(content):
+    content['annotations'].append(content['annotations'][0] | {'id': 9})
+
+
+@pytest.mark.parametrize(
+    ('change', 'message'),
+    [
+        (box(bbox=[190, 5, 20, 20]), 'train: 1 boxes reach out of their image, such as annotation'),
+        (box(bbox=[300, 5, 20, 20]), 'left out by a training: smaller than a pixel or outside'),
+        (box(bbox=[5, 5, -20, 20]), 'left out by a training: smaller than a pixel or outside'),
+        (box(bbox=[5, 5, 0, 20]), 'left out by a training: smaller than a pixel or outside'),
+        (box(bbox=[5, 5, float('nan'), 20]), 'boxes are not numbers'),
+        (box(category_id=7), 'of a category that is not listed, such as annotation 1 of 1.jpg'),
+        (box(image_id=77), 'of images that the file does not list, such as annotation 1 of image'),
+        (box(id=2), 'has two annotations with the id 2'),
+        (repeat, 'annotations repeat another one, such as annotation 9 of 1.jpg'),
+        (same_name, 'images are listed twice, such as 1.jpg'),
+        (same_category_id, 'categories share an id with another one'),
+        (lambda c: c['images'][0].update(id=2), 'lists two images with the id 2'),
+        (lambda c: c['images'][0].update(width=300), r'1.jpg (200×100, not 300×100)'),
+        (lambda c: c['images'][0].update(file_name='no.jpg'), '1 images do not exist, such as'),
+        (lambda c: c['categories'].reverse(), 'train and val have different categories'),
+        (lambda c: c['categories'][1].update(name='cat'), 'have a name that another one has'),
+        (lambda c: c.pop('annotations'), 'has no `annotations`'),
+    ],
+)
+def test_annotations(folder, change, message):
+    report = changed(folder, change)
+    assert any(message in sentence for sentence in report.wrong), report.wrong
+
+
+def test_an_edge_within_a_pixel_is_rounding(folder):
+    assert changed(folder, box(bbox=[5, 5, 195.9, 20])).wrong == []
+
+
+def test_what_may_be_meant_so(folder):
+    def change(content):
+        content['annotations'][0]['iscrowd'] = 1
+        content['annotations'][1]['ignore'] = 1
+        content['categories'].append({'id': 3, 'name': 'wolf'})
+
+    changed(folder, change, 'val')
+    report = changed(folder, change)
+    assert report.wrong == []
+    text = '\n'.join(report.notes)
+    for part in ('iscrowd=1', 'marked with `ignore`', 'categories have no object, such as wolf'):
+        assert part in text
+
+
+def test_images(folder):
+    images = folder / 'images'
+    (images / '1.jpg').write_bytes((images / '1.jpg').read_bytes()[:-2000])
+    (images / '2.jpg').write_bytes(b'')
+    (images / '13.jpg').write_bytes((images / '3.jpg').read_bytes())
+    report = check(parts_of(folder))
+    unreadable, repeated = report.wrong
+    assert unreadable.startswith(f'train: 2 images cannot be read, such as {images / "1.jpg"} (')
+    assert repeated == (
+        '1 image files are in several splits, byte for byte, such as 3.jpg of train = 13.jpg of val'
+    )
+
+
+def test_a_tiny_image(folder):
+    Image.new('RGB', (4, 2)).save(folder / 'images/3.jpg')
+    report = changed(folder, lambda c: c['images'][2].update(width=4, height=2))
+    assert report.wrong == []
+
+
+def test_layouts(folder, tmp_path):
+    coco = tmp_path / 'coco'
+    (coco / 'annotations').mkdir(parents=True)
+    (folder / 'train.json').rename(coco / 'annotations/instances_train2017.json')
+    (folder / 'images').rename(coco / 'train2017')
+    assert parts_of(coco) == [
+        Part('train2017', coco / 'annotations/instances_train2017.json', coco / 'train2017')
+    ]
+    assert check(parts_of(coco)).wrong == []
+    with pytest.raises(ConfigError, match=r'has neither train\.json nor annotations/instances_'):
+        parts_of(tmp_path)
+
+
+def test_contact_sheet(folder):
+    """Each class has its colour, at the edges of its boxes."""
+    for number in (1, 2, 3, 11, 12, 13):
+        Image.new('RGB', (200, 100)).save(folder / f'images/{number}.jpg')
+    (folder / 'images/13.jpg').unlink()
+    sheet = contact_sheet(parts_of(folder))
+    assert sheet.size == (6 * 240, 200)
+    pixels = np.asarray(sheet).reshape(200, 6, 240, 3)
+    coloured = [(np.ptp(pixels[:, i].astype(int), axis=-1) > 50).any() for i in range(6)]
+    assert coloured == [True, True, False, True, True, False]
+    # 200 px become 236; the box from (9, 9) to (59, 59) of the second image, below the line.
+    assert len({tuple(pixels[14 + round(y * 1.18), 1, round(30 * 1.18)]) for y in (9, 30, 59)}) == 2
+    assert tuple(pixels[100, 5, 100]) == (128, 128, 128)
