@@ -85,7 +85,7 @@ class FeatureCache:
         indices = range(len(dataset)) if indices is None else indices
         folder = self.folder / (name or split)
         folder.mkdir(parents=True, exist_ok=True)
-        chunks, labels = [], [dataset.get_data_info(i)['gt_label'] for i in indices]
+        chunks, labels = [], [int(dataset.get_data_info(i)['gt_label']) for i in indices]
         starts = range(0, len(indices), CHUNK)
         for start in tqdm(starts, desc=f'features {folder.name}', unit='chunk', mininterval=10):
             path = folder / f'{start:06d}.npy'
@@ -102,7 +102,9 @@ class FeatureCache:
     def labels(self, split: str) -> Tensor:
         """(N,) int64 of all images of a split."""
         dataset = self._dataset(split)
-        return torch.tensor([dataset.get_data_info(i)['gt_label'] for i in range(len(dataset))])
+        return torch.tensor(
+            [int(dataset.get_data_info(i)['gt_label']) for i in range(len(dataset))]
+        )
 
     def _dataset(self, split: str) -> BaseDataset:
         init_default_scope(self.cfg.default_scope)

@@ -1,0 +1,119 @@
+"""One classifier for two data sets: planted features, the table, and all of it in miniature."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from miniature import expect_cifar, expect_fashion_mnist, write_cifar100, write_fashion_mnist
+
+from mmdet_moe.errors import ConfigError
+from mmdet_moe.models import EfficientNetLite0
+from research.experiments import domains
+from research.experiments import experiment as experiment_module
+from research.experiments.domains import DENSE, METHODS, DomainsExperiment, markdown_table
+from research.heads import Data, Recipe
+
+RECIPE = Recipe(lr=3e-3, epochs=4, batch_size=64)
+
+
+def planted(num_images, seed):
+    """Two sources that lie apart, each with ten classes of its own."""
+    generator = torch.Generator().manual_seed(0)
+    centres = torch.randn(20, domains.FEATURES, generator=generator)
+    apart = 3 * torch.randn(2, domains.FEATURES, generator=generator)
+    generator.manual_seed(seed)
+    labels = torch.randint(20, (num_images,), generator=generator)
+    noise = torch.randn(num_images, domains.FEATURES, generator=generator)
+    sources = labels // 10
+    return Data(centres[labels] + apart[sources] + noise, labels, sources=sources)
+
+
+@pytest.mark.parametrize(
+    'name', ['4 experts: clustered, Switch', '4 experts: DAMEX', '4 experts: loss-free']
+)
+def test_measured_by_hand(name):
+    train, test = planted(640, seed=1), planted(200, seed=2)
+    method = next(m for m in METHODS if m.name == name)
+    found = domains.measure(method, 0, RECIPE, train, test)
+    routing = found['routing']
+    counts = np.array(routing['counts'])
+    assert counts.sum(1).tolist() == torch.bincount(test.sources).tolist()
+    p = counts / counts.sum()
+    independent = p.sum(0) * p.sum(1, keepdims=True)
+    expected = (p[p > 0] * np.log(p[p > 0] / independent[p > 0])).sum()
+    assert routing['information'] == pytest.approx(expected)
+    assert routing['dead'] == (counts.sum(0) < 0.01 / 4 * counts.sum()).sum()
+    if 'clustered' in name:
+        assert expected == pytest.approx(np.log(2), abs=0.05)  # the sources are told apart
+        assert routing['disagreement'] < 0.1
+
+
+def test_costs_by_hand():
+    """Multiply and add, of one image: the router, one expert and the classifier."""
+    test = planted(20, seed=2)
+    costs = {}
+    for method in METHODS:
+        head = domains.build_head(method, 0)
+        costs[method.name] = domains.count_flops(head, test.features[:1])
+    f, w, c = domains.FEATURES, domains.WIDTH, 110
+    assert costs['4 experts: Switch'] == 2 * (4 * f + f * w + 2 * w * w + 2 * w * c)
+    wider = w + 4
+    assert costs[DENSE.name] == 2 * (f * wider + 2 * wider * wider + 2 * wider * c)
+    assert costs[DENSE.name] >= costs['4 experts: Switch']
+
+
+def test_table():
+    def run(accuracy, counts=None):
+        found = {'accuracy': accuracy, 'flops': 123_456, 'parameters': 54_321}
+        if counts is not None:
+            found['routing'] = {
+                'counts': counts, 'information': 0.25, 'dead': 1, 'disagreement': 0.5
+            }  # fmt: skip
+        return found
+
+    results = {
+        DENSE: [run([0.4, 0.8]), run([0.42, 0.8])],
+        METHODS[3]: [run([0.5, 0.9], [[1, 0]]), run([0.42, 0.8], [[1, 0]])],
+        METHODS[4]: [],
+    }
+    dense, switch = ([c.strip() for c in line.split('|')[1:-1]]
+                     for line in markdown_table(results).splitlines()[2:])  # fmt: skip
+    assert dense[:8] == [
+        'dense, equal cost', '2', '60.50 ± 0.71', '–', '41.0', '80.0', '123', '54 k'
+    ]  # fmt: skip
+    assert switch[2:6] == ['65.50 ± 6.36', '+5.00', '46.0', '85.0']
+    assert switch[8:] == ['0.25 ± 0.00', '2 of 8', '0.50']
+
+
+def test_all_in_miniature(tmp_path, monkeypatch):
+    """Two tiny data sets through the real backbone; then it goes on where it stopped."""
+    monkeypatch.setattr(experiment_module, 'RESULTS', tmp_path / 'results.md')
+    monkeypatch.setattr(domains, 'RECIPES', (Recipe(epochs=1, batch_size=16),))
+    weights = tmp_path / 'weights.pth'
+    torch.save(EfficientNetLite0().state_dict(), weights)
+    monkeypatch.setenv('EFFICIENTNET_LITE0', str(weights))
+    folder = write_cifar100(tmp_path / 'cifar', num_train=120, num_test=100)
+    expect_cifar(monkeypatch, folder)
+    fashion = tmp_path / 'fashion'
+    write_fashion_mnist(fashion, num_train=120, num_test=20)
+    expect_fashion_mnist(monkeypatch, fashion)
+    made = DomainsExperiment(
+        folder.parent, tmp_path / 'runs', [0], 1, fashion, (DENSE, METHODS[2], METHODS[10]), 100
+    )
+    domains.load.cache_clear()
+    made.run()
+    train = domains.load(made.where, 'train')
+    assert torch.bincount(train.sources).tolist() == [100, 100]
+    assert train.labels[train.sources == 1].min() == 100
+    table = (made.written / 'domains.md').read_text()
+    assert table.count('\n| ') == 4
+    path = made._path(DENSE, 0)
+    first = path.stat().st_mtime_ns
+    made.run()
+    assert path.stat().st_mtime_ns == first
+    content = json.loads(path.read_text())
+    content['settings']['images'] = 7
+    path.write_text(json.dumps(content))
+    with pytest.raises(ConfigError, match='is of other settings'):
+        made.run(table_only=True)
