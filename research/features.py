@@ -85,7 +85,7 @@ class FeatureCache:
         indices = range(len(dataset)) if indices is None else indices
         folder = self.folder / (name or split)
         folder.mkdir(parents=True, exist_ok=True)
-        chunks, labels = [], [int(dataset.get_data_info(i)['gt_label']) for i in indices]
+        chunks, labels = [], _labels(dataset, indices)
         starts = range(0, len(indices), CHUNK)
         for start in tqdm(starts, desc=f'features {folder.name}', unit='chunk', mininterval=10):
             path = folder / f'{start:06d}.npy'
@@ -137,6 +137,11 @@ class FeatureCache:
         model.init_weights()
         self._model = model.eval().to(memory_format=torch.channels_last)
         return self._model
+
+
+def _labels(dataset: BaseDataset, indices: Sequence[int]) -> list[int]:
+    # Some data sets have arrays of no dimension.
+    return [int(dataset.get_data_info(i)['gt_label']) for i in indices]
 
 
 def _without_places(value: Any) -> Any:
