@@ -63,6 +63,24 @@ def test_costs_by_hand():
     assert costs[DENSE.name] >= costs['4 experts: Switch']
 
 
+def test_the_recipe_is_chosen_on_images_of_all_classes(tmp_path, monkeypatch):
+    data = Data(
+        torch.randn(2000, domains.FEATURES), torch.arange(2000) % 10, sources=torch.zeros(2000)
+    )
+    trained, judged = [], []
+    monkeypatch.setattr(domains, 'load', lambda *_: data)
+    monkeypatch.setattr(domains, 'train_head', lambda _, part, *__, **___: trained.append(part))
+    monkeypatch.setattr(
+        domains, 'accuracy', lambda _, labels: judged.append(labels) or len(judged) / 10
+    )
+    domains._tune(None, tmp_path / 'recipe.json')
+    assert json.loads((tmp_path / 'recipe.json').read_text())['best'] == vars(domains.RECIPES[-1])
+    for part, labels in zip(trained, judged, strict=True):
+        assert len(part) == 1800
+        assert torch.bincount(part.labels).min() > 150
+        assert torch.bincount(labels).min() > 5
+
+
 def test_table():
     def run(accuracy, counts=None):
         found = {'accuracy': accuracy, 'flops': 123_456, 'parameters': 54_321}
