@@ -2,8 +2,11 @@
 
 import gc
 import math
+import sys
 import zlib
 from collections import Counter, defaultdict
+from contextlib import redirect_stdout
+from threading import Lock
 
 import pytest
 import torch
@@ -69,6 +72,18 @@ def seed():
     torch.manual_seed(0)
 
 
+@pytest.fixture(scope='session', autouse=True)
+def quick_runners():
+    """Two things that take a Runner of MMEngine seconds, and concern no test.
+
+    They are which compilers there are, and the layout of the config, which it writes five times.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr('mmengine.runner.runner.collect_env', dict)
+        patch.setattr('yapf.yapflib.yapf_api.FormatCode', lambda text, **_: (text, True))
+        yield
+
+
 @pytest.fixture(scope='module', autouse=True)
 def short_garbage_collections():
     """The imported toolboxes are not looked through again in every collection.
@@ -82,8 +97,10 @@ def short_garbage_collections():
 @pytest.fixture(autouse=True)
 def mmengine_globals(monkeypatch):
     """Every test has MMEngine's global instances, such as the default scope, to itself."""
-    # Which compilers there are takes seconds to find out, and concerns no test.
-    monkeypatch.setattr('mmengine.runner.runner.collect_env', dict)
+    _forget_instances(monkeypatch)
+
+
+def _forget_instances(monkeypatch):
     for manager in _subclasses(ManagerMixin):
         monkeypatch.setattr(manager, '_instance_dict', type(manager._instance_dict)())
 
@@ -92,6 +109,23 @@ def _subclasses(cls):
     for subclass in cls.__subclasses__():
         yield subclass
         yield from _subclasses(subclass)
+
+
+@pytest.fixture
+def in_process(request, monkeypatch):
+    """Without --all, experiments call their tools here; a process imports for ten seconds."""
+    from mmdet_moe.analysis.command import run_analysis
+    from mmdet_moe.cli import run_train
+
+    tools, lock = {'train.py': run_train, 'analyze_experts.py': run_analysis}, Lock()
+
+    def run_tool(tool, arguments, threads, output):
+        with lock, redirect_stdout(output or sys.stdout), pytest.MonkeyPatch.context() as patch:
+            _forget_instances(patch)
+            tools[tool](arguments)
+
+    if not request.config.getoption('--all'):
+        monkeypatch.setattr('research.runs._run_tool', run_tool)
 
 
 @pytest.fixture(scope='session')

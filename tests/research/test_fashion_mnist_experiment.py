@@ -94,6 +94,7 @@ TINY = Budget(
 )
 
 
+@pytest.mark.usefixtures('in_process')
 def test_experiment(tmp_path, monkeypatch, capsys):
     """Trains, analyses, writes; a second run finds everything done."""
     data = write_fashion_mnist(tmp_path / 'data', num_train=40, num_test=20)
@@ -146,6 +147,7 @@ def test_experiment(tmp_path, monkeypatch, capsys):
     assert (fewer.written / 'fashion-mnist-tiny.md').read_text().strip() in first
 
 
+@pytest.mark.usefixtures('in_process')
 def test_interrupted_in_the_last_validation(tmp_path, monkeypatch):
     """The checkpoint is there, the accuracy is not: resuming only has to validate."""
     data = write_fashion_mnist(tmp_path / 'data', num_train=40, num_test=20)

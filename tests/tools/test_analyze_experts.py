@@ -25,6 +25,7 @@ from mmdet_moe.analysis.data import AnalysisData
 from mmdet_moe.analysis.recorder import Recorder
 from mmdet_moe.analysis.records.contents import BoxRecords
 from mmdet_moe.analysis.records.files import RecordFiles
+from mmdet_moe.analysis.report import figures
 from mmdet_moe.analysis.statistics import summary
 from mmdet_moe.analysis.statistics.matching import CORRECT
 from mmdet_moe.analysis.statistics.outcomes import outcomes_of
@@ -352,15 +353,19 @@ def test_schema(detector, finished):
     assert not list(finished.rglob('*.tmp'))
 
 
-def test_figures(detector, tmp_path, monkeypatch):
-    """The one run with figures; few images, no interventions."""
-    from mmdet_moe.analysis.report.figures import write_figures
+def test_figures(detector, tmp_path, monkeypatch, request):
+    """The one run with figures, all drawn and, without --all, every sixth written.
 
-    monkeypatch.setattr(command, 'write_figures', write_figures)
+    Few images, no interventions.
+    """
+    draw, step = figures.draw_figures, 1 if request.config.getoption('--all') else 6
+    monkeypatch.setattr(figures, 'draw_figures', lambda experts: [*draw(experts)][::step])
+    monkeypatch.setattr(command, 'write_figures', figures.write_figures)
     detector(tmp_path / 'out', '--no-interventions', '--max-images', '4')
-    figures = [path for path in (tmp_path / 'out' / 'figures').rglob('*') if path.is_file()]
-    assert {path.suffix for path in figures} == {'.png', '.pdf'}
-    assert all(path.stat().st_size > 1000 for path in figures)
+    paths = [path for path in (tmp_path / 'out' / 'figures').rglob('*') if path.is_file()]
+    assert {path.parent.name for path in paths} == set(LAYERS)
+    assert {path.suffix for path in paths} == {'.png', '.pdf'}
+    assert all(path.stat().st_size > 1000 for path in paths)
 
 
 def test_ap_is_that_of_the_test_tool(detector, finished, tmp_path, monkeypatch):
