@@ -259,15 +259,20 @@ def test_two_processes_route_together(tmp_path, digit_scenes_folder):
         probe.bind(('127.0.0.1', 0))
         port = str(probe.getsockname()[1])
     environment = {**os.environ, 'PYTHON': sys.executable, 'PORT': port, 'OMP_NUM_THREADS': '1'}
+    environment['CUDA_VISIBLE_DEVICES'] = ''
     done = subprocess.run(
         [*command, '--cfg-options', *options],
         cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
+    output = done.stdout + done.stderr
+    assert output.count('Iter(train) [2/2]') == 1  # one process speaks
+    assert 'coco/bbox_mAP' in output
     report = json.loads((tmp_path / 'both' / 'expert_utilization_val.json').read_text())
     # 8 images, shared out to two ranks, × 5 levels.
     assert {layer['num_items'] for layer in report['layers'].values()} == {8 * 5}
     state = read_checkpoint(str(tmp_path / 'both' / 'iter_2.pth'), map_location='cpu')['state_dict']
+    assert not any(name.startswith('module.') for name in state)
     relative = state['bbox_head.cls_moe.router.constraint.relative_importance']
     assert relative.abs().max() > 0
     assert relative.sum().item() == pytest.approx(0, abs=1e-5)
