@@ -29,8 +29,9 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     config.addinivalue_line(
         'markers',
-        'sweep(keep, each=()): many cases of the same thing, of which a share ``keep``, the same '
-        'one every time, is run without --all (0: none); so for each value of the fixtures named ``each``',
+        'sweep(keep, each=()): many cases of the same thing, of which a share ``keep`` (0: none), '
+        'the same one every time, is run without --all; so for each value of the fixtures named '
+        '``each``',
     )
 
 

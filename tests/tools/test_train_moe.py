@@ -254,6 +254,7 @@ def test_two_processes_route_together(tmp_path, digit_scenes_folder):
     config = str(DEMO / 'retinanet_moe_hard_digits.py')
     options = [f'data_root={digit_scenes_folder}', *SMALL]
     options += ['train_cfg.max_iters=2', 'train_cfg.val_interval=2']
+    options.append('default_hooks.logger.interval=1')
     command = ['bash', str(ROOT / 'tools' / 'dist_train.sh'), config, '2', '--work-dir', 'both']
     with socket.socket() as probe:
         probe.bind(('127.0.0.1', 0))
