@@ -5,8 +5,8 @@ import math
 import sys
 import zlib
 from collections import Counter, defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stdout
-from threading import Lock
 
 import pytest
 import torch
@@ -114,19 +114,24 @@ def _subclasses(cls):
 
 @pytest.fixture
 def in_process(request, monkeypatch):
-    """Without --all, experiments call their tools here; a process imports for ten seconds."""
+    """Without --all, experiments call their tools here, one after the other.
+
+    In processes of their own, each would import the toolboxes for ten seconds.
+    """
     from mmdet_moe.analysis.command import run_analysis
     from mmdet_moe.cli import run_train
 
-    tools, lock = {'train.py': run_train, 'analyze_experts.py': run_analysis}, Lock()
+    tools = {'train.py': run_train, 'analyze_experts.py': run_analysis}
 
     def run_tool(tool, arguments, threads, output):
-        with lock, redirect_stdout(output or sys.stdout), pytest.MonkeyPatch.context() as patch:
+        with redirect_stdout(output or sys.stdout), pytest.MonkeyPatch.context() as patch:
             _forget_instances(patch)
             tools[tool](arguments)
 
     if not request.config.getoption('--all'):
         monkeypatch.setattr('research.runs._run_tool', run_tool)
+        pool = 'research.experiments.experiment.ThreadPoolExecutor'
+        monkeypatch.setattr(pool, lambda jobs: ThreadPoolExecutor(1))
 
 
 @pytest.fixture(scope='session')
