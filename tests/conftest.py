@@ -134,6 +134,15 @@ def in_process(request, monkeypatch):
         monkeypatch.setattr(pool, lambda jobs: ThreadPoolExecutor(1))
 
 
+@pytest.fixture
+def quick_analysis(request, monkeypatch):
+    """Without --all, analyses draw no figures and try few permutations."""
+    if not request.config.getoption('--all'):
+        monkeypatch.setattr('mmdet_moe.analysis.command.write_figures', lambda *_: None)
+        summarise = 'mmdet_moe.analysis.statistics.summary.summarise'
+        monkeypatch.setattr(f'{summarise}.__defaults__', (19,))
+
+
 @pytest.fixture(scope='session')
 def digit_scenes_folder(tmp_path_factory):
     """16 training and 8 validation scenes of 128 px."""

@@ -94,7 +94,7 @@ TINY = Budget(
 )
 
 
-@pytest.mark.usefixtures('in_process')
+@pytest.mark.usefixtures('in_process', 'quick_analysis')
 def test_experiment(tmp_path, monkeypatch, capsys):
     """Trains, analyses, writes; a second run finds everything done."""
     data = write_fashion_mnist(tmp_path / 'data', num_train=40, num_test=20)

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 import mmdet_moe
-from mmdet_moe.analysis import command
 
 TOOLS = Path(mmdet_moe.__file__).parents[1] / 'tools'
 
@@ -22,13 +21,11 @@ def load_tool(name):
     return module
 
 
-@pytest.mark.usefixtures('in_process')
-def test_demo_trains_both_models_and_then_reuses_them(tmp_path, monkeypatch, capfd, request):
+@pytest.mark.usefixtures('in_process', 'quick_analysis')
+def test_demo_trains_both_models_and_then_reuses_them(tmp_path, monkeypatch, capfd):
     arguments = ['--images', '16', '--iterations', '2']
     arguments += ['--data', str(tmp_path / 'data'), '--work-dir', str(tmp_path / 'runs')]
     monkeypatch.setattr(sys, 'argv', ['demo.py', *arguments])
-    if not request.config.getoption('--all'):
-        monkeypatch.setattr(command, 'write_figures', lambda *_: None)
     demo = load_tool('demo')
     demo.main()
     first = capfd.readouterr()
