@@ -266,9 +266,8 @@ def test_two_processes_route_together(tmp_path, digit_scenes_folder):
         cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    output = done.stdout + done.stderr
-    assert output.count('Iter(train) [2/2]') == 1  # one process speaks
-    assert 'coco/bbox_mAP' in output
+    # One process speaks.
+    assert (done.stdout + done.stderr).count('Iter(train) [2/2]') == 1
     report = json.loads((tmp_path / 'both' / 'expert_utilization_val.json').read_text())
     # 8 images, shared out to two ranks, × 5 levels.
     assert {layer['num_items'] for layer in report['layers'].values()} == {8 * 5}
