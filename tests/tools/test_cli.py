@@ -161,7 +161,7 @@ def here(folder, monkeypatch):
 def start(folder, *command, **environment):
     env = {**os.environ, 'PYTHON': sys.executable, **environment}
     env.pop(cli.TRACEBACK_VARIABLE, None)
-    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=300)
 
 
 def tool(folder, name, *arguments):
