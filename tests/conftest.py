@@ -8,6 +8,7 @@ from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stdout
 
+import numpy as np
 import pytest
 import torch
 from local_server import Server
@@ -74,14 +75,18 @@ def seed():
 
 
 @pytest.fixture(scope='session', autouse=True)
-def quick_runners():
-    """Two things that take a Runner of MMEngine seconds, and concern no test.
+def quick_runners(request):
+    """What takes a Runner seconds and concerns few tests is left out.
 
-    They are which compilers there are, and the layout of the config, which it writes five times.
+    It is which compilers there are, the layout of the config, which MMEngine writes five times,
+    and without --all the pictures of ExpertUtilizationHook, which has a test of its own.
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr('mmengine.runner.runner.collect_env', dict)
         patch.setattr('yapf.yapflib.yapf_api.FormatCode', lambda text, **_: (text, True))
+        if not request.config.getoption('--all'):
+            blank = np.zeros((4, 4, 3), np.uint8)
+            patch.setattr('mmdet_moe.drawing.draw_utilization', lambda *_, **__: blank)
         yield
 
 
