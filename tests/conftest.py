@@ -30,9 +30,8 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     config.addinivalue_line(
         'markers',
-        'sweep(keep, each=()): many cases of the same thing, of which a share ``keep`` (0: none), '
-        'the same one every time, is run without --all; so for each value of the fixtures named '
-        '``each``',
+        'sweep(keep, each=()): many cases of the same thing, of which a share ``keep``, the same '
+        'one every time, is run without --all; so for each value of the fixtures named ``each``',
     )
 
 
@@ -55,7 +54,7 @@ def pytest_collection_modifyitems(config, items):
 
 
 def left_out(cases, share, seen):
-    """The cases that are not in the sample, which holds at least one unless the share is 0.
+    """The cases that are not in the sample, which holds at least one.
 
     The sample takes in turn the case whose values were ``seen`` least in the file's samples, so
     that every value has its turn; where several are, a hash of their names decides.

@@ -93,7 +93,6 @@ def test_configs_by_name(places, place, tmp_path):
     assert front == Config.fromfile(CONFIGS / 'retinanet_moe_soft_coco.py').to_dict()
 
 
-@pytest.mark.sweep(keep=1 / 2)
 @pytest.mark.parametrize('place', ['editable', 'wheel'])
 def test_tools_of_the_toolboxes(places, place, tmp_path):
     """Nothing of theirs imports mmdet_moe before it reads the config."""

@@ -602,7 +602,6 @@ def stop_at(monkeypatch, owner, name, call, error):
     return calls
 
 
-@pytest.mark.sweep(keep=3 / 7)
 @pytest.mark.parametrize(
     ('owner', 'name', 'call'),
     [

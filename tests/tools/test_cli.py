@@ -336,7 +336,6 @@ def test_classifier(here, capsys):
     assert sentence.startswith('--tta does not go with --show')
 
 
-@pytest.mark.sweep(keep=0)  # test_train_moe.py has two processes, too
 @pytest.mark.skipif(torch.cuda.is_available(), reason='is about machines without a GPU')
 def test_two_processes_without_a_gpu(folder):
     command = ('bash', str(TOOLS / 'dist_train.sh'), 'detector.py', '2', '--work-dir', 'both')

@@ -194,7 +194,6 @@ def test_an_iteration_of_the_runner(case, tmp_path):
     run_one_iteration(config, case, tmp_path)
 
 
-@pytest.mark.sweep(keep=1 / 2)
 @pytest.mark.parametrize('path', CONFIGS, ids=lambda path: path.stem)
 def test_a_config_of_the_zoo_takes_eight_lines_and_trains(path, tmp_path):
     text = path.read_text()
