@@ -17,10 +17,10 @@ demo: $(STAMP)
 	$(PY) tools/demo.py
 
 test: $(STAMP)
-	$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(PY) -m pytest -n 2 --dist worksteal
 
 test-all: $(STAMP)
-	$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder --all
+	$(PY) -m pytest -n 2 --dist worksteal --all
 
 gpu: $(STAMP)
 	$(PY) tools/gpu.py

@@ -1,9 +1,14 @@
 """What all tests share."""
 
+import gc
 import math
+import sys
 import zlib
 from collections import Counter, defaultdict
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import redirect_stdout
 
+import numpy as np
 import pytest
 import torch
 from local_server import Server
@@ -68,11 +73,39 @@ def seed():
     torch.manual_seed(0)
 
 
+@pytest.fixture(scope='session', autouse=True)
+def quick_runners(request):
+    """What takes a Runner seconds and concerns few tests is left out.
+
+    It is which compilers there are, the layout of the config, which MMEngine writes five times,
+    and without --all the pictures of ExpertUtilizationHook, which has a test of its own.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr('mmengine.runner.runner.collect_env', dict)
+        patch.setattr('yapf.yapflib.yapf_api.FormatCode', lambda text, **_: (text, True))
+        if not request.config.getoption('--all'):
+            blank = np.zeros((4, 4, 3), np.uint8)
+            patch.setattr('mmdet_moe.drawing.draw_utilization', lambda *_, **__: blank)
+        yield
+
+
+@pytest.fixture(scope='module', autouse=True)
+def short_garbage_collections():
+    """The imported toolboxes are not looked through again in every collection.
+
+    MMEngine asks for one per data set, which took a quarter of a second each.
+    """
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True)
 def mmengine_globals(monkeypatch):
     """Every test has MMEngine's global instances, such as the default scope, to itself."""
-    # Which compilers there are takes seconds to find out, and concerns no test.
-    monkeypatch.setattr('mmengine.runner.runner.collect_env', dict)
+    _forget_instances(monkeypatch)
+
+
+def _forget_instances(monkeypatch):
     for manager in _subclasses(ManagerMixin):
         monkeypatch.setattr(manager, '_instance_dict', type(manager._instance_dict)())
 
@@ -81,6 +114,37 @@ def _subclasses(cls):
     for subclass in cls.__subclasses__():
         yield subclass
         yield from _subclasses(subclass)
+
+
+@pytest.fixture
+def in_process(request, monkeypatch):
+    """Without --all, experiments call their tools here, one after the other.
+
+    In processes of their own, each would import the toolboxes for ten seconds.
+    """
+    from mmdet_moe.analysis.command import run_analysis
+    from mmdet_moe.cli import run_train
+
+    tools = {'train.py': run_train, 'analyze_experts.py': run_analysis}
+
+    def run_tool(tool, arguments, threads, output):
+        with redirect_stdout(output or sys.stdout), pytest.MonkeyPatch.context() as patch:
+            _forget_instances(patch)
+            tools[tool](arguments)
+
+    if not request.config.getoption('--all'):
+        monkeypatch.setattr('research.runs._run_tool', run_tool)
+        pool = 'research.experiments.experiment.ThreadPoolExecutor'
+        monkeypatch.setattr(pool, lambda jobs: ThreadPoolExecutor(1))
+
+
+@pytest.fixture
+def quick_analysis(request, monkeypatch):
+    """Without --all, analyses draw no figures and try few permutations."""
+    if not request.config.getoption('--all'):
+        monkeypatch.setattr('mmdet_moe.analysis.command.write_figures', lambda *_: None)
+        summarise = 'mmdet_moe.analysis.statistics.summary.summarise'
+        monkeypatch.setattr(f'{summarise}.__defaults__', (19,))
 
 
 @pytest.fixture(scope='session')

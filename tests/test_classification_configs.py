@@ -218,6 +218,7 @@ def write_data(tmp_path, monkeypatch):
     return write
 
 
+@pytest.mark.usefixtures('quick_analysis')
 @pytest.mark.sweep(keep=1 / 2)
 @pytest.mark.parametrize(
     'name',

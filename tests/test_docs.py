@@ -1,5 +1,6 @@
 """The examples of the documentation run as they stand."""
 
+import copy
 import re
 import shlex
 from dataclasses import fields
@@ -66,10 +67,10 @@ def test_experts(tmp_path, capsys):
     assert 'layer4          Sequential  3  2' in capsys.readouterr().out
     scope = {}
     exec(paths, scope)
-    dense = get_config('mmdet::retinanet/retinanet_r50_fpn_1x_coco.py')
+    dense = build_model(get_config('mmdet::retinanet/retinanet_r50_fpn_1x_coco.py'))
     found = []
     for entry in scope['experts']:
-        model = build_model(dense)
+        model = copy.deepcopy(dense)
         add_experts(model, [entry])
         found.append(sorted(find_moe_layers(model)))
     convs = [f'{block}.conv{i}' for block in found[1] for i in (1, 2, 3)]

@@ -14,6 +14,7 @@ from mmengine.hooks import Hook
 from torch import nn
 from toy_runs import ToyData
 
+from mmdet_moe.drawing import draw_utilization
 from mmdet_moe.engine.hooks import expert_utilization_hook
 from mmdet_moe.errors import ConfigError, NonFiniteRouterError
 from mmdet_moe.moe import MuMoEConv1x1, find_moe_layers
@@ -307,9 +308,10 @@ def drawn(monkeypatch):
     return calls
 
 
-def test_pictures_on_disk_and_in_tensorboard(make_runner, toy_model):
+def test_pictures_on_disk_and_in_tensorboard(make_runner, toy_model, monkeypatch):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+    monkeypatch.setattr('mmdet_moe.drawing.draw_utilization', draw_utilization)
     backends = [{'type': 'LocalVisBackend'}, {'type': 'TensorboardVisBackend'}]
     visualizer = {'type': 'Visualizer', 'vis_backends': backends}
     runner = make_runner(toy_model(), [hook(), BALANCING], visualizer=visualizer, val_interval=2)

@@ -111,6 +111,7 @@ TINY = Budget(
 )
 
 
+@pytest.mark.usefixtures('in_process', 'quick_analysis')
 def test_experiment(tmp_path, monkeypatch, capsys):
     """Trains, analyses, writes; a second run finds everything done."""
     folder = write_cifar100(tmp_path / 'data', num_train=40, num_test=40)
@@ -163,6 +164,7 @@ def test_experiment(tmp_path, monkeypatch, capsys):
     assert (fewer.written / 'cifar100-tiny.md').read_text().strip() in first
 
 
+@pytest.mark.usefixtures('in_process')
 def test_interrupted_in_the_last_validation(tmp_path, monkeypatch):
     """The checkpoint is there, the accuracy is not: resuming only has to validate."""
     data = write_fashion_mnist(tmp_path / 'data', num_train=40, num_test=20)

@@ -58,6 +58,7 @@ TINY = Budget(
 )
 
 
+@pytest.mark.usefixtures('in_process')
 def test_experiment(tmp_path, monkeypatch, capsys):
     """Trains and writes; a second run finds everything done."""
     data = write_fashion_mnist(tmp_path / 'data', num_train=20, num_test=10)

@@ -25,6 +25,7 @@ from mmdet_moe.analysis.data import AnalysisData
 from mmdet_moe.analysis.recorder import Recorder
 from mmdet_moe.analysis.records.contents import BoxRecords
 from mmdet_moe.analysis.records.files import RecordFiles
+from mmdet_moe.analysis.report import figures
 from mmdet_moe.analysis.statistics import summary
 from mmdet_moe.analysis.statistics.matching import CORRECT
 from mmdet_moe.analysis.statistics.outcomes import outcomes_of
@@ -352,15 +353,19 @@ def test_schema(detector, finished):
     assert not list(finished.rglob('*.tmp'))
 
 
-def test_figures(detector, tmp_path, monkeypatch):
-    """The one run with figures; few images, no interventions."""
-    from mmdet_moe.analysis.report.figures import write_figures
+def test_figures(detector, tmp_path, monkeypatch, request):
+    """The one run with figures, all drawn and, without --all, every sixth written.
 
-    monkeypatch.setattr(command, 'write_figures', write_figures)
+    Few images, no interventions.
+    """
+    draw, step = figures.draw_figures, 1 if request.config.getoption('--all') else 6
+    monkeypatch.setattr(figures, 'draw_figures', lambda experts: [*draw(experts)][::step])
+    monkeypatch.setattr(command, 'write_figures', figures.write_figures)
     detector(tmp_path / 'out', '--no-interventions', '--max-images', '4')
-    figures = [path for path in (tmp_path / 'out' / 'figures').rglob('*') if path.is_file()]
-    assert {path.suffix for path in figures} == {'.png', '.pdf'}
-    assert all(path.stat().st_size > 1000 for path in figures)
+    paths = [path for path in (tmp_path / 'out' / 'figures').rglob('*') if path.is_file()]
+    assert {path.parent.name for path in paths} == set(LAYERS)
+    assert {path.suffix for path in paths} == {'.png', '.pdf'}
+    assert all(path.stat().st_size > 1000 for path in paths)
 
 
 def test_ap_is_that_of_the_test_tool(detector, finished, tmp_path, monkeypatch):
@@ -661,29 +666,30 @@ def test_damaged_image_in_the_middle(damage, detector, tmp_path, capsys):
     assert mended == detector(tmp_path / 'whole', *HALF, '--no-interventions')
 
 
-def test_summary_that_was_cut_short(detector, finished, tmp_path, monkeypatch):
+def test_summary_that_was_cut_short(detector, finished_half, tmp_path):
     out = tmp_path / 'out'
-    shutil.copytree(finished, out)
+    shutil.copytree(finished_half, out)
     (out / 'experts.json').unlink()
     for path in out.glob('report.html'):
         path.unlink()
-    detector(out)
-    assert content(out) == content(finished)
+    detector(out, *HALF)
+    assert content(out) == content(finished_half)
 
 
-def test_finished_run_does_not_run_the_model_again(detector, finished, tmp_path, monkeypatch):
+def test_finished_run_does_not_run_the_model_again(detector, finished_half, tmp_path, monkeypatch):
     out = tmp_path / 'out'
-    shutil.copytree(finished, out)
+    shutil.copytree(finished_half, out)
     calls = stop_at(monkeypatch, SingleStageDetector, 'extract_feat', 0, None)
     calls_of_head = stop_at(monkeypatch, SingleStageDetector, 'predict', 0, None)
-    detector(out)
+    detector(out, *HALF)
     assert (calls, calls_of_head) == ([0], [0])
-    assert content(out) == content(finished)
+    assert content(out) == content(finished_half)
     # Another threshold is another summary of the same predictions.
-    experts = detector(out, '--score-thr', '0.92')
+    experts = detector(out, *HALF, '--score-thr', '0.92')
     assert calls == [0]
-    assert experts['run']['num_detections'] < json.loads(content(finished))['run']['num_detections']
-    assert experts['metrics'] == json.loads(content(finished))['metrics']
+    before = json.loads(content(finished_half))
+    assert experts['run']['num_detections'] < before['run']['num_detections']
+    assert experts['metrics'] == before['metrics']
 
 
 def test_few_images_are_in_memory(detector, tmp_path, monkeypatch):
@@ -1064,12 +1070,12 @@ def test_nothing_there(what, detector, tmp_path):
         path.write_text(json.dumps({**json.loads(path.read_text()), 'annotations': []}))
     else:
         options = ['model.test_cfg.score_thr=1.0']
-    experts = detector(tmp_path / 'out', options=[f'data_root={root}', *options])
+    experts = detector(tmp_path / 'out', *HALF, options=[f'data_root={root}', *options])
     check_schema(experts, 'detection')
     assert experts['run'][f'num_{what}'] == 0
     assert experts['metrics']['AP'] == (None if what == 'objects' else 0)
     layer = experts['layers'][LAYERS[0]]
-    assert layer['num_decisions'] == IMAGES * LEVELS
+    assert layer['num_decisions'] == 4 * LEVELS
     for table in layer['associations'][what].values():
         assert not np.array(table['counts']).any()
         assert (table['mi'], table['p_value'], table['num_units']) == (0, 1, 0)

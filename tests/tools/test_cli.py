@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import re
+import runpy
 import socket
 import subprocess
 import sys
@@ -160,7 +161,7 @@ def here(folder, monkeypatch):
 def start(folder, *command, **environment):
     env = {**os.environ, 'PYTHON': sys.executable, **environment}
     env.pop(cli.TRACEBACK_VARIABLE, None)
-    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=300)
 
 
 def tool(folder, name, *arguments):
@@ -270,25 +271,19 @@ def test_experiments_survive_an_interrupted_save(here, monkeypatch):
     check_checkpoint(str(runs.latest_checkpoint(run)), 'checkpoint')
 
 
-def test_test_with_everything(folder, trained):
-    done = tool(
-        folder,
-        'test.py',
-        'detector.py',
-        'run/iter_2.pth',
-        '--work-dir',
-        'tested',
-        '--show-dir',
-        'drawn',
-        '--out',
-        'results.pkl',
-        '--tta',
-        *MOVED,
-    )
-    assert done.returncode == 0, done.stderr
-    assert 'coco/bbox_mAP' in done.stdout
-    assert len(list(folder.glob('tested/*/drawn/*.png'))) == 4
-    with open(folder / 'results.pkl', 'rb') as file:
+def run_tool(monkeypatch, name, *arguments):
+    """The file as a program, in this process, which has imported the toolboxes."""
+    monkeypatch.setattr(sys, 'argv', [name, *arguments])
+    runpy.run_path(str(TOOLS / name), run_name='__main__')
+
+
+@pytest.mark.usefixtures('trained')
+def test_test_with_everything(here, monkeypatch, capfd):
+    options = ('--work-dir', 'tested', '--show-dir', 'drawn', '--out', 'results.pkl', '--tta')
+    run_tool(monkeypatch, 'test.py', 'detector.py', 'run/iter_2.pth', *options, *MOVED)
+    assert 'coco/bbox_mAP' in capfd.readouterr().out
+    assert len(list(here.glob('tested/*/drawn/*.png'))) == 4
+    with open(here / 'results.pkl', 'rb') as file:
         results = pickle.load(file)
     assert [result['img_id'] for result in results] == [0, 1, 2, 3]
 
@@ -383,10 +378,12 @@ def test_amp_without_a_gpu(here, capsys):
 # Mistakes ---------------------------------------------------------------------------------------
 
 
-def test_exit_status_and_stderr_of_the_tool(folder):
-    done = tool(folder, 'train.py', 'gone.py')
-    assert done.returncode == 2
-    assert done.stderr == "error: there is no config file 'gone.py'\n"
+@pytest.mark.usefixtures('here')
+def test_exit_status_and_stderr_of_the_tool(monkeypatch, capfd):
+    with pytest.raises(SystemExit) as exit_:
+        run_tool(monkeypatch, 'train.py', 'gone.py')
+    assert exit_.value.code == 2
+    assert capfd.readouterr().err == "error: there is no config file 'gone.py'\n"
 
 
 def test_traceback_on_request(here, monkeypatch):

@@ -3,7 +3,6 @@
 import importlib.util
 import json
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -22,16 +21,19 @@ def load_tool(name):
     return module
 
 
-def test_demo_trains_both_models_and_then_reuses_them(tmp_path):
-    command = [sys.executable, str(TOOLS / 'demo.py'), '--images', '16', '--iterations', '2']
-    command += ['--data', str(tmp_path / 'data'), '--work-dir', str(tmp_path / 'runs')]
-    first = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert first.returncode == 0, first.stderr
-    second = subprocess.run(command, capture_output=True, text=True, timeout=100)
-    assert second.returncode == 0, second.stderr
-    assert 'Saving checkpoint at 2 iterations' in first.stdout
-    assert 'Saving checkpoint' not in second.stdout
-    for output in (first.stdout, second.stdout):
+@pytest.mark.usefixtures('in_process', 'quick_analysis')
+def test_demo_trains_both_models_and_then_reuses_them(tmp_path, monkeypatch, capfd):
+    arguments = ['--images', '16', '--iterations', '2']
+    arguments += ['--data', str(tmp_path / 'data'), '--work-dir', str(tmp_path / 'runs')]
+    monkeypatch.setattr(sys, 'argv', ['demo.py', *arguments])
+    demo = load_tool('demo')
+    demo.main()
+    first = capfd.readouterr()
+    demo.main()
+    second = capfd.readouterr()
+    assert 'Saving checkpoint at 2 iterations' in first.out
+    assert 'Saving checkpoint' not in second.out
+    for output in (first.out, second.out):
         rows = [re.split(r'\s*[│┃|]\s*', line) for line in output.splitlines()]
         names = ('dense', 'MoE, soft', 'MoE, equal cost')
         models = {row[1]: row[2:-1] for row in rows if row[1:2] and row[1] in names}
@@ -49,8 +51,8 @@ def test_demo_trains_both_models_and_then_reuses_them(tmp_path):
     experts = tmp_path / 'runs' / 'retinanet_moe_soft_digits' / 'experts'
     assert json.loads((experts / 'experts.json').read_text())['run']['num_images'] == 3
     assert (experts / 'report.html').stat().st_size > 1_000_000
-    assert 'statistics: ' in first.stderr
-    assert 'statistics: ' not in second.stderr
+    assert 'statistics: ' in first.err
+    assert 'statistics: ' not in second.err
 
 
 @pytest.mark.parametrize('arguments', [['demo'], ['reproduce', 'digit-scenes']], ids=lambda a: a[0])

@@ -254,20 +254,25 @@ def test_two_processes_route_together(tmp_path, digit_scenes_folder):
     config = str(DEMO / 'retinanet_moe_hard_digits.py')
     options = [f'data_root={digit_scenes_folder}', *SMALL]
     options += ['train_cfg.max_iters=2', 'train_cfg.val_interval=2']
+    options.append('default_hooks.logger.interval=1')
     command = ['bash', str(ROOT / 'tools' / 'dist_train.sh'), config, '2', '--work-dir', 'both']
     with socket.socket() as probe:
         probe.bind(('127.0.0.1', 0))
         port = str(probe.getsockname()[1])
     environment = {**os.environ, 'PYTHON': sys.executable, 'PORT': port, 'OMP_NUM_THREADS': '1'}
+    environment['CUDA_VISIBLE_DEVICES'] = ''
     done = subprocess.run(
         [*command, '--cfg-options', *options],
         cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
+    # One process speaks.
+    assert (done.stdout + done.stderr).count('Iter(train) [2/2]') == 1
     report = json.loads((tmp_path / 'both' / 'expert_utilization_val.json').read_text())
     # 8 images, shared out to two ranks, × 5 levels.
     assert {layer['num_items'] for layer in report['layers'].values()} == {8 * 5}
     state = read_checkpoint(str(tmp_path / 'both' / 'iter_2.pth'), map_location='cpu')['state_dict']
+    assert not any(name.startswith('module.') for name in state)
     relative = state['bbox_head.cls_moe.router.constraint.relative_importance']
     assert relative.abs().max() > 0
     assert relative.sum().item() == pytest.approx(0, abs=1e-5)
