@@ -38,12 +38,17 @@ BALANCING = {
     'hard_mean': (None, dict(type='mmdet_moe.MeanImportanceConstraint', threshold=0.3)),
     'hard': (None, dict(type='mmdet_moe.RelativeImportanceConstraint', threshold=0.5)),
     'unbalanced': (None, None),
+    'switch': (dict(type='mmdet_moe.SwitchLoss', weight=0.01), None),
+    'clustered': (dict(type='mmdet_moe.SwitchLoss', weight=0.01), None),
+    'loss_free': (None, dict(type='mmdet_moe.BiasBalancing', update_rate=0.001)),
 }
+CIFAR100_ALONE = ('switch', 'clustered', 'loss_free')
 
 
 def test_all_are_there():
     kinds = (*BALANCING, 'dense')
     expected = {f'resnet18_moe_{kind}_{data}' for kind in kinds for data in DATA}
+    expected -= {f'resnet18_moe_{kind}_fashion_mnist' for kind in CIFAR100_ALONE}
     expected |= {f'resnet18_moe_{kind}_sgd_cifar100' for kind in ('soft', 'dense')}
     kinds = ('resnet18_mumoe', 'mlp_mixer_mumoe', 'mlp_mixer_dense')
     expected |= {f'{kind}_{data}' for kind in kinds for data in DATA}
