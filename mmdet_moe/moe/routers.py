@@ -362,20 +362,22 @@ class _PooledRouter(Router):
 
     def logits_of_levels(self, maps: list[Tensor], items: Sequence[Items]) -> list[Tensor]:
         features = [self.features(m, p) for m, p in zip(maps, items, strict=True)]
-        if self.norm is not None:
+        if self._num_levels is not None:
             if len(maps) != self._num_levels:
                 raise ConfigError(
                     f'normalise_levels={self._num_levels}, but the router is given {len(maps)} '
                     'feature maps together; give that number'
                 )
             features = [self.norm(f, level) for level, f in enumerate(features)]
+        elif self.norm is not None:
+            features = list(self.norm(_cat(features), 0).split([len(f) for f in features]))
         if self.start is not None and self.training and not in_backward():
             self.start(self.fc, _cat(features))
         return [linear(self.fc, f) for f in features]
 
     def _build_fc(self, features: int) -> RouterLinear:
-        if self._num_levels is not None:
-            self.norm = LevelNorm(self._num_levels, features)
+        if self._num_levels is not None or self.start is not None:
+            self.norm = LevelNorm(self._num_levels or 1, features)
         fc = RouterLinear(features, self.num_experts, bias=self._bias)
         # Small logits: at the start no expert is preferred, and the noise decides.
         nn.init.normal_(fc.weight, std=self._init_std)
@@ -396,7 +398,10 @@ class GAPRouter(_PooledRouter):
             their means. Default: none is. Of a layer with one map: 1.
         init: ``'normal'``, or ``'kmeans'``: the first batches set the weights so that each expert
             is chosen for a cluster of their items (:class:`~mmdet_moe.moe.kmeans_start.KMeansStart`
-            ), so that experts have something of their own to learn from the start on.
+            ), and has something of its own to learn from the start on. The features are normalised
+            as by ``normalise_levels``, if that is not given over the items of all maps together:
+            what all items have in common would move all of them from one expert to another in a
+            single step of the optimizer.
     """
 
     def __init__(self, in_channels: int, num_experts: int, top_k: int, **kwargs) -> None:

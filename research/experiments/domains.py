@@ -47,8 +47,9 @@ RECIPES = tuple(
     Recipe(lr, decay, epochs=10, batch_size=256) for lr, decay in product((1e-3, 3e-3), (0.01, 1.0))
 )
 
-#: Clustered: k-means start, no noise, straight-through weights.
+#: Clustered: k-means start on normalised features, no noise, straight-through weights.
 _CLUSTERED = {'init': 'kmeans', 'noise': False, 'softmax': 'straight_through'}
+_NORMALISED = {'normalise_levels': 1}
 _SWITCH = {'type': 'mmdet_moe.SwitchLoss', 'weight': 0.01}
 _IMPORTANCE = {'type': 'mmdet_moe.ImportanceLoss', 'weight': 0.5}
 _DATA_SETS = {'type': 'mmdet_moe.DatasetLoss', 'weight': 0.1, 'sources': 2}
@@ -95,8 +96,16 @@ METHODS = (
     Method('4 experts: DAMEX', 4, loss=_DATA_SETS),
     Method('4 experts: Switch, no noise', 4, router={'noise': False}, loss=_SWITCH),
     Method(
-        '4 experts: Switch, no noise, straight-through', 4,
-        router={'noise': False, 'softmax': 'straight_through'}, loss=_SWITCH,
+        '4 experts: Switch, no noise, normalised', 4, router={'noise': False, **_NORMALISED},
+        loss=_SWITCH,
+    ),
+    Method(
+        '4 experts: Switch, no noise, normalised, straight-through', 4,
+        router={'noise': False, 'softmax': 'straight_through', **_NORMALISED}, loss=_SWITCH,
+    ),
+    Method(
+        '4 experts: loss-free, normalised', 4,
+        router={'constraint': {'type': 'mmdet_moe.BiasBalancing'}, **_NORMALISED},
     ),
     Method(
         '4 experts: k-means start, Switch', 4, router={'noise': False, 'init': 'kmeans'},
@@ -112,9 +121,7 @@ METHODS = (
     ),
     Method(
         '4 experts: random router, never trained', 4, frozen_router=True,
-        router={
-            'noise': False, 'init_std': 1.0, 'normalise_levels': 1, 'softmax': 'straight_through',
-        },
+        router={'noise': False, 'init_std': 1.0, 'softmax': 'straight_through', **_NORMALISED},
     ),
 )  # fmt: skip
 DENSE = METHODS[0]

@@ -77,6 +77,18 @@ def test_waits_for_enough_items_of_the_training():
     assert torch.equal(router.fc.weight, after)
 
 
+def test_levels_are_normalised_together():
+    router = router_of()
+    maps = [items_of_three_kinds(200, seed)[0] + shift for seed, shift in ((0, 0), (1, 100))]
+    router(maps)
+    items = torch.cat([m.mean((2, 3)) for m in maps])
+    torch.testing.assert_close(router.norm.mean[0], items.mean(0))
+    router.eval()
+    z = (items - items.mean(0)) / (items.var(0, unbiased=False) + 1e-5).sqrt()
+    expected = z @ router.fc.weight.T + router.fc.bias
+    torch.testing.assert_close(router(maps).logits, expected, rtol=1e-3, atol=1e-3)
+
+
 def test_what_has_been_trained_stays():
     router = router_of()
     router(items_of_three_kinds(300)[0])

@@ -117,7 +117,7 @@ def test_all_in_miniature(tmp_path, monkeypatch):
     write_fashion_mnist(fashion, num_train=120, num_test=20)
     expect_fashion_mnist(monkeypatch, fashion)
     made = DomainsExperiment(
-        folder.parent, tmp_path / 'runs', [0], 1, fashion, (DENSE, METHODS[2], METHODS[10]), 100
+        folder.parent, tmp_path / 'runs', [0], 1, fashion, (DENSE, METHODS[2], METHODS[-3]), 100
     )
     domains.load.cache_clear()
     made.run()
