@@ -55,7 +55,8 @@ def test_config_is_what_its_name_says(path):
     cfg = Config.fromfile(path)
     cfg.model.backbone.init_cfg = None
     init_default_scope('mmdet')
-    with torch.device('meta'):  # no weights, which nothing here is about
+    # No weights, which nothing here is about; EfficientNet reads numbers from tensors.
+    with torch.device('cpu' if path in VOC else 'meta'):
         layers = moe.find_expert_layers(MODELS.build(cfg.model))
     if '_mumoe_' in path.stem:
         assert set(layers) == {f'neck.lateral_convs.{i}' for i in range(3)}
