@@ -166,7 +166,18 @@ def write_folder(
 
 def digest(lines: Iterable[str]) -> str:
     """SHA-256 of some text, for ``made_of``."""
-    return hashlib.sha256('\n'.join(lines).encode()).hexdigest()
+    # File names may be of another encoding.
+    return hashlib.sha256('\n'.join(lines).encode(errors='surrogateescape')).hexdigest()
+
+
+def read_text(file: Path) -> str:
+    """The text of a file in UTF-8, without a byte-order mark.
+
+    Raises:
+        ConfigError: It cannot be read.
+    """
+    with explained(f'{file} cannot be read as text'):
+        return file.read_text(encoding='utf-8-sig')
 
 
 def _store(item: Labelled, target: Path, size: int | None) -> tuple[int, int]:
