@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 from mmdet_moe.compat.coco import boxes_of
@@ -24,7 +24,7 @@ from mmdet_moe.datasets.coco_file import (
     read_coco_file,
     size_bin,
 )
-from mmdet_moe.datasets.coco_folder import oriented_size
+from mmdet_moe.datasets.coco_folder import oriented_size, upright
 from mmdet_moe.errors import ConfigError
 
 #: So many images are on the contact sheet, in so many columns, each in a tile of so many px with a
@@ -293,7 +293,7 @@ def _tile(part: Part, name: str, boxes: Sequence[Mapping], names: Mapping) -> Im
     draw = ImageDraw.Draw(tile)
     try:
         with Image.open(part.images / name) as image:
-            picture = ImageOps.exif_transpose(image).convert('RGB')
+            picture = upright(image)
     except (OSError, SyntaxError, ValueError):
         picture = Image.new('RGB', _TILE, 'grey')
     scale = min((_TILE[0] - 4) / picture.width, (_TILE[1] - _LINE - 4) / picture.height)
