@@ -74,7 +74,10 @@ def prepare_yolo(
     made_of = {
         'data': 'yolo',
         'splits': {
-            split: digest(f'{image.relative_to(source)} {_read(source, image)}' for image in some)
+            split: digest(
+                f'{image.relative_to(source)} {image.stat().st_size} {_read(source, image)}'
+                for image in some
+            )
             for split, some in splits.items()
         },
         'classes': names,

@@ -56,9 +56,14 @@ def test_boxes_and_names(source, tmp_path):
     assert counts['val']['objects'] == 0
     assert (out / 'images/train/b.png').read_bytes() == (source / 'images/train/b.png').read_bytes()
     assert prepare_yolo(source, out) == ('already there', counts)
-    (source / 'labels/train/a.txt').write_text('0 0.5 0.5 0.5 0.5')
+    (source / 'images/train/b.png').unlink()
+    write_image(source / 'images/train/b.png', size=(400, 20))
     with pytest.raises(ConfigError, match='holds another data set'):
         prepare_yolo(source, out)
+    prepare_yolo(source, tmp_path / 'anew')
+    (source / 'labels/train/a.txt').write_text('0 0.5 0.5 0.5 0.5')
+    with pytest.raises(ConfigError, match='holds another data set'):
+        prepare_yolo(source, tmp_path / 'anew')
 
 
 @pytest.mark.parametrize('entries', ['names: [cat, dog]', 'names: {0: cat, 1: dog}'])
