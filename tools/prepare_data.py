@@ -323,6 +323,9 @@ def run_check(args: argparse.Namespace) -> int:
     """Print what is in a folder and what is wrong with it; 1 if something is."""
     if (args.folder is None) == (args.ann is None) or (args.ann is None) != (args.images is None):
         raise ConfigError('give either a folder, or --ann FILE and --images FOLDER')
+    sheet = Path(args.sheet)
+    if not sheet.parent.is_dir() or sheet.suffix.lower() not in ('.png', '.jpg', '.jpeg'):
+        raise ConfigError(f'--sheet {sheet} must be a .png or .jpg file in a folder that exists')
     if args.folder is not None:
         parts = coco_check.parts_of(args.folder)
     else:
@@ -335,8 +338,8 @@ def run_check(args: argparse.Namespace) -> int:
         for sentence in sentences:
             print(f'{kind}: {sentence}')
     if parts := [part for part in parts if part.name in report.splits]:
-        coco_check.contact_sheet(parts).save(args.sheet)
-        print(f'{args.sheet}: written')
+        coco_check.contact_sheet(parts).save(sheet)
+        print(f'{sheet}: written')
     return int(bool(report.wrong))
 
 

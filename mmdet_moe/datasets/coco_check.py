@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 from mmdet_moe.compat.coco import boxes_of
@@ -24,7 +24,7 @@ from mmdet_moe.datasets.coco_file import (
     read_coco_file,
     size_bin,
 )
-from mmdet_moe.datasets.coco_folder import oriented_size
+from mmdet_moe.datasets.coco_folder import oriented_size, upright
 from mmdet_moe.errors import ConfigError
 
 #: So many images are on the contact sheet, in so many columns, each in a tile of so many px with a
@@ -32,8 +32,11 @@ from mmdet_moe.errors import ConfigError
 _TILES, _COLUMNS = 24, 6
 _TILE, _LINE = (240, 200), 14
 _EXAMPLES = 3
+_UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 #: Rounding may put the edge of a box so many px out of its image.
 _TOLERANCE = 1.0
+#: Areas of masks may exceed a box that was rounded.
+_AREA_TOLERANCE = 1.2
 
 
 @dataclass(frozen=True)
@@ -139,15 +142,19 @@ def _read(part: Part) -> tuple[dict, CocoFile]:
 def _look_at_annotations(
     content: Mapping, coco: CocoFile, wrong: dict[str, list], notes: dict[str, list]
 ) -> None:
-    known = {category['id'] for category in content['categories']}
-    if len(known) < len(content['categories']):
-        wrong['categories share an id with another one'].append(str(content['categories'][0]))
-    seen = set()
+    ids = [category['id'] for category in content['categories']]
+    wrong['ids of categories are there twice'] += map(str, _repeated(ids))
+    wrong['annotations have no `bbox`'] += [
+        str(a)[:80]
+        for a in content['annotations']
+        if not isinstance(a, Mapping) or not (a.get('ignore') or 'bbox' in a)
+    ]
+    known, seen = set(ids), set()
     for box in boxes_of(content):
         file = coco.images.get(box['image_id'], ('',))[0]
         where = f'annotation {box["id"]} of {file or "image " + str(box["image_id"])}'
-        if not all(map(math.isfinite, box['bbox'])):
-            wrong['boxes are not numbers'].append(where)
+        if not all(map(math.isfinite, (*box['bbox'], box['area']))):
+            wrong['boxes are not numbers, or their areas'].append(where)
             continue
         outcome = fate(box, coco.images)
         identity = (box['image_id'], box['category_id'], *box['bbox'])
@@ -161,6 +168,8 @@ def _look_at_annotations(
             wrong['annotations repeat another one'].append(where)
         elif _leaves(box['bbox'], coco.images[box['image_id']][1]):
             wrong['boxes reach out of their image'].append(where)
+        elif box['area'] > _AREA_TOLERANCE * box['bbox'][2] * box['bbox'][3]:
+            wrong['areas, by which objects count as small or large, exceed their box'].append(where)
         if box['iscrowd']:
             notes['objects have iscrowd=1, which no evaluation counts'].append(where)
         seen.add(identity)
@@ -192,7 +201,7 @@ def _look_at_images(
                 # A JPEG is decoded to its end all the same, in a fraction of the time.
                 image.draft(image.mode, (max(1, image.width // 8), max(1, image.height // 8)))
                 image.load()
-        except (OSError, SyntaxError, ValueError) as error:
+        except _UNREADABLE as error:
             wrong['images cannot be read'].append(f'{path} ({error})')
             continue
         if found != tuple(size):
@@ -264,7 +273,7 @@ def contact_sheet(parts: Sequence[Part]) -> Image.Image:
         for box in boxes_of(content):
             boxes[box['image_id']].append(box)
         names = {category['id']: category['name'] for category in content['categories']}
-        for id_ in _choose(coco, _TILES // len(parts)):
+        for id_ in _choose(coco, max(1, _TILES // len(parts))):
             tiles.append(_tile(part, coco.images[id_][0], boxes[id_], names))
     columns = min(_COLUMNS, len(tiles))
     rows = math.ceil(len(tiles) / columns)
@@ -293,8 +302,8 @@ def _tile(part: Part, name: str, boxes: Sequence[Mapping], names: Mapping) -> Im
     draw = ImageDraw.Draw(tile)
     try:
         with Image.open(part.images / name) as image:
-            picture = ImageOps.exif_transpose(image).convert('RGB')
-    except (OSError, SyntaxError, ValueError):
+            picture = upright(image)
+    except _UNREADABLE:
         picture = Image.new('RGB', _TILE, 'grey')
     scale = min((_TILE[0] - 4) / picture.width, (_TILE[1] - _LINE - 4) / picture.height)
     size = tuple(max(1, round(side * scale)) for side in picture.size)

@@ -44,8 +44,8 @@ def read_coco_file(path: str, where: str) -> tuple[dict, CocoFile]:
         where: What messages begin with.
 
     Raises:
-        ConfigError: It is no annotation file, or images or annotations lack a key, share an id, or
-            have a box of other than 4 numbers.
+        ConfigError: It is no annotation file, or images, categories or annotations lack a key,
+            share an id, have a box of other than 4 numbers, or something of another type.
     """
     # The files have up to millions of small dicts, over which the collector would run for seconds.
     gc_was_on = gc.isenabled()
@@ -60,6 +60,10 @@ def read_coco_file(path: str, where: str) -> tuple[dict, CocoFile]:
         if isinstance(error, ConfigError):
             raise
         raise ConfigError(f'{where} is not JSON, or an incomplete copy of it ({error})') from error
+    except (TypeError, AttributeError) as error:
+        raise ConfigError(
+            f'{where} has an entry that is of no type that COCO has there ({error})'
+        ) from error
     finally:
         if gc_was_on:
             gc.enable()
@@ -77,8 +81,22 @@ def _summary(content: dict, where: str) -> CocoFile:
             raise ConfigError(
                 f'{where} lists two images with the id {image["id"]}; give each its own'
             )
-        images[image['id']] = image['file_name'], (image['width'], image['height'])
-    names = {category['id']: str(category.get('name')) for category in content['categories']}
+        size = image['width'], image['height']
+        if not isinstance(image['file_name'], str) or not all(
+            isinstance(s, int | float) for s in size
+        ):
+            raise ConfigError(
+                f'{where} has {image} among its images, whose file_name must be text, and width '
+                'and height numbers'
+            )
+        images[image['id']] = image['file_name'], size
+    for category in content['categories']:
+        if 'id' not in category or not isinstance(category.get('name'), str):
+            raise ConfigError(
+                f'{where} has {category} among its categories, which must have an `id`, and a '
+                '`name` that is text'
+            )
+    names = {category['id']: category['name'] for category in content['categories']}
     boxes, showing, ids = Counter(), defaultdict(set), set()
     for box in boxes_of(content):
         if missing := [key for key in ('image_id', 'category_id', 'id') if key not in box]:
@@ -94,7 +112,13 @@ def _summary(content: dict, where: str) -> CocoFile:
                 '[x, y, width, height]; mend it or take it out'
             )
         name = names.get(box['category_id'])
-        boxes[name, fate(box, images)] += 1
+        try:
+            boxes[name, fate(box, images)] += 1
+        except TypeError:
+            raise ConfigError(
+                f'{where} has bbox={box["bbox"]} and area={box["area"]} for the annotation '
+                f'{box["id"]}, which must be numbers'
+            ) from None
         showing[name].add(box['image_id'])
     return CocoFile(
         categories=tuple(names.values()),

@@ -20,7 +20,8 @@ from mmdet_moe.errors import ConfigError, explained
 T = TypeVar('T')
 #: What a folder was made of, as JSON.
 NOTE = 'dataset.json'
-#: What shows that a JPEG or PNG is to be turned before it is looked at, by a quarter.
+#: OpenCV turns images of these formats as their EXIF data say (and TIFF, which Pillow turns, too).
+_TURNED = ('JPEG', 'MPO', 'PNG')
 _ORIENTATION, _QUARTER_TURNS = 0x0112, (5, 6, 7, 8)
 _JPEG_QUALITY = 95
 
@@ -69,8 +70,15 @@ def image_size(file: str | Path) -> tuple[int, int]:
 
 def oriented_size(image: Image.Image) -> tuple[int, int]:
     """:func:`image_size` of an image that is open."""
-    turned = image.getexif().get(_ORIENTATION) in _QUARTER_TURNS
-    return image.size[::-1] if turned else image.size
+    quarter = image.format in _TURNED and image.getexif().get(_ORIENTATION) in _QUARTER_TURNS
+    return image.size[::-1] if quarter else image.size
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """RGB, as OpenCV reads an image that is open."""
+    if image.mode == 'I;16':  # which Pillow would clip to 255
+        image = image.point(lambda value: value / 256).convert('L')
+    return (ImageOps.exif_transpose(image) if image.format in _TURNED else image).convert('RGB')
 
 
 def already_there(out: str | Path, made_of: Mapping[str, object]) -> dict | None:
@@ -81,14 +89,16 @@ def already_there(out: str | Path, made_of: Mapping[str, object]) -> dict | None
     """
     out = Path(out)
     if (out / NOTE).is_file():
-        noted = json.loads((out / NOTE).read_text())
-        if noted.get('made_of') == made_of:
-            return noted['splits']
+        with explained(f'{out / NOTE} is no note of what a data set was made of'):
+            noted = json.loads((out / NOTE).read_text())
+            whole = all((out / name).exists() for name in ('images', 'train.json', 'val.json'))
+            if whole and noted.get('made_of') == made_of:
+                return noted['splits']
     elif not any((out / name).exists() for name in ('images', 'train.json', 'val.json')):
         return None
     raise ConfigError(
-        f'{out} holds another data set, or one made with other options: choose another --out, or '
-        'move it away'
+        f'{out} holds another data set, part of one, or one made with other options: choose '
+        'another --out, or move it away'
     )
 
 
@@ -166,7 +176,18 @@ def write_folder(
 
 def digest(lines: Iterable[str]) -> str:
     """SHA-256 of some text, for ``made_of``."""
-    return hashlib.sha256('\n'.join(lines).encode()).hexdigest()
+    # File names may be of another encoding.
+    return hashlib.sha256('\n'.join(lines).encode(errors='surrogateescape')).hexdigest()
+
+
+def read_text(file: Path) -> str:
+    """The text of a file in UTF-8, without a byte-order mark.
+
+    Raises:
+        ConfigError: It cannot be read.
+    """
+    with explained(f'{file} cannot be read as text'):
+        return file.read_text(encoding='utf-8-sig')
 
 
 def _store(item: Labelled, target: Path, size: int | None) -> tuple[int, int]:
@@ -181,6 +202,5 @@ def _store(item: Labelled, target: Path, size: int | None) -> tuple[int, int]:
         return item.size
     scaled = tuple(max(1, round(side * size / max(item.size))) for side in item.size)
     with explained(f'{item.file} cannot be read as an image'), Image.open(item.file) as image:
-        upright = ImageOps.exif_transpose(image).convert('RGB')
-        upright.resize(scaled, Image.Resampling.BICUBIC).save(target, quality=_JPEG_QUALITY)
+        upright(image).resize(scaled, Image.Resampling.BICUBIC).save(target, quality=_JPEG_QUALITY)
     return scaled

@@ -20,6 +20,7 @@ from mmdet_moe.datasets.coco_folder import (
     already_there,
     digest,
     image_size,
+    read_text,
     write_folder,
 )
 from mmdet_moe.datasets.download import Archive, prepare
@@ -79,7 +80,7 @@ def prepare_voc2007(
     """
     listed = [_read_ids(Path(file)) for file in ids]
     made_of = {'data': 'voc2007', 'ids': [digest(some) for some in listed], 'size': size}
-    if (counts := already_there(out, made_of)) is not None:
+    if not skip_missing and (counts := already_there(out, made_of)) is not None:
         return 'already there', counts
     if source is None:
         prepare(ARCHIVES, out, url_base, remove_archives)
@@ -90,6 +91,9 @@ def prepare_voc2007(
             split: [id_ for id_ in some if _image(folder, id_).is_file()]
             for split, some in splits.items()
         }
+        made_of['there'] = digest(id_ for some in splits.values() for id_ in some)
+        if (counts := already_there(out, made_of)) is not None:
+            return 'already there', counts
     label = partial(_labelled, folder)
     return 'written', write_folder(out, splits, label, CLASSES, made_of, size)
 
@@ -101,7 +105,7 @@ def read_annotation(file: str | Path) -> tuple[tuple[int, int], list[Box]]:
     ``xmin=1, xmax=3`` reaches from 0 to 3, and is 3 px wide.
 
     Raises:
-        ConfigError: It is no such file, or an object is of no class of VOC.
+        ConfigError: It is no such file, or an object is of no class of VOC, or not in the image.
     """
     with explained(f'{file} is no annotation of VOC'):
         root = ElementTree.parse(file).getroot()
@@ -112,6 +116,12 @@ def read_annotation(file: str | Path) -> tuple[tuple[int, int], list[Box]]:
             if (name := thing['name']) not in CLASSES:
                 raise ConfigError(f'{file} has an object of the class {name!r}, which VOC has not')
             x0, y0, x1, y1 = (float(thing['bndbox'][key]) for key in _CORNERS)
+            # Rounding may put an edge a pixel out of the image.
+            if not (0 <= x0 <= x1 <= size[0] + 1 and 0 <= y0 <= y1 <= size[1] + 1):
+                raise ConfigError(
+                    f'{file} has a {name} from {x0:g}, {y0:g} to {x1:g}, {y1:g}, which is no box '
+                    'in the image'
+                )
             difficult = thing.get('difficult') == '1'
             boxes.append(Box(CLASSES.index(name), (x0 - 1, y0 - 1, x1, y1), difficult))
     return size, boxes
@@ -123,7 +133,7 @@ _CORNERS = ('xmin', 'ymin', 'xmax', 'ymax')
 def _read_ids(file: Path) -> list[str]:
     if not file.is_file():
         raise ConfigError(f'--ids: there is no file {file}')
-    if not (ids := file.read_text().split()):
+    if not (ids := read_text(file).split()):
         raise ConfigError(f'--ids: {file} lists no image')
     return list(dict.fromkeys(ids))
 

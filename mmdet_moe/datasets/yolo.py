@@ -7,6 +7,7 @@ object. ``data.yaml`` names the classes and, if it does, the splits.
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
@@ -14,12 +15,14 @@ from pathlib import Path
 
 import yaml
 
+from mmdet_moe.compat.distributed import note
 from mmdet_moe.datasets.coco_folder import (
     Box,
     Labelled,
     already_there,
     digest,
     image_size,
+    read_text,
     write_folder,
 )
 from mmdet_moe.errors import ConfigError, explained
@@ -52,7 +55,7 @@ def prepare_yolo(
 
     Raises:
         ConfigError: Classes are not to be had, a line of a label file is wrong, a label file has
-            no image, or a split is empty.
+            no image, no image has one, or a split is empty.
     """
     source = Path(source)
     if not source.is_dir():
@@ -66,11 +69,15 @@ def prepare_yolo(
     images = sorted(_files(source, _SUFFIXES))
     if not images:
         raise ConfigError(f'--source {source}: there is no image in it')
+    _check_labels(source, images)
     splits = _splits(source, data, images, val_share)
     made_of = {
         'data': 'yolo',
         'splits': {
-            split: digest(f'{image.relative_to(source)} {_read(source, image)}' for image in some)
+            split: digest(
+                f'{image.relative_to(source)} {image.stat().st_size} {_read(source, image)}'
+                for image in some
+            )
             for split, some in splits.items()
         },
         'classes': names,
@@ -78,7 +85,6 @@ def prepare_yolo(
     }
     if (counts := already_there(out, made_of)) is not None:
         return 'already there', counts
-    _check_labels_have_images(source, images)
     label = partial(_labelled, source, names)
     return 'written', write_folder(out, splits, label, names, made_of, size)
 
@@ -119,60 +125,78 @@ def read_labels(text: str, file: str | Path, size: tuple[int, int], num_classes:
 
 
 def _files(folder: Path, suffixes: Sequence[str]) -> Iterator[Path]:
-    return (
-        path
-        for path in folder.rglob('*')
-        if path.suffix.lower() in suffixes and not path.name.startswith('.')
-    )
+    """Those below a folder, in linked folders too, that are not hidden."""
+    for place, folders, names in os.walk(folder, followlinks=True):
+        here = Path(place)
+        real = here.resolve()
+        # A link to a folder above would lead round in a circle.
+        folders[:] = [
+            name
+            for name in folders
+            if not name.startswith('.') and not real.is_relative_to((here / name).resolve())
+        ]
+        for name in names:
+            if Path(name).suffix.lower() in suffixes and not name.startswith('.'):
+                yield here / name
 
 
 def _read_yaml(file: Path) -> Mapping:
     with explained(f'{file} is not YAML'):
-        content = yaml.safe_load(file.read_text())
+        content = yaml.safe_load(file.read_bytes())
     if not isinstance(content, Mapping):
         raise ConfigError(f'{file} has no entries such as `names`')
     return content
 
 
 def _classes(given: Sequence[str], data: Mapping) -> list[str]:
-    if len(given) == 1 and Path(given[0]).is_file():
-        file = Path(given[0])
+    names, file = list(given) or data.get('names'), Path(*given[:1])
+    if len(given) == 1 and (file.suffix in ('.txt', '.names', '.yaml', '.yml') or file.is_file()):
         if file.suffix in ('.yaml', '.yml'):
-            given, data = (), _read_yaml(file)
+            names = _read_yaml(file).get('names')
         else:
-            given = [line.strip() for line in file.read_text().splitlines() if line.strip()]
-    if given:
-        return list(given)
-    names = data.get('names')
+            names = [line.strip() for line in read_text(file).rstrip().splitlines()]
     if isinstance(names, Mapping):
-        if sorted(names) != list(range(len(names))):
+        if set(names) != set(range(len(names))):
             raise ConfigError(f'`names` of data.yaml must be numbered from 0, not {list(names)}')
         names = [names[number] for number in range(len(names))]
     if not isinstance(names, list) or not names:
         raise ConfigError('the classes have no names: give --classes, or `names` in data.yaml')
-    return [str(name) for name in names]
+    names = [str(name) for name in names]
+    if len(set(names)) < len(names) or '' in names:
+        raise ConfigError(f'each class needs a name of its own, which they have not: {names}')
+    return names
 
 
-def _check_labels_have_images(source: Path, images: Sequence[Path]) -> None:
+def _check_labels(source: Path, images: Sequence[Path]) -> None:
     wanted = {_label_file(source, image) for image in images}
-    for file in _files(source, ('.txt',)):
-        if 'labels' in file.relative_to(source).parts[:-1] and file not in wanted:
+    found = set(_files(source, ('.txt',)))
+    for file in sorted(found - wanted):
+        if file.with_suffix('.txt') in wanted:
+            raise ConfigError(f'{file} is not read: rename it, so that it ends with .txt')
+        # Of labelImg, beside the labels.
+        in_labels = 'labels' in file.relative_to(source).parts[:-1] and file.name != 'classes.txt'
+        if in_labels:
             raise ConfigError(f'{file} has no image: add it, or take the label file out')
+    if not found & wanted:
+        raise ConfigError(
+            f'--source {source}: no image has a label file; give the folder that holds both'
+        )
 
 
 def _label_file(source: Path, image: Path) -> Path:
     """Of an image: in ``labels`` in place of the last ``images`` of its path, or beside it."""
-    parts = list(image.relative_to(source).with_suffix('.txt').parts)
+    beside = image.with_suffix('.txt')
+    parts = list(beside.relative_to(source).parts)
     if 'images' in parts[:-1]:
         parts[len(parts) - 2 - parts[-2::-1].index('images')] = 'labels'
-    return source.joinpath(*parts)
+    file = source.joinpath(*parts)
+    return beside if beside.is_file() and not file.is_file() else file
 
 
 def _read(source: Path, image: Path) -> str:
     """The labels of an image; none where there is no file."""
     file = _label_file(source, image)
-    with explained(f'{file} is not text'):
-        return file.read_text(encoding='utf-8-sig') if file.is_file() else ''
+    return read_text(file) if file.is_file() else ''
 
 
 def _labelled(source: Path, names: Sequence[str], image: Path) -> Labelled:
@@ -186,6 +210,8 @@ def _splits(
     source: Path, data: Mapping, images: Sequence[Path], val_share: float | None
 ) -> dict[str, list[Path]]:
     if val_share is None and (splits := _told(source, data, images) or _by_folder(source, images)):
+        if left_out := sorted(set(images).difference(*splits.values())):
+            note(f'{len(left_out)} images are in no split and left out, such as {left_out[0]}')
         return splits
     shuffled = list(images)
     random.Random(0).shuffle(shuffled)
@@ -197,23 +223,28 @@ def _told(source: Path, data: Mapping, images: Sequence[Path]) -> dict[str, list
     """The splits that ``data.yaml`` tells: each a folder, a text file of images, or several."""
     if not (data.get('train') and data.get('val')):
         return None
-    splits, known = {}, set(images)
+    splits, root = {}, source / str(data.get('path') or '')
+    # Without the links on the way, but with the name of an image that is a link itself.
+    real = {folder: folder.resolve() for folder in {image.parent for image in images}}
+    known = {real[image.parent] / image.name: image for image in images}
     for split in ('train', 'val'):
         entries = data[split] if isinstance(data[split], list) else [data[split]]
         found = set()
         for entry in entries:
             # Many say ../train/images of what lies beside the file.
-            names = (str(entry), str(entry).removeprefix('../'))
-            place = next((source / name for name in names if (source / name).exists()), None)
+            name = str(entry).removeprefix('../')
+            places = (source / name, root / name, source / str(entry))
+            place = next((place for place in places if place.exists()), None)
             if place is None:
                 raise ConfigError(
                     f'{source / "data.yaml"} has {split}: {entry}, and there is no such place in '
                     f'{source}: mend it, or divide all images anew with --val-share'
                 )
             if place.is_file():
-                found |= {place.parent / line for line in place.read_text().split()} & known
+                found |= _listed(place, known)
             else:
-                found |= {image for image in images if place.resolve() in image.resolve().parents}
+                whole = place.resolve()
+                found |= {image for image in images if real[image.parent].is_relative_to(whole)}
         splits[split] = sorted(found)
     if both := set(splits['train']) & set(splits['val']):
         raise ConfigError(
@@ -223,13 +254,26 @@ def _told(source: Path, data: Mapping, images: Sequence[Path]) -> dict[str, list
     return splits
 
 
+def _listed(file: Path, known: Mapping[Path, Path]) -> set[Path]:
+    found = set()
+    for line in filter(None, map(str.strip, read_text(file).splitlines())):
+        path = file.parent / line
+        if (path := path.parent.resolve() / path.name) not in known:
+            raise ConfigError(
+                f'{file} lists {line}, and there is no such image in --source: mend it, or divide '
+                'all images anew with --val-share'
+            )
+        found.add(known[path])
+    return found
+
+
 def _by_folder(source: Path, images: Sequence[Path]) -> dict[str, list[Path]] | None:
     """The splits that names of folders tell, such as images/train2017 and valid/images."""
     splits = {'train': [], 'val': []}
     for image in images:
         folders = reversed(image.relative_to(source).parts[:-1])
         # The innermost one that tells.
-        told = (split for folder in folders for split in splits if folder.startswith(split))
+        told = (split for folder in folders for split in splits if folder.lower().startswith(split))
         if (split := next(told, None)) is not None:
             splits[split].append(image)
     return splits if all(splits.values()) else None

@@ -73,6 +73,14 @@ def same_category_id(content):
     content['categories'].append({'id': 2, 'name': 'wolf'})
 
 
+def without(kind, key):
+    return lambda content: content[kind][0].pop(key)
+
+
+def first(kind, **values):
+    return lambda content: content[kind][0].update(values)
+
+
 def repeat(content):
     content['annotations'].append(content['annotations'][0] | {'id': 9})
 
@@ -90,7 +98,21 @@ def repeat(content):
         (box(id=2), 'has two annotations with the id 2'),
         (repeat, 'annotations repeat another one, such as annotation 9 of 1.jpg'),
         (same_name, 'images are listed twice, such as 1.jpg'),
-        (same_category_id, 'categories share an id with another one'),
+        (same_category_id, 'train: 1 ids of categories are there twice, such as 2'),
+        (without('annotations', 'bbox'), "1 annotations have no `bbox`, such as {'id': 1, 'im"),
+        (lambda c: c['annotations'].append(5), '1 annotations have no `bbox`, such as 5'),
+        (without('categories', 'name'), "has {'id': 1} among its categories"),
+        (without('categories', 'id'), "has {'name': 'cat'} among its categories"),
+        (first('categories', name=7), 'which must have an `id`, and a `name` that is text'),
+        (first('images', width='200'), 'width and height numbers'),
+        (first('images', file_name=None), 'whose file_name must be text'),
+        (box(bbox=[5, 5, None, 20]), 'has bbox=[5, 5, None, 20] and area=400 for the annotation 1'),
+        (box(bbox=['5', '5', '20', '20']), 'which must be numbers'),
+        (box(area=None), 'and area=None for the annotation 1, which must be numbers'),
+        (box(bbox=5), 'of no type that COCO has there'),
+        (box(category_id=[1]), 'of no type that COCO has there'),
+        (box(area=float('nan')), 'boxes are not numbers, or their areas'),
+        (box(area=4 * 20 * 20), 'as small or large, exceed their box, such as annotation 1 of'),
         (lambda c: c['images'][0].update(id=2), 'lists two images with the id 2'),
         (lambda c: c['images'][0].update(width=300), r'1.jpg (200×100, not 300×100)'),
         (lambda c: c['images'][0].update(file_name='no.jpg'), '1 images do not exist, such as'),
@@ -122,13 +144,17 @@ def test_what_may_be_meant_so(folder):
         assert part in text
 
 
-def test_images(folder):
+def test_images(folder, monkeypatch):
     images = folder / 'images'
     (images / '1.jpg').write_bytes((images / '1.jpg').read_bytes()[:-2000])
     (images / '2.jpg').write_bytes(b'')
+    monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 200 * 100)
+    Image.new('RGB', (400, 200)).save(images / '12.jpg')  # as large as Pillow refuses to read
     (images / '13.jpg').write_bytes((images / '3.jpg').read_bytes())
     report = check(parts_of(folder))
-    unreadable, repeated = report.wrong
+    unreadable, too_large, repeated = report.wrong
+    assert too_large.startswith('val: 1 images cannot be read')
+    contact_sheet(parts_of(folder))
     assert unreadable.startswith(f'train: 2 images cannot be read, such as {images / "1.jpg"} (')
     assert repeated == (
         '1 image files are in several splits, byte for byte, such as 3.jpg of train = 13.jpg of val'

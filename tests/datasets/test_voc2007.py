@@ -76,8 +76,14 @@ def test_source(devkit, tmp_path, below):
         copy, original = out / f'images/{id_}.jpg', devkit / f'VOC2007/JPEGImages/{id_}.jpg'
         assert copy.read_bytes() == original.read_bytes()
     assert prepare_voc2007(out, devkit / below) == ('already there', counts)
-    with pytest.raises(ConfigError, match=r'holds another data set, or one made with other opt'):
+    with pytest.raises(ConfigError, match=r'holds another data set, part of one, or one made with'):
         prepare_voc2007(out, devkit, size=64)
+    (out / 'val.json').unlink()
+    with pytest.raises(ConfigError, match='part of one'):
+        prepare_voc2007(out, devkit / below)
+    (out / 'dataset.json').write_text('[')
+    with pytest.raises(ConfigError, match=r'dataset\.json is no note of what'):
+        prepare_voc2007(out, devkit / below)
 
 
 def test_resized(devkit, tmp_path):
@@ -96,7 +102,7 @@ def names_of(out):
 
 def test_ids(devkit, tmp_path):
     one, two = tmp_path / 'one.txt', tmp_path / 'two.txt'
-    one.write_text('000001\n000007\n')
+    one.write_text('\ufeff000001\r\n000007\r\n')
     two.write_text('000005\n')
     prepare_voc2007(tmp_path / 'official', devkit, ids=[one])
     assert names_of(tmp_path / 'official') == [['000007'], ['000001']]
@@ -125,6 +131,15 @@ def test_missing_and_broken_files(devkit, tmp_path):
         (kept[:-20], r'000005\.xml is no annotation of VOC \(ParseError'),
         ('<html/>', r'000005\.xml is no annotation of VOC \(KeyError'),
         (kept.replace('dog', 'wolf'), r"000005\.xml has an object of the class 'wolf'"),
+        (
+            kept.replace('<xmax>40', '<xmax>42'),
+            r'000005\.xml has a person from 1, 1 to 42, 20, which',
+        ),
+        (
+            kept.replace('<xmin>2', '<xmin>5'),
+            'has a dog from 5, 3 to 4, 5, which is no box in the image',
+        ),
+        (kept.replace('<xmin>2', '<xmin>nan'), 'has a dog from nan, 3 to'),
         (kept.replace('<width>40', '<width>80'), r'has 40×20 pixels, and 80×20 in its annot'),
     ):
         annotation.write_text(text)
@@ -140,6 +155,11 @@ def test_missing_and_broken_files(devkit, tmp_path):
     assert list(out.iterdir()) == []
     prepare_voc2007(out, devkit, skip_missing=True)
     assert names_of(out) == [['000007'], ['000001']]
+    assert prepare_voc2007(out, devkit, skip_missing=True)[0] == 'already there'
+    (folder / 'JPEGImages/000007.jpg').rename(image)
+    for skip_missing in (False, True):  # both would be of other images
+        with pytest.raises(ConfigError, match='holds another data set'):
+            prepare_voc2007(out, devkit, skip_missing=skip_missing)
     (folder / 'ImageSets/Main/test.txt').unlink()
     with pytest.raises(ConfigError, match=r'there is no .*test\.txt: get both archives'):
         prepare_voc2007(tmp_path / 'b', devkit)

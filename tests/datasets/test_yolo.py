@@ -56,9 +56,14 @@ def test_boxes_and_names(source, tmp_path):
     assert counts['val']['objects'] == 0
     assert (out / 'images/train/b.png').read_bytes() == (source / 'images/train/b.png').read_bytes()
     assert prepare_yolo(source, out) == ('already there', counts)
-    (source / 'labels/train/a.txt').write_text('0 0.5 0.5 0.5 0.5')
+    (source / 'images/train/b.png').unlink()
+    write_image(source / 'images/train/b.png', size=(400, 20))
     with pytest.raises(ConfigError, match='holds another data set'):
         prepare_yolo(source, out)
+    prepare_yolo(source, tmp_path / 'anew')
+    (source / 'labels/train/a.txt').write_text('0 0.5 0.5 0.5 0.5')
+    with pytest.raises(ConfigError, match='holds another data set'):
+        prepare_yolo(source, tmp_path / 'anew')
 
 
 @pytest.mark.parametrize('entries', ['names: [cat, dog]', 'names: {0: cat, 1: dog}'])
@@ -89,6 +94,62 @@ def test_splits_of_the_yaml(tmp_path, entries, as_lists):
             prepare_yolo(source, tmp_path / 'wrong')
 
 
+def test_lists_of_images(source, tmp_path):
+    """A line is an image, with blanks in its name; none is left out in silence."""
+    write_image(source / 'images/train/my cat.jpg', '0 0.5 0.5 0.5 0.5')
+    (source / 'data.yaml').write_text('names: [cat, dog]\ntrain: train.txt\nval: images/val\n')
+    (source / 'train.txt').write_text('\ufeffimages/train/my cat.jpg\r\n./images/train/a.jpg\r\n')
+    prepare_yolo(source, tmp_path / 'out')
+    assert names_of(tmp_path / 'out') == [['train/a.jpg', 'train/my cat.jpg'], ['val/a.jpg']]
+    (source / 'train.txt').write_text('images/train/a.jpg\nimages/train/no.jpg\n')
+    with pytest.raises(
+        ConfigError, match=r'train\.txt lists images/train/no\.jpg, and there is no'
+    ):
+        prepare_yolo(source, tmp_path / 'wrong')
+
+
+@pytest.mark.parametrize('entries', ['', 'path: .\ntrain: images/train\nval: ../images/val\n'])
+def test_links_and_hidden_folders(source, tmp_path, entries, capsys):
+    write_image(source.parent / 'images/train/link.jpg')
+    write_image(source.parent / 'images/val/b.jpg', '0 0.5 0.5 0.5 0.5')  # not in the data set
+    (source / 'images/train/link.jpg').symlink_to(source.parent / 'images/train/link.jpg')
+    for name in ('images', 'labels'):
+        (source / name / 'val').rename(tmp_path / name / 'elsewhere')
+        (source / name / 'val').symlink_to(tmp_path / name / 'elsewhere')
+    (source / 'images/train/round').symlink_to(source)
+    write_image(source / 'images/train/.checkpoints/a.jpg')
+    write_image(source / 'images/more/c.jpg')
+    (source / 'data.yaml').write_text(f'names: [cat, dog]\n{entries}')
+    prepare_yolo(source, tmp_path / 'out')
+    train = ['train/a.jpg', 'train/b.png', 'train/link.jpg']
+    assert names_of(tmp_path / 'out') == [train, ['val/a.jpg']]
+    assert '1 images are in no split and left out, such as' in capsys.readouterr().out
+
+
+def test_splits_in_upper_case(tmp_path):
+    for name in ('Train/a', 'Train/b', 'VAL/c', 'VAL/d'):
+        write_image(tmp_path / f'in/images/{name}.jpg', '0 0.5 0.5 0.5 0.5')
+    prepare_yolo(tmp_path / 'in', tmp_path / 'out', ['x'])
+    assert names_of(tmp_path / 'out') == [
+        ['Train/a.jpg', 'Train/b.jpg'],
+        ['VAL/c.jpg', 'VAL/d.jpg'],
+    ]
+
+
+def test_labels_that_would_not_be_read(source, tmp_path):
+    """They would make images without an object."""
+    images, labels = source / 'images/train', source / 'labels/train'
+    (labels / 'classes.txt').write_text('cat\ndog\n')  # as labelImg leaves it there
+    (labels / 'a.txt').rename(images / 'a.txt')
+    _, counts = prepare_yolo(source, tmp_path / 'out')
+    assert counts['train']['objects'] == 2
+    (images / 'a.txt').rename(labels / 'a.TXT')
+    with pytest.raises(ConfigError, match='no image has a label file'):
+        prepare_yolo(images, tmp_path / 'wrong', ['x'])
+    with pytest.raises(ConfigError, match=r'a\.TXT is not read: rename it'):
+        prepare_yolo(source, tmp_path / 'wrong')
+
+
 def test_a_share_for_validation(tmp_path):
     """Images that lie beside their labels; the same split every time."""
     source = tmp_path / 'source'
@@ -106,7 +167,7 @@ def test_a_share_for_validation(tmp_path):
 
 def test_classes(source, tmp_path):
     file = tmp_path / 'classes.txt'
-    file.write_text('tree\nhouse\n\n')
+    file.write_text('\ufefftree\r\nhouse\n\n')
     for number, given in enumerate((['tree', 'house'], [str(file)])):
         _, counts = prepare_yolo(source, tmp_path / str(number), given)
         assert list(counts['train']['classes']) == ['tree', 'house']
@@ -114,6 +175,7 @@ def test_classes(source, tmp_path):
     assert list(counts['train']['classes']) == ['cat', 'dog']
     for text, message in (
         ('names: {1: cat, 2: dog}', 'must be numbered from 0'),
+        ('names: {0: cat, x: dog}', 'must be numbered from 0'),
         ('nc: 2', 'the classes have no names: give --classes'),
         ('just text', 'has no entries'),
         ('a: [', 'is not YAML'),
@@ -121,6 +183,13 @@ def test_classes(source, tmp_path):
         (source / 'data.yaml').write_text(text)
         with pytest.raises(ConfigError, match=message):
             prepare_yolo(source, tmp_path / 'wrong')
+    (source / 'data.yaml').unlink()
+    for given, message in (
+        (['classes.txt'], r'classes\.txt cannot be read as text'),
+        (['cat', 'cat'], 'each class needs a name of its own'),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            prepare_yolo(source, tmp_path / 'wrong', given)
 
 
 @pytest.mark.parametrize(

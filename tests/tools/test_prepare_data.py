@@ -284,3 +284,6 @@ def test_yolo_and_check(main, tmp_path, capsys):
     for options in ([], ['--ann', 'a.json'], [str(out), '--ann', 'a.json', '--images', 'b']):
         assert main(['check', *options]) == 2
         assert 'give either a folder, or --ann FILE' in capsys.readouterr().err
+    for name in ('no/sheet.png', 'sheet.xyz'):  # said before the images are looked at
+        assert main(['check', str(out), '--sheet', str(tmp_path / name)]) == 2
+        assert 'must be a .png or .jpg file in a folder that exists' in capsys.readouterr().err

@@ -1,0 +1,31 @@
+"""Images as OpenCV reads them."""
+
+import cv2
+import numpy as np
+import pytest
+from PIL import Image
+
+from mmdet_moe.datasets.coco_folder import image_size, upright
+
+
+@pytest.mark.parametrize('suffix', ['jpg', 'png', 'webp', 'tif'])
+@pytest.mark.parametrize('orientation', [1, 3, 6])
+def test_orientation(tmp_path, suffix, orientation):
+    file, exif = tmp_path / f'a.{suffix}', Image.Exif()
+    exif[0x0112] = orientation
+    pixels = np.zeros((24, 48, 3), np.uint8)
+    pixels[:, :24] = 200
+    Image.fromarray(pixels).save(file, exif=exif)
+    theirs = cv2.imdecode(np.fromfile(file, np.uint8), cv2.IMREAD_COLOR)[..., ::-1]
+    assert image_size(file) == theirs.shape[1::-1]
+    with Image.open(file) as image:
+        np.testing.assert_allclose(np.asarray(upright(image), int), theirs, atol=8)
+
+
+def test_grey_of_16_bits(tmp_path):
+    values = np.arange(800, dtype=np.uint16).reshape(20, 40) * 80
+    Image.fromarray(values).save(tmp_path / 'a.png')
+    with Image.open(tmp_path / 'a.png') as image:
+        np.testing.assert_allclose(
+            np.asarray(upright(image), int), cv2.imread(str(tmp_path / 'a.png')), atol=1
+        )
