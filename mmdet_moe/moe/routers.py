@@ -4,6 +4,7 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -369,9 +370,21 @@ class _PooledRouter(Router):
                     'feature maps together; give that number'
                 )
             features = [self.norm(f, level) for level, f in enumerate(features)]
-        if self.start is not None and self.training and not in_backward():
+        starts = self.start is not None and self.start.waits and self.training
+        if starts and not in_backward():
             self.start(self.fc, _cat(features))
+            # A later call of the same pass may set the weights that this one's gradient needs.
+            weight, bias = self.fc.weight.clone(), self.fc.bias.clone()
+            return [F.linear(f, weight.to(f.dtype), bias.to(f.dtype)) for f in features]
         return [linear(self.fc, f) for f in features]
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
+        done = f'{prefix}start.done'
+        if self.start is None:
+            state_dict.pop(done, None)
+        elif f'{prefix}fc.weight' in state_dict:  # trained, even if from another start
+            state_dict.setdefault(done, torch.ones_like(self.start.done))
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _build_fc(self, features: int) -> RouterLinear:
         if self._num_levels is not None:
