@@ -27,6 +27,8 @@ class KMeansStart(nn.Module):
     Attributes:
         done: bool (), whether it has been done.
         waits: Whether it may still have to be done.
+        in_pass: Whether several calls make one pass of the model; it is then done before the next
+            one, so that all levels of a head count, and none is computed with two routers.
 
     Raises:
         ConfigError: If scikit-learn is not installed.
@@ -42,7 +44,7 @@ class KMeansStart(nn.Module):
             ) from None
         self.num_experts = num_experts
         self.register_buffer('done', torch.zeros((), dtype=torch.bool))
-        self.waits = True
+        self.waits, self.in_pass = True, False
         self._seen: list[Tensor] = []
 
     @torch.compiler.disable
@@ -64,6 +66,17 @@ class KMeansStart(nn.Module):
             return
         features = _some(features.detach()).cpu()
         self._seen.append(features[features.isfinite().all(1)])
+        if not self.in_pass:
+            self.set_if_ready(fc)
+
+    @torch.compiler.disable
+    @torch.no_grad()
+    def set_if_ready(self, fc: nn.Linear) -> None:
+        """Set the layer if there are enough items. Called on all ranks alike.
+
+        Raises:
+            ConfigError: If fewer than E of the items differ.
+        """
         ready = sum(map(len, self._seen)) >= ITEMS_PER_EXPERT * self.num_experts
         items = _some(torch.cat(self._seen)).double().numpy() if ready else np.empty((0, 0))
         num_different = len(np.unique(items, axis=0)) if ready else 0

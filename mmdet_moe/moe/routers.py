@@ -196,6 +196,9 @@ class Router(nn.Module, ABC):
         """:meth:`compute_logits` of all levels; for subclasses that treat them differently."""
         return [self.compute_logits(m, p) for m, p in zip(maps, items, strict=True)]
 
+    def begin(self) -> None:
+        """A pass of the model begins, in which the layer may be called several times."""
+
     def choose(self, logits: Tensor, training: bool) -> tuple[Tensor, Tensor]:
         """The k best experts of every item and their weights.
 
@@ -360,6 +363,11 @@ class _PooledRouter(Router):
 
     def compute_logits(self, x: Tensor, items: Items) -> Tensor:
         return linear(self.fc, self.features(x, items))
+
+    def begin(self) -> None:
+        if self.start is not None and self.start.waits and self.training:
+            self.start.in_pass = True
+            self.start.set_if_ready(self.fc)
 
     def logits_of_levels(self, maps: list[Tensor], items: Sequence[Items]) -> list[Tensor]:
         features = [self.features(m, p) for m, p in zip(maps, items, strict=True)]

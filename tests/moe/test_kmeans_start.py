@@ -8,7 +8,7 @@ import torch
 from sklearn.metrics import adjusted_rand_score
 
 from mmdet_moe.errors import ConfigError, NonFiniteRouterError
-from mmdet_moe.moe import ConvGAPRouter, GAPRouter, MoELayer
+from mmdet_moe.moe import ConvGAPRouter, GAPRouter, MoELayer, add_experts
 from mmdet_moe.moe.kmeans_start import by_clusters
 
 C, E = 6, 3
@@ -137,14 +137,42 @@ def test_calls_of_one_pass_before_the_start_have_their_gradient():
     layer, x = layer_of(softmax='straight_through'), items_of_three_kinds(300)[0]
     before = copy.deepcopy(layer.router.fc)
     x.requires_grad_()
-    layer.begin()
     first = layer.router(x[:100]).logits
     layer.router(x[100:])
-    layer.end()
     assert layer.router.start.done
     (grad,) = torch.autograd.grad(first.square().sum(), x)
     (expected,) = torch.autograd.grad(before(x[:100].mean((2, 3))).square().sum(), x)
     torch.testing.assert_close(grad, expected)
+
+
+def test_all_levels_of_a_head_count():
+    """Each level alone has enough patches; the start waits for the others, to the next pass."""
+
+    class Head(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = torch.nn.Conv2d(C, 2, 1)
+
+        def forward(self, maps):
+            return [self.conv(x) for x in maps]
+
+    head = Head()
+    options = dict(type='mmdet_moe.GAPRouter', init='kmeans', softmax='straight_through')
+    entry = dict(
+        at='conv', num_experts=E, top_k=1, granularity='patch', grid_size=4, router=options
+    )
+    add_experts(head, [entry])
+    noise = torch.randn(E, 20, C, 8, 8, generator=torch.Generator().manual_seed(0))
+    levels = [level.requires_grad_() for level in noise + torch.arange(E).view(E, 1, 1, 1, 1) * 50]
+    router = head.conv.router
+    for _ in range(2):
+        assert not router.start.done
+        sum(y.sum() for y in head(levels)).backward()
+    assert router.start.done
+    head.eval()(levels)
+    by_level = head.conv.routing.expert_ids.view(E, -1)
+    assert sorted(by_level[:, 0].tolist()) == list(range(E))
+    assert (by_level == by_level[:, :1]).all()
 
 
 def test_a_trained_router_of_another_start_stays():
