@@ -112,7 +112,9 @@ class Study:
             batch = next(self.data.batches(batch_size=size, num_workers=0))
             results = self.tracer.predict(batch)
         left_out = self.tracer.leave_out_unknown(len(results))
-        return left_out, self.tracer.order
+        order = self.tracer.order
+        # A head of masks is not run for images in which nothing is found.
+        return left_out, [*order, *(name for name in self.layers if name not in order)]
 
     @property
     def is_detector(self) -> bool:

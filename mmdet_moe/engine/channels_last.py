@@ -19,10 +19,15 @@ class ChannelsLastHook(Hook):
 
     def before_train(self, runner: Runner) -> None:
         """Change the format in place; parameters stay the same objects."""
-        runner.model.to(memory_format=torch.channels_last)
+        # Module.to() fails for weights of five dimensions, as 3D convolutions have.
+        runner.model._apply(_pixel_by_pixel)
         for module in runner.model.modules():
             if isinstance(module, nn.GroupNorm):
                 module.register_forward_pre_hook(_channel_by_channel)
+
+
+def _pixel_by_pixel(x: Tensor) -> Tensor:
+    return x.to(memory_format=torch.channels_last) if x.dim() == 4 else x
 
 
 def _channel_by_channel(_: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:

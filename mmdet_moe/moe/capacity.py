@@ -21,13 +21,18 @@ def overflow(routing: Routing, capacity_factor: float) -> Tensor:
         capacity_factor: 1 gives every expert its fair share of the items.
 
     Returns:
-        bool (T, K). Among equal weights the later item is dropped; a weight of exactly 0 takes no
-        capacity.
+        bool (T, K). Among equal weights the later item is dropped, but with k = 1 the one of lower
+        probability first: with ``softmax='straight_through'`` all weights are 1. A weight of
+        exactly 0 takes no capacity.
     """
     weights = routing.weights.detach().flatten()
     fair = weights.numel() / routing.num_experts
     capacity = math.ceil(capacity_factor * fair)
     by_weight = weights.argsort(descending=True, stable=True)
+    if routing.top_k == 1:
+        p = routing.logits.detach().softmax(dim=-1).gather(1, routing.expert_ids)
+        order = p.flatten().argsort(descending=True, stable=True)
+        by_weight = order[weights[order].argsort(descending=True, stable=True)]
     chosen = routing.expert_ids.flatten().masked_fill(weights == 0, -1)[by_weight]
     offsets, position = ops.sort_routes(chosen[:, None], routing.num_experts)
     # The sort is stable: inside an expert, routes stay in the order of their weights.

@@ -41,6 +41,11 @@ def global_sum_(tensors: list[Tensor]) -> None:
         t.copy_(part.view_as(t))
 
 
+def is_first_rank() -> bool:
+    """Whether this is the rank that :func:`from_first_rank_` asks."""
+    return not _active() or dist.get_rank() == 0
+
+
 def from_first_rank_(tensors: list[Tensor]) -> None:
     """Give every rank what the first one has, in place."""
     if _active():

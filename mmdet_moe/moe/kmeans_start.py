@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from mmdet_moe.errors import ConfigError
-from mmdet_moe.moe.distributed import from_first_rank_
+from mmdet_moe.moe.distributed import from_first_rank_, is_first_rank
 
 #: Items for each expert before they are clustered.
 ITEMS_PER_EXPERT = 64
@@ -19,13 +19,16 @@ class KMeansStart(nn.Module):
     The features of the first batches of the training are kept until there are
     :data:`ITEMS_PER_EXPERT` for each expert, then clustered (k-means on standardised features, by
     scikit-learn), once: a resumed run, or one that loads a trained router, does not do it again. On
-    several GPUs those of the first one count.
+    several GPUs those of the first one count. What is not finite is left out.
 
     Args:
         num_experts: E.
 
     Attributes:
         done: bool (), whether it has been done.
+        waits: Whether it may still have to be done.
+        in_pass: Whether several calls make one pass of the model; it is then done before the next
+            one, so that all levels of a head count, and none is computed with two routers.
 
     Raises:
         ConfigError: If scikit-learn is not installed.
@@ -41,12 +44,15 @@ class KMeansStart(nn.Module):
             ) from None
         self.num_experts = num_experts
         self.register_buffer('done', torch.zeros((), dtype=torch.bool))
-        self._waits = True
+        self.waits, self.in_pass = True, False
         self._seen: list[Tensor] = []
 
+    @torch.compiler.disable
     @torch.no_grad()
     def forward(self, fc: nn.Linear, features: Tensor) -> None:
         """Look at the items of one training batch, and set the layer once there are enough.
+
+        Only as long as it :attr:`waits`.
 
         Args:
             fc: From F features to E logits, with a bias.
@@ -55,29 +61,50 @@ class KMeansStart(nn.Module):
         Raises:
             ConfigError: If fewer than E of the items differ.
         """
-        if not self._waits:
-            return
         if self.done:  # loaded; asked once, as the answer waits for a GPU
-            self._waits = False
+            self.waits = False
             return
-        self._seen.append(features.detach()[:MAX_ITEMS].double().cpu())
-        enough = ITEMS_PER_EXPERT * self.num_experts
-        ready = fc.weight.new_tensor(float(sum(map(len, self._seen)) >= enough))
-        from_first_rank_([ready])
+        features = _some(features.detach()).cpu()
+        self._seen.append(features[features.isfinite().all(1)])
+        if not self.in_pass:
+            self.set_if_ready(fc)
+
+    @torch.compiler.disable
+    @torch.no_grad()
+    def set_if_ready(self, fc: nn.Linear) -> None:
+        """Set the layer if there are enough items. Called on all ranks alike.
+
+        Raises:
+            ConfigError: If fewer than E of the items differ.
+        """
+        ready = sum(map(len, self._seen)) >= ITEMS_PER_EXPERT * self.num_experts
+        items = _some(torch.cat(self._seen)).double().numpy() if ready else np.empty((0, 0))
+        num_different = len(np.unique(items, axis=0)) if ready else 0
+        # The first rank's answer, so that all of them go on, or none does.
+        told = torch.tensor([ready, len(items), num_different], device=fc.weight.device)
+        from_first_rank_([told])
+        ready, num_items, num_different = told.tolist()
         if not ready:
             return
-        items = torch.cat(self._seen)[:MAX_ITEMS].numpy()
-        self._waits, self._seen = False, []
-        if len(np.unique(items, axis=0)) < self.num_experts:
+        self.waits, self._seen = False, []
+        if num_different < self.num_experts:
             raise ConfigError(
                 f"init='kmeans': fewer than num_experts={self.num_experts} of the first "
-                f"{len(items)} items differ; set init='normal'"
+                f"{num_items} items differ; set init='normal'"
             )
-        weight, bias = by_clusters(items, self.num_experts)
-        fc.weight.copy_(torch.from_numpy(weight))
-        fc.bias.copy_(torch.from_numpy(bias))
+        if is_first_rank():
+            weight, bias = by_clusters(items, self.num_experts)
+            fc.weight.copy_(torch.from_numpy(weight))
+            fc.bias.copy_(torch.from_numpy(bias))
         from_first_rank_([fc.weight, fc.bias])
         self.done.fill_(True)
+
+
+def _some(items: Tensor) -> Tensor:
+    """At most :data:`MAX_ITEMS`, at even distances: the first ones may be those of one image."""
+    if len(items) <= MAX_ITEMS:
+        return items
+    return items[torch.arange(MAX_ITEMS, device=items.device) * len(items) // MAX_ITEMS]
 
 
 def by_clusters(items: np.ndarray, num_clusters: int) -> tuple[np.ndarray, np.ndarray]:

@@ -220,6 +220,7 @@ class MoELayer(ExpertLayer):
     def begin(self) -> None:
         """A forward pass of the model begins, in which the layer may be called several times."""
         self._latest = _Calls(is_open=True)
+        self.router.begin()
 
     def forget(self) -> None:
         """Forget the latest forward pass, as if there had been none."""

@@ -4,6 +4,7 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -195,6 +196,9 @@ class Router(nn.Module, ABC):
         """:meth:`compute_logits` of all levels; for subclasses that treat them differently."""
         return [self.compute_logits(m, p) for m, p in zip(maps, items, strict=True)]
 
+    def begin(self) -> None:
+        """A pass of the model begins, in which the layer may be called several times."""
+
     def choose(self, logits: Tensor, training: bool) -> tuple[Tensor, Tensor]:
         """The k best experts of every item and their weights.
 
@@ -360,6 +364,11 @@ class _PooledRouter(Router):
     def compute_logits(self, x: Tensor, items: Items) -> Tensor:
         return linear(self.fc, self.features(x, items))
 
+    def begin(self) -> None:
+        if self.start is not None and self.start.waits and self.training:
+            self.start.in_pass = True
+            self.start.set_if_ready(self.fc)
+
     def logits_of_levels(self, maps: list[Tensor], items: Sequence[Items]) -> list[Tensor]:
         features = [self.features(m, p) for m, p in zip(maps, items, strict=True)]
         if self._num_levels is not None:
@@ -371,9 +380,21 @@ class _PooledRouter(Router):
             features = [self.norm(f, level) for level, f in enumerate(features)]
         elif self.norm is not None:
             features = list(self.norm(_cat(features), 0).split([len(f) for f in features]))
-        if self.start is not None and self.training and not in_backward():
+        starts = self.start is not None and self.start.waits and self.training
+        if starts and not in_backward():
             self.start(self.fc, _cat(features))
+            # A later call of the same pass may set the weights that this one's gradient needs.
+            weight, bias = self.fc.weight.clone(), self.fc.bias.clone()
+            return [F.linear(f, weight.to(f.dtype), bias.to(f.dtype)) for f in features]
         return [linear(self.fc, f) for f in features]
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
+        done = f'{prefix}start.done'
+        if self.start is None:
+            state_dict.pop(done, None)
+        elif f'{prefix}fc.weight' in state_dict:  # trained, even if from another start
+            state_dict.setdefault(done, torch.ones_like(self.start.done))
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _build_fc(self, features: int) -> RouterLinear:
         if self._num_levels is not None or self.start is not None:

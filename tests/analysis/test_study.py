@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from tiny_models import BOXES, MOE_NECK, SIZES, build_detr, build_single, make_batch
+from tiny_models import BOXES, MOE_NECK, SIZES, build_detr, build_rcnn, build_single, make_batch
 from torch import nn
 
 from mmdet_moe.analysis.attribution import Tracer
@@ -14,6 +14,7 @@ from mmdet_moe.analysis.data import Objects
 from mmdet_moe.analysis.recorder import Recorder
 from mmdet_moe.analysis.records.contents import DetectorRecords, from_arrays, to_arrays
 from mmdet_moe.analysis.statistics.outcomes import outcomes_of
+from mmdet_moe.analysis.study import Study
 from mmdet_moe.errors import ConfigError
 from mmdet_moe.moe import LinearExperts, MoELayer, add_experts
 
@@ -225,3 +226,24 @@ def test_few_decisions_of_many_experts_are_kept(randomise, monkeypatch):
         recorder.add([4, 5, 6], tracer.predict(make_batch()))
     (records,) = recorder.take().layers
     assert np.bincount(records.decisions.image).tolist() == [0, 0, 0, 0, 5, 5, 5]
+
+
+def test_a_head_that_the_first_images_do_not_need_has_its_place(randomise, tmp_path):
+    """No masks are computed for images in which nothing is found."""
+    path, mask_path = 'roi_head.bbox_head.shared_fcs.1', 'roi_head.mask_head.convs.0'
+    paths = {path: {'in_channels': 12}, mask_path: {'in_channels': 8}}
+    model = randomise(build_rcnn('mask_rcnn/mask-rcnn_r50_fpn_1x_coco', paths)).eval()
+    model.roi_head.test_cfg.score_thr = 2.0
+
+    class Images(Data):
+        loader_cfg = {'batch_size': 3}
+
+        def batches(self, batch_size, **_):
+            yield make_batch(batch_size)
+
+        def __len__(self):
+            return 3
+
+    study = Study(model, Images(), tmp_path, {}, 0.05)
+    assert study.order == [path, mask_path]
+    assert not study.left_out

@@ -28,6 +28,16 @@ def test_group_normalisation(dtype):
     torch.testing.assert_close(x.grad, gradient, atol=2e-2, rtol=2e-2)
 
 
+def test_other_dimensions_stay():
+    """Mixed precision on a CPU asks every model for the format, those with 3D convolutions too."""
+    kernels = {'2d': nn.Conv2d(3, 4, 3).weight, '3d': nn.Conv3d(3, 4, 3).weight}
+    model = nn.ParameterDict(kernels)
+    ChannelsLastHook().before_train(SimpleNamespace(model=model))
+    assert model['2d'] is kernels['2d']
+    assert model['2d'].is_contiguous(memory_format=torch.channels_last)
+    assert model['3d'].is_contiguous()
+
+
 @pytest.mark.parametrize(('options', 'expected'), [
     ([], False), (['--channels-last'], True), (['--amp'], True),
     (['--cfg-options', 'optim_wrapper.type=AmpOptimWrapper'], True),

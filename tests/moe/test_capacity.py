@@ -1,5 +1,6 @@
 """The bound on an expert's items, against sorting by hand."""
 
+import copy
 import math
 
 import pytest
@@ -38,6 +39,24 @@ def test_a_hand_example():
         [True, True],
         [True, False],
     ]
+
+
+def test_one_choice_in_full_is_dropped_by_its_probability():
+    """Weights of 1 say nothing; by their order alone, all of the last images would be dropped."""
+    router = GAPRouter(3, 4, 1, noise=False, softmax='straight_through')
+    nn.init.normal_(router.fc.weight, std=3)
+    x = torch.randn(64, 3, 1, 1, generator=torch.Generator().manual_seed(0))
+    layers = [
+        MoELayer(nn.Conv2d(3, 2, 1), 4, 1, router, capacity_factor=0.5),
+        MoELayer(nn.Conv2d(3, 2, 1), 4, 1, copy.deepcopy(router), capacity_factor=0.5),
+    ]
+    layers[1].router.softmax = 'over_all'
+    dropped = []
+    for moe in layers:
+        moe(x)
+        dropped.append(moe.routing.dropped)
+    assert dropped[0].any()
+    assert torch.equal(*dropped)
 
 
 def test_no_choice_takes_no_capacity():

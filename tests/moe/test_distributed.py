@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import mmdet_moe.moe as moe
+from mmdet_moe.moe.kmeans_start import by_clusters
 
 LOSSES = {
     'importance': moe.ImportanceLoss(1.0),
@@ -99,14 +100,23 @@ def play(rank, world_size):
         layer([part(x)])
     results['normalised levels'] = dict(layer.router.norm.state_dict())
 
-    results['kmeans'] = started_by_clusters(part(torch.randn(600, 3, 1, 1, generator=generator)))
+    x = part(items_of_four_kinds())
+    results['kmeans'] = started_by_clusters(x[:2] if rank else x)  # too few for clusters of its own
     results['unused experts'] = train_with_unused_experts(wrap, part)
     return results
 
 
+def items_of_four_kinds():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(600, 3, 1, 1, generator=generator) + 1
+    x[:, 0] += 20 * (torch.arange(600) % 2).view(-1, 1, 1)
+    x[:, 1] += 20 * (torch.arange(600) % 4 // 2).view(-1, 1, 1)
+    return x.double()
+
+
 def started_by_clusters(x):
     layer = build(9, init='kmeans')
-    layer(x.double())
+    layer(x)
     return layer.router.fc.state_dict()
 
 
@@ -182,11 +192,18 @@ def test_normalised_levels(one_rank, two_ranks):
 
 
 def test_a_start_by_clusters_is_that_of_the_first_rank(two_ranks):
-    generator = torch.Generator().manual_seed(0)
-    torch.randn(3, 8, 3, 4, 4, dtype=torch.float64, generator=generator)
-    expected = started_by_clusters(torch.randn(600, 3, 1, 1, generator=generator)[:300])
+    """Of its items, normalised over those of all ranks."""
+    items = items_of_four_kinds().flatten(1)[:302]  # the second rank had but two
+    scale = (items.var(0, unbiased=False) + 1e-5).sqrt()
+    torch.manual_seed(9)
+    weight, bias = by_clusters(((items[:300] - items.mean(0)) / scale).numpy(), 4)
     for rank in two_ranks:
-        torch.testing.assert_close(rank['kmeans'], expected)
+        torch.testing.assert_close(
+            rank['kmeans']['weight'], torch.from_numpy(weight), rtol=1e-5, atol=1e-5
+        )
+        torch.testing.assert_close(
+            rank['kmeans']['bias'], torch.from_numpy(bias), rtol=1e-5, atol=1e-5
+        )
 
 
 @pytest.mark.parametrize('norm', ['ln', 'bn'])

@@ -1,12 +1,14 @@
 """Routers that start with the clusters of their first items."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
 from sklearn.metrics import adjusted_rand_score
 
-from mmdet_moe.errors import ConfigError
-from mmdet_moe.moe import ConvGAPRouter, GAPRouter
+from mmdet_moe.errors import ConfigError, NonFiniteRouterError
+from mmdet_moe.moe import ConvGAPRouter, GAPRouter, MoELayer, add_experts
 from mmdet_moe.moe.kmeans_start import by_clusters
 
 C, E = 6, 3
@@ -120,3 +122,95 @@ def test_bad_options(kwargs, message):
 def test_too_few_different_items():
     with pytest.raises(ConfigError, match=r"init='kmeans': fewer than num_experts=3 of the first"):
         router_of()(torch.ones(300, C, 2, 2))
+
+
+def test_large_maps_count_as_a_whole():
+    """Pixels of a batch come image by image; all images count, not the first ones alone."""
+    x = torch.cat([torch.full((1, C, 128, 128), float(kind)) for kind in range(E)])
+    x += 0.01 * torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
+    layer = MoELayer(torch.nn.Conv2d(C, 2, 1), E, 1, router_of(), granularity='pixel')
+    layer(x)
+    layer.eval()(x)
+    assert layer.routing.load().tolist() == [128 * 128] * E
+
+
+def layer_of(**kwargs):
+    return MoELayer(torch.nn.Conv2d(C, 2, 1), E, 1, router_of(**kwargs))
+
+
+def test_a_value_that_is_not_finite_is_told_by_the_layer():
+    x = items_of_three_kinds(300)[0]
+    x[7] = torch.nan
+    with pytest.raises(NonFiniteRouterError):
+        layer_of()(x)
+
+
+def test_calls_of_one_pass_before_the_start_have_their_gradient():
+    layer, x = layer_of(softmax='straight_through'), items_of_three_kinds(300)[0]
+    before = copy.deepcopy(layer.router.fc)
+    x.requires_grad_()
+    first = layer.router(x[:100]).logits
+    layer.router(x[100:])
+    assert layer.router.start.done
+    (grad,) = torch.autograd.grad(first.square().sum(), x)
+    items = x[:100].mean((2, 3))
+    fixed = items.detach()  # the statistics have no gradient
+    z = (items - fixed.mean(0)) / (fixed.var(0, unbiased=False) + 1e-5).sqrt()
+    (expected,) = torch.autograd.grad(before(z).square().sum(), x)
+    torch.testing.assert_close(grad, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_all_levels_of_a_head_count():
+    """Each level alone has enough patches; the start waits for the others, to the next pass."""
+
+    class Head(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = torch.nn.Conv2d(C, 2, 1)
+
+        def forward(self, maps):
+            return [self.conv(x) for x in maps]
+
+    head = Head()
+    options = dict(type='mmdet_moe.GAPRouter', init='kmeans', softmax='straight_through')
+    entry = dict(
+        at='conv', num_experts=E, top_k=1, granularity='patch', grid_size=4, router=options
+    )
+    add_experts(head, [entry])
+    noise = torch.randn(E, 20, C, 8, 8, generator=torch.Generator().manual_seed(0))
+    levels = [level.requires_grad_() for level in noise + torch.arange(E).view(E, 1, 1, 1, 1) * 50]
+    router = head.conv.router
+    for _ in range(2):
+        assert not router.start.done
+        sum(y.sum() for y in head(levels)).backward()
+    assert router.start.done
+    head.eval()(levels)
+    by_level = head.conv.routing.expert_ids.view(E, -1)
+    assert sorted(by_level[:, 0].tolist()) == list(range(E))
+    assert (by_level == by_level[:, :1]).all()
+
+
+def test_a_trained_router_of_another_start_stays():
+    """Checkpoints with and without the buffer fit both kinds of routers."""
+    normal, router = GAPRouter(C, E, 1, noise=False, normalise_levels=1), router_of()
+    router.load_state_dict(normal.state_dict())
+    router(items_of_three_kinds(300)[0])
+    assert torch.equal(router.fc.weight, normal.fc.weight)
+    normal.load_state_dict(router.state_dict())
+    router_of().load_state_dict(router_of().state_dict())
+
+
+def test_a_start_that_was_not_over_goes_on_after_loading():
+    router = router_of()
+    router.load_state_dict(router_of().state_dict())
+    router(items_of_three_kinds(300)[0])
+    assert router.start.done
+
+
+def test_compiled():
+    router = router_of(softmax='straight_through')
+    compiled = torch.compile(router, backend='eager')
+    for batch in items_of_three_kinds(300)[0].split(100):
+        compiled(batch)
+    x, kinds = items_of_three_kinds(200, seed=1)
+    assert adjusted_rand_score(kinds, compiled.eval()(x).expert_ids[:, 0]) == 1
