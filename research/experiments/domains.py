@@ -237,7 +237,7 @@ class DomainsExperiment:
 
     def write(self) -> None:
         """The table of what is there."""
-        results = {m: [r for s in self.seeds if (r := self.result(m, s))] for m in self.methods}
+        results = {m: {s: r for s in self.seeds if (r := self.result(m, s))} for m in self.methods}
         complete = (
             self.seeds == list(SEEDS)
             and self.methods == METHODS
@@ -400,26 +400,27 @@ def look_at_routing(head: nn.Sequential, train: Data, test: Data) -> dict:
     }
 
 
-def markdown_table(results: Mapping[Method, Sequence[dict]]) -> str:
+def markdown_table(results: Mapping[Method, Mapping[int, dict]]) -> str:
     """Mean ± standard deviation over the seeds, in percent.
 
     Args:
-        results: What the finished trainings have left, by method.
+        results: What the finished trainings have left, by method and seed.
     """
     columns = (
         'model', 'seeds', 'accuracy', 'against dense', *SOURCES, 'active kFLOPs', 'parameters',
         'information on the data set', 'dead experts', 'training against inference',
     )  # fmt: skip
-    dense = {i: np.mean(found['accuracy']) for i, found in enumerate(results.get(DENSE, ()))}
+    dense = {s: 100 * np.mean(run['accuracy']) for s, run in results.get(DENSE, {}).items()}
 
     def rows() -> Iterator[list[str]]:
-        for method, found in results.items():
-            if not found:
+        for method, by_seed in results.items():
+            if not by_seed:
                 continue
+            found = list(by_seed.values())
             means = [100 * np.mean(run['accuracy']) for run in found]
             by_source = zip(*(run['accuracy'] for run in found), strict=True)
             cells = [method.name, str(len(found)), mean_and_std(means, 2)]
-            paired = [m - 100 * dense[i] for i, m in enumerate(means) if i in dense]
+            paired = [m - dense[s] for s, m in zip(by_seed, means, strict=True) if s in dense]
             other = method is not DENSE and paired
             cells.append(f'{mean_std(paired)[0]:+.2f}' if other else NOTHING)
             cells += [f'{100 * mean_std(of_source)[0]:.1f}' for of_source in by_source]

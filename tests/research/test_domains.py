@@ -91,16 +91,16 @@ def test_table():
         return found
 
     results = {
-        DENSE: [run([0.4, 0.8]), run([0.42, 0.8])],
-        METHODS[3]: [run([0.5, 0.9], [[1, 0]]), run([0.42, 0.8], [[1, 0]])],
-        METHODS[4]: [],
+        DENSE: {0: run([0.4, 0.8]), 1: run([0.42, 0.8])},
+        METHODS[3]: {1: run([0.5, 0.9], [[1, 0]]), 2: run([0.42, 0.8], [[1, 0]])},
+        METHODS[4]: {},
     }
     dense, switch = ([c.strip() for c in line.split('|')[1:-1]]
                      for line in markdown_table(results).splitlines()[2:])  # fmt: skip
     assert dense[:8] == [
         'dense, equal cost', '2', '60.50 ± 0.71', '–', '41.0', '80.0', '123', '54 k'
     ]  # fmt: skip
-    assert switch[2:6] == ['65.50 ± 6.36', '+5.00', '46.0', '85.0']
+    assert switch[2:6] == ['65.50 ± 6.36', '+9.00', '46.0', '85.0']
     assert switch[8:] == ['0.25 ± 0.00', '2 of 8', '0.50']
 
 
