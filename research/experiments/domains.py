@@ -113,6 +113,10 @@ METHODS = (
     ),
     Method('4 experts: clustered, Switch', 4, router=_CLUSTERED, loss=_SWITCH),
     Method('4 experts: clustered alone', 4, router=_CLUSTERED),
+    Method(
+        '4 experts: clustered, loss-free', 4,
+        router={**_CLUSTERED, 'constraint': {'type': 'mmdet_moe.BiasBalancing'}},
+    ),
     Method('2 experts: clustered, Switch', 2, router=_CLUSTERED, loss=_SWITCH),
     Method('8 experts: clustered, Switch', 8, router=_CLUSTERED, loss=_SWITCH),
     Method(
