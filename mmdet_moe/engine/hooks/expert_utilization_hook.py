@@ -255,8 +255,8 @@ class ExpertUtilizationHook(Hook):
             runner.logger.warning(
                 f'TRAINING AND INFERENCE DISAGREE in {name}: the load is {in_training} in training '
                 f'and would be {at_inference} at inference, without noise and masks; experts learn '
-                "from items that they will not get. Set the router's noise=False and "
-                "init='kmeans', or balance by a loss."
+                'from items that they will not get. A router without noise that starts as clusters '
+                'gives them their own: _base_/balancing/clustered.py.'
             )
         if report.has_collapsed(self.collapse_share):
             load = [round(x, 3) for x in report.load[:FEW_EXPERTS]]
