@@ -99,7 +99,6 @@ SMALL = {
 }
 
 
-@pytest.mark.usefixtures('quick_analysis')
 @pytest.mark.sweep(keep=1 / 3)
 @pytest.mark.parametrize(
     'name',
