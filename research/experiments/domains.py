@@ -21,13 +21,14 @@ from torch import nn
 
 from mmdet_moe.analysis.files import write_file
 from mmdet_moe.cli import load_config
+from mmdet_moe.drawing import new_figure, style
 from mmdet_moe.errors import ConfigError
 from mmdet_moe.moe import MoELayer, Utilization
 from mmdet_moe.moe.flops import count_flops
 from mmdet_moe.moe.metrics import mutual_information
 from mmdet_moe.moe.utilization import DEAD_SHARE
 from mmdet_moe.registry import build
-from research.experiments.experiment import CONFIGS, SEEDS, folder_name, publish
+from research.experiments.experiment import CONFIGS, SEEDS, check_amounts, folder_name, publish
 from research.experiments.markdown import NOTHING, mean_and_std, table
 from research.experiments.mumoe import in_processes
 from research.features import FeatureCache
@@ -180,10 +181,7 @@ class DomainsExperiment:
         methods: Sequence[Method] = METHODS,
         images: int = IMAGES,
     ) -> None:
-        if not seeds or len(set(seeds)) < len(seeds):
-            raise ConfigError(f'--seeds {" ".join(map(str, seeds))}: give different numbers')
-        if jobs < 1:
-            raise ConfigError(f'--jobs {jobs}: give at least 1')
+        check_amounts(seeds, jobs)
         self.work_dir, self.seeds, self.jobs = work_dir.resolve(), list(seeds), jobs
         self.methods = methods
         self.where = Where((data.resolve(), fashion_mnist.resolve()), self.work_dir, images)
@@ -257,7 +255,8 @@ class DomainsExperiment:
                 f'{len(RECIPES)} recipes the best for the dense model, on a held-out tenth of the '
                 f'training images.\n\n{text}'
             )
-        self.written = publish(complete, self.work_dir, {NAME: text}, {})
+        pictures = {f'{NAME}.png': partial(plot, results)} if results[DENSE] else {}
+        self.written = publish(complete, self.work_dir, {NAME: text}, pictures)
 
 
 @dataclass(frozen=True)
@@ -442,3 +441,35 @@ def markdown_table(results: Mapping[Method, Mapping[int, dict]]) -> str:
             ]
 
     return table(columns, rows())
+
+
+def plot(results: Mapping[Method, Mapping[int, dict]], path: Path) -> None:
+    """What each model gains over the dense one, of each seed and on average.
+
+    Args:
+        results: As for :func:`markdown_table`, those of the dense model among them.
+        path: Of the picture.
+    """
+    dense = {s: np.mean(run['accuracy']) for s, run in results[DENSE].items()}
+    gains = {
+        method: [
+            100 * (np.mean(run['accuracy']) - dense[s]) for s, run in by_seed.items() if s in dense
+        ]
+        for method, by_seed in results.items()
+        if method is not DENSE
+    }
+    shown = {method.name: values for method, values in gains.items() if values}
+    with style():
+        figure = new_figure(7.5, 0.28 * len(shown) + 1)
+        axis = figure.subplots()
+        for row, values in enumerate(shown.values()):
+            axis.barh(row, np.mean(values), color='tab:green' if np.mean(values) > 0 else 'tab:red')
+            axis.plot(values, [row] * len(values), 'k.', markersize=3)
+        axis.set_yticks(range(len(shown)), list(shown), fontsize=7)
+        axis.invert_yaxis()
+        axis.axvline(0, color='black', linewidth=0.8)
+        # A training that went wrong would leave no room for the others.
+        low, high = min(map(min, shown.values())), max(map(max, shown.values()))
+        axis.set_xlim(max(-6, low - 0.5), high + 0.5)
+        axis.set_xlabel('points above the dense model of equal cost (bars: mean, dots: seeds)')
+        figure.savefig(path, dpi=150, bbox_inches='tight')

@@ -30,6 +30,22 @@ def folder_name(name: str) -> str:
     return name.replace(' ', '_').replace(',', '').replace(':', '')
 
 
+def check_amounts(seeds: Sequence[int], jobs: int) -> None:
+    """Refuse what no experiment can be run with.
+
+    Args:
+        seeds: Of the runs of each kind.
+        jobs: Runs at a time.
+
+    Raises:
+        ConfigError: For no seeds, seeds that repeat, and fewer jobs than 1.
+    """
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise ConfigError(f'--seeds {" ".join(map(str, seeds))}: give different numbers')
+    if jobs < 1:
+        raise ConfigError(f'--jobs {jobs}: give at least 1')
+
+
 @dataclass(frozen=True)
 class Method:
     """One row of a table.
@@ -64,10 +80,7 @@ class Experiment(ABC):
     """
 
     def __init__(self, data: Path, work_dir: Path, seeds: Sequence[int], jobs: int) -> None:
-        if not seeds or len(set(seeds)) < len(seeds):
-            raise ConfigError(f'--seeds {" ".join(map(str, seeds))}: give different numbers')
-        if jobs < 1:
-            raise ConfigError(f'--jobs {jobs}: give at least 1')
+        check_amounts(seeds, jobs)
         # Trainings run from the checkout, wherever the tool was called.
         self.data, self.work_dir = data.resolve(), work_dir.resolve()
         self.seeds = list(seeds)

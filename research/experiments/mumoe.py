@@ -28,7 +28,7 @@ from mmdet_moe.cli import load_config
 from mmdet_moe.drawing import new_figure, style
 from mmdet_moe.errors import ConfigError
 from mmdet_moe.moe import ImportanceLoss, MoELayer
-from research.experiments.experiment import CONFIGS, SEEDS, folder_name, publish
+from research.experiments.experiment import CONFIGS, SEEDS, check_amounts, folder_name, publish
 from research.experiments.markdown import NOTHING, mean_and_std, table
 from research.features import FeatureCache
 from research.heads import Data, Recipe, accuracy, look_at_experts, predict, train_head
@@ -131,10 +131,7 @@ class MuMoEExperiment:
         heads: Sequence[Head] = HEADS,
         recipes: Sequence[Recipe] = RECIPES,
     ) -> None:
-        if not seeds or len(set(seeds)) < len(seeds):
-            raise ConfigError(f'--seeds {" ".join(map(str, seeds))}: give different numbers')
-        if jobs < 1:
-            raise ConfigError(f'--jobs {jobs}: give at least 1')
+        check_amounts(seeds, jobs)
         self.data, self.work_dir = data.resolve(), work_dir.resolve()
         self.seeds, self.jobs, self.heads, self.recipes = list(seeds), jobs, heads, recipes
         self.written: Path | None = None

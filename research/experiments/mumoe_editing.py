@@ -19,10 +19,9 @@ from torch import Tensor, nn
 from mmdet_moe.analysis.files import write_file
 from mmdet_moe.analysis.superclasses import CIFAR100
 from mmdet_moe.cli import load_config
-from mmdet_moe.errors import ConfigError
 from mmdet_moe.moe import CPMuMoE
 from mmdet_moe.moe.editing import Edit, apply_edits
-from research.experiments.experiment import CONFIGS, SEEDS, publish
+from research.experiments.experiment import CONFIGS, SEEDS, check_amounts, publish
 from research.experiments.markdown import mean_and_std, table
 from research.experiments.mumoe import in_processes
 from research.features import FeatureCache
@@ -232,10 +231,7 @@ class EditingExperiment:
     """
 
     def __init__(self, data: Path, work_dir: Path, seeds: Sequence[int], jobs: int) -> None:
-        if not seeds or len(set(seeds)) < len(seeds):
-            raise ConfigError(f'--seeds {" ".join(map(str, seeds))}: give different numbers')
-        if jobs < 1:
-            raise ConfigError(f'--jobs {jobs}: give at least 1')
+        check_amounts(seeds, jobs)
         self.data, self.work_dir = data.resolve(), work_dir.resolve()
         self.seeds, self.jobs = list(seeds), jobs
         self.written: Path | None = None

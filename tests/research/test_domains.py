@@ -81,7 +81,7 @@ def test_the_recipe_is_chosen_on_images_of_all_classes(tmp_path, monkeypatch):
         assert torch.bincount(labels).min() > 5
 
 
-def test_table():
+def test_table_and_picture(tmp_path):
     def run(accuracy, counts=None):
         found = {'accuracy': accuracy, 'flops': 123_456, 'parameters': 54_321}
         if counts is not None:
@@ -102,6 +102,8 @@ def test_table():
     ]  # fmt: skip
     assert switch[2:6] == ['65.50 ± 6.36', '+9.00', '46.0', '85.0']
     assert switch[8:] == ['0.25 ± 0.00', '2 of 8', '0.50']
+    domains.plot(results, tmp_path / 'picture.png')
+    assert (tmp_path / 'picture.png').stat().st_size > 1000
 
 
 def test_all_in_miniature(tmp_path, monkeypatch):
