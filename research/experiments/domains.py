@@ -255,7 +255,7 @@ class DomainsExperiment:
                 f'{len(RECIPES)} recipes the best for the dense model, on a held-out tenth of the '
                 f'training images.\n\n{text}'
             )
-        pictures = {f'{NAME}.png': partial(plot, results)} if results[DENSE] else {}
+        pictures = {f'{NAME}.png': partial(plot, results)} if complete else {}
         self.written = publish(complete, self.work_dir, {NAME: text}, pictures)
 
 
