@@ -30,11 +30,12 @@ Change = Callable[[np.ndarray], np.ndarray]
 
 
 class FeatureCache:
-    """Pooled features of the images of a classification config, in files of :data:`CHUNK` images.
+    """Features of the images of a classification config, in files of :data:`CHUNK` images.
 
     Args:
-        cfg: Config of an ``ImageClassifier`` whose neck pools; the images of both splits go through
-            the pipeline of its test data, so without augmentation.
+        cfg: Config of an ``ImageClassifier``, whose neck pools (without one the features are maps);
+            the images of both splits go through the pipeline of its test data, so without
+            augmentation.
         folder: For the files; what is there already is not computed again.
 
     Raises:
@@ -49,7 +50,7 @@ class FeatureCache:
     def _check_same_settings(self) -> None:
         wanted = {
             'backbone': self.cfg.model.backbone.to_dict(),
-            'neck': self.cfg.model.neck.to_dict(),
+            'neck': dict(self.cfg.model.neck or {}),
             'pipeline': [dict(step) for step in self.cfg.test_dataloader.dataset.pipeline],
             'preprocessor': self.cfg.data_preprocessor.to_dict(),
         }
@@ -79,7 +80,7 @@ class FeatureCache:
             change: Applied to every image first. The name stands for it, as for the indices.
 
         Returns:
-            (N, F) float32 and (N,) int64.
+            (N, F) or (N, F, H, W) float32, and (N,) int64.
         """
         dataset = self._dataset(split)
         indices = range(len(dataset)) if indices is None else indices

@@ -20,7 +20,7 @@ from projects.cluster_theory import experiment as theory
 from research.experiments import rotate
 from research.experiments.budget import CIFAR10, FASHION_MNIST
 from research.experiments.classification import TASKS, ClassificationExperiment
-from research.experiments.domains import DomainsExperiment
+from research.experiments.domains import TRUNKS, DomainsExperiment
 from research.experiments.experiment import SEEDS, Experiment
 from research.experiments.mumoe import MuMoEExperiment
 from research.experiments.mumoe_editing import EditingExperiment
@@ -98,18 +98,19 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         'expert editing against a spurious mark, with classes of CIFAR-100',
         data='cifar100',
     )
-    domains = _add(
-        commands,
-        'domains',
-        'one classifier for CIFAR-100 and Fashion-MNIST on frozen features: which experts win?',
-        data='cifar100',
-    )
-    domains.add_argument(
-        '--fashion-mnist',
-        type=Path,
-        default=Path(os.environ.get('FASHION_MNIST_ROOT', REPOSITORY / 'data' / 'fashion-mnist')),
-        help='folder of Fashion-MNIST (by default FASHION_MNIST_ROOT, or data/fashion-mnist)',
-    )
+    for trunk, what in (('domains', 'pooled features'), ('domains-maps', 'maps of features')):
+        domains = _add(
+            commands,
+            trunk,
+            f'one classifier for CIFAR-100 and Fashion-MNIST on frozen {what}: which experts win?',
+            data='cifar100',
+        )
+        domains.add_argument(
+            '--fashion-mnist',
+            type=Path,
+            default=Path(os.environ.get('FASHION_MNIST_ROOT', REPOSITORY / 'data/fashion-mnist')),
+            help='folder of Fashion-MNIST (by default FASHION_MNIST_ROOT, or data/fashion-mnist)',
+        )
     for command, choices in budgets.items():
         texts = '; '.join(f'{name}: {budget.text}' for name, budget in choices.items())
         by_name[command].add_argument('--budget', choices=tuple(choices), default='cpu', help=texts)
@@ -152,8 +153,8 @@ def experiment(
     if args.command in ROTATED:
         data_set = ROTATED[args.command]
         return rotate.RotateExperiment(data_set, rotate.BUDGETS[data_set][args.budget], *common)
-    if args.command == 'domains':
-        return DomainsExperiment(*common, args.fashion_mnist)
+    if args.command in TRUNKS:
+        return DomainsExperiment(*common, args.fashion_mnist, TRUNKS[args.command])
     if args.command == 'mumoe':
         return MuMoEExperiment(*common)
     if args.command == 'mumoe-editing':

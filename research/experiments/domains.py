@@ -1,14 +1,14 @@
 """One classifier for two unlike data sets: where theory says that experts must win.
 
-CIFAR-100 and Fashion-MNIST, the classes of both, on the features of a frozen ImageNet backbone. The
-claim to be tested (arXiv 2208.02813; arXiv 2311.04894): a router finds the data sets apart, and a
-mixture is then better than a dense model of equal cost. And: which way to train the router does it
-take?
+CIFAR-100 and Fashion-MNIST, the classes of both, on the features of a frozen ImageNet backbone:
+linear layers on pooled features, or convolutions on its last maps (:data:`TRUNKS`). The claim to be
+tested (arXiv 2208.02813; arXiv 2311.04894): a router finds the data sets apart, and a mixture is
+then better than a dense model of equal cost. And: which way to train the router does it take?
 """
 
 import copy
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cache, partial
 from itertools import product
@@ -36,13 +36,12 @@ from research.heads import Data, Recipe, accuracy, predict, train_head
 from research.runs import mean_std
 
 CONFIG = 'efficientnet_lite0_dense_cifar100'
-NAME = 'domains'
 #: Training images of each data set: the first ones.
 IMAGES = 20_000
 SOURCES = ('CIFAR-100', 'Fashion-MNIST')
 CLASSES = (100, 10)
-#: Features of a frozen EfficientNet-Lite0, and the width of an expert: F → w → 2w.
-FEATURES, WIDTH = 1280, 32
+#: Channels in the middle of an expert, w; it gives 2w.
+WIDTH = 32
 #: Tried on the dense model, with a tenth of the training images held out.
 RECIPES = tuple(
     Recipe(lr, decay, epochs=10, batch_size=256) for lr, decay in product((1e-3, 3e-3), (0.01, 1.0))
@@ -69,6 +68,7 @@ class Method:
         width: w. None: as wide as costs what 4 experts of :data:`WIDTH` and their router do.
         apart: A dense model for each data set, told which one is whose.
         frozen_router: The router stays as it was drawn.
+        one_for_all: The experts have the same weights, and only their norms are their own.
     """
 
     name: str
@@ -79,12 +79,11 @@ class Method:
     width: int | None = WIDTH
     apart: bool = False
     frozen_router: bool = False
+    one_for_all: bool = False
 
-    @property
-    def hidden(self) -> int:
+    def hidden(self, trunk: 'Trunk') -> int:
         """The width w."""
-        # A router of 4 experts costs as much as 4 units of the first layer.
-        return WIDTH + 4 if self.width is None else self.width
+        return WIDTH + trunk.router_costs if self.width is None else self.width
 
 
 METHODS = (
@@ -130,29 +129,93 @@ METHODS = (
     ),
 )  # fmt: skip
 DENSE = METHODS[0]
+_ON_MAPS = (
+    'dense, equal cost', 'dense, 4 times as wide', 'a dense model for each data set',
+    '4 experts: Switch', '4 experts: importance', '4 experts: k-means start, Switch',
+    '2 experts: clustered, Switch', '4 experts: clustered, Switch', '8 experts: clustered, Switch',
+    '4 experts: random router, never trained',
+)  # fmt: skip
+METHODS_ON_MAPS = (
+    *(method for method in METHODS if method.name in _ON_MAPS),
+    Method(
+        '2 experts: clustered, Switch, norms alone', 2, router=_CLUSTERED, loss=_SWITCH,
+        one_for_all=True,
+    ),
+)  # fmt: skip
 
 
-def body(width: int) -> nn.Sequential:
-    """What is dense, or one of the experts: F → w → 2w."""
-    layers = nn.Linear(FEATURES, width), nn.ReLU(), nn.Linear(width, 2 * width), nn.ReLU()
+def _linear(width: int) -> nn.Sequential:
+    layers = nn.Linear(1280, width), nn.ReLU(), nn.Linear(width, 2 * width), nn.ReLU()
     return nn.Sequential(*layers)
 
 
-def build_head(method: Method, seed: int, classes: int = sum(CLASSES)) -> nn.Sequential:
+def _convolutions(width: int) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for inputs, outputs, size in ((320, width, 1), (width, width, 3), (width, 2 * width, 1)):
+        layers.append(nn.Conv2d(inputs, outputs, size, padding=size // 2, bias=False))
+        layers += [nn.BatchNorm2d(outputs), nn.ReLU()]
+    return nn.Sequential(*layers)
+
+
+@dataclass(frozen=True)
+class Trunk:
+    """What follows the frozen backbone: dense, or as experts.
+
+    Attributes:
+        name: Of the experiment.
+        shape: Of an image's features, as the trunk gets them.
+        body: The dense one, or an expert, of a width w.
+        router_costs: What a router of 4 experts costs, in units of w, rounded up.
+        methods: That are compared.
+        stage: Of the backbone, whose maps are the features; by default its last one, pooled.
+        image_size: The images' edge, which the backbone sees.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    body: Callable[[int], nn.Sequential]
+    router_costs: int
+    methods: tuple[Method, ...]
+    stage: int | None = None
+    image_size: int = 96
+
+
+TRUNKS = {
+    trunk.name: trunk
+    for trunk in (
+        Trunk('domains', (1280,), _linear, 4, METHODS),
+        Trunk(
+            'domains-maps', (320, 2, 2), _convolutions, 1, METHODS_ON_MAPS, stage=5, image_size=64
+        ),
+    )
+}  # fmt: skip
+
+
+def build_head(
+    trunk: Trunk, method: Method, seed: int, classes: int = sum(CLASSES)
+) -> nn.Sequential:
     """An untrained model (N, F) → (N, classes)."""
     torch.manual_seed(seed)
-    first: nn.Module = body(method.hidden)
+    width, channels, *maps = method.hidden(trunk), *trunk.shape
+    first: nn.Module = trunk.body(width)
     if method.experts:
+        experts = [trunk.body(width) for _ in range(method.experts)]
+        if method.one_for_all:
+            for layers in zip(*experts, strict=True):
+                for layer in layers:
+                    if isinstance(layer, nn.Conv2d):
+                        layer.weight = layers[0].weight
         first = MoELayer(
-            [body(method.hidden) for _ in range(method.experts)],
+            experts,
             method.experts,
             method.top_k,
             {'type': 'mmdet_moe.GAPRouter', **method.router},
-            FEATURES,
-            granularity='token',
+            channels,
+            granularity='image' if maps else 'token',
         )
         first.router.requires_grad_(not method.frozen_router)
-    return nn.Sequential(first, nn.Linear(2 * method.hidden, classes))
+    pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten()) if maps else nn.Identity()
+    return nn.Sequential(nn.Unflatten(1, trunk.shape), first, pool, nn.Linear(2 * width, classes))
 
 
 class DomainsExperiment:
@@ -164,7 +227,8 @@ class DomainsExperiment:
         seeds: Of each method.
         jobs: Trainings at a time, in processes of one thread.
         fashion_mnist: Folder of Fashion-MNIST.
-        methods: What is trained.
+        trunk: Where the experts are.
+        methods: What is trained; the trunk's by default.
         images: Training images of each data set.
 
     Raises:
@@ -178,13 +242,15 @@ class DomainsExperiment:
         seeds: Sequence[int],
         jobs: int,
         fashion_mnist: Path,
-        methods: Sequence[Method] = METHODS,
+        trunk: Trunk = TRUNKS['domains'],
+        methods: Sequence[Method] | None = None,
         images: int = IMAGES,
     ) -> None:
         check_amounts(seeds, jobs)
         self.work_dir, self.seeds, self.jobs = work_dir.resolve(), list(seeds), jobs
-        self.methods = methods
-        self.where = Where((data.resolve(), fashion_mnist.resolve()), self.work_dir, images)
+        self.methods = trunk.methods if methods is None else methods
+        folders = data.resolve(), fashion_mnist.resolve()
+        self.where = Where(folders, self.work_dir, images, trunk)
         self.written: Path | None = None
 
     def run(self, table_only: bool = False) -> None:
@@ -242,7 +308,7 @@ class DomainsExperiment:
         results = {m: {s: r for s in self.seeds if (r := self.result(m, s))} for m in self.methods}
         complete = (
             self.seeds == list(SEEDS)
-            and self.methods == METHODS
+            and self.methods == self.where.trunk.methods
             and self.where.images == IMAGES
             and all(len(found) == len(self.seeds) for found in results.values())
         )
@@ -255,8 +321,9 @@ class DomainsExperiment:
                 f'{len(RECIPES)} recipes the best for the dense model, on a held-out tenth of the '
                 f'training images.\n\n{text}'
             )
-        pictures = {f'{NAME}.png': partial(plot, results)} if complete else {}
-        self.written = publish(complete, self.work_dir, {NAME: text}, pictures)
+        name = self.where.trunk.name
+        pictures = {f'{name}.png': partial(plot, results)} if complete else {}
+        self.written = publish(complete, self.work_dir, {name: text}, pictures)
 
 
 @dataclass(frozen=True)
@@ -267,11 +334,13 @@ class Where:
         data: Folders of the data sets.
         work_dir: Gets a folder ``features``.
         images: Training images of each.
+        trunk: For which.
     """
 
     data: tuple[Path, ...]
     work_dir: Path
     images: int
+    trunk: Trunk
 
 
 @cache
@@ -283,7 +352,8 @@ def load(where: Where, split: str) -> Data:
         cache = FeatureCache(_config(source, where), where.work_dir / 'features' / name)
         indices = range(where.images) if split == 'train' else None
         features, labels = cache.load(split, indices=indices, change=_coloured if source else None)
-        parts.append(Data(features, labels + first_class, sources=torch.full_like(labels, source)))
+        sources = torch.full_like(labels, source)
+        parts.append(Data(features.flatten(1), labels + first_class, sources=sources))
         first_class += CLASSES[source]
     keys = 'features', 'labels', 'sources'
     return Data(**{key: torch.cat([getattr(part, key) for part in parts]) for key in keys})
@@ -297,6 +367,13 @@ def _config(source: int, where: Where) -> Any:
             root, is_test = str(where.data[source]), split != 'train'
             dataset.update(type='FashionMNIST', data_root=root, test_mode=is_test)
         cfg.model.head.num_classes = CLASSES[source]
+    trunk = where.trunk
+    if trunk.stage is not None:
+        cfg.model.backbone.module.out_indices = (trunk.stage,)
+        cfg.model.neck = None
+        for step in cfg.test_dataloader.dataset.pipeline:
+            if step.type == 'Resize':
+                step.scale = trunk.image_size
     return cfg
 
 
@@ -307,7 +384,12 @@ def _coloured(image: np.ndarray) -> np.ndarray:
 
 def settings(method: Method, recipe: Recipe, where: Where) -> dict:
     """What the figures of a model depend on, as JSON has it."""
-    content = {'method': asdict(method), 'recipe': asdict(recipe), 'images': where.images}
+    content = {
+        'trunk': where.trunk.name,
+        'method': asdict(method),
+        'recipe': asdict(recipe),
+        'images': where.images,
+    }
     return json.loads(json.dumps(content))
 
 
@@ -320,7 +402,7 @@ def _tune(where: Where, path: Path) -> None:
     held_out[drawn[: len(images) // 10]] = True
     tried = []
     for recipe in RECIPES:
-        head = build_head(DENSE, 0)
+        head = build_head(where.trunk, DENSE, 0)
         train_head(head, images[~held_out], recipe, seed=0)
         held = images[held_out]
         found = accuracy(predict(head, held.features), held.labels)
@@ -333,16 +415,20 @@ def _tune(where: Where, path: Path) -> None:
 
 def _train(method: Method, seed: int, recipe: Recipe, where: Where, path: Path) -> None:
     """Train one model, and leave its figures."""
-    result = measure(method, seed, recipe, load(where, 'train'), load(where, 'test'))
+    images = load(where, 'train'), load(where, 'test')
+    result = measure(where.trunk, method, seed, recipe, *images)
     path.parent.mkdir(parents=True, exist_ok=True)
     content = {'settings': settings(method, recipe, where), **result}
     write_file(path, json.dumps(content).encode())
 
 
-def measure(method: Method, seed: int, recipe: Recipe, train: Data, test: Data) -> dict:
+def measure(
+    trunk: Trunk, method: Method, seed: int, recipe: Recipe, train: Data, test: Data
+) -> dict:
     """Train one model; its accuracy for each data set, its cost, and what its router does.
 
     Args:
+        trunk: Of which kind.
         method: Which.
         seed: Of weights and order.
         recipe: Of the training.
@@ -352,7 +438,7 @@ def measure(method: Method, seed: int, recipe: Recipe, train: Data, test: Data) 
     parts = [train.sources == s for s in range(len(SOURCES))] if method.apart else [slice(None)]
     heads = []
     for part in parts:
-        heads.append(build_head(method, seed))
+        heads.append(build_head(trunk, method, seed))
         train_head(heads[-1], train[part], recipe, seed, loss)
     by_source = []
     for source in range(len(SOURCES)):
@@ -377,11 +463,11 @@ def look_at_routing(head: nn.Sequential, train: Data, test: Data) -> dict:
         ``counts`` (sources, E) of the test images' choices, their ``information`` on the source in
         nats, ``dead`` experts, and the ``disagreement`` of a pass in training mode.
     """
-    layer = head[0]
+    unflatten, layer = head[:2]
     counts = torch.zeros(len(SOURCES), layer.num_experts, dtype=torch.float64)
     report = Utilization(layer.num_experts)
     for rows in torch.arange(len(test)).split(2000):
-        layer.eval()(test.features[rows])
+        layer.eval()(unflatten(test.features[rows]))
         routing = layer.routing
         report.update(routing)
         sources = test.sources[rows, None].expand_as(routing.expert_ids)
@@ -390,7 +476,7 @@ def look_at_routing(head: nn.Sequential, train: Data, test: Data) -> dict:
     constraint = layer.router.constraint
     state = copy.deepcopy(constraint.state_dict()) if constraint is not None else None
     for rows in torch.arange(0, len(train), 8).split(256):
-        layer.train()(train.features[rows])
+        layer.train()(unflatten(train.features[rows]))
         training.update(layer.routing, layer.router)
     if state is not None:
         constraint.load_state_dict(state)
