@@ -37,6 +37,7 @@ _ROUTER = 'model.bbox_head.router'
 _NORMALISED = (f'{_ROUTER}.normalise_levels=5',)
 _WITHIN = ('custom_hooks.1.loss.within=level',)
 _BOTH = (*_NORMALISED, *_WITHIN)
+_CLUSTERS = (f'{_ROUTER}.init=kmeans', f'{_ROUTER}.noise=False')
 METHODS = (
     Method('dense', 'demo/retinanet_dense_digits'),
     Method('image', _IMAGE),
@@ -47,6 +48,8 @@ METHODS = (
     Method('pixel: balanced within levels', _PIXEL, _WITHIN),
     Method('pixel: both', _PIXEL, _BOTH),
     Method('pixel: both, sharp', 'demo/retinanet_moe_pixel_sharp_digits'),
+    Method('pixel: k-means start', _PIXEL, _CLUSTERS),
+    Method('pixel: level normalised, k-means start', _PIXEL, (*_NORMALISED, *_CLUSTERS)),
 )
 #: With ``--quick``, which shows that everything works and nothing else.
 QUICK = 'pixel: both'
