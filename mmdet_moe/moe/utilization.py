@@ -46,6 +46,10 @@ class UtilizationReport:
         dropped: Share of the routed rows that exceeded the capacity of their expert.
         inference_load: The load that the decisions of inference would give (no noise, no masks).
             Empty in files of earlier versions.
+        mi_source: Mutual information between the data set that an image comes from and the chosen
+            expert, as inference would decide; None where the images come from one, or where nobody
+            said from which (:attr:`Routing.sources`).
+        source_shares: For each data set, the share of its decisions by expert, (D, E).
     """
 
     num_items: int
@@ -59,6 +63,8 @@ class UtilizationReport:
     level_shares: list[list[float]]
     dropped: float = 0.0
     inference_load: list[float] = field(default_factory=list)
+    mi_source: float | None = None
+    source_shares: list[list[float]] = field(default_factory=list)
 
     @classmethod
     def from_sums(cls, sums: dict[str, Tensor]) -> 'UtilizationReport':
@@ -66,8 +72,10 @@ class UtilizationReport:
 
         Args:
             sums: float64: ``load``, ``importance`` (E,), ``dropped`` () and those of
-                :func:`sums_of_decisions`.
+                :func:`sums_of_decisions`; ``sources`` (D, E), if the data sets are known.
         """
+        sources = sums.get('sources')
+        is_known = sources is not None and bool(sources.any())
         load, importance = shares(sums['load']), shares(sums['importance'])
         usage = shares(sums['levels'].sum(0))
         decision_entropy = sums['decision_entropy'] / sums['items'].clamp(min=1)
@@ -83,6 +91,8 @@ class UtilizationReport:
             level_shares=shares(sums['levels']).tolist(),
             dropped=float(sums['dropped'] / sums['load'].sum().clamp(min=1)),
             inference_load=shares(sums['chosen']).tolist(),
+            mi_source=float(mutual_information(sources)) if is_known else None,
+            source_shares=shares(sources).tolist() if is_known else [],
         )
 
     @property
@@ -136,8 +146,9 @@ class UtilizationReport:
         return (
             f'load {load}{f" (at inference {_listed(self.inference_load)})" if differs else ""} '
             f'| importance {importance} | decision entropy {self.decision_entropy:.2f} '
-            f'| information on input {self.mi_input:.3f}, on level {self.mi_level:.3f} nats '
-            f'of {self.usage_entropy:.2f}'
+            f'| information on input {self.mi_input:.3f}, on level {self.mi_level:.3f}'
+            + ('' if self.mi_source is None else f', on data set {self.mi_source:.3f}')
+            + f' nats of {self.usage_entropy:.2f}'
             + (f' | dropped {100 * self.dropped:.1f} %' if self.dropped else '')
         )
 
@@ -153,10 +164,11 @@ class Utilization:
 
     Args:
         num_experts: E.
+        num_sources: How many data sets D the images come from, where that is to be told apart.
     """
 
-    def __init__(self, num_experts: int) -> None:
-        self.num_experts = num_experts
+    def __init__(self, num_experts: int, num_sources: int = 0) -> None:
+        self.num_experts, self.num_sources = num_experts, num_sources
         self._sums: dict[str, Tensor] = {}
 
     @torch.no_grad()
@@ -181,6 +193,8 @@ class Utilization:
             'importance': routing.importance(),
             'dropped': routing.num_dropped(),
         }
+        if self.num_sources > 1:
+            sums['sources'] = _by_source(weights_TE.float(), routing, self.num_sources)
         for key, value in sums.items():
             value = value.detach().double()
             self._sums[key] = self._sums[key] + value if key in self._sums else value
@@ -193,6 +207,15 @@ class Utilization:
         sums = {key: value.clone() for key, value in self._sums.items()}
         global_sum_(list(sums.values()))
         return UtilizationReport.from_sums(sums)
+
+
+def _by_source(weights_TE: Tensor, routing: Routing, num_sources: int) -> Tensor:
+    """(D, E); all 0 where a layer decides on inputs of its own, or nobody knows the data sets."""
+    sums = weights_TE.new_zeros(num_sources, weights_TE.shape[1])
+    if routing.sources is None or len(routing.sources) != routing.num_images:
+        return sums
+    sources = torch.tensor(routing.sources, device=sums.device)
+    return sums.index_add(0, sources[routing.image_ids], weights_TE)
 
 
 def sums_of_decisions(weights_TE: Tensor, level_ids: Tensor, num_levels: int) -> dict[str, Tensor]:

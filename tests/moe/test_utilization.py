@@ -163,6 +163,26 @@ def test_shares_of_each_level():
     assert report.level_shares == [[1, 0, 0], [0.25, 0.75, 0]]
 
 
+def test_data_sets():
+    """Three images of two data sets on two levels; the level of one image goes elsewhere."""
+    router = router_of(2, 1)
+    first, second = [0.9, 0.1], [0.1, 0.9]
+    levels = [[first, first, second], [first, second, second]]
+    routing = router([torch.tensor(level).log()[:, :, None, None] for level in levels])
+    utilization, silent = Utilization(2, num_sources=2), Utilization(2, num_sources=2)
+    silent.update(routing, router)
+    routing.sources = (0, 0, 1)
+    utilization.update(routing, router)
+    report = utilization.report()
+    assert report.source_shares == [[0.75, 0.25], [0, 1]]
+    expected = entropy_of([1 / 2, 1 / 2]) - 2 / 3 * entropy_of([3 / 4, 1 / 4])
+    assert report.mi_source == pytest.approx(expected)
+    assert report.scalars()['mi_source'] == report.mi_source
+    assert f'on data set {expected:.3f} nats' in str(report)
+    assert silent.report().mi_source is None
+    assert 'mi_source' not in silent.report().scalars()
+
+
 def test_level_without_items_has_no_shares():
     """An empty level, or no item at all, gives zeros and not NaN."""
     router = GAPRouter(2, 3, 2, noise=False)

@@ -73,6 +73,12 @@ def test_experts_follow_the_data_set(folders, monkeypatch):
         losses = [step[key] for step in log if key in step]
         assert losses[0] > 0.5  # a router that knows nothing pays log 2
         assert np.mean(losses[-10:]) < 0.15
+    report = json.loads(Path('run/expert_utilization_val.json').read_text())
+    for layer in LAYERS:
+        found = report['layers'][layer]
+        # Those of the validation are told apart less well than those of so short a training.
+        assert np.sum(found['source_shares'][1][2:]) > 0.8
+        assert found['mi_source'] > 0.05
     arguments = ['--out', 'out', '--device', 'cpu', '--split', 'train', '--no-interventions']
     run_analysis([str(CONFIG), 'run/iter_60.pth', *arguments, '--cfg-options', *SMALL])
     experts = json.loads(Path('out/experts.json').read_text())

@@ -8,7 +8,7 @@ from mmengine.hooks import Hook
 from mmengine.runner import Runner
 from torch import Tensor, nn
 
-from mmdet_moe.engine.hooks.layers import moe_layers_of, unwrapped_model
+from mmdet_moe.engine.hooks.layers import moe_layers_of, sources_of, unwrapped_model
 from mmdet_moe.errors import ConfigError
 from mmdet_moe.moe import BalancingLoss
 from mmdet_moe.registry import HOOKS, MODELS
@@ -118,8 +118,8 @@ class _AddLosses:
 
 def _sources(samples: object, name: str, num_images: int) -> tuple[int, ...]:
     """The data set of each image of a batch."""
-    found = [sample.metainfo.get('dataset_source') for sample in samples or ()]
-    if not found or None in found:
+    found = sources_of(samples)
+    if found is None:
         raise ConfigError(
             'BalancingLossHook: DatasetLoss needs `dataset_source` in the metainfo of every data '
             'sample; join the data sets by mmdet_moe.JointDataset'
@@ -130,7 +130,7 @@ def _sources(samples: object, name: str, num_images: int) -> tuple[int, ...]:
             f'not on the {len(found)} images, so that DatasetLoss cannot tell their data sets; '
             'leave it out with layers=[...]'
         )
-    return tuple(map(int, found))
+    return found
 
 
 def _free_key(output: dict, key: str) -> str:

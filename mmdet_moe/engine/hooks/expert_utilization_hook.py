@@ -9,7 +9,7 @@ from mmengine.runner import Runner
 from torch.utils.hooks import RemovableHandle
 
 from mmdet_moe.engine.hooks.balancing_loss_hook import BalancingLossHook
-from mmdet_moe.engine.hooks.layers import expert_layers_of
+from mmdet_moe.engine.hooks.layers import expert_layers_of, sources_of
 from mmdet_moe.moe import ExpertLayer, MoELayer, Routing
 from mmdet_moe.moe.utilization import (
     COLLAPSE_SHARE,
@@ -32,6 +32,9 @@ _MAX_POINTS = 256
 @HOOKS.register_module()
 class ExpertUtilizationHook(Hook):
     """Logs load, importance, entropy and mutual information of every layer of experts.
+
+    Of images that :class:`~mmdet_moe.datasets.JointDataset` brings from several data sets it also
+    says what the choice of the expert has to do with the data set.
 
     In training every ``interval`` iterations over the iterations since the last report, in
     validation and test over the whole data set; to the log and as scalars
@@ -115,7 +118,7 @@ class ExpertUtilizationHook(Hook):
         self, runner: Runner, batch_idx: int, data_batch=None, outputs=None
     ) -> None:
         """Accumulate; report at the interval."""
-        self._accumulate('train')
+        self._accumulate(runner, 'train', data_batch)
         if self.every_n_train_iters(runner, self.interval):
             self._report(runner, 'train', warn=runner.iter + 1 > self.warmup_iters)
 
@@ -135,7 +138,7 @@ class ExpertUtilizationHook(Hook):
 
     def after_val_iter(self, runner: Runner, batch_idx: int, data_batch=None, outputs=None) -> None:
         """Accumulate."""
-        self._accumulate('val')
+        self._accumulate(runner, 'val', data_batch)
 
     def after_val_epoch(self, runner: Runner, metrics=None) -> None:
         """Report on the whole validation set."""
@@ -152,7 +155,7 @@ class ExpertUtilizationHook(Hook):
         self, runner: Runner, batch_idx: int, data_batch=None, outputs=None
     ) -> None:
         """Accumulate."""
-        self._accumulate('test')
+        self._accumulate(runner, 'test', data_batch)
 
     def after_test_epoch(self, runner: Runner, metrics=None) -> None:
         """Report on the whole test set."""
@@ -173,11 +176,16 @@ class ExpertUtilizationHook(Hook):
             handle.remove()
         self._handles = []
 
-    def _accumulate(self, mode: str) -> None:
+    def _accumulate(self, runner: Runner, mode: str, batch: object) -> None:
         window = self._windows.setdefault(mode, {})
+        samples = batch.get('data_samples') if isinstance(batch, dict) else None
+        sources = sources_of(samples)
         for name, layer in self._layers.items():
             if name not in window:
-                window[name] = Utilization(layer.num_experts)
+                num_sources = _num_sources(runner, mode) if sources else 0
+                window[name] = Utilization(layer.num_experts, num_sources)
+            if sources:
+                layer.routing.sources = sources
             window[name].update(layer.routing, layer.router)
 
     def _report(self, runner: Runner, mode: str, warn: bool) -> None:
@@ -274,6 +282,12 @@ class ExpertUtilizationHook(Hook):
         }
         path = Path(runner.work_dir) / REPORT_FILE.format(mode=mode)
         path.write_text(json.dumps(content, indent=2) + '\n')
+
+
+def _num_sources(runner: Runner, mode: str) -> int:
+    """How many data sets the images of a loop come from."""
+    metainfo = getattr(getattr(runner, f'{mode}_dataloader').dataset, 'metainfo', None) or {}
+    return len(metainfo.get('sources', ()))
 
 
 class _Past:

@@ -1,5 +1,7 @@
 """What the hooks share: the layers of experts of the model that a Runner trains."""
 
+from collections.abc import Iterable
+
 from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner
@@ -46,3 +48,17 @@ def moe_layers_of(runner: Runner, hook: Hook) -> dict[str, MoELayer]:
             'custom_hooks'
         )
     return sparse
+
+
+def sources_of(samples: Iterable | None) -> tuple[int, ...] | None:
+    """The number of the data set of each image of a batch.
+
+    Args:
+        samples: Its data samples, in whose metainfo :class:`~mmdet_moe.datasets.JointDataset` has
+            left it.
+
+    Returns:
+        (N,), or None where it is not known of every image.
+    """
+    found = [getattr(sample, 'metainfo', {}).get('dataset_source') for sample in samples or ()]
+    return tuple(map(int, found)) if found and None not in found else None
