@@ -131,7 +131,7 @@ def test_healthy_routing_is_silent(make_runner, toy_model):
 def test_noise_that_balances_the_training_alone(make_runner, toy_model):
     """Logits far below the noise: whatever the image, inference takes the same two experts."""
     model = steer(toy_model({'noise': True}), [0.002, 0.001, -0.001, -0.002])
-    runner = make_runner(model, [hook(), BALANCING], max_iters=16, optim_wrapper=FROZEN)
+    runner = make_runner(model, [hook(interval=16), BALANCING], max_iters=16, optim_wrapper=FROZEN)
     runner.train()
     warning = (
         r'TRAINING AND INFERENCE DISAGREE in stem: the load is \[(.*?)\] in training and would '
