@@ -143,9 +143,7 @@ class _SparseRouters(RandomRouters):
                 first = self.routers[0]
                 if type(first).compute_logits is GAPRouter.compute_logits:
                     # A convolution before the last layer, which costs the most, is drawn once.
-                    features = [first.features(*pair) for pair in pairs]
-                    if first.norm is not None:
-                        features = [first.norm(f, level) for level, f in enumerate(features)]
+                    features = first.normalised([first.features(*pair) for pair in pairs])
                     draws = [linear(router.fc, torch.cat(features)) for router in self.routers]
                 else:
                     draws = [torch.cat(router.logits_of_levels(*inputs)) for router in self.routers]

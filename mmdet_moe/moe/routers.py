@@ -371,15 +371,7 @@ class _PooledRouter(Router):
 
     def logits_of_levels(self, maps: list[Tensor], items: Sequence[Items]) -> list[Tensor]:
         features = [self.features(m, p) for m, p in zip(maps, items, strict=True)]
-        if self._num_levels is not None:
-            if len(maps) != self._num_levels:
-                raise ConfigError(
-                    f'normalise_levels={self._num_levels}, but the router is given {len(maps)} '
-                    'feature maps together; give that number'
-                )
-            features = [self.norm(f, level) for level, f in enumerate(features)]
-        elif self.norm is not None:
-            features = list(self.norm(_cat(features), 0).split([len(f) for f in features]))
+        features = self.normalised(features)
         starts = self.start is not None and self.start.waits and self.training
         if starts and not in_backward():
             self.start(self.fc, _cat(features))
@@ -387,6 +379,23 @@ class _PooledRouter(Router):
             weight, bias = self.fc.weight.clone(), self.fc.bias.clone()
             return [F.linear(f, weight.to(f.dtype), bias.to(f.dtype)) for f in features]
         return [linear(self.fc, f) for f in features]
+
+    def normalised(self, features: list[Tensor]) -> list[Tensor]:
+        """The features of all maps, each as :meth:`features` gives it, as the last layer sees them.
+
+        Raises:
+            ConfigError: If they are of more or fewer maps than ``normalise_levels`` says.
+        """
+        if self._num_levels is not None:
+            if len(features) != self._num_levels:
+                raise ConfigError(
+                    f'normalise_levels={self._num_levels}, but the router is given '
+                    f'{len(features)} feature maps together; give that number'
+                )
+            return [self.norm(f, level) for level, f in enumerate(features)]
+        if self.norm is not None:
+            return list(self.norm(_cat(features), 0).split([f.shape[0] for f in features]))
+        return features
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
         done = f'{prefix}start.done'

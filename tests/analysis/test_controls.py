@@ -326,14 +326,15 @@ def test_routers_of_other_kinds():
     assert controls._calls == []
 
 
-def test_levels_that_are_normalised(randomise):
-    """By what the layer's own router has learned of each level, which is no choice."""
+@pytest.mark.parametrize('options', [{'normalise_levels': 2}, {'init': 'kmeans', 'noise': False}])
+def test_levels_that_are_normalised(randomise, options):
+    """By what the layer's own router has learned of each level, or of all, which is no choice."""
     layer = MoELayer(
         ConvExperts(4, 4, 1, 3),
         3,
         2,
         in_channels=4,
-        router=dict(type='mmdet_moe.GAPRouter', normalise_levels=2),
+        router=dict(type='mmdet_moe.GAPRouter', **options),
     )
     maps = [5 + torch.randn(2, 4, 6, 6), 3 * torch.randn(2, 4, 3, 3)]
     layer(maps)  # in training
@@ -343,7 +344,8 @@ def test_levels_that_are_normalised(randomise):
     layer(maps)
     handle.remove()
     pooled = [m.mean((2, 3)) for m in maps]
-    expected = torch.cat([(p - p.mean(0)) / (p.var(0, correction=0) + 1e-5).sqrt() for p in pooled])
+    groups = pooled if 'normalise_levels' in options else [torch.cat(pooled)]
+    expected = torch.cat([(p - p.mean(0)) / (p.var(0, correction=0) + 1e-5).sqrt() for p in groups])
     for draw, router in enumerate(controls.routers):
         found = controls.logits(torch.arange(4))[:, draw]
         wanted = (expected @ router.fc.weight.T + router.fc.bias).detach()
