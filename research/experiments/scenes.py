@@ -210,7 +210,8 @@ def specialisation_table(found: dict[str, list[dict]]) -> str:
         found: Contents of ``experts.json`` by method.
     """
     columns = (
-        'method', 'seeds', 'size of objects', 'of detections', 'largest p', 'class', 'AP',
+        'method', 'seeds', 'size of objects', 'of detections', 'largest p', 'size given level',
+        'at most', 'smallest p', 'class', 'AP',
         'best expert alone', 'worst expert alone', 'all alike', 'at random', 'both at random',
     )  # fmt: skip
 
@@ -233,11 +234,20 @@ def specialisation_table(found: dict[str, list[dict]]) -> str:
                     lambda changed: changed['random'][0],
                 )
             )
+            beyond = _over_layers(runs, lambda run, x: _beyond_level(run, x)['mi'], digits=4)
+            most = ' / '.join(
+                f'{max(_beyond_level(run, layer)["interval"][1] for run in runs):.4f}'
+                for layer in runs[0]['layers']
+            )
+            least_p = min(
+                _beyond_level(run, x)['p_adjusted'] for run in runs for x in run['layers']
+            )
             both = mean_std([changed_by(run, ALL, 'AP')['random'][0] for run in runs])[0]
             ap = mean_and_std([run['metrics']['AP'] for run in runs])
             yield [
                 name, str(len(runs)), of_objects, of_detections, f'{max(_p_values(runs)):.3f}',
-                of_class, ap, best, worst, equal, random, f'{both:.3f}',
+                beyond, most, f'{least_p:.3f}', of_class, ap, best, worst, equal, random,
+                f'{both:.3f}',
             ]  # fmt: skip
 
     return table(columns, rows())
@@ -249,6 +259,11 @@ def _over_layers(runs: Sequence[dict], value: Callable[[dict, str], float], digi
 
 def _association(run: dict, layer: str, source: str, attribute: str) -> dict:
     return run['layers'][layer]['associations'][source][attribute]
+
+
+def _beyond_level(run: dict, layer: str) -> dict:
+    """What the choice knows of the objects' size once the level is known."""
+    return _association(run, layer, 'objects', 'size')['given']['level']
 
 
 def _p_values(runs: Sequence[dict]) -> Iterator[float]:

@@ -46,8 +46,13 @@ def test_table_has_mean_and_deviation_over_the_seeds():
 def experts_of(ap, mi, p, alone, equal, random, both):
     """The parts of an ``experts.json`` that the table reads; ``alone`` has one AP per expert."""
     sizes = {'mi': mi, 'p_adjusted': p, 'p_value': 0.0}
+    beyond = {'mi': mi / 100, 'interval': [0.0, mi / 10], 'p_adjusted': p * 10}
     associations = {
-        'objects': {'size_coco': sizes, 'class': {'mi': mi / 10, 'p_adjusted': 0.5}},
+        'objects': {
+            'size_coco': sizes,
+            'size': {'given': {'level': beyond}},
+            'class': {'mi': mi / 10, 'p_adjusted': 0.5},
+        },
         'detections': {'size_coco': {'mi': 2 * mi, 'p_adjusted': p / 2}},
     }
     changed = [('cls', 'only', value) for value in alone]
@@ -71,7 +76,8 @@ def test_table_of_specialisation():
     cells = [cell.strip() for cell in line.split('|')[1:-1]]
     # The best and the worst expert of each seed, whichever they are.
     assert cells == [
-        'some', '2', '0.30', '0.60', '0.020', '0.03', '0.500 ± 0.141', '0.400', '0.200', '0.450',
+        'some', '2', '0.30', '0.60', '0.020', '0.0030', '0.0400', '0.010', '0.03',
+        '0.500 ± 0.141', '0.400', '0.200', '0.450',
         '0.350', '0.250',
     ]  # fmt: skip
 
