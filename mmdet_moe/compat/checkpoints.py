@@ -30,7 +30,7 @@ def allow_history(module: ModuleType) -> None:
 
     def statistic(owner: Any, name: str) -> Any:
         if owner is not history or name not in _ALLOWED_STATISTICS:
-            raise UnpicklingError(f'GLOBAL builtins.getattr of {name!r}')
+            raise UnpicklingError(f'GLOBAL getattr of {name!r}')
         return getattr(owner, name)
 
     reconstruct, scalar = core.multiarray._reconstruct, core.multiarray.scalar
@@ -73,18 +73,18 @@ def _read(load: Any, name: Any) -> Any:
     try:
         return load()
     except UnpicklingError as error:
-        text = str(error)
-        if not (found := re.search(r'GLOBAL ([\w.]+)', text)) and 'weights_only' not in text:
+        found = re.search(r'GLOBAL ([\w.]+)|(Can only |unrecognized function)', str(error))
+        if found is None:
             raise ConfigError(_damaged(name)) from error
-        what = f'`{found[1]}`' if found else 'objects other than weights'
+        what = f'`{found[1]}`' if found[1] else 'objects other than weights'
         raise ConfigError(
             f"checkpoint: '{name}' holds {what}, and to load that would run code of whoever wrote "
             f'the file; if you trust it, set {TRUST_VARIABLE}=1'
         ) from error
-    except (EOFError, KeyError, RuntimeError, ValueError) as error:
-        if 'CUDA' in str(
-            error
-        ):  # the file is of a machine with a GPU, or this one's memory is full
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:  # of any kind: PyTorch's readers expect their own files
+        if 'CUDA' in str(error):  # no GPU here, or its memory is full
             raise
         raise ConfigError(_damaged(name)) from error
 

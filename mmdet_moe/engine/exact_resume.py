@@ -63,6 +63,7 @@ class ExactResumeHook(Hook):
 
         runner.save_checkpoint = save_checkpoint
         if runner._resume:
+            self._restore()
             _validate_if_due(runner)
         if self._resumed is None:
             return
@@ -83,6 +84,7 @@ class ExactResumeHook(Hook):
                     'starts anew'
                 )
             self._restore()
+            self._resumed = None
 
     def before_val(self, runner: Runner) -> None:
         """Remember the random numbers."""
@@ -120,7 +122,6 @@ class ExactResumeHook(Hook):
     def _restore(self) -> None:
         if self._resumed is not None and get_rank() < len(self._resumed['random']):
             _set_random_state(self._resumed['random'][get_rank()])
-        self._resumed = None
 
 
 def _validate_if_due(runner: Runner) -> None:

@@ -30,6 +30,7 @@ import torch
 from mmdet_moe.analysis.command import run_analysis
 from mmdet_moe.analysis.files import EXPERTS_FILE
 from mmdet_moe.cli import run_train
+from mmdet_moe.registry import HOOKS, MODELS
 
 ITERATIONS = 5
 CONFIG = """
@@ -51,7 +52,7 @@ param_scheduler = dict(type='CosineAnnealingLR', by_epoch=False, T_max=ITERATION
 default_hooks = dict(
     checkpoint=dict(type='CheckpointHook', by_epoch=False, interval=1, max_keep_ckpts=1,
                     save_best='accuracy/top1'),
-    logger=dict(type='LoggerHook', interval=1),
+    logger=dict(type='LoggerHook', interval=1, log_metric_by_epoch=False),
 )
 custom_hooks = [
     dict(type='EMAHook', momentum=0.1),
@@ -87,6 +88,16 @@ def prepare(folder: Path) -> None:
         images.mkdir(parents=True, exist_ok=True)
         cv2.imwrite(str(images / f'{index}.png'), rng.integers(0, 255, (16, 16, 3), dtype=np.uint8))
     (folder / 'tiny.py').write_text(CONFIG.replace('ITERATIONS', str(ITERATIONS)))
+
+
+def import_all() -> None:
+    """Import the toolboxes before the processes are forked, so that each starts at once."""
+    from mmpretrain.utils import register_all_modules
+
+    torch.set_num_threads(1)
+    register_all_modules(init_default_scope=False)
+    MODELS.import_from_location()
+    HOOKS.import_from_location()
 
 
 def train(*arguments: str) -> None:
@@ -270,7 +281,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument('--moments', type=int, default=20, metavar='N', help='kills (20)')
     parser.add_argument('--seed', type=int, default=0, help='of the moments (0)')
     args = parser.parse_args(argv)
-    torch.set_num_threads(1)
+    import_all()
     rng = random.Random(args.seed)
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(temporary)
