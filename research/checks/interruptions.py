@@ -238,8 +238,31 @@ def _plain(value: object) -> object:
     return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
-def check_training(folder: Path, ranks: int, moment: int, share: float, expected: dict) -> bool:
+def uninterrupted(folder: Path, ranks: int) -> tuple[dict, int]:
+    """The :func:`outcome` of a whole training, and its number of file operations."""
+    prepare(folder)
+    launcher = ('--launcher', 'pytorch') if ranks > 1 else ()
+    count = in_processes(folder, lambda: train(*launcher), ranks)
+    return outcome(folder), count
+
+
+def check_training(
+    folder: Path,
+    ranks: int,
+    moment: int,
+    share: float,
+    expected: dict,
+    meanwhile: Callable[[], None] = lambda: None,
+) -> bool:
     """Kill a training, resume it, and compare.
+
+    Args:
+        folder: An empty one.
+        ranks: Processes.
+        moment: See :func:`in_processes`.
+        share: Likewise.
+        expected: The :func:`outcome` of the uninterrupted training.
+        meanwhile: Called in between.
 
     Returns:
         Whether it was killed; if not, it had ended before the moment.
@@ -250,6 +273,7 @@ def check_training(folder: Path, ranks: int, moment: int, share: float, expected
     prepare(folder)
     launcher = ('--launcher', 'pytorch') if ranks > 1 else ()
     killed = not in_processes(folder, lambda: train(*launcher), ranks, moment, share)
+    meanwhile()
     in_processes(folder, lambda: train('--resume', *launcher), ranks)
     _compare(outcome(folder), expected, f'training of {ranks}, moment {moment}')
     return killed
@@ -287,11 +311,7 @@ def main(argv: list[str] | None = None) -> None:
         root = Path(temporary)
         expected, counts = {}, {}
         for ranks in (1, 2):
-            folder = root / f'whole{ranks}'
-            prepare(folder)
-            launcher = ('--launcher', 'pytorch') if ranks > 1 else ()
-            count = in_processes(folder, lambda launcher=launcher: train(*launcher), ranks)
-            expected[ranks], counts[ranks] = outcome(folder), count
+            expected[ranks], counts[ranks] = uninterrupted(root / f'whole{ranks}', ranks)
         counts['analysis'] = in_processes(root / 'whole1', analyse)
         expected['analysis'] = outcome(root / 'whole1')
         killed = 0

@@ -144,7 +144,7 @@ def test_old_formats_cut_at_any_byte(tmp_path):
     whole = path.read_bytes()
     for size in range(0, len(whole), 7):
         path.write_bytes(whole[:size])
-        with pytest.raises(ConfigError, match='damaged|run code of'):  # half of a name is another
+        with pytest.raises(ConfigError, match=r'damaged|run code of'):  # by half a name
             load(path)
 
 
@@ -171,7 +171,7 @@ def small_files():
 
 def test_full_disk(checkpoint, small_files):
     before = checkpoint.read_bytes()
-    with pytest.raises(OSError) as error:
+    with pytest.raises(OSError, match='File too large') as error:
         save_checkpoint({'state_dict': {'weight': torch.ones(999)}}, str(checkpoint))
     assert error.value.errno == errno.EFBIG
     sentence = explain(error.value)

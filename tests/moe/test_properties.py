@@ -370,7 +370,7 @@ def test_a_batch_norm_takes_the_items_of_its_expert():
 # Long trainings -----------------------------------------------------------------------------------
 
 
-@pytest.mark.sweep(0.4)
+@pytest.mark.sweep(keep=0.4)
 @pytest.mark.parametrize('alike', [False, True])
 @pytest.mark.parametrize('constraint', [None, *CONSTRAINTS])
 def test_long_trainings(request, constraint, alike):
