@@ -9,7 +9,8 @@ ROOT = Path(__file__).parents[1]
 #: A room may import those above it, and none beside or below it.
 ROOMS = (
     ('errors', 'files', 'version'),
-    ('checks', 'compat', 'drawing', 'registry'),
+    ('compat',),
+    ('checks', 'drawing', 'registry'),
     ('ops',),
     ('moe',),
     ('datasets', 'models'),
