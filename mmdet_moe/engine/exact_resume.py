@@ -7,11 +7,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from mmengine.dist import all_gather_object, all_reduce, get_rank, is_main_process
+from mmengine.dist import all_gather_object, all_reduce, get_rank, get_world_size, is_main_process
 from mmengine.hooks import CheckpointHook, Hook
 from mmengine.logging import print_log
 from mmengine.optim import OptimWrapper
 from mmengine.runner import EpochBasedTrainLoop, Runner
+from torch.nn.parallel import DistributedDataParallel
 
 from mmdet_moe.compat.distributed import note
 from mmdet_moe.engine.hooks.layers import unwrapped_model
@@ -107,12 +108,15 @@ class ExactResumeHook(Hook):
             self._resumed = checkpoint.pop(_KEY, None)
 
     def _state(self, runner: Runner) -> dict[str, Any]:
-        gradients = {}
+        gradients, model = {}, unwrapped_model(runner)
+        # Shards, and experts that live on one rank alone, have no mean.
+        is_whole = isinstance(runner.model, DistributedDataParallel) or get_world_size() == 1
+        is_whole &= not getattr(model, '_ddp_params_and_buffers_to_ignore', ())
         wrapper = runner.optim_wrapper
-        if isinstance(wrapper, OptimWrapper) and not wrapper.should_update():
-            # Every rank has the gradients of its own images. As the sum over the ranks is all that
-            # counts in the end, each goes on with the mean.
-            for name, parameter in unwrapped_model(runner).named_parameters():
+        if is_whole and isinstance(wrapper, OptimWrapper) and not wrapper.should_update():
+            # Every rank has the gradients of its own images. As the mean over the ranks is all that
+            # counts in the end, each goes on with it.
+            for name, parameter in model.named_parameters():
                 if parameter.grad is not None:
                     all_reduce(parameter.grad, op='mean')
                     gradients[name] = parameter.grad.cpu().clone()
@@ -128,7 +132,7 @@ def _validate_if_due(runner: Runner) -> None:
     loop = runner.train_loop
     is_by_epoch = isinstance(loop, EpochBasedTrainLoop)
     done, end = (loop.epoch, loop.max_epochs) if is_by_epoch else (loop.iter, loop.max_iters)
-    if runner.val_loop is None or done < max(loop.val_begin, 1):
+    if runner.val_loop is None or done < max(getattr(loop, 'val_begin', done + 1), 1):
         return
     loop._decide_current_val_interval()
     if done % loop.val_interval == 0 or done == end:
