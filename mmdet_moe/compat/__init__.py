@@ -47,8 +47,9 @@ class _CompletingFinder(dict):
             return None
         from importlib.util import find_spec
 
-        complete = self.pop(fullname)
+        complete = self.pop(fullname)  # it is the others' turn
         spec = find_spec(fullname)
+        self[fullname] = complete  # who asked may not import it yet
         if spec is not None:
             execute = spec.loader.exec_module
             spec.loader.exec_module = lambda module: (execute(module), complete(module))

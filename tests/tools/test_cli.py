@@ -235,7 +235,7 @@ def test_resume_after_an_interrupted_save(here, monkeypatch, capfd, kept):
         interrupt(patch, 'iter_3.pth')
         with pytest.raises(KeyboardInterrupt):
             cli.run_train([*training, *options])
-    assert {path.name for path in run.glob('*.pth')} == {'iter_2.pth', 'iter_3.pth'}
+    assert {path.name for path in run.glob('*.pth')} >= {'iter_2.pth', 'iter_3.pth'}
     assert (run / 'last_checkpoint').read_text().endswith('iter_2.pth')
     capfd.readouterr()
     cli.run_train([*training, '--resume', *options])
