@@ -8,8 +8,9 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 #: A room may import those above it, and none beside or below it.
 ROOMS = (
-    ('errors', 'version'),
-    ('checks', 'compat', 'drawing', 'registry'),
+    ('errors', 'files', 'version'),
+    ('compat',),
+    ('checks', 'drawing', 'registry'),
     ('ops',),
     ('moe',),
     ('datasets', 'models'),

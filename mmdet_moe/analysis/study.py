@@ -196,8 +196,11 @@ class Study:
     def compare_experts(self) -> dict[str, dict]:
         """How alike the experts of each layer are, unless an earlier run has found out."""
         path = self._folder / 'similarity.json'
-        kept = json.loads(path.read_text()) if path.exists() else {}
-        if kept.get('plan') != self.plan:
+        try:
+            kept = json.loads(path.read_bytes())
+        except (OSError, ValueError):  # not there yet, or damaged
+            kept = None
+        if not isinstance(kept, dict) or kept.get('plan') != self.plan:
             found = expert_similarity(self.model, self.layers, self.data)
             kept = {'plan': self.plan, 'layers': found}
             write_file(path, json.dumps(kept).encode())

@@ -191,6 +191,8 @@ def read_text(file: Path) -> str:
 
 
 def _store(item: Labelled, target: Path, size: int | None) -> tuple[int, int]:
+    if Path(item.name).is_absolute() or '..' in Path(item.name).parts:
+        raise ConfigError(f'{item.file}: {item.name!r} leads out of the data set; rename the image')
     if target.exists():
         raise ConfigError(f'{item.file}: there is another image {item.name!r}; rename one')
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mmdet_moe.datasets.coco_folder import image_size, upright
+from mmdet_moe.datasets.coco_folder import Labelled, image_size, upright, write_folder
+from mmdet_moe.errors import ConfigError
 
 
 @pytest.mark.parametrize('suffix', ['jpg', 'png', 'webp', 'tif'])
@@ -29,3 +30,12 @@ def test_grey_of_16_bits(tmp_path):
         np.testing.assert_allclose(
             np.asarray(upright(image), int), cv2.imread(str(tmp_path / 'a.png')), atol=1
         )
+
+
+@pytest.mark.parametrize('name', ['../evil.png', 'a/../../evil.png', '/evil.png'])
+def test_names_that_lead_out(tmp_path, name):
+    Image.new('RGB', (4, 4)).save(tmp_path / 'a.png')
+    item = Labelled(tmp_path / 'a.png', name, (4, 4), ())
+    with pytest.raises(ConfigError, match='leads out of the data set'):
+        write_folder(tmp_path / 'deep' / 'out', {'train': [item]}, lambda item: item, ('a',), {})
+    assert not list(tmp_path.rglob('evil.png'))

@@ -7,6 +7,7 @@ in memory.
 import io
 import json
 import shutil
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Generic, TypeVar
@@ -15,6 +16,7 @@ import numpy as np
 
 from mmdet_moe.analysis.files import write_file
 from mmdet_moe.analysis.records.contents import from_arrays, to_arrays
+from mmdet_moe.compat.distributed import note
 from mmdet_moe.errors import ConfigError
 
 T = TypeVar('T')
@@ -50,6 +52,9 @@ class RecordFiles(Generic[T]):
         folder.mkdir(parents=True, exist_ok=True)
         if not path.exists():
             write_file(path, content)
+        for *_, damaged in filter(lambda file: not _is_whole(file[-1]), self._files()):
+            note(f'{damaged} is damaged; its images are looked at again')
+            damaged.unlink()
 
     @property
     def num_images(self) -> int:
@@ -62,7 +67,10 @@ class RecordFiles(Generic[T]):
         return done
 
     def write(self, first: int, end: int, records: T) -> None:
-        """Add the images ``first`` to ``end - 1``."""
+        """Add the images ``first`` to ``end - 1``, in place of those of them that are there."""
+        for begins, ends, path in self._files():
+            if begins < end and first < ends:  # behind a damaged file that was removed
+                path.unlink()
         buffer = io.BytesIO()
         np.savez(buffer, **to_arrays(records))
         write_file(self.folder / f'{first:08d}-{end:08d}.npz', buffer.getvalue())
@@ -77,3 +85,11 @@ class RecordFiles(Generic[T]):
         return sorted(
             (*map(int, path.stem.split('-')), path) for path in self.folder.glob('*-*.npz')
         )
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        with zipfile.ZipFile(path) as file:
+            return file.testzip() is None
+    except (zipfile.BadZipFile, EOFError):
+        return False

@@ -132,3 +132,22 @@ def test_killed_before_the_plan(tmp_path):
     """A folder without a plan has no records of anything."""
     (tmp_path / 'r').mkdir()
     assert open_records(tmp_path / 'r', PLAN).num_images == 0
+
+
+def test_damaged_files_are_recorded_again(tmp_path, capsys):
+    whole = ((0, 4), (4, 8), (8, 10))
+    for name in ('cut', 'empty', 'bit'):
+        records = open_records(tmp_path / name, PLAN)
+        write(records, *whole)
+        path = tmp_path / name / '00000004-00000008.npz'
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        changed = {'cut': content[: len(content) // 2], 'empty': b'', 'bit': content}
+        path.write_bytes(changed[name])
+        records = open_records(tmp_path / name, PLAN)
+        assert f'{path} is damaged' in capsys.readouterr().out
+        assert records.num_images == 4
+        write(records, (4, 9), (9, 10))  # in other portions than before
+        assert records.num_images == 10
+        found = np.concatenate([part.index for part in records])
+        assert found.tolist() == list(range(10))

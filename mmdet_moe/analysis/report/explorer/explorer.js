@@ -1225,7 +1225,9 @@
       $('#viewer-hint').textContent = `Image ${image}, ${width} × ${height} px. Colour and number: main expert in ${run.layer.title}.${run.detection ? ' Dashed: ground truth.' : ''}`;
       const link = $('#viewer-link');
       link.hidden = !name;
-      link.href = name.includes('://') ? name : (folder + name).split('/').map(encodeURIComponent).join('/').replace(/^([A-Za-z])%3A\//, 'file:///$1:/');
+      // Names are others' data: an address is followed, but no script, and no path that looks like one.
+      const isAddress = /^(?!javascript:|vbscript:|data:)[a-z][a-z\d+.-]*:\/\//i.test(name);
+      link.href = isAddress ? name : (folder + name).split('/').map(encodeURIComponent).join('/').replace(/^([A-Za-z])%3A\//, 'file:///$1:/');
       $('#viewer-previous').disabled = index === 0;
       $('#viewer-next').disabled = index === run.wallRows.length - 1;
 

@@ -543,6 +543,17 @@ def test_names_with_markup_are_text(open_report, single_report):
     assert labels[3].startswith('</script><scr')
 
 
+@pytest.mark.parametrize('scheme', ['javascript', 'JavaScript', ' javascript', 'https'])
+def test_files_named_like_scripts_are_no_scripts(open_report, single_report, tmp_path, scheme):
+    name = f'{scheme}://%0awindow.broken=1'
+    path = tmp_path / 'report.html'
+    path.write_text(re.sub(r'img_\d{3}\.jpg', name, single_report.read_text()))
+    page = open_report(path)
+    page.locator('.tile').first.click()
+    address = page.get_by_role('link', name='Open the file').evaluate('link => link.href')
+    assert address.startswith('https:' if scheme == 'https' else 'file:')
+
+
 def test_tables_show_the_associations_and_interventions(open_report, soft, single_report):
     page = open_report(single_report)
     level = soft.experts['layers'][LAYER]['associations']['objects']['level']
