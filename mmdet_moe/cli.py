@@ -30,9 +30,9 @@ from mmdet_moe.compat.distributed import (
 )
 from mmdet_moe.compat.malloc import keep_large_blocks
 from mmdet_moe.engine.channels_last import ChannelsLastHook
+from mmdet_moe.engine.exact_resume import ExactResumeHook
 from mmdet_moe.engine.expert_report import ExpertReportHook
 from mmdet_moe.engine.explain import explain, in_one_line
-from mmdet_moe.engine.finished_run import FinishedRunHook
 from mmdet_moe.engine.image_errors import ImageErrorHook
 from mmdet_moe.engine.preflight import (
     check_checkpoint,
@@ -515,7 +515,7 @@ def _prepare_training(args: argparse.Namespace) -> Runner:
     # In bfloat16 on a CPU every convolution is faster so.
     if args.channels_last or (cfg.get('optim_wrapper') or {}).get('type') == 'CpuAmpOptimWrapper':
         runner.register_hook(ChannelsLastHook())
-    runner.register_hook(FinishedRunHook())
+    runner.register_hook(ExactResumeHook())
     runner.register_hook(ResumedScheduleHook())
     runner.register_hook(ExpertReportHook())
     return runner

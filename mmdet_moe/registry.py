@@ -17,6 +17,10 @@ from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS as MMENGINE_CONSTRUCTOR
 from mmengine.registry import OPTIMIZERS as MMENGINE_OPTIMIZERS
 from mmengine.registry import Registry
 
+from mmdet_moe.compat import guard_checkpoints
+
+guard_checkpoints()
+
 SCOPE = 'mmdet_moe'
 
 MODELS = Registry(

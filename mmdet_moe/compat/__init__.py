@@ -7,6 +7,9 @@
 - ``_base_ = 'mmdet_moe::...'`` in any config of MMEngine names one of our configs.
 - MMDetection's ``SSDHead`` can predict (open-mmlab/mmdetection#11063).
 - MMDetection reads COCO files in which what can be told without guessing is missing.
+- ``torch.load`` reads MMEngine's checkpoints without ``weights_only=False``.
+
+:func:`guard_checkpoints` is for programs that use the package, not for all of an installation.
 
 An installation lets every Python program import :mod:`mmdet_moe` (``mmdet_moe.pth``), so that the
 toolboxes' own tools have both. Hence nothing but what Python itself loads is imported here.
@@ -14,12 +17,15 @@ toolboxes' own tools have both. Hence nothing but what Python itself loads is im
 
 import sys
 
-__all__ = ['install']
+__all__ = ['guard_checkpoints', 'install']
 
 EXT_NAME = 'mmcv._ext'
 CONFIG_NAME = 'mmengine.config.config'
 SSD_NAME = 'mmdet.models.dense_heads.ssd_head'
 COCO_NAME = 'mmdet.datasets.api_wrappers.coco_api'
+HISTORY_NAME = 'mmengine.logging.history_buffer'
+READER_NAME = 'mmengine.runner.checkpoint'
+WRITER_NAME = 'mmengine.fileio.backends.local_backend'
 
 
 class _MmcvExtFinder:
@@ -76,7 +82,26 @@ def _mend_coco(module) -> None:
     mend(module)
 
 
+def _allow_history(module) -> None:
+    from mmdet_moe.compat.checkpoints import allow_history
+
+    allow_history(module)
+
+
+def _guard_reading(module) -> None:
+    from mmdet_moe.compat.checkpoints import guard_reading
+
+    guard_reading(module)
+
+
+def _write_whole(module) -> None:
+    from mmdet_moe.compat.checkpoints import write_whole
+
+    write_whole(module)
+
+
 _MMCV_FINDER = _MmcvExtFinder()
+_COMPLETING = _CompletingFinder()
 
 
 def install() -> None:
@@ -85,14 +110,26 @@ def install() -> None:
         return
     # Python asks it only after its ordinary finders found nothing.
     sys.meta_path.append(_MMCV_FINDER)
-    completing = _CompletingFinder()
-    for name, complete in (
-        (CONFIG_NAME, _add_configs),
-        (SSD_NAME, _add_loss),
-        (COCO_NAME, _mend_coco),
-    ):
+    sys.meta_path.insert(0, _COMPLETING)
+    _complete(
+        {
+            CONFIG_NAME: _add_configs,
+            SSD_NAME: _add_loss,
+            COCO_NAME: _mend_coco,
+            HISTORY_NAME: _allow_history,
+        }
+    )
+
+
+def guard_checkpoints() -> None:
+    """Checkpoints run no code when they are read, and are written whole or not at all."""
+    _complete({READER_NAME: _guard_reading, WRITER_NAME: _write_whole})
+
+
+def _complete(functions: dict) -> None:
+    """Have modules completed: those of now at once, the others once they are imported."""
+    for name, complete in functions.items():
         if name in sys.modules:
             complete(sys.modules[name])
         else:
-            completing[name] = complete
-    sys.meta_path.insert(0, completing)
+            _COMPLETING[name] = complete

@@ -1,6 +1,7 @@
 """Turn an exception into one sentence, where it comes from a mistake that a user can mend."""
 
 import difflib
+import errno
 import inspect
 import re
 import traceback
@@ -36,7 +37,12 @@ def explain(error: BaseException) -> str | None:
     Args:
         error: what building or running raised; its causes are looked at as well.
     """
-    for describe in (_describe_config_error, _describe_unknown_name, _describe_wrong_argument):
+    for describe in (
+        _describe_config_error,
+        _describe_unknown_name,
+        _describe_wrong_argument,
+        _describe_full_disk,
+    ):
         for link in _chain(error):
             sentence = describe(link)
             if sentence is not None:
@@ -51,6 +57,17 @@ def _describe_config_error(error: BaseException) -> str | None:
         lines = re.findall(r'^(?:[\w.]+\.)?ConfigError: (.+)$', text, re.MULTILINE)
         return lines[-1] if lines else None
     return in_one_line(error) if isinstance(error, UserError) else None
+
+
+def _describe_full_disk(error: BaseException) -> str | None:
+    disk = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+    if not isinstance(error, OSError) or error.errno not in disk:
+        return None
+    what = f"'{error.filename}'" if error.filename else 'a file'
+    return (
+        f'{what} cannot be written: {error.strerror}; what was there before is whole: make room '
+        'and run the command again, a training with --resume'
+    )
 
 
 def _describe_unknown_name(error: BaseException) -> str | None:

@@ -222,15 +222,8 @@ def interrupt(monkeypatch, name):
     monkeypatch.setattr(LocalBackend, 'put', put_half)
 
 
-@pytest.mark.parametrize(
-    ('kept', 'files', 'start'),
-    [
-        (2, ['iter_2.pth', 'iter_3.pth'], 'resumed epoch: 0, iter: 2'),
-        # As in the configs of former versions.
-        (1, ['iter_3.pth'], "nothing to resume in 'interrupted1', training starts anew"),
-    ],
-)
-def test_resume_after_an_interrupted_save(here, monkeypatch, capfd, kept, files, start):
+@pytest.mark.parametrize('kept', [1, 2])
+def test_resume_after_an_interrupted_save(here, monkeypatch, capfd, kept):
     run = Path(f'interrupted{kept}')
     options = [
         *MOVED,
@@ -242,11 +235,11 @@ def test_resume_after_an_interrupted_save(here, monkeypatch, capfd, kept, files,
         interrupt(patch, 'iter_3.pth')
         with pytest.raises(KeyboardInterrupt):
             cli.run_train([*training, *options])
-    assert sorted(path.name for path in run.glob('*.pth')) == files
+    assert {path.name for path in run.glob('*.pth')} == {'iter_2.pth', 'iter_3.pth'}
     assert (run / 'last_checkpoint').read_text().endswith('iter_2.pth')
     capfd.readouterr()
     cli.run_train([*training, '--resume', *options])
-    assert start in ''.join(capfd.readouterr())
+    assert 'resumed epoch: 0, iter: 2' in ''.join(capfd.readouterr())
     assert (run / 'last_checkpoint').read_text().endswith('iter_3.pth')
     check_checkpoint(str(run / 'iter_3.pth'), 'checkpoint')
 
@@ -264,7 +257,7 @@ def test_experiments_survive_an_interrupted_save(here, monkeypatch):
         interrupt(patch, 'iter_2.pth')
         with pytest.raises(KeyboardInterrupt):
             cli.run_train(['detector.py', '--work-dir', str(run), '--cfg-options', *options])
-    assert [path.name for path in run.glob('*.pth')] == ['iter_2.pth']
+    assert {path.name for path in run.glob('*.pth')} == {'iter_1.pth', 'iter_2.pth'}
     options[0] = f'data_root={here / "moved"}'  # trainings of experiments run from the checkout
     with (run / 'output.log').open('w') as log:
         runs.train(here / 'detector.py', run, options, output=log)

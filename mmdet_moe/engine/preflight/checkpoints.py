@@ -53,7 +53,7 @@ def recorded_checkpoint(work_dir: str | Path) -> str | None:
     The file itself may be missing. None before the first checkpoint.
     """
     record = Path(work_dir, _RECORD)
-    path = record.read_text(encoding='utf-8').strip() if record.is_file() else ''
+    path = record.read_text('utf-8', 'replace').strip() if record.is_file() else ''
     if not path:
         return None
     # The file beside the note comes first: of a copied run, the path is that of the original.

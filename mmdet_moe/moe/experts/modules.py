@@ -2,6 +2,7 @@
 
 import copy
 import re
+from collections.abc import Iterable
 from typing import Any
 
 from mmengine.model import ModuleList
@@ -17,9 +18,19 @@ class ModuleExperts(ModuleList, Experts):
     """A list of E modules of the same kind. Each computes its items as one sub-batch; one without
     items is not evaluated.
 
+    Batch norms take their statistics from the items of their expert. Where that is one value per
+    channel, a single item on a 1×1 map, they use the running statistics, as at inference.
+
     Args:
         modules: The experts, which map (T, ...) to (T, ...).
     """
+
+    def __init__(self, modules: Iterable[nn.Module], **kwargs: Any) -> None:
+        super().__init__(modules, **kwargs)
+        for module in self.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.register_forward_pre_hook(_rest_on_a_single_value)
+                module.register_forward_hook(_go_on)
 
     @property
     def num_experts(self) -> int:
@@ -64,6 +75,19 @@ class ModuleExperts(ModuleList, Experts):
     ) -> None:
         for e, value in enumerate(copies):
             state_dict[f'{prefix}{e}.{name}'] = value
+
+
+def _rest_on_a_single_value(norm: nn.Module, args: tuple) -> None:
+    # A variance of one value would be 0, and PyTorch refuses it.
+    x = args[0]
+    norm.rests = norm.training and norm.track_running_stats and x.numel() == x.shape[1]
+    if norm.rests:
+        norm.eval()
+
+
+def _go_on(norm: nn.Module, args: tuple, output: Tensor) -> None:
+    if norm.rests:
+        norm.train()
 
 
 def independent_copies(module: nn.Module, num: int) -> list[nn.Module]:

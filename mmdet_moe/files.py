@@ -1,0 +1,37 @@
+"""Files that are the old one or the new one, never half, whenever a process is killed."""
+
+import contextlib
+import os
+import re
+from pathlib import Path
+
+_LEFT_OVER = re.compile(r'\..+\.\d+\.tmp')
+
+
+def replace_file(path: str | Path, content: bytes) -> None:
+    """Write or replace a file at once.
+
+    Raises:
+        OSError: It cannot be written; its ``filename`` is the path, and what was there still is.
+    """
+    path = Path(path)
+    # A name of its own for each process; opened plainly, it gets the permissions of any new file.
+    temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
+    try:
+        with temporary.open('wb') as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())  # else a crash of the machine may keep the name without content
+        os.replace(temporary, path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def remove_left_overs(folder: str | Path) -> None:
+    """Remove what killed processes had begun to write into a folder, but not below it."""
+    for path in Path(folder).glob('.*.tmp'):
+        if _LEFT_OVER.fullmatch(path.name):
+            path.unlink(missing_ok=True)

@@ -1,0 +1,1 @@
+"""Long checks of promises, of which the test suite runs a sample."""
