@@ -42,7 +42,8 @@ class RunResult:
     """What one finished run measured.
 
     Attributes:
-        metrics: By the names of :data:`COCO_METRICS`, or ``'accuracy'``, in 0..1; and, where it was
+        metrics: By the names of :data:`COCO_METRICS` (of joined data sets ``'AP <name>'``), or
+            ``'accuracy'``, in 0..1; and, where it was
             measured, ``'dispatch entropy'`` in nats.
         seconds_per_iteration: Median over the logged training iterations.
         active_parameters: Parameters that one item uses.
@@ -196,6 +197,10 @@ def _metrics(validation: dict) -> dict[str, float]:
         if DISPATCH_ENTROPY in validation:
             metrics['dispatch entropy'] = validation[DISPATCH_ENTROPY]
         return metrics
+    # Of several data sets, each with a prefix.
+    ap = '/coco/bbox_mAP'
+    if joined := {key.removesuffix(ap): validation[key] for key in validation if key.endswith(ap)}:
+        return {f'AP {name}': value for name, value in joined.items()}
     # Where nothing at all was detected MMDetection logs no metric.
     return {name: validation.get(key, 0.0) for key, name in COCO_METRICS.items()}
 

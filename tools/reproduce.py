@@ -21,6 +21,7 @@ from research.experiments import rotate
 from research.experiments.budget import CIFAR10, FASHION_MNIST
 from research.experiments.classification import TASKS, ClassificationExperiment
 from research.experiments.domains import TRUNKS, DomainsExperiment
+from research.experiments.domains_detector import DomainsDetectorExperiment
 from research.experiments.experiment import SEEDS, Experiment
 from research.experiments.mumoe import MuMoEExperiment
 from research.experiments.mumoe_editing import EditingExperiment
@@ -111,6 +112,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
             default=Path(os.environ.get('FASHION_MNIST_ROOT', REPOSITORY / 'data/fashion-mnist')),
             help='folder of Fashion-MNIST (by default FASHION_MNIST_ROOT, or data/fashion-mnist)',
         )
+    _add(commands, 'domains-detector', 'one detector for unlike data sets: which experts win?')
     for command, choices in budgets.items():
         texts = '; '.join(f'{name}: {budget.text}' for name, budget in choices.items())
         by_name[command].add_argument('--budget', choices=tuple(choices), default='cpu', help=texts)
@@ -155,6 +157,8 @@ def experiment(
         return rotate.RotateExperiment(data_set, rotate.BUDGETS[data_set][args.budget], *common)
     if args.command in TRUNKS:
         return DomainsExperiment(*common, args.fashion_mnist, TRUNKS[args.command])
+    if args.command == 'domains-detector':
+        return DomainsDetectorExperiment(*common)
     if args.command == 'mumoe':
         return MuMoEExperiment(*common)
     if args.command == 'mumoe-editing':

@@ -538,13 +538,25 @@ def plot(results: Mapping[Method, Mapping[int, dict]], path: Path) -> None:
     """
     dense = {s: np.mean(run['accuracy']) for s, run in results[DENSE].items()}
     gains = {
-        method: [
+        method.name: [
             100 * (np.mean(run['accuracy']) - dense[s]) for s, run in by_seed.items() if s in dense
         ]
         for method, by_seed in results.items()
         if method is not DENSE
     }
-    shown = {method.name: values for method, values in gains.items() if values}
+    text = 'points above the dense model of equal cost (bars: mean, dots: seeds)'
+    plot_gains(gains, text, path)
+
+
+def plot_gains(gains: Mapping[str, Sequence[float]], text: str, path: Path) -> None:
+    """Bars of means, and a dot for each seed.
+
+    Args:
+        gains: By model; those without any are left out.
+        text: Below the axis.
+        path: Of the picture.
+    """
+    shown = {name: values for name, values in gains.items() if values}
     with style():
         figure = new_figure(7.5, 0.28 * len(shown) + 1)
         axis = figure.subplots()
@@ -557,5 +569,5 @@ def plot(results: Mapping[Method, Mapping[int, dict]], path: Path) -> None:
         # A training that went wrong would leave no room for the others.
         low, high = min(map(min, shown.values())), max(map(max, shown.values()))
         axis.set_xlim(max(-6, low - 0.5), high + 0.5)
-        axis.set_xlabel('points above the dense model of equal cost (bars: mean, dots: seeds)')
+        axis.set_xlabel(text)
         figure.savefig(path, dpi=150, bbox_inches='tight')

@@ -1,8 +1,12 @@
 """A frozen neck: same outputs, no gradients, no moving statistics."""
 
+import copy
+
 import pytest
 import torch
 from mmdet.registry import MODELS
+
+from mmdet_moe.errors import ConfigError
 
 NECK = {
     'type': 'mmdet.FPN',
@@ -43,3 +47,76 @@ def test_nothing_changes_in_training(frozen):
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
     assert not any(m.training for m in frozen.modules())
     assert all(level.grad.any() for level in x)  # what lies before it can still train
+
+
+BACKBONE = {
+    'type': 'mmdet.ResNet',
+    'depth': 18,
+    'base_channels': 4,
+    'stem_channels': 4,
+    'out_indices': (1, 3),
+}
+
+
+def with_cache(folder, **changes):
+    config = {'type': 'mmdet_moe.Frozen', 'module': {**BACKBONE, **changes}}
+    return MODELS.build({**config, 'cache': str(folder)})
+
+
+@pytest.fixture
+def counted(tmp_path, monkeypatch):
+    """A backbone with a cache, and the images that it has computed."""
+    cached, computed = with_cache(tmp_path / 'cache'), []
+    forward = type(cached).forward
+    monkeypatch.setattr(
+        type(cached), 'forward', lambda self, x: computed.append(len(x)) or forward(self, x)
+    )
+    return cached, computed
+
+
+def test_what_comes_again_is_read(counted, tmp_path):
+    cached, computed = counted
+    plain = MODELS.build(BACKBONE)
+    plain.eval()
+    plain.load_state_dict(cached.state_dict())
+    images = torch.randn(3, 3, 32, 32)
+    with torch.no_grad():
+        expected = plain(images)
+    computed.clear()
+    for rows in ([0, 1], [1, 0], [2, 1, 0]):
+        for maps, of_all in zip(cached(images[rows]), expected, strict=True):
+            torch.testing.assert_close(maps, of_all[rows])
+    assert computed == [2, 1]
+    again = with_cache(tmp_path / 'cache')  # of another process, say
+    again.load_state_dict(plain.state_dict())
+    again(images)
+    assert computed == [2, 1]
+    # A damaged file is computed again, and a copy of the model has the cache, too.
+    files = list((tmp_path / 'cache').rglob('*.pt'))
+    assert len(files) == 3
+    files[0].write_bytes(files[0].read_bytes()[:100])
+    torch.testing.assert_close(copy.deepcopy(again)(images)[1], expected[1])
+    assert computed == [2, 1, 1]
+
+
+def test_nothing_is_read_of_something_else(counted, tmp_path):
+    """Other weights, another config, another dtype and another padding are other results."""
+    cached, computed = counted
+    image = torch.randn(1, 3, 32, 32)
+    first = cached(image)[0]
+    with torch.no_grad():
+        cached.conv1.weight.mul_(2)
+    assert not torch.equal(cached(image)[0], first)
+    other = with_cache(tmp_path / 'cache', out_indices=(0,))
+    other.load_state_dict(cached.state_dict())
+    assert len(other(image)) == 1
+    cached(torch.nn.functional.pad(image, (0, 8)))
+    with torch.autocast('cpu', torch.bfloat16):
+        cached(image)
+    assert computed == [1] * 5
+
+
+def test_a_cache_that_cannot_be_written(tmp_path):
+    (tmp_path / 'cache').touch()
+    with pytest.raises(ConfigError, match='choose another folder'):
+        with_cache(tmp_path / 'cache')(torch.randn(1, 3, 32, 32))

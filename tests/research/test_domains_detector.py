@@ -1,0 +1,109 @@
+"""One detector for unlike data sets: its table by hand, and all of it in miniature."""
+
+import json
+
+import pytest
+import torch
+from mmengine.config import Config
+
+from mmdet_moe.errors import ConfigError
+from mmdet_moe.models import EfficientNetLite0
+from mmdet_moe.moe import UtilizationReport
+from research.experiments import domains_detector
+from research.experiments import experiment as experiment_module
+from research.experiments.domains_detector import (
+    APART,
+    DENSE,
+    HEADS,
+    DomainsDetectorExperiment,
+    markdown_table,
+)
+from research.runs import RunResult
+
+NAMES = ('cells', 'photographs')
+EXPERTS = '4 experts: clustered, Switch'
+
+
+def result(aps, mi=None):
+    layers = {}
+    if mi is not None:
+        report = UtilizationReport(
+            num_items=10, load=[0.999, 0.001], importance=[1, 0], load_cv2=0.5, usage_entropy=0.6,
+            decision_entropy=0.1, mi_input=0.3, mi_level=0.0, level_shares=[[1, 0]], mi_source=mi,
+        )  # fmt: skip
+        layers = {'cls': report.as_dict(), 'reg': {**report.as_dict(), 'mi_source': mi / 2}}
+    metrics = {f'AP {name}': ap for name, ap in aps.items()}
+    return RunResult(metrics, 0.25, 1000, 2_345_678, 8, layers)
+
+
+def test_table_by_hand():
+    found = {
+        DENSE: {0: [result({'cells': 0.4, 'photographs': 0.1})]},
+        # Of nothing that is detected there is no metric.
+        APART: {0: [result({'cells': 0.5}), result({})], 1: [result({}), result({})]},
+        EXPERTS: {0: [result({'cells': 0.44, 'photographs': 0.12}, mi=0.5)]},
+        'none yet': {},
+    }
+    flops = dict.fromkeys(found, 12_345_678)
+    dense, apart, experts = (
+        [cell.strip() for cell in line.split('|')[1:-1]]
+        for line in markdown_table(found, NAMES, flops).splitlines()[2:]
+    )
+    assert dense == [DENSE, '1', '25.0', '–', '40.0', '10.0', '12', '0.25', '2,346 k', '–', '–']
+    assert apart[1:6] == ['2', '12.5 ± 17.7', '+0.0', '25.0 ± 35.4', '0.0 ± 0.0']
+    assert experts[2:6] == ['28.0', '+3.0', '44.0', '12.0']
+    assert experts[-2:] == ['0.50 / 0.25', '2 of 4']
+
+
+@pytest.fixture
+def data(tmp_path, digit_scenes_folder):
+    """Two data sets: the same digits, some of which are called letters."""
+    for name, prefix in zip(NAMES, ('digit ', 'letter '), strict=True):
+        folder = tmp_path / 'data' / name
+        folder.mkdir(parents=True)
+        (folder / 'images').symlink_to(digit_scenes_folder)
+        for split in ('train', 'val'):
+            path = digit_scenes_folder / 'annotations' / f'instances_{split}2017.json'
+            content = json.loads(path.read_text())
+            for image in content['images']:
+                image['file_name'] = f'{split}2017/{image["file_name"]}'
+            for category in content['categories']:
+                category['name'] = prefix + category['name']
+            (folder / f'{split}.json').write_text(json.dumps(content))
+    return tmp_path / 'data'
+
+
+@pytest.mark.usefixtures('in_process')
+def test_all_in_miniature(tmp_path, data, monkeypatch):
+    monkeypatch.setattr(experiment_module, 'RESULTS', tmp_path / 'results.md')
+    monkeypatch.setattr(domains_detector, 'HEADS', {n: HEADS[n] for n in (DENSE, EXPERTS)})
+    weights = tmp_path / 'weights.pth'
+    torch.save(EfficientNetLite0().state_dict(), weights)
+    monkeypatch.setenv('EFFICIENTNET_LITE0', str(weights))
+    made = DomainsDetectorExperiment(data, tmp_path / 'runs', [0], 1, iterations=1)
+    made.run()
+    table = (made.written / 'domains-detector.md').read_text()
+    assert 'cells: 10 classes, photographs: 10 classes' in table
+    assert table.count('\n| ') == 4  # two lines of the head
+    assert len(list((tmp_path / 'runs/features').rglob('*.pt'))) >= 16
+    dense, experts = made.flops(DENSE), made.flops(EXPERTS)
+    assert dense < experts < 1.001 * dense
+    # Everything goes through each data set's own file.
+    cfg = Config.fromfile(f'{made.methods(EXPERTS)[0].config}.py')
+    assert cfg.model.bbox_head.num_classes == 20
+    made.run(table_only=True)
+
+
+def test_each_data_set_alone(tmp_path, data):
+    made = DomainsDetectorExperiment(data, tmp_path / 'runs', [0], 1)
+    assert [m.name for m in made.methods(APART)] == [f'{APART}, {name}' for name in NAMES]
+    for method in made.methods(APART):
+        made._write_config(APART, method)
+        cfg = Config.fromfile(f'{method.config}.py')
+        assert cfg.train_dataloader.dataset.names == (method.name.split(', ')[1],)
+        assert cfg.model.bbox_head.num_classes == 10
+
+
+def test_one_data_set_is_not_enough(tmp_path):
+    with pytest.raises(ConfigError, match='holds 0 folders'):
+        DomainsDetectorExperiment(tmp_path, tmp_path / 'runs', [0], 1)
