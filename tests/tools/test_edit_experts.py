@@ -14,7 +14,7 @@ from mmpretrain.registry import DATASETS
 
 import mmdet_moe
 from mmdet_moe import cli
-from mmdet_moe.analysis import editing
+from mmdet_moe.analysis import measuring
 from mmdet_moe.analysis.command import run_analysis
 from mmdet_moe.analysis.data import AnalysisData
 from mmdet_moe.analysis.editing import edit_checkpoint, parse, parse_edit, run_editing
@@ -231,7 +231,9 @@ def test_detector(detector, tmp_path, capsys, monkeypatch):
 
 def test_first_images(classifier, tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr(editing, 'predictions_of', lambda i, r: seen.extend(i) or np.zeros(len(i)))
+    monkeypatch.setattr(
+        measuring, 'predictions_of', lambda i, r: seen.extend(i) or np.zeros(len(i))
+    )
     edit = 'layer=head.fc,expert=0,output=0,scale=2'
     argv = classifier.argv(tmp_path / 'e.pth', edit, more=['--max-images', '7', '--split', 'train'])
     edit_checkpoint(parse(argv))
