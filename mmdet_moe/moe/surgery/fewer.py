@@ -1,6 +1,6 @@
 """Fewer experts in a trained model: fewer of them kept, or fewer of them chosen."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
@@ -47,15 +47,15 @@ def keep_experts(layer: MoELayer, kept: Sequence[int], smaller: MoELayer) -> Non
         smaller.router.constraint.renormalise()
 
 
-def set_top_k(model: nn.Module, top_k: int) -> dict[str, int]:
-    """Choose another number of experts for each item, in all sparse layers of a trained model.
+def set_top_k(model: nn.Module, top_k: int | Mapping[str, int]) -> dict[str, int]:
+    """Choose another number of experts for each item, in the sparse layers of a trained model.
 
     The order of softmax and choice stays: with ``'over_chosen'`` the weights of an item sum to 1
     for any number, which a config with another ``top_k`` need not have.
 
     Args:
         model: Changed in place; for evaluation, as k = 1 may leave a router without a gradient.
-        top_k: k.
+        top_k: k of all layers with several experts, or by layer.
 
     Returns:
         What k was, by layer.
@@ -66,13 +66,14 @@ def set_top_k(model: nn.Module, top_k: int) -> dict[str, int]:
     layers = {name: m for name, m in find_moe_layers(model).items() if m.num_experts > 1}
     if not layers:
         raise ConfigError('top_k: the model has no sparse experts among which to choose')
-    for name, layer in layers.items():
-        if not 1 <= top_k <= layer.num_experts:
+    numbers = top_k if isinstance(top_k, Mapping) else dict.fromkeys(layers, top_k)
+    for name, number in numbers.items():
+        if not 1 <= number <= layers[name].num_experts:
             raise ConfigError(
-                f'top_k={top_k} must lie between 1 and {layer.num_experts}, the experts of layer '
-                f'"{name}"'
+                f'top_k={number} must lie between 1 and {layers[name].num_experts}, the experts of '
+                f'layer "{name}"'
             )
-    before = {name: layer.top_k for name, layer in layers.items()}
-    for layer in layers.values():
-        layer.top_k = layer.router.top_k = top_k
+    before = {name: layers[name].top_k for name in numbers}
+    for name, number in numbers.items():
+        layers[name].top_k = layers[name].router.top_k = number
     return before
