@@ -44,11 +44,11 @@ def _dense(node: Any) -> Any:
         return type(node)(map(_dense, node))
     if not isinstance(node, Mapping):
         return node
-    fields = {key: _dense(value) for key, value in node.items()}
     name = _name(node.get('type'))
     if name == 'WithExperts':
-        fields['type'] = fields.pop('of')
-        return _without(fields, {'experts', 'router'})
+        node = _without({**node, 'type': node['of']}, {'of', 'experts', 'router'})
+        return _dense(node)
+    fields = {key: _dense(value) for key, value in node.items()}
     if name in _DENSE:
         kind, own = _DENSE[name]
         return _without({**fields, 'type': kind}, OPTIONS | own)
@@ -60,7 +60,7 @@ def _dense(node: Any) -> Any:
     return fields
 
 
-def _without(fields: dict, names: set[str]) -> dict:
+def _without(fields: Mapping, names: set[str]) -> dict:
     return {key: value for key, value in fields.items() if key not in names}
 
 
