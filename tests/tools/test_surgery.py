@@ -110,7 +110,7 @@ def test_upcycled_detector(detector, tmp_path, digit_scenes_folder):
     dense = Tool(tmp_path, text, digit_scenes_folder)
     argv = [dense.config, dense.checkpoint, detector.config, '--out', tmp_path / 'out']
     before, after = upcycle.upcycle_checkpoint(
-        upcycle.parse([*map(str, argv), '--device', 'cpu', *dense.options])
+        upcycle.parse([*map(str, argv), '--max-images', '4', '--device', 'cpu', *dense.options])
     )
     assert after['AP'] == pytest.approx(before['AP'], abs=1e-4)
     model, _ = loaded(tmp_path / 'out' / 'config.py', tmp_path / 'out' / 'checkpoint.pth')
@@ -229,7 +229,7 @@ def test_pruned_detector(detector, tmp_path):
     """Both subnets have one number of experts in the config, and each keeps its own best."""
     for name, expert in zip(HEADS, (0, 2), strict=True):
         detector.change(never(name, expert))
-    out, more = tmp_path / 'out', ('--by', 'load', '--keep', '2')
+    out, more = tmp_path / 'out', ('--by', 'load', '--keep', '2', '--max-images', '4')
     before, after = detector.run(prune.prune_checkpoint, prune.parse, out, *more)
     assert before == after
     model, meta = loaded(out / 'config.py', out / 'checkpoint.pth')
@@ -262,7 +262,7 @@ def test_effect_of_removal(data, tmp_path, capsys):
     ('more', 'message'),
     [
         (('--keep', '1'), r'top_k=2 experts for each item and would be left with 1 of 3'),
-        (('--keep', '4'), r'--keep 4: layer "head.fc" has only 3'),
+        (('--keep', '3'), r'--keep 3: layer "head.fc" has 3 experts; keep fewer'),
         (('--threshold', '2'), r'would be left with 0 of 3'),
         (('--keep', '2', '--layer', 'head'), r'no sparse layer of that name; there is head.fc'),
         (('--keep', '2', '--out', 'FILE'), r'is a file; choose a folder'),
@@ -313,7 +313,7 @@ def test_average_is_the_mean_of_linear_experts(data, tmp_path):
 
 def test_one_expert_of_a_detector(detector, tmp_path, digit_scenes_folder):
     out = tmp_path / 'out'
-    detector.run(merge.merge_checkpoint, merge.parse, out, '--how', 'expert=1')
+    detector.run(merge.merge_checkpoint, merge.parse, out, '--how', 'expert=1', '--max-images', '2')
     cfg = cli.load_config(str(out / 'config.py'))
     assert cfg.model.bbox_head.type == 'mmdet.RetinaHead'
     assert 'BalancingLossHook' not in (out / 'config.py').read_text()

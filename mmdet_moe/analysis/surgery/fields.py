@@ -1,7 +1,7 @@
 """Where a config says how many experts a layer has."""
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from mmengine.config import Config
@@ -15,7 +15,7 @@ _FIELD = 'num_experts'
 Place = tuple[str | int, ...]
 
 
-def expert_fields(cfg: Config) -> dict[str, Place]:
+def expert_fields(cfg: Config, needed: Sequence[str]) -> dict[str, Place]:
     """The dict of a config's model whose ``num_experts`` is that of each sparse layer, by its name.
 
     It is found out by trying: with another number there, the layer has that number. So it makes no
@@ -24,9 +24,10 @@ def expert_fields(cfg: Config) -> dict[str, Place]:
 
     Args:
         cfg: The config.
+        needed: Layers whose number has to be found.
 
     Raises:
-        ConfigError: A layer gets its number otherwise.
+        ConfigError: One of them gets its number otherwise.
     """
     known = _sizes(cfg)
     other = max(known.values(), default=0) + 1
@@ -39,7 +40,7 @@ def expert_fields(cfg: Config) -> dict[str, Place]:
         except Exception:  # of any kind: no such option, or one that contradicts
             continue
         fields |= {name: place for name in known if sizes.get(name) == other}
-    if lost := [name for name in known if name not in fields]:
+    if lost := [name for name in needed if name not in fields]:
         raise ConfigError(
             f'the config says nowhere how many experts layer "{lost[0]}" has, so that it cannot '
             f'have fewer; say it as {_FIELD} of the module or the entry of experts'

@@ -103,7 +103,11 @@ def merge_checkpoint(args: argparse.Namespace) -> tuple[dict, dict]:
     data = images_of(args, cfg, meta)
     images = AnalysisData(cfg, 'train') if args.how == 'distill' else None
     shares = {name: [1.0] * layer.num_experts for name, layer in layers.items()}
-    _put(dense, model, layers, shares, args.dense_config)  # first, for it complains
+    # First, for they complain.
+    _put(dense, model, layers, shares, args.dense_config)
+    students = {}
+    if images is not None:
+        students = {name: _student(dense, layer, name) for name, layer in layers.items()}
     found, usage = observed(model, data, layers)
     if args.weights == 'load':
         shares = {name: usage[name]['load'] for name in layers}
@@ -111,7 +115,7 @@ def merge_checkpoint(args: argparse.Namespace) -> tuple[dict, dict]:
         shares = {name: _only(expert, layer.num_experts) for name, layer in layers.items()}
     _put(dense, model, layers, shares, args.dense_config)
     if images is not None:
-        distill(model, dense, layers, images, args.iterations, args.lr, args.seed)
+        distill(model, students, layers, images, args.iterations, args.lr, args.seed)
     before, after, text = compare(data, found, predict(dense, data, 'merged'))
     how = args.how if expert is not None else f'{args.how}, weights={args.weights}'
     names = ', '.join(f'"{name}"' for name in layers)
@@ -204,14 +208,14 @@ def _put(
 
 def distill(
     model: nn.Module,
-    dense: nn.Module,
+    students: dict[str, nn.Module],
     layers: dict[str, MoELayer],
     images: AnalysisData,
     iterations: int,
     lr: float,
     seed: int = 0,
 ) -> None:
-    """Train each dense layer to give what the experts give together for the same input.
+    """Train dense layers to give what the experts give together for the same input.
 
     The loss of a layer is its mean squared error relative to the variance of what the experts give,
     so that no labels are needed, nor anything of the task. Each layer starts as it is, or as one of
@@ -219,14 +223,13 @@ def distill(
 
     Args:
         model: With the experts; left as it was.
-        dense: Without; its layers in the places of the experts are changed.
+        students: The dense layers, by the names of those whose places they take; they are changed.
         layers: Those of ``model``, by name.
         images: What is shown.
         iterations: How many batches.
         lr: Of Adam, falling to 0 as a cosine.
         seed: For the order of the images.
     """
-    students = {name: _student(dense, layer, name) for name, layer in layers.items()}
     calls: dict[str, list[tuple]] = {name: [] for name in layers}
     batches = _shuffled(images, iterations, seed)
     with ExitStack() as stack:
@@ -254,14 +257,18 @@ def distill(
 
 
 def _student(dense: nn.Module, layer: MoELayer, name: str) -> nn.Module:
-    """What stands in the dense model where the layer stands."""
+    """What stands in the dense model where the layer stands, as one module."""
     if not layer.siblings:
         student = dense.get_submodule(name)
     else:
         parent = dense.get_submodule(name.rpartition('.')[0])
         student = Chain({s: getattr(parent, s) for s in layer.siblings}, name).eval()
-    student.requires_grad_(True)
-    return student
+    if isinstance(student, nn.ModuleList):
+        raise ConfigError(
+            f'--how distill: in the place of layer "{name}" the dense model has a list of layers, '
+            'and only its code knows how they are run; use --how average or expert=I'
+        )
+    return student.requires_grad_(True)
 
 
 def _shuffled(images: AnalysisData, batches: int, seed: int) -> Iterator[dict]:

@@ -104,6 +104,11 @@ def prune_checkpoint(args: argparse.Namespace) -> tuple[dict, dict]:
     if args.keep is not None:
         for name, layer in layers.items():
             _check_left(name, layer, args.keep)
+            if args.keep >= layer.num_experts:
+                raise ConfigError(
+                    f'--keep {args.keep}: layer "{name}" has {layer.num_experts} experts; keep '
+                    'fewer, or name other layers with --layer'
+                )
     data = images_of(args, cfg, meta)
     found, usage = observed(model, data, layers)
     values = {name: usage[name][args.by] for name in layers if args.by != 'effect'}
@@ -175,7 +180,7 @@ def _groups(
                 f'{", ".join(several)}'
             )
     groups: dict[Place, dict[str, MoELayer]] = defaultdict(dict)
-    for name, place in expert_fields(cfg).items():
+    for name, place in expert_fields(cfg, args.layer or list(several)).items():
         if name in several:
             groups[place][name] = several[name]
     if args.layer:
@@ -196,8 +201,6 @@ def _check_left(name: str, layer: MoELayer, number: int) -> None:
             f'layer "{name}" chooses top_k={layer.top_k} experts for each item and would be left '
             f'with {number} of {layer.num_experts}; keep more'
         )
-    if number > layer.num_experts:
-        raise ConfigError(f'--keep {number}: layer "{name}" has only {layer.num_experts} experts')
 
 
 def _effects(
