@@ -71,7 +71,7 @@ def load_weights(model: nn.Module, path: str) -> dict:
     missing = [key for key in expected if key not in state and 'num_batches_tracked' not in key]
     if missing:
         hint = (
-            'it looks like a dense model: train the MoE model first'
+            'it looks like a dense model: train the MoE model first, or use tools/upcycle.py'
             if not any('.router.' in key or '.gate.' in key for key in state)
             else 'give the config that it was trained with'
         )
