@@ -13,6 +13,7 @@ import os.path as osp
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -613,6 +614,6 @@ def _test(runner: Runner, top_k: int | None) -> None:
     after = runner.test()
     lines = [('', f'top_k={",".join(map(str, sorted(set(usual.values()))))}', f'top_k={top_k}')]
     for name, value in before.items():
-        if isinstance(value, (int, float)):
+        if isinstance(value, Real):
             lines.append((name, f'{value:.4f}', f'{after[name]:.4f}'))
     runner.logger.info(f'With other numbers of experts:\n{in_columns(lines)}')

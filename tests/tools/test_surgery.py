@@ -306,7 +306,6 @@ def test_average_is_the_mean_of_linear_experts(data, tmp_path):
     original, _ = loaded(tool.config, tool.checkpoint)
     torch.testing.assert_close(outputs(model), outputs(original))
     assert meta['surgery'][0].endswith('of "head.fc", how=average, weights=uniform')
-    # Strictly the state of the dense model.
     dense = Classifier(tmp_path / 'dense', data, '')
     assert model.state_dict().keys() == torch.load(dense.checkpoint)['state_dict'].keys()
 
@@ -334,6 +333,20 @@ def test_average_by_load(data, tmp_path):
     )
     mean = old['head.fc.experts.weight'][[0, 2]].mean(0)
     torch.testing.assert_close(new['head.fc.weight'], mean)
+
+
+def test_a_dense_config_of_ones_own(data, tmp_path):
+    tool = Classifier(tmp_path / 'tool', data)
+    for depth in (34, 18):
+        given = Classifier(tmp_path / f'dense{depth}', data, '', depth).config
+        more = ['--how', 'average', '--dense-config', str(given)]
+        if depth == 34:
+            with pytest.raises(ConfigError, match='is not the config of its dense model'):
+                tool.run(merge.merge_checkpoint, merge.parse, tmp_path / 'out', *more)
+            assert not (tmp_path / 'out').exists()
+    tool.run(merge.merge_checkpoint, merge.parse, tmp_path / 'out', *more)
+    model, _ = loaded(tmp_path / 'out' / 'config.py', tmp_path / 'out' / 'checkpoint.pth')
+    assert model.head.fc.weight.shape == (3, 32)
 
 
 def test_distillation(data, tmp_path, monkeypatch):
