@@ -13,6 +13,7 @@ import os.path as osp
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from mmdet_moe.engine.channels_last import ChannelsLastHook
 from mmdet_moe.engine.exact_resume import ExactResumeHook
 from mmdet_moe.engine.expert_report import ExpertReportHook
 from mmdet_moe.engine.explain import explain, in_one_line
+from mmdet_moe.engine.hooks.layers import unwrapped_model
 from mmdet_moe.engine.image_errors import ImageErrorHook
 from mmdet_moe.engine.preflight import (
     check_checkpoint,
@@ -43,6 +45,8 @@ from mmdet_moe.engine.preflight import (
 from mmdet_moe.engine.resumed_schedule import ResumedScheduleHook
 from mmdet_moe.engine.tested_checkpoint import TestedCheckpointHook
 from mmdet_moe.errors import ConfigError
+from mmdet_moe.moe.surgery.fewer import set_top_k
+from mmdet_moe.moe.surgery.report import in_columns
 
 __all__ = [
     'apply_data_root',
@@ -143,6 +147,13 @@ def _parse_test(argv: Sequence[str] | None) -> argparse.Namespace:
         '--wait-time', type=float, default=2, help='seconds between two images of --show'
     )
     parser.add_argument('--tta', action='store_true', help='test-time augmentation')
+    parser.add_argument(
+        '--top-k',
+        type=int,
+        metavar='K',
+        help='test a second time with K experts for each decision, and compare; other results, '
+        'such as --out, are those of the second time',
+    )
     return _parse(parser, argv)
 
 
@@ -562,6 +573,8 @@ def _prepare_test(args: argparse.Namespace) -> Runner:
     if args.tta:
         _set_tta(cfg)
     runner = _build_runner(cfg)
+    if args.top_k is not None:  # complains now, rather than after the first test
+        set_top_k(unwrapped_model(runner), set_top_k(unwrapped_model(runner), args.top_k))
     if args.show_dir and cfg.default_scope == 'mmpretrain':
         _set_show_dir(runner, args.show_dir)
     if args.out is not None:
@@ -589,4 +602,18 @@ def run_test(argv: Sequence[str] | None = None) -> None:
         SystemExit: with status 2 after a mistake in the config, the data or the command line.
     """
     args = _parse_test(argv)
-    _execute(lambda: _prepare_test(args), lambda runner: runner.test())
+    _execute(lambda: _prepare_test(args), lambda runner: _test(runner, args.top_k))
+
+
+def _test(runner: Runner, top_k: int | None) -> None:
+    """Test the model, and with another number of chosen experts a second time."""
+    before = runner.test()
+    if top_k is None:
+        return
+    usual = set_top_k(unwrapped_model(runner), top_k)
+    after = runner.test()
+    lines = [('', f'top_k={",".join(map(str, sorted(set(usual.values()))))}', f'top_k={top_k}')]
+    for name, value in before.items():
+        if isinstance(value, Real):
+            lines.append((name, f'{value:.4f}', f'{after[name]:.4f}'))
+    runner.logger.info(f'With other numbers of experts:\n{in_columns(lines)}')

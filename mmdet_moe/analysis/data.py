@@ -115,13 +115,13 @@ class AnalysisData:
         is_coco = hasattr(self.dataset, 'COCOAPI') and hasattr(self.dataset, 'cat_ids')
         return self.dataset.ann_file if is_coco else None
 
-    def batches(self, first: int = 0, step: int = 1, **options: int) -> Iterator[dict]:
+    def batches(self, first: int = 0, step: int = 1, **options: Any) -> Iterator[dict]:
         """The batches from an image on, in order.
 
         Args:
             first: The image.
             step: Of every so many images the first one.
-            options: Of the data loader, in place of the config's.
+            options: Of the data loader, in place of the config's; ``sampler``: any order.
         """
         order = range(first, len(self), step)
         config = {**self.loader_cfg, 'dataset': self.dataset, 'sampler': order, **options}

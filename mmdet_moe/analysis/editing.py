@@ -1,27 +1,20 @@
 """``tools/edit_experts.py``: an edited checkpoint, and what the edits change."""
 
 import argparse
-import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import numpy as np
-import torch
-from mmengine.config import DictAction
-from torch import nn
-from tqdm import tqdm
-
-from mmdet_moe.analysis.data import SPLITS, AnalysisData
-from mmdet_moe.analysis.files import write_file
-from mmdet_moe.analysis.models import load_model
-from mmdet_moe.analysis.recorder import predictions_of
-from mmdet_moe.analysis.records.contents import BoxRecords, concatenated
-from mmdet_moe.analysis.statistics.evaluation import ClassificationMetrics, DetectionMetrics
-from mmdet_moe.cli import fail, load_config, set_loader_defaults
-from mmdet_moe.engine.preflight import check_config, check_trained_classes
+from mmdet_moe.analysis.measuring import (
+    add_options,
+    comparison,
+    images_of,
+    load_trained,
+    measure,
+    run_tool,
+    write_checkpoint,
+)
 from mmdet_moe.errors import ConfigError
 from mmdet_moe.moe import Edit, edit_experts
-from mmdet_moe.moe.surgery.report import in_columns
 
 #: What an edit may say, and how it is read.
 _FIELDS: dict[str, Callable[[str], object]] = {
@@ -32,8 +25,6 @@ _FIELDS: dict[str, Callable[[str], object]] = {
     'add': float,
     'zero': {'true': True, 'True': True}.__getitem__,
 }
-#: Parts of the metrics that are tables of their own.
-_PARTS = {'per_group': 'group', 'per_superclass': 'super-class', 'per_class': 'class'}
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -55,17 +46,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         '--out', type=Path, required=True, metavar='FILE', help='the edited checkpoint'
     )
-    parser.add_argument('--overwrite', action='store_true', help='replace what is there')
-    parser.add_argument('--split', choices=SPLITS, default='val', help='which images (val)')
-    parser.add_argument('--max-images', type=int, metavar='N', help='the first N images only')
-    parser.add_argument('--device', help='cpu, cuda, cuda:1, … (default: a GPU if there is one)')
-    parser.add_argument(
-        '--cfg-options',
-        nargs='+',
-        action=DictAction,
-        metavar='KEY=VALUE',
-        help='override fields of the config; data_root=DIR moves every path below the old one',
-    )
+    add_options(parser)
     return parser.parse_args(argv)
 
 
@@ -78,10 +59,7 @@ def run_editing(argv: Sequence[str] | None = None) -> None:
     Raises:
         SystemExit: with status 2 after a mistake in the config, the data or the command line.
     """
-    try:
-        edit_checkpoint(parse(argv))
-    except Exception as error:
-        fail(error, running=False)
+    run_tool(edit_checkpoint, parse(argv))
 
 
 def edit_checkpoint(args: argparse.Namespace) -> tuple[dict, dict]:
@@ -98,22 +76,15 @@ def edit_checkpoint(args: argparse.Namespace) -> tuple[dict, dict]:
     """
     edits = [parse_edit(text) for text in args.edit]
     _check(args)
-    cfg = load_config(args.config, args.cfg_options)
-    check_config(cfg, args.split, args.checkpoint)
-    set_loader_defaults(cfg)
-    model, meta = load_model(cfg, args.checkpoint, args.device)
+    cfg, model, meta = load_trained(args)
     with edit_experts(model, edits):  # first, for it complains before the images are predicted
-        data = AnalysisData(cfg, args.split, args.max_images)
-        check_trained_classes(meta, data.dataset.metainfo, f'{args.split}_dataloader.dataset')
+        data = images_of(args, cfg, meta)
         state = {name: value.cpu().clone() for name, value in model.state_dict().items()}
         after = measure(model, data, 'edited')
     before = measure(model, data, 'as it was')
-    content = io.BytesIO()
-    # What trains on, such as the optimizer's state, is about the weights as they were.
     meta = {**meta, 'edits': [*meta.get('edits', ()), *map(str, edits)]}
-    torch.save({'meta': meta, 'state_dict': state}, content)
-    write_file(args.out, content.getvalue())
-    print('', *edits, '', _table(before, after), sep='\n')
+    write_checkpoint(args.out, state, meta)
+    print('', *edits, '', comparison(before, after), sep='\n')
     print(f'\nEdited checkpoint: {args.out}')
     return before, after
 
@@ -146,8 +117,6 @@ def parse_edit(text: str) -> Edit:
 
 
 def _check(args: argparse.Namespace) -> None:
-    if args.max_images is not None and args.max_images < 1:
-        raise ConfigError(f'--max-images={args.max_images} must be at least 1')
     if not args.out.absolute().parent.is_dir():
         raise ConfigError(f"--out: there is no folder '{args.out.absolute().parent}'")
     # The checkpoint may be an address, and whether it is there is told later.
@@ -156,70 +125,3 @@ def _check(args: argparse.Namespace) -> None:
         raise ConfigError(f"--out: '{args.out}' is the checkpoint itself; choose another name")
     if args.out.is_dir() or (args.out.exists() and not args.overwrite):
         raise ConfigError(f"--out: '{args.out}' exists; choose another name, or use --overwrite")
-
-
-@torch.no_grad()
-def measure(model: nn.Module, data: AnalysisData, name: str = 'images') -> dict:
-    """The metrics of a model, predicting the images of a data set.
-
-    Args:
-        model: A classifier or a detector, in evaluation mode.
-        data: The data set.
-        name: What the progress bar is called.
-
-    Returns:
-        As :class:`ClassificationMetrics` and :class:`DetectionMetrics` do; and, of data sets that
-        have them, ``per_group``: accuracy or AP on the images of each group, see
-        :attr:`AnalysisData.groups`, and ``per_superclass``: its mean over the classes of each.
-    """
-    parts: list[BoxRecords | np.ndarray] = []
-    with tqdm(total=len(data), desc=name, unit=' images', mininterval=0.5) as bar:
-        for batch in data.batches():
-            results = model.test_step(batch)
-            parts.append(predictions_of(range(bar.n, bar.n + len(results)), results))
-            bar.update(len(results))
-            if bar.n == len(data):
-                break
-    found = concatenated(parts)
-    if isinstance(found, BoxRecords):
-        main, of_detections = 'AP', DetectionMetrics(data, len(data))
-        metrics = of_detections(found)
-        per_group = {g: of_detections(found, images) for g, images in data.groups.items()}
-    else:
-        main, labels = 'accuracy', np.array([data.label(i) for i in range(len(data))])
-        metrics = ClassificationMetrics(data.classes, labels)(found)
-        per_group = {
-            group: ClassificationMetrics(data.classes, labels[images])(found[images])
-            for group, images in data.groups.items()
-        }
-    if per_group:
-        metrics['per_group'] = {group: values[main] for group, values in per_group.items()}
-    per_class = list(metrics['per_class'].values())
-    if data.superclasses:
-        metrics['per_superclass'] = {
-            group: _mean([per_class[i] for i in classes])
-            for group, classes in data.superclasses.items()
-        }
-    return metrics
-
-
-def _mean(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return sum(known) / len(known) if known else None
-
-
-def _table(before: dict, after: dict) -> str:
-    lines = [('', 'before', 'after', 'change')]
-    for name, value in before.items():
-        if name not in _PARTS:
-            lines.append(_line(name, value, after[name]))
-    for part, title in _PARTS.items():
-        for name, value in before.get(part, {}).items():
-            lines.append(_line(f'{title} {name}', value, after[part][name]))
-    return in_columns(lines)
-
-
-def _line(name: str, before: float | None, after: float | None) -> tuple[str, ...]:
-    if before is None or after is None:
-        return (name, '-', '-', '-')
-    return (name, f'{before:.4f}', f'{after:.4f}', f'{after - before:+.4f}')

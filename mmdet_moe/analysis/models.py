@@ -1,5 +1,7 @@
 """A trained model as the analysis needs it."""
 
+from collections.abc import Iterable
+
 from mmengine.config import Config
 from mmengine.device import get_device
 from mmengine.registry import MODELS, init_default_scope
@@ -70,11 +72,9 @@ def load_weights(model: nn.Module, path: str) -> dict:
     expected = model.state_dict()
     missing = [key for key in expected if key not in state and 'num_batches_tracked' not in key]
     if missing:
-        hint = (
-            'it looks like a dense model: train the MoE model first'
-            if not any('.router.' in key or '.gate.' in key for key in state)
-            else 'give the config that it was trained with'
-        )
+        hint = 'give the config that it was trained with'
+        if _has_router(expected) and not _has_router(state):
+            hint = 'it looks like a dense model: train the MoE model first, or use tools/upcycle.py'
         raise ConfigError(
             f"checkpoint: '{path}' lacks {len(missing)} of the model's {len(expected)} tensors, "
             f"such as '{missing[0]}'; {hint}"
@@ -91,3 +91,7 @@ def load_weights(model: nn.Module, path: str) -> dict:
         )
     model.load_state_dict(state, strict=False)
     return checkpoint.get('meta') or {}
+
+
+def _has_router(names: Iterable[str]) -> bool:
+    return any('.router.' in name or '.gate.' in name for name in names)

@@ -40,17 +40,20 @@ class TestedCheckpointHook(Hook):
         check_weights(model, {key.removeprefix('module.'): state[key] for key in state})
 
 
-def check_weights(model: nn.Module, state: dict[str, Any]) -> None:
+def check_weights(model: nn.Module, state: dict[str, Any]) -> list[str]:
     """Load the weights, all of them.
 
     Routers alone may be missing, because those of a dense checkpoint choose among equal experts.
+
+    Returns:
+        The names of those that the model has no place for.
 
     Raises:
         ConfigError: A weight is missing, or has another shape.
     """
     fix = 'give the config that the checkpoint was trained with'
     try:
-        missing = model.load_state_dict(state, strict=False).missing_keys
+        missing, unexpected = model.load_state_dict(state, strict=False)
     except RuntimeError as error:
         first = str(error).splitlines()[1].strip() if '\n' in str(error) else str(error)
         raise ConfigError(f'checkpoint: {first}; {fix}') from error
@@ -64,3 +67,4 @@ def check_weights(model: nn.Module, state: dict[str, Any]) -> None:
         note(
             'the checkpoint is of a dense model: each expert has its weights, routers are untrained'
         )
+    return unexpected

@@ -16,6 +16,8 @@ from mmdet_moe.moe.distributed import global_sum
 from mmdet_moe.moe.routing import Routing
 from mmdet_moe.registry import MODELS
 
+_TINY = torch.finfo(torch.float32).tiny
+
 
 def in_backward() -> bool:
     """Whether a backward pass runs, in which an activation checkpoint computes something again."""
@@ -53,6 +55,9 @@ class Constraint(nn.Module, ABC):
     @abstractmethod
     def update(self, routing: Routing) -> None:
         """Take one training batch into account. Called after the batch has been routed."""
+
+    def renormalise(self) -> None:
+        """Experts have been removed: make the state what it is if the others are all there are."""
 
 
 class _HardConstraint(Constraint):
@@ -121,8 +126,12 @@ class RelativeImportanceConstraint(_HardConstraint):
         importance = global_sum(routing.importance(balancing=True).float())
         # The mean equals T / E when the weights of an item sum to 1; with Switch weights, which sum
         # to less, it keeps the r_i balanced around 0. A batch that counts nothing changes nothing.
-        mean = importance.mean().clamp(min=torch.finfo(torch.float32).tiny)
+        mean = importance.mean().clamp(min=_TINY)
         self.relative_importance += (importance - importance.mean()) / mean
+
+    @torch.no_grad()
+    def renormalise(self) -> None:
+        self.relative_importance -= self.relative_importance.mean()
 
 
 @MODELS.register_module()
@@ -154,9 +163,13 @@ class MeanImportanceConstraint(_HardConstraint):
         total = importance.sum()
         counts = (total > 0).to(torch.int64)  # a batch that counts nothing is no batch
         self.num_batches += counts
-        share = importance / total.clamp(min=torch.finfo(torch.float32).tiny)
+        share = importance / total.clamp(min=_TINY)
         step = counts / self.num_batches.clamp(min=1)
         self.mean_importance += step * (share - self.mean_importance)
+
+    @torch.no_grad()
+    def renormalise(self) -> None:
+        self.mean_importance /= self.mean_importance.sum().clamp(min=_TINY)
 
 
 @MODELS.register_module()

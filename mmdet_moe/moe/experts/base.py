@@ -63,7 +63,7 @@ class Experts(nn.Module, ABC):
         """The parameters that are missing in the graph when this expert gets no items."""
 
     @abstractmethod
-    def entries(self) -> dict[str, Tensor]:
+    def entries(self, expert: int = 0) -> dict[str, Tensor]:
         """One expert's parameters and buffers by the names that they have in a dense module."""
 
     @abstractmethod
@@ -123,8 +123,8 @@ class StackedExperts(Experts, BaseModule):
     def parameters_of(self, expert: int) -> list[nn.Parameter]:
         return []
 
-    def entries(self) -> dict[str, Tensor]:
-        return {name: value[0] for name, value in self.state_dict().items()}
+    def entries(self, expert: int = 0) -> dict[str, Tensor]:
+        return {name: value[expert] for name, value in self.state_dict().items()}
 
     def count(self, state_dict: dict[str, Tensor], prefix: str) -> int:
         self._stack_listed(state_dict, prefix)

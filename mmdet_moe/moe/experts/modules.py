@@ -63,8 +63,8 @@ class ModuleExperts(ModuleList, Experts):
     def parameters_of(self, expert: int) -> list[nn.Parameter]:
         return list(self[expert].parameters())
 
-    def entries(self) -> dict[str, Tensor]:
-        return dict(self[0].state_dict())
+    def entries(self, expert: int = 0) -> dict[str, Tensor]:
+        return dict(self[expert].state_dict())
 
     def count(self, state_dict: dict[str, Tensor], prefix: str) -> int:
         pattern = re.compile(re.escape(prefix) + r'(\d+)\.')

@@ -96,9 +96,9 @@ class Report:
             has_width = row.dense is not None and not row.levels
             numbers.append(f'{row.width:.2f}' if has_width else '-')
             cells = [row.path, row.kind, *(numbers if is_layer else [''] * len(numbers))]
-            cells += [_scaled(n, 1e6, ' M') for n in (row.dense, row.active, row.total)]
+            cells += [scaled(n, 1e6, ' M') for n in (row.dense, row.active, row.total)]
             if has_flops:
-                cells += [_scaled(n, 1e9) for n in (row.dense_flops, row.flops)]
+                cells += [scaled(n, 1e9) for n in (row.dense_flops, row.flops)]
             lines.append(tuple(cells))
         return in_columns(lines)
 
@@ -141,6 +141,11 @@ def in_columns(lines: Sequence[Sequence[str]]) -> str:
         '  '.join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
         for line in lines
     )
+
+
+def scaled(number: int | None, unit: float, suffix: str = '') -> str:
+    """A number in a table; None is a dash."""
+    return '-' if number is None else f'{number / unit:.2f}{suffix}'
 
 
 def _note(calls: list[tuple[tuple, dict]]) -> Callable:
@@ -190,7 +195,3 @@ def _whole(model: nn.Module, rows: list[Row], flops: int | None) -> Row:
         dense_flops=before(flops, ((row.dense_flops, row.flops) for row in rows)),
         flops=flops,
     )
-
-
-def _scaled(number: int | None, unit: float, suffix: str = '') -> str:
-    return '-' if number is None else f'{number / unit:.2f}{suffix}'

@@ -1,0 +1,1 @@
+"""Tools that make another model of a trained one: each writes a checkpoint and its config."""

@@ -1,0 +1,12 @@
+"""Put dense layers in the place of the experts of a model; ``--help`` lists the arguments."""
+
+import sys
+from pathlib import Path
+
+# The checkout, for what is not installed.
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+
+from mmdet_moe.analysis.surgery.merge import run_merging
+
+if __name__ == '__main__':
+    run_merging()

@@ -1,0 +1,12 @@
+"""Remove experts from a trained model; ``--help`` lists the arguments."""
+
+import sys
+from pathlib import Path
+
+# The checkout, for what is not installed.
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+
+from mmdet_moe.analysis.surgery.prune import run_pruning
+
+if __name__ == '__main__':
+    run_pruning()
