@@ -1,4 +1,4 @@
-"""``mmdet-moe COMMAND``, or ``python -m mmdet_moe COMMAND``: the files of ``tools/``, from anywhere.
+"""``mmdet-moe COMMAND``, or ``python -m mmdet_moe COMMAND``: the files of ``tools/``, anywhere.
 
 A command is the file itself, from the checkout or from the wheel's copy, so that a new tool needs
 no line here. Its name is the file's, without what goes without saying: ``analyze_experts.py`` is
@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     Raises:
         SystemExit: As the command does; with status 2 if there is no such command.
     """
-    name, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
+    name, *rest = (sys.argv[1:] if argv is None else argv) or ['--help']
     with exit_on_user_error():
         if name in ('-h', '--help'):
             print(_usage(), end='')

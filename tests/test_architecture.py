@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[1]
 #: A room may import those above it, and none beside or below it.
 ROOMS = (
     ('errors', 'version'),
-    ('checks', 'compat', 'drawing', 'registry'),
+    ('__main__', 'checks', 'compat', 'drawing', 'registry'),
     ('ops',),
     ('moe',),
     ('datasets', 'models'),

@@ -7,9 +7,12 @@
 - ``_base_ = 'mmdet_moe::...'`` in any config of MMEngine names one of our configs.
 - MMDetection's ``SSDHead`` can predict (open-mmlab/mmdetection#11063).
 - MMDetection reads COCO files in which what can be told without guessing is missing.
+- The toolboxes leave out a few messages that a user can do nothing about.
 
 An installation lets every Python program import :mod:`mmdet_moe` (``mmdet_moe.pth``), so that the
-toolboxes' own tools have both. Hence nothing but what Python itself loads is imported here.
+toolboxes' own tools have all of this; with ``MMDET_MOE_AUTOLOAD=0`` in the environment only those
+programs have it that import the package themselves. Hence nothing but what Python itself loads is
+imported here.
 """
 
 import sys
@@ -19,6 +22,7 @@ __all__ = ['install']
 EXT_NAME = 'mmcv._ext'
 CONFIG_NAME = 'mmengine.config.config'
 SSD_NAME = 'mmdet.models.dense_heads.ssd_head'
+LOGGING_NAME = 'mmengine.logging'
 COCO_NAME = 'mmdet.datasets.api_wrappers.coco_api'
 
 
@@ -76,6 +80,12 @@ def _mend_coco(module) -> None:
     mend(module)
 
 
+def _hush(module) -> None:
+    from mmdet_moe.compat.quiet import hush
+
+    hush(module)
+
+
 _MMCV_FINDER = _MmcvExtFinder()
 
 
@@ -90,6 +100,7 @@ def install() -> None:
         (CONFIG_NAME, _add_configs),
         (SSD_NAME, _add_loss),
         (COCO_NAME, _mend_coco),
+        (LOGGING_NAME, _hush),
     ):
         if name in sys.modules:
             complete(sys.modules[name])
