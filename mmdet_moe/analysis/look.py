@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-import mmdet_moe
 from mmdet_moe.analysis.command import analyse, parse
 from mmdet_moe.cli import check_folder, fail
 from mmdet_moe.compat.configs import config_path
@@ -21,7 +20,7 @@ from mmdet_moe.errors import ConfigError
 __all__ = ['ASSET', 'pack', 'run_look', 'unpack']
 
 #: `pack` made it of a run of ``make demo``.
-ASSET = Path(mmdet_moe.__file__).parent / 'assets' / 'retinanet_moe_soft_digits.pth'
+ASSET = Path(__file__).parents[1] / 'assets' / 'retinanet_moe_soft_digits.pth'
 CONFIG = 'demo/retinanet_moe_soft_digits.py'
 _LEVELS = 127
 _SCALE = '.scale'
