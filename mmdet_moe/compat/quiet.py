@@ -6,7 +6,6 @@ boxes at the edge of an image.
 
 import warnings
 from functools import wraps
-from types import ModuleType
 from typing import Any
 
 #: How messages of ``print_log`` begin.
@@ -22,7 +21,7 @@ WARNINGS = (
 )
 
 
-def hush(module: ModuleType) -> None:
+def hush(module: Any) -> None:
     """Leave these messages out of ``mmengine.logging.print_log``, and the warnings."""
     theirs = module.print_log
 
