@@ -12,6 +12,7 @@ from pathlib import Path
 
 import modelindex
 import pytest
+import torch
 from mmengine.config import Config
 from mmengine.registry import MODELS
 
@@ -107,18 +108,36 @@ def test_configs_by_name(places, place, tmp_path):
     assert front == Config.fromfile(CONFIGS / 'retinanet_moe_soft_coco.py').to_dict()
 
 
+TOOLS_OF_MMDET = """
+assert 'mmengine' not in sys.modules
+import mmdet.apis
+
+for tool, *arguments in (
+    ('misc/print_config', 'child.py'),
+    ('analysis_tools/get_flops', 'digits.py', '--num-images', '1'),
+    ('analysis_tools/browse_dataset', 'digits.py', '--not-show', '--output-dir', 'drawn'),
+    ('model_converters/publish_model', 'trained.pth', 'published.pth'),
+):
+    sys.argv = [tool, *arguments]
+    path = f'{mmdet.__path__[0]}/.mim/tools/{tool}.py'
+    runpy.run_path(path, run_name='__main__')
+"""
+
+
 @pytest.mark.parametrize('place', ['editable', 'wheel'])
-def test_tools_of_the_toolboxes(places, place, tmp_path):
+def test_tools_of_the_toolboxes(places, place, tmp_path, digit_scenes_folder):
     """Nothing of theirs imports mmdet_moe before it reads the config."""
     (tmp_path / 'child.py').write_text(CHILD)
-    code = (
-        "assert 'mmengine' not in sys.modules; import mmdet; "
-        "tool = f'{mmdet.__path__[0]}/.mim/tools/misc/print_config.py'; "
-        "runpy.run_path(tool, run_name='__main__')"
-    )
-    done = run(tmp_path, code, 'child.py', site=places[place])
+    digits = "_base_ = 'mmdet_moe::demo/retinanet_moe_soft_digits.py'"
+    (tmp_path / 'digits.py').write_text(f'{digits}\ntrain_dataloader = dict(num_workers=0)')
+    torch.save({'meta': {}, 'state_dict': {}, 'optimizer': {}}, tmp_path / 'trained.pth')
+    root = str(digit_scenes_folder)
+    done = run(tmp_path, TOOLS_OF_MMDET, site=places[place], DIGIT_SCENES_ROOT=root)
     assert done.returncode == 0, done.stderr
     assert "type='mmdet_moe.RelativeImportanceConstraint'" in done.stdout
+    assert re.search(r'Flops: \d', done.stdout)
+    assert len(list((tmp_path / 'drawn').iterdir())) == 16
+    assert 'published model is saved at published-' in done.stdout
 
 
 def test_wheel_holds_all_configs(places):

@@ -450,6 +450,60 @@ def modulated_deform_conv_backward(
         buffer.copy_(gradient)
 
 
+def ms_deform_attn_forward(
+    value: Tensor,
+    spatial_shapes: Tensor,
+    level_start_index: Tensor,
+    sampling_locations: Tensor,
+    attention_weights: Tensor,
+    im2col_step: int,
+) -> Tensor:
+    """Multi-scale deformable attention (arXiv 2010.04159) as mmcv computes it on a CPU.
+
+    Args:
+        value: ``(n, s, heads, d)``, all levels one after the other.
+        spatial_shapes: ``(levels, 2)`` heights and widths.
+        level_start_index: follows from the shapes.
+        sampling_locations: ``(n, q, heads, levels, points, 2)`` in 0..1, x before y.
+        attention_weights: ``(n, q, heads, levels, points)``.
+        im2col_step: how the compiled op divides its work.
+
+    Returns:
+        ``(n, q, heads * d)``.
+    """
+    from mmcv.ops.multi_scale_deform_attn import multi_scale_deformable_attn_pytorch
+
+    return multi_scale_deformable_attn_pytorch(
+        value, spatial_shapes, sampling_locations, attention_weights
+    )
+
+
+def ms_deform_attn_backward(
+    value: Tensor,
+    spatial_shapes: Tensor,
+    level_start_index: Tensor,
+    sampling_locations: Tensor,
+    attention_weights: Tensor,
+    grad_output: Tensor,
+    grad_value: Tensor,
+    grad_sampling_loc: Tensor,
+    grad_attn_weight: Tensor,
+    im2col_step: int,
+) -> None:
+    """Write the gradients of :func:`ms_deform_attn_forward` into the buffers."""
+    tensors = (value, sampling_locations, attention_weights)
+    leaves = value, locations, weights = [tensor.detach().requires_grad_() for tensor in tensors]
+    with torch.enable_grad():
+        output = ms_deform_attn_forward(
+            value, spatial_shapes, level_start_index, locations, weights, im2col_step
+        )
+    gradients = torch.autograd.grad(output, leaves, grad_output)
+    for buffer, gradient in zip(
+        (grad_value, grad_sampling_loc, grad_attn_weight), gradients, strict=True
+    ):
+        buffer.copy_(gradient)
+
+
 def get_compiler_version() -> str:
     """What environment reports print as mmcv's compiler."""
     return 'none (torchvision stands in)'

@@ -354,6 +354,26 @@ def test_deform_conv_passes_finite_differences(generator):
 
 
 @needs_stand_in
+def test_deformable_attention(generator):
+    """The function that mmcv takes on a GPU; a query that looks at one pixel's middle gets it."""
+    from mmcv.ops.multi_scale_deform_attn import MultiScaleDeformableAttnFunction
+
+    kinds = {'generator': generator, 'dtype': torch.float64}
+    shapes, starts = torch.tensor([[2, 3], [4, 5]]), torch.tensor([0, 6])
+    value, weights = torch.randn(2, 26, 2, 3, **kinds), torch.rand(2, 4, 2, 2, 3, **kinds)
+    places = torch.rand(2, 4, 2, 2, 3, 2, **kinds)
+    attend = MultiScaleDeformableAttnFunction.apply
+    tensors = [tensor.requires_grad_() for tensor in (value, places, weights)]
+    assert torch.autograd.gradcheck(lambda v, p, w: attend(v, shapes, starts, p, w, 64), tensors)
+    with torch.no_grad():
+        middle = torch.tensor([(1 + 0.5) / 5, (2 + 0.5) / 4]).expand_as(places).double()
+        one = torch.zeros_like(weights)
+        one[..., 1, 0] = 1
+        expected = value[:, 6 + 2 * 5 + 1].flatten(1)[:, None].expand(2, 4, 6)
+        torch.testing.assert_close(attend(value, shapes, starts, middle, one, 64), expected)
+
+
+@needs_stand_in
 @pytest.mark.parametrize('bias', [True, False])
 def test_modulation_scales_what_is_sampled(generator, bias):
     """As the plain op where the mask is 1, and linear in the mask."""
