@@ -114,7 +114,7 @@ import mmdet.apis
 
 for tool, *arguments in (
     ('misc/print_config', 'child.py'),
-    ('analysis_tools/get_flops', 'digits.py', '--num-images', '1'),
+    ('analysis_tools/get_flops', 'dense.py', '--num-images', '1'),
     ('analysis_tools/browse_dataset', 'digits.py', '--not-show', '--output-dir', 'drawn'),
     ('model_converters/publish_model', 'trained.pth', 'published.pth'),
 ):
@@ -128,8 +128,12 @@ for tool, *arguments in (
 def test_tools_of_the_toolboxes(places, place, tmp_path, digit_scenes_folder):
     """Nothing of theirs imports mmdet_moe before it reads the config."""
     (tmp_path / 'child.py').write_text(CHILD)
-    digits = "_base_ = 'mmdet_moe::demo/retinanet_moe_soft_digits.py'"
-    (tmp_path / 'digits.py').write_text(f'{digits}\ntrain_dataloader = dict(num_workers=0)')
+    for name, config in (('digits', 'moe_soft'), ('dense', 'dense')):
+        (tmp_path / f'{name}.py').write_text(
+            f"_base_ = 'mmdet_moe::demo/retinanet_{config}_digits.py'\n"
+            'train_dataloader = dict(num_workers=0, persistent_workers=False)\n'
+            'val_dataloader = dict(num_workers=0, persistent_workers=False)\n'
+        )
     torch.save({'meta': {}, 'state_dict': {}, 'optimizer': {}}, tmp_path / 'trained.pth')
     root = str(digit_scenes_folder)
     done = run(tmp_path, TOOLS_OF_MMDET, site=places[place], DIGIT_SCENES_ROOT=root)
