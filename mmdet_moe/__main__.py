@@ -86,7 +86,17 @@ def _run(name: str, arguments: list[str]) -> None:
     module.__file__ = str(path)
     sys.modules['__main__'] = module  # as if the file had been called, for what pickles
     sys.argv = [f'mmdet-moe {name}', *arguments]
-    exec(compile(path.read_bytes(), path, 'exec'), module.__dict__)
+    code = compile(path.read_bytes(), path, 'exec')
+    try:
+        exec(code, module.__dict__)
+    except ModuleNotFoundError as error:
+        missing = (error.name or '').partition('.')[0]
+        if missing in ('', 'mmdet_moe'):
+            raise
+        raise ConfigError(
+            f'{name} needs the package {missing}, which is not installed; what the tools need comes '
+            "with `pip install 'mmdet_moe[all]'`, what generates images with 'mmdet_moe[demo]'"
+        ) from error
 
 
 if __name__ == '__main__':

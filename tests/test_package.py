@@ -247,6 +247,17 @@ def test_commands(capsys, monkeypatch):
     assert capsys.readouterr().out == f'mmdet_moe {mmdet_moe.__version__}\n'
 
 
+def test_commands_without_the_toolboxes(tmp_path):
+    code = NO_TOOLBOX.format(blocked=MORE_THAN_THE_CORE)
+    code += "from mmdet_moe.__main__ import main; main(['analyze', 'config.py', 'weights.pth'])"
+    done = run(tmp_path, code, site=ROOT)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert re.match(
+        r"error: analyze needs the package \w+, which is not installed; .*\[all\]'", line
+    )
+
+
 def test_autoload_can_be_off(places, tmp_path):
     code = "print('mmdet_moe' in sys.modules, 'torch' in sys.modules)"
     for value, loaded in (('1', True), ('0', False)):
