@@ -94,7 +94,7 @@ def _run(name: str, arguments: list[str]) -> None:
         if missing in ('', 'mmdet_moe'):
             raise
         raise ConfigError(
-            f'{name} needs the package {missing}, which is not installed; what the tools need comes '
+            f'{name} needs the package {missing}, which is not installed; what tools need comes '
             "with `pip install 'mmdet_moe[all]'`, what generates images with 'mmdet_moe[demo]'"
         ) from error
 
