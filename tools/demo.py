@@ -97,9 +97,8 @@ def run_demo(args: argparse.Namespace) -> None:
     console.rule('6/6 what the experts of the MoE learned')
     with output_of(moe, args.verbose, 'analysis') as output:
         folder, experts = analyse(moe, output=output)
-    if not args.verbose:
-        for line in spoken(experts['verdict']):
-            console.print(line, markup=False, highlight=False)
+    for line in spoken(experts['verdict'], args.verbose):
+        console.print(line, markup=False, highlight=False)
     images = sorted((args.data / 'val2017').iterdir())[:NUM_PICTURES]
     figure = args.work_dir / 'overview.png'
     plot_overview(draw_detections(moe, images), results['MoE, soft'].layers, figure)
