@@ -30,7 +30,7 @@ exec((ROOT / 'mmdet_moe' / 'version.py').read_text(), version)
 
 #: What the wheel's tools need of the checkout, besides the configs and ``model-index.yml``; those
 #: that train whole experiments stay there.
-TOOLS = ('tools/*.py', 'research/*.py', 'research/benchmarks/*.py')
+TOOLS = ('tools/*.py', 'research/__init__.py', 'research/runs.py', 'research/benchmarks/*.py')
 LEFT_OUT = ('demo.py', 'gpu.py', 'reproduce.py')
 
 MMCV = ['torchvision>=0.21', 'onedl-mmcv>=2.3.6']
