@@ -1,8 +1,10 @@
 # make demo   environment, data, training of a dense and an MoE RetinaNet, one table
 # make test   the same environment, then the test suite, with a fixed sample of each sweep (pytest.mark.sweep)
 # make test-all   the same with every case of the sweeps (pytest --all)
+# make look   the same environment, then the experts of a trained detector that ships with the package
 # make gpu    what needs a GPU: checks, and the figures of docs/gpu.md
-# make lint   ruff
+# make lint   ruff, and mypy on the public API
+# make wheel  wheel and source distribution in dist/
 #
 # VENV=DIR puts the environment elsewhere; PYTHON=python3.12 makes it of another interpreter.
 
@@ -11,10 +13,13 @@ PYTHON ?= python3
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.mmdet_moe-installed
 
-.PHONY: demo test test-all gpu lint install
+.PHONY: demo look test test-all gpu lint wheel install
 
 demo: $(STAMP)
 	$(PY) tools/demo.py
+
+look: $(STAMP)
+	$(PY) tools/look.py
 
 test: $(STAMP)
 	$(PY) -m pytest -n 2 --dist worksteal
@@ -28,6 +33,12 @@ gpu: $(STAMP)
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	$(PY) -m mypy
+
+# The kernels of the CPU are compiled into the wheel; those of CUDA are there as source, for
+# `python -m mmdet_moe.ops --build`.
+wheel: $(STAMP)
+	MMDET_MOE_CUDA_ARCHITECTURES=';' $(PY) -m build --no-isolation
 
 install: $(STAMP)
 

@@ -9,6 +9,8 @@ instead, and ``python -m mmdet_moe.ops`` tells why, and builds later.
 """
 
 import importlib.util
+import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -26,6 +28,11 @@ ROOT = Path(__file__).parent
 version: dict[str, str] = {}
 exec((ROOT / 'mmdet_moe' / 'version.py').read_text(), version)
 
+#: What the wheel's tools need of the checkout, besides the configs and ``model-index.yml``; those
+#: that train whole experiments stay there.
+TOOLS = ('tools/*.py', 'research/__init__.py', 'research/runs.py', 'research/benchmarks/*.py')
+LEFT_OUT = ('demo.py', 'gpu.py', 'reproduce.py')
+
 MMCV = ['torchvision>=0.21', 'onedl-mmcv>=2.3.6']
 ANALYSIS = ['plotly>=6.0', 'Jinja2>=3.1', 'scipy>=1.9', 'tqdm>=4.0']
 MMDET = [*MMCV, *ANALYSIS, 'onedl-mmdetection>=3.5.1']
@@ -37,6 +44,7 @@ class BuildKernels(build_ext):
 
     def run(self) -> None:
         self._write_pth()
+        self._copy_tools()
         spec = importlib.util.spec_from_file_location('ops_build', ROOT / 'mmdet_moe/ops/build.py')
         build = sys.modules['ops_build'] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(build)
@@ -61,7 +69,22 @@ class BuildKernels(build_ext):
         else:
             folder = self.build_lib
         self.mkpath(folder)
-        Path(folder, 'mmdet_moe.pth').write_text('import mmdet_moe\n')
+        Path(folder, 'mmdet_moe.pth').write_text(
+            'import os; os.environ.get("MMDET_MOE_AUTOLOAD") == "0" or __import__("mmdet_moe")\n'
+        )
+
+    def _copy_tools(self) -> None:
+        """The commands of ``mmdet_moe/__main__.py``, and what ``mim`` reads, in its layout."""
+        if self.inplace or self.editable_mode:
+            return
+        target = Path(self.build_lib, 'mmdet_moe', '.mim')
+        shutil.rmtree(target, ignore_errors=True)
+        for pattern in (*TOOLS, 'configs/**/*.py', 'configs/**/*.yml', 'model-index.yml'):
+            for path in ROOT.glob(pattern):
+                if path.name not in LEFT_OUT:
+                    copy = target / path.relative_to(ROOT)
+                    copy.parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copyfile(path, copy)
 
     def get_outputs(self) -> list[str]:
         return []
@@ -75,10 +98,23 @@ commands = {'build_ext': BuildKernels}
 if bdist_wheel is not None:
 
     class AnyPython(bdist_wheel):
-        """The binaries belong to a platform, but to no version of Python."""
+        """The binaries belong to a platform, but to no version of Python.
+
+        On Linux they need the C library that the newest of their symbols came with; PyTorch, which
+        they are linked with too, is a requirement.
+        """
 
         def get_tag(self) -> tuple[str, str, str]:
-            return 'py3', 'none', super().get_tag()[2]
+            build_lib = self.get_finalized_command('build').build_lib
+            kernels = list(Path(build_lib, 'mmdet_moe', 'ops', 'lib').glob('*.so'))
+            if not kernels:
+                return 'py3', 'none', 'any'
+            content = b''.join(path.read_bytes() for path in kernels)
+            versions = [int(minor) for minor in re.findall(rb'GLIBC_2\.(\d+)', content)]
+            platform = super().get_tag()[2]
+            if versions:
+                platform = re.sub('^linux', f'manylinux_2_{max(17, *versions)}', platform)
+            return 'py3', 'none', platform
 
     commands['bdist_wheel'] = AnyPython
 
@@ -92,10 +128,11 @@ setup(
     license='Apache-2.0',
     packages=find_packages(include=['mmdet_moe', 'mmdet_moe.*']),
     package_data={
-        'mmdet_moe': ['configs/**/*.py'],
+        'mmdet_moe': ['assets/*', 'configs/**/*.py'],
         'mmdet_moe.ops': ['csrc/*.h', 'csrc/*/*'],
         'mmdet_moe.analysis.report.explorer': ['*.css', '*.j2', '*.js'],
     },
+    entry_points={'console_scripts': ['mmdet-moe = mmdet_moe.__main__:main']},
     ext_modules=[Extension('mmdet_moe.ops.lib', [])],
     cmdclass=commands,
     python_requires='>=3.10',

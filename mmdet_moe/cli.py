@@ -11,7 +11,6 @@ import gc
 import os
 import os.path as osp
 import sys
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from numbers import Real
 from pathlib import Path
@@ -491,8 +490,6 @@ def _leave_group() -> None:
 
 
 def _build_runner(cfg: Config) -> Runner:
-    # An optional package of MMDetection, which no config here uses.
-    warnings.filterwarnings('ignore', message='faster_coco_eval is not installed')
     if cfg.default_scope == 'mmdet':
         from mmdet.utils import setup_cache_size_limit_of_dynamo
 

@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[1]
 ROOMS = (
     ('errors', 'files', 'version'),
     ('compat',),
-    ('checks', 'drawing', 'registry'),
+    ('__main__', 'checks', 'drawing', 'registry'),
     ('ops',),
     ('moe',),
     ('datasets', 'models'),

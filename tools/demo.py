@@ -1,14 +1,20 @@
 """Train a dense and two MoE RetinaNets on digit scenes, compare them, and look at the experts.
 
 This is what ``make demo`` runs. Finished parts are reused: a second run is immediate, an
-interrupted one goes on. ``--fresh`` starts anew.
+interrupted one goes on. ``--fresh`` starts anew. What trainings and the analysis print goes to the
+file output.log of each, and with ``--verbose`` to the terminal.
 """
 
 import argparse
+import re
 import shutil
 import sys
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
 # The checkout, for what is not installed.
 sys.path.append(str(Path(__file__).resolve().parents[1]))
@@ -16,9 +22,10 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 import mmcv
 import numpy as np
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from mmdet_moe.analysis.files import EXPERTS_FILE, REPORT_FILE
+from mmdet_moe.analysis.files import REPORT_FILE
 from mmdet_moe.analysis.report.verdict import spoken
 from mmdet_moe.datasets import digit_scenes
 from mmdet_moe.errors import ConfigError, exit_on_user_error
@@ -40,6 +47,8 @@ RUNS = {
     'MoE, soft': 'retinanet_moe_soft_digits',
     'MoE, equal cost': 'retinanet_moe_equal_digits',
 }
+#: Where a training or an analysis has got to, in what it prints.
+STEP = re.compile(rb'\[ *(\d+)/(\d+)\]|(\d+)/(\d+) \[')
 # A pipe has no width, and the table has nine columns.
 console = Console(width=None if sys.stdout.isatty() else 130)
 
@@ -54,6 +63,9 @@ def main() -> None:
     parser.add_argument('--images', type=int, default=1000, help='training images (1000)')
     parser.add_argument('--iterations', type=int, help='shorter or longer than the configs say')
     parser.add_argument('--fresh', action='store_true', help='forget earlier trainings')
+    parser.add_argument(
+        '--verbose', action='store_true', help='print all that trainings and the analysis print'
+    )
     args = parser.parse_args()
     # Trainings run from the checkout, wherever the tool was called.
     args.data, args.work_dir = args.data.resolve(), args.work_dir.resolve()
@@ -83,11 +95,10 @@ def run_demo(args: argparse.Namespace) -> None:
     console.print(result_table(results))
     moe = args.work_dir / RUNS['MoE, soft']
     console.rule('6/6 what the experts of the MoE learned')
-    reused = (moe / 'experts' / EXPERTS_FILE).exists()
-    folder, experts = analyse(moe)
-    if reused:
-        for line in spoken(experts['verdict']):
-            console.print(line, markup=False, highlight=False)
+    with output_of(moe, args.verbose, 'analysis') as output:
+        folder, experts = analyse(moe, output=output)
+    for line in spoken(experts['verdict'], args.verbose):
+        console.print(line, markup=False, highlight=False)
     images = sorted((args.data / 'val2017').iterdir())[:NUM_PICTURES]
     figure = args.work_dir / 'overview.png'
     plot_overview(draw_detections(moe, images), results['MoE, soft'].layers, figure)
@@ -115,9 +126,47 @@ def run_once(args: argparse.Namespace, config: str, *options: str) -> RunResult:
                 f'train_cfg.max_iters={args.iterations}',
                 f'train_cfg.val_interval={args.iterations}',
             )
-        train(REPOSITORY / 'configs' / 'demo' / f'{config}.py', work_dir, options)
+        with output_of(work_dir, args.verbose, 'training') as output:
+            path = REPOSITORY / 'configs' / 'demo' / f'{config}.py'
+            train(path, work_dir, options, output=output)
         result = collect(work_dir)
     return result
+
+
+@contextmanager
+def output_of(work_dir: Path, verbose: bool, title: str) -> Iterator[TextIO | None]:
+    """Where a process of the body prints: into a file, a bar on the terminal telling how far it is.
+
+    None with ``verbose``, for this terminal.
+    """
+    if verbose:
+        yield None
+        return
+    work_dir.mkdir(parents=True, exist_ok=True)
+    log, done = work_dir / 'output.log', threading.Event()
+    columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+
+    def follow() -> None:
+        start = log.stat().st_size
+        with Progress(*columns, console=console) as progress:
+            task = progress.add_task(title, total=None)
+            while True:
+                finished = done.wait(1)  # read what is there once more at the end
+                steps = STEP.findall(log.read_bytes()[start:])
+                if steps:
+                    step, total = (int(number) for number in steps[-1] if number)
+                    progress.update(task, completed=step, total=total)
+                if finished:
+                    return
+
+    with log.open('a') as output:
+        follower = threading.Thread(target=follow)
+        follower.start()
+        try:
+            yield output
+        finally:
+            done.set()
+            follower.join()
 
 
 def draw_detections(work_dir: Path, images: list[Path]) -> list[np.ndarray]:

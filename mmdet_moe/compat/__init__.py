@@ -8,11 +8,14 @@
 - MMDetection's ``SSDHead`` can predict (open-mmlab/mmdetection#11063).
 - MMDetection reads COCO files in which what can be told without guessing is missing.
 - ``torch.load`` reads MMEngine's checkpoints without ``weights_only=False``.
+- The toolboxes leave out a few messages that a user can do nothing about.
 
 :func:`guard_checkpoints` is for programs that use the package, not for all of an installation.
 
 An installation lets every Python program import :mod:`mmdet_moe` (``mmdet_moe.pth``), so that the
-toolboxes' own tools have both. Hence nothing but what Python itself loads is imported here.
+toolboxes' own tools have all of this; with ``MMDET_MOE_AUTOLOAD=0`` in the environment only those
+programs have it that import the package themselves. Hence nothing but what Python itself loads is
+imported here.
 """
 
 import sys
@@ -22,6 +25,7 @@ __all__ = ['guard_checkpoints', 'install']
 EXT_NAME = 'mmcv._ext'
 CONFIG_NAME = 'mmengine.config.config'
 SSD_NAME = 'mmdet.models.dense_heads.ssd_head'
+LOGGING_NAME = 'mmengine.logging'
 COCO_NAME = 'mmdet.datasets.api_wrappers.coco_api'
 HISTORY_NAME = 'mmengine.logging.history_buffer'
 READER_NAME = 'mmengine.runner.checkpoint'
@@ -101,6 +105,12 @@ def _write_whole(module) -> None:
     write_whole(module)
 
 
+def _hush(module) -> None:
+    from mmdet_moe.compat.quiet import hush
+
+    hush(module)
+
+
 _MMCV_FINDER = _MmcvExtFinder()
 _COMPLETING = _CompletingFinder()
 
@@ -118,6 +128,7 @@ def install() -> None:
             SSD_NAME: _add_loss,
             COCO_NAME: _mend_coco,
             HISTORY_NAME: _allow_history,
+            LOGGING_NAME: _hush,
         }
     )
 

@@ -298,14 +298,31 @@ def roi_align_backward(
     grad_input.copy_(grad)
 
 
-def _deform_conv(input: Tensor, offset: Tensor, weight: Tensor, geometry: dict) -> Tensor:
-    """torchvision's counterpart, which reads the kernel's size and the groups from the shapes."""
+def _deform_conv(
+    input: Tensor,
+    offset: Tensor,
+    weight: Tensor,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    geometry: dict[str, int],
+) -> Tensor:
+    """torchvision's counterpart, which reads the kernel's size and the groups from the shapes.
+
+    Args:
+        geometry: mmcv calls the stride ``dH`` in the plain op, ``stride_h`` in the modulated one,
+            and the padding and dilation alike.
+    """
     stride, padding, dilation = (
-        (geometry[f'{name}H'], geometry[f'{name}W']) for name in ('d', 'pad', 'dilation')
+        tuple(
+            geometry.get(f'{name}{axis.upper()}', geometry.get(f'{long}_{axis}')) for axis in 'hw'
+        )
+        for name, long in (('d', 'stride'), ('pad', 'pad'), ('dilation', 'dilation'))
     )
     dtype = _working_dtype(input, weight)
     return torchvision.ops.deform_conv2d(
         *(tensor.to(dtype) for tensor in (input, offset, weight)),
+        mask=None if mask is None else mask.to(dtype),
+        bias=None if bias is None else bias.to(dtype),
         stride=stride,
         padding=padding,
         dilation=dilation,
@@ -313,13 +330,14 @@ def _deform_conv(input: Tensor, offset: Tensor, weight: Tensor, geometry: dict) 
 
 
 def _deform_conv_gradients(
-    grad_output: Tensor, input: Tensor, offset: Tensor, weight: Tensor, geometry: dict
+    grad_output: Tensor, tensors: tuple[Tensor | None, ...], geometry: dict[str, int]
 ) -> tuple[Tensor, ...]:
-    """The gradients by input, offset and weight."""
-    leaves = [tensor.detach().requires_grad_() for tensor in (input, offset, weight)]
+    """The gradients by the tensors of :func:`_deform_conv`, without those that are None."""
+    leaves = [None if tensor is None else tensor.detach().requires_grad_() for tensor in tensors]
     with torch.enable_grad():
         output = _deform_conv(*leaves, geometry)
-    return torch.autograd.grad(output, leaves, grad_output.to(output.dtype))
+    inputs = [leaf for leaf in leaves if leaf is not None]
+    return torch.autograd.grad(output, inputs, grad_output.to(output.dtype))
 
 
 def deform_conv_forward(
@@ -343,7 +361,7 @@ def deform_conv_forward(
         geometry: ``dH``, ``dW`` (the stride), ``padH``, ``padW``, ``dilationH`` and ``dilationW``;
             the others follow from the shapes.
     """
-    output.copy_(_deform_conv(input, offset, weight, geometry))
+    output.copy_(_deform_conv(input, offset, weight, None, None, geometry))
 
 
 def deform_conv_backward_input(
@@ -357,7 +375,8 @@ def deform_conv_backward_input(
     **geometry: int,
 ) -> None:
     """Write the gradients of :func:`deform_conv_forward` by input and offset into the buffers."""
-    by_input, by_offset, _ = _deform_conv_gradients(grad_output, input, offset, weight, geometry)
+    tensors = (input, offset, weight, None, None)
+    by_input, by_offset, _ = _deform_conv_gradients(grad_output, tensors, geometry)
     grad_input.copy_(by_input)
     grad_offset.copy_(by_offset)
 
@@ -373,9 +392,116 @@ def deform_conv_backward_parameters(
 ) -> None:
     """Add the gradient of :func:`deform_conv_forward` by the weight to ``grad_weight``."""
     # The convolution is linear in its weight, so that its derivative at zero holds everywhere.
-    weight = torch.zeros_like(grad_weight)
-    *_, by_weight = _deform_conv_gradients(grad_output, input, offset, weight, geometry)
+    tensors = (input, offset, torch.zeros_like(grad_weight), None, None)
+    *_, by_weight = _deform_conv_gradients(grad_output, tensors, geometry)
     grad_weight.add_(by_weight, alpha=geometry['scale'])
+
+
+def modulated_deform_conv_forward(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    ones: Tensor,
+    offset: Tensor,
+    mask: Tensor,
+    output: Tensor,
+    columns: Tensor,
+    *,
+    with_bias: bool,
+    **geometry: int,
+) -> None:
+    """Write the modulated deformable convolution (DCNv2, arXiv 1811.11168) into ``output``.
+
+    Args:
+        input: as in :func:`deform_conv_forward`, and so ``weight``, ``offset`` and ``output``.
+        bias: ``(o,)``, or empty.
+        mask: ``(n, deform_groups * kh * kw, oh, ow)`` factors of what is sampled.
+        ones: working memory of the compiled op, and so ``columns``.
+        with_bias: whether there is a bias.
+        geometry: ``stride_h``, ``pad_h``, ``dilation_h``, and the same with ``_w``; the others
+            follow from the shapes.
+    """
+    output.copy_(_deform_conv(input, offset, weight, mask, bias if with_bias else None, geometry))
+
+
+def modulated_deform_conv_backward(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    ones: Tensor,
+    offset: Tensor,
+    mask: Tensor,
+    columns: Tensor,
+    grad_input: Tensor,
+    grad_weight: Tensor,
+    grad_bias: Tensor,
+    grad_offset: Tensor,
+    grad_mask: Tensor,
+    grad_output: Tensor,
+    *,
+    with_bias: bool,
+    **geometry: int,
+) -> None:
+    """Write the gradients of :func:`modulated_deform_conv_forward` into the buffers."""
+    tensors = (input, offset, weight, mask, bias if with_bias else None)
+    gradients = _deform_conv_gradients(grad_output, tensors, geometry)
+    buffers = (grad_input, grad_offset, grad_weight, grad_mask, grad_bias)
+    for buffer, gradient in zip(buffers, gradients, strict=False):
+        buffer.copy_(gradient)
+
+
+def ms_deform_attn_forward(
+    value: Tensor,
+    spatial_shapes: Tensor,
+    level_start_index: Tensor,
+    sampling_locations: Tensor,
+    attention_weights: Tensor,
+    im2col_step: int,
+) -> Tensor:
+    """Multi-scale deformable attention (arXiv 2010.04159) as mmcv computes it on a CPU.
+
+    Args:
+        value: ``(n, s, heads, d)``, all levels one after the other.
+        spatial_shapes: ``(levels, 2)`` heights and widths.
+        level_start_index: follows from the shapes.
+        sampling_locations: ``(n, q, heads, levels, points, 2)`` in 0..1, x before y.
+        attention_weights: ``(n, q, heads, levels, points)``.
+        im2col_step: how the compiled op divides its work.
+
+    Returns:
+        ``(n, q, heads * d)``.
+    """
+    from mmcv.ops.multi_scale_deform_attn import multi_scale_deformable_attn_pytorch
+
+    return multi_scale_deformable_attn_pytorch(
+        value, spatial_shapes, sampling_locations, attention_weights
+    )
+
+
+def ms_deform_attn_backward(
+    value: Tensor,
+    spatial_shapes: Tensor,
+    level_start_index: Tensor,
+    sampling_locations: Tensor,
+    attention_weights: Tensor,
+    grad_output: Tensor,
+    grad_value: Tensor,
+    grad_sampling_loc: Tensor,
+    grad_attn_weight: Tensor,
+    im2col_step: int,
+) -> None:
+    """Write the gradients of :func:`ms_deform_attn_forward` into the buffers."""
+    tensors = (value, sampling_locations, attention_weights)
+    leaves = value, locations, weights = [tensor.detach().requires_grad_() for tensor in tensors]
+    with torch.enable_grad():
+        output = ms_deform_attn_forward(
+            value, spatial_shapes, level_start_index, locations, weights, im2col_step
+        )
+    gradients = torch.autograd.grad(output, leaves, grad_output)
+    for buffer, gradient in zip(
+        (grad_value, grad_sampling_loc, grad_attn_weight), gradients, strict=True
+    ):
+        buffer.copy_(gradient)
 
 
 def get_compiler_version() -> str:

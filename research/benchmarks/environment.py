@@ -57,6 +57,8 @@ def _cpu_name() -> str:
 
 def _commit() -> str | None:
     """Of this checkout; None where there is none."""
+    if not (REPOSITORY / '.git').exists():
+        return None  # and not that of a repository around the environment
     describe = ('describe', '--always', '--abbrev=40', '--exclude=*', '--dirty= with changes')
     with contextlib.suppress(OSError):
         command = ['git', '-C', str(REPOSITORY), *describe]

@@ -339,7 +339,7 @@ def test_deform_conv_samples_where_the_offsets_say(
 
 @needs_stand_in
 def test_deform_conv_passes_finite_differences(generator):
-    from mmcv.ops import deform_conv2d
+    from mmcv.ops import deform_conv2d, modulated_deform_conv2d
 
     kinds = {'generator': generator, 'dtype': torch.float64}
     x, weight = torch.randn(2, 2, 5, 5, **kinds), torch.randn(3, 2, 2, 2, **kinds)
@@ -347,6 +347,57 @@ def test_deform_conv_passes_finite_differences(generator):
     offset = torch.rand(2, 8, 4, 4, **kinds) * 0.8 + 0.1
     tensors = [tensor.requires_grad_() for tensor in (x, offset, weight)]
     assert torch.autograd.gradcheck(deform_conv2d, tensors)
+    mask, bias = torch.rand(2, 4, 4, 4, **kinds), torch.randn(3, **kinds)
+    tensors = [tensor.requires_grad_() for tensor in (x, offset, mask, weight, bias)]
+    assert torch.autograd.gradcheck(modulated_deform_conv2d, tensors)
+    assert torch.autograd.gradcheck(modulated_deform_conv2d, tensors[:4])
+
+
+@needs_stand_in
+def test_deformable_attention(generator):
+    """The function that mmcv takes on a GPU; a query that looks at one pixel's middle gets it."""
+    from mmcv.ops.multi_scale_deform_attn import MultiScaleDeformableAttnFunction
+
+    kinds = {'generator': generator, 'dtype': torch.float64}
+    shapes, starts = torch.tensor([[2, 3], [4, 5]]), torch.tensor([0, 6])
+    value, weights = torch.randn(2, 26, 2, 3, **kinds), torch.rand(2, 4, 2, 2, 3, **kinds)
+    places = torch.rand(2, 4, 2, 2, 3, 2, **kinds)
+    attend = MultiScaleDeformableAttnFunction.apply
+    tensors = [tensor.requires_grad_() for tensor in (value, places, weights)]
+    assert torch.autograd.gradcheck(lambda v, p, w: attend(v, shapes, starts, p, w, 64), tensors)
+    with torch.no_grad():
+        middle = torch.tensor([(1 + 0.5) / 5, (2 + 0.5) / 4]).expand_as(places).double()
+        one = torch.zeros_like(weights)
+        one[..., 1, 0] = 1
+        expected = value[:, 6 + 2 * 5 + 1].flatten(1)[:, None].expand(2, 4, 6)
+        torch.testing.assert_close(attend(value, shapes, starts, middle, one, 64), expected)
+
+
+@needs_stand_in
+@pytest.mark.parametrize('bias', [True, False])
+def test_modulation_scales_what_is_sampled(generator, bias):
+    """As the plain op where the mask is 1, and linear in the mask."""
+    from mmcv.ops import ModulatedDeformConv2d, deform_conv2d
+
+    geometry = dict(stride=(2, 1), padding=(1, 2), dilation=(2, 1))
+    modulated = ModulatedDeformConv2d(4, 2, (3, 2), **geometry, deform_groups=2, bias=bias)
+    x = torch.randn(2, 4, 7, 6, generator=generator)
+    plain = F.conv2d(x, modulated.weight, None, **geometry)
+    offset = torch.randn(2, 24, *plain.shape[2:], generator=generator)
+    mask = torch.rand(2, 12, *plain.shape[2:], generator=generator)
+    constant = modulated.bias.view(1, -1, 1, 1) if bias else 0.0
+    sampled = deform_conv2d(x, offset, modulated.weight, *geometry.values(), 1, 2)
+    ones = torch.ones_like(mask)
+    torch.testing.assert_close(modulated(x, offset, ones) - constant, sampled)
+    both = modulated(x, offset, mask) + modulated(x, offset, 1 - mask) - 2 * constant
+    torch.testing.assert_close(both, sampled, atol=1e-5, rtol=1e-5)
+    # A mask that lets one tap through leaves the convolution with that tap alone.
+    only = ones.view(2, 2, 6, *plain.shape[2:]) * (torch.arange(6) == 3).view(1, 1, 6, 1, 1)
+    one_tap = torch.zeros_like(modulated.weight).flatten(2)
+    one_tap[..., 3] = modulated.weight.flatten(2)[..., 3]
+    expected = F.conv2d(x, one_tap.view_as(modulated.weight), None, **geometry)
+    result = modulated(x, offset * 0, only.flatten(1, 2)) - constant
+    torch.testing.assert_close(result, expected, atol=1e-5, rtol=1e-5)
 
 
 @needs_stand_in
