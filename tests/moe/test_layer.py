@@ -453,18 +453,6 @@ def test_compiled(experts, options, shape):
         torch.testing.assert_close(layer(x), results[0][0], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize('top_k', [2, 4])
-@pytest.mark.parametrize('expert', [nn.Conv2d(3, 3, 1), nn.Sequential(nn.Conv2d(3, 3, 1))])
-def test_traces_are_refused(expert, top_k):
-    """They hold the loads of their example, which with all experts still are those of its batch."""
-    model = nn.Sequential(nn.ReLU(), MoELayer(expert, 4, top_k, in_channels=3)).eval()
-    x = torch.randn(2, 3, 4, 4)
-    for _ in range(2):  # before and after a forward pass
-        with pytest.raises(ConfigError, match=r'^MoE layer "MoELayer" cannot be traced: '):
-            torch.jit.trace(model, x)
-        model(x)
-
-
 def test_inputs_of_a_wrong_rank():
     with pytest.raises(ValueError, match=r'takes inputs .* C = in_channels = 3, got \(3, 5\)'):
         conv_layer()(torch.randn(3, 5).double())
