@@ -125,7 +125,7 @@ def exported(model, x, dims=()):
 def check(run, built, inputs):
     for x in inputs:
         before = x.clone()
-        torch.testing.assert_close(run(x), built(before), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(run(x), built(x.clone()), rtol=1e-5, atol=1e-5)
         assert torch.equal(x, before)
 
 
@@ -148,9 +148,9 @@ def test_traced(name):
 
 @pytest.mark.parametrize('name', CASES)
 def test_exported(name):
-    """With batches and maps of any size."""
+    """With batches and maps of any size; of patches, whose export takes long, with any batch."""
     built, inputs = build(name)
-    is_map = CASES[name][1] == MAPS
+    is_map = CASES[name][1] == MAPS and 'patches' not in name
     run = exported(built, inputs[0], (0, 2, 3) if is_map else (0,))
     more = [torch.cat([inputs[0], inputs[1][:1]]), inputs[1][:1]]
     if is_map:
@@ -202,7 +202,7 @@ def test_onnx(dynamo, tmp_path):
     pytest.importorskip('onnxscript')
     onnxruntime = pytest.importorskip('onnxruntime')
     file = str(tmp_path / 'layer.onnx')
-    for name in ('two levels', 'regions', 'pixels, linear'):
+    for name in ('two levels', 'pixels, linear'):
         built, inputs = build(name)
         torch.onnx.export(built, (inputs[0],), file, dynamo=dynamo, verbose=False)
         session = onnxruntime.InferenceSession(file)
