@@ -193,8 +193,8 @@ class EveryExpert(Dispatcher):
 
     An export would write down how many items of its example each expert gets, and a compiled graph
     would end where the host has to know. Here no shape depends on any decision, and no expert is
-    left out. What was not chosen adds exactly 0, even where an
-    expert's output is not finite. The rows are those of expert 0, all T, then those of expert 1.
+    left out. What was not chosen adds exactly 0, even where an expert's output is not finite. The
+    rows are those of expert 0, all T, then those of expert 1, and so on.
 
     Args:
         expert_ids: int64 (T, K).
@@ -213,6 +213,15 @@ class EveryExpert(Dispatcher):
     @property
     def is_dense(self) -> bool:
         return True
+
+    @property
+    def bounds(self) -> list[int]:
+        return [e * self.expert_ids.shape[0] for e in range(self.num_experts + 1)]
+
+    @property
+    def offsets(self) -> Tensor:
+        experts = torch.arange(self.num_experts + 1, device=self.expert_ids.device)
+        return experts * self.expert_ids.shape[0]
 
     def used_experts(self) -> set[int]:
         return set(range(self.num_experts))

@@ -1,4 +1,4 @@
-"""The whole tool on tiny models, whose files onnxruntime runs; and a file that computes otherwise."""
+"""The whole tool on tiny models, whose files onnxruntime runs; and one that computes otherwise."""
 
 import json
 import re
