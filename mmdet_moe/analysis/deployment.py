@@ -9,6 +9,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from mmdet_moe.cli import check_folder, fail, load_config, set_loader_defaults
 from mmdet_moe.engine.explain import in_one_line
 from mmdet_moe.engine.preflight import check_config
 from mmdet_moe.errors import ConfigError
-from mmdet_moe.moe import find_moe_layers
+from mmdet_moe.moe import Routing, find_moe_layers
 from mmdet_moe.version import __version__
 
 #: The largest difference of two numbers, relative where they are larger than 1.
@@ -375,24 +376,25 @@ def _runtime(part: Part, threads: int = 0) -> Callable[[Tensor], list[Tensor]]:
 
 def _verify(model: nn.Module, parts: list[Part], batches: list[Tensor]) -> bool:
     """Compare the files with the model, whose layers evaluate the chosen experts alone."""
-    layers = find_moe_layers(model)
-    used = {
-        name: torch.zeros(layer.num_experts, dtype=torch.bool) for name, layer in layers.items()
-    }
+    used: dict[str, Tensor] = {}
+    observed = [
+        layer.observe(partial(_note, used, name)) for name, layer in find_moe_layers(model).items()
+    ]
     largest, worst = 0.0, ''
     for part in parts:
         run = _runtime(part)
         for batch in batches:
             inputs = part.inputs(batch)
             expected = part.network(inputs)
-            for name, layer in layers.items():
-                used[name] |= layer.routing.load() > 0
             for name, y, found in zip(part.outputs, expected, run(inputs), strict=True):
-                difference = (found - y).abs() / y.abs().clamp(min=1)
-                # One that is no number is as far off as can be.
-                difference = difference.nan_to_num(nan=float('inf')).max().item()
-                if found.shape != y.shape or difference >= largest:
+                difference = float('inf')  # another shape, or no number
+                if found.shape == y.shape:
+                    relative = (found - y).abs() / y.abs().clamp(min=1)
+                    difference = relative.nan_to_num(nan=difference).max().item()
+                if difference >= largest:
                     largest, worst = difference, name
+    for handle in observed:
+        handle.remove()
     equal = largest <= TOLERANCE
     experts = ', '.join(f'{name} {mask.sum()} of {len(mask)}' for name, mask in used.items())
     print(
@@ -401,6 +403,11 @@ def _verify(model: nn.Module, parts: list[Part], batches: list[Tensor]) -> bool:
         f'images chose: {experts or "all, in proportion"}'
     )
     return equal
+
+
+def _note(used: dict[str, Tensor], name: str, routing: Routing, _: Any) -> None:
+    chosen = routing.load() > 0
+    used[name] = used.get(name, chosen) | chosen
 
 
 def _times(parts: list[Part], batches: list[Tensor]) -> str:

@@ -79,15 +79,16 @@ def compare(built, run, inputs):
 
 @pytest.mark.parametrize('training', [False, True], ids=['inference', 'training'])
 @pytest.mark.parametrize('name', CASES)
-def test_one_graph(name, training, monkeypatch):
+def test_one_graph(name, training):
     """Equal results, and nothing is compiled anew for other decisions."""
-    monkeypatch.setattr(torch._dynamo.config, 'error_on_recompile', True)
     torch._dynamo.reset()
     torch.manual_seed(0)
     build, shape = CASES[name]
     built = build().train(training)
     compiled = torch.compile(built, fullgraph=True, backend='aot_eager')
-    compare(built, compiled, [torch.randn(shape) * (i + 1) - 0.4 * i for i in range(3)])
+    inputs = [torch.randn(shape) * (i + 1) - 0.4 * i for i in range(3)]
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        compare(built, compiled, inputs)
 
 
 @pytest.mark.parametrize('name', ['modules', 'convolutions', 'linear', 'mlp'])
