@@ -322,8 +322,9 @@ def _about(
     """What a user of the file has to know, as ONNX keeps it: texts by name."""
     before = model.data_preprocessor
     numbers = {
-        name: getattr(before, name).flatten().tolist() if hasattr(before, name) else None
+        name: [float(f'{value:.6g}') for value in getattr(before, name).flatten()]
         for name in ('mean', 'std')
+        if hasattr(before, name)
     }
     order = 'as the loader of the config gives them (BGR, unless it says otherwise)'
     about = {

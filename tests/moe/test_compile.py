@@ -77,6 +77,7 @@ def compare(built, run, inputs):
     torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.sweep(keep=1 / 3, each=('training',))
 @pytest.mark.parametrize('training', [False, True], ids=['inference', 'training'])
 @pytest.mark.parametrize('name', CASES)
 def test_one_graph(name, training):

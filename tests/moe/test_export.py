@@ -146,6 +146,7 @@ def test_traced(name):
         torch.testing.assert_close(y, built(other), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.sweep(keep=1 / 3)
 @pytest.mark.parametrize('name', CASES)
 def test_exported(name):
     """With batches and maps of any size; of patches, whose export takes long, with any batch."""
