@@ -256,7 +256,15 @@ def _images(data: AnalysisData) -> Iterator[Tensor]:
 
 def _parts(model: nn.Module, args: argparse.Namespace, size: tuple[int, int]) -> list[Part]:
     network = Network(model).eval()
-    names = network.names(network.outputs(torch.zeros(1, 3, *size)))
+    try:
+        outputs = network.outputs(torch.zeros(1, 3, *size))
+    except Exception as error:
+        raise ConfigError(
+            f'{type(model).__name__} cannot compute images of the size {size} alone, without data '
+            f'samples ({in_one_line(error)[:200]}), as an exported file does; choose another '
+            '--size, or export its modules with torch.onnx.export'
+        ) from error
+    names = network.names(outputs)
     free = {0: 'batch', 2: 'height', 3: 'width'} if args.dynamic else {}
     parts = [Part(network, args.out, 'images', names, free, lambda images: images)]
     if not hasattr(model, 'roi_head'):

@@ -77,6 +77,9 @@ class Dispatcher:
         first_item: Number of its first item among those of all levels.
     """
 
+    #: Whether every expert computes every item, see :class:`EveryExpert`.
+    is_dense = False
+
     def __init__(
         self,
         expert_ids: Tensor,
@@ -115,11 +118,6 @@ class Dispatcher:
     def top_k(self) -> int:
         """K."""
         return self.expert_ids.shape[1]
-
-    @property
-    def is_dense(self) -> bool:
-        """Whether every expert computes every item, see :class:`EveryExpert`."""
-        return False
 
     @cached_property
     def offsets(self) -> Tensor:
@@ -202,6 +200,8 @@ class EveryExpert(Dispatcher):
         num_experts: E.
     """
 
+    is_dense = True
+
     def __init__(self, expert_ids: Tensor, weights: Tensor, num_experts: int) -> None:
         super().__init__(expert_ids, weights, num_experts)
         experts = torch.arange(num_experts, device=expert_ids.device)
@@ -209,10 +209,6 @@ class EveryExpert(Dispatcher):
         chosen = expert_ids[..., None] == experts
         #: (T, E), or with further dimensions that are broadcast against those of an output.
         self.factors = (chosen * weights[..., None]).sum(1)
-
-    @property
-    def is_dense(self) -> bool:
-        return True
 
     @property
     def bounds(self) -> list[int]:
