@@ -241,11 +241,26 @@ class EveryExpert(Dispatcher):
         """The mixture of what each expert made of all items, E times (T, ...)."""
         total = None
         for y, factors in zip(outputs, self.factors.unbind(1), strict=True):
+            if factors.dim() > 2:  # those of the pixels of a map
+                check_size(y, factors.shape[2:])
             wide = torch.promote_types(y.dtype, torch.float32)
             factors = factors[(..., *[None] * (y.dim() - factors.dim()))].to(wide)
             part = torch.where(factors == 0, 0, factors * y.to(wide))
             total = part if total is None else total + part
         return total.to(outputs[0].dtype)
+
+
+def check_size(y: Tensor, size: Sequence[int], whose: str = '') -> None:
+    """Refuse what an expert made of a whole map of another size.
+
+    Raises:
+        ConfigError: If the size of ``y`` (N, C, H, W) is not ``size``.
+    """
+    if y.shape[2:] != size:
+        raise ConfigError(
+            f'{whose}whole_maps=True needs experts that keep the size of the map, but an expert '
+            f'made {tuple(y.shape[2:])} of {tuple(size)}'
+        )
 
 
 def unpack(output: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:

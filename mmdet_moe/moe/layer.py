@@ -19,7 +19,7 @@ from mmdet_moe.errors import ConfigError, NonFiniteRouterError, explained
 from mmdet_moe.moe.build import build_experts, build_router
 from mmdet_moe.moe.capacity import overflow
 from mmdet_moe.moe.constraints import in_backward
-from mmdet_moe.moe.dispatcher import Dispatcher, EveryExpert, Sorting, unpack
+from mmdet_moe.moe.dispatcher import Dispatcher, EveryExpert, Sorting, check_size, unpack
 from mmdet_moe.moe.expert_layer import ExpertLayer, Observer, find_expert_layers
 from mmdet_moe.moe.experts import Experts, upcycle
 from mmdet_moe.moe.granularity import GRANULARITIES
@@ -396,8 +396,8 @@ class MoELayer(ExpertLayer):
         """What the experts make of a whole map, mixed item by item; as :func:`unpack` gives it."""
         if dispatcher.is_dense:
             dispatcher.factors = items.spread(dispatcher.factors)[:, :, None]
-            output = self.run_experts(x, dispatcher, *args, **kwargs)
-            return self._whole(x, items, *unpack(output))
+            y, rebuild = unpack(self.run_experts(x, dispatcher, *args, **kwargs))
+            return self._laid_out(y, items), rebuild
         factors_TE = dispatcher.weights.new_zeros(len(dispatcher.weights), self.num_experts)
         factors_TE = factors_TE.scatter_add(1, dispatcher.expert_ids, dispatcher.weights)
         factors = items.spread(factors_TE)
@@ -409,21 +409,15 @@ class MoELayer(ExpertLayer):
             whole = Dispatcher.to_one(ids, ones, expert, self.num_experts)
             # A copy, because an expert may change in place what the next one is given.
             y, rebuild = unpack(self.run_experts(x.clone(), whole, *args, **kwargs))
+            check_size(y, x.shape[2:], f'MoE layer "{self.name}": ')
             part = y * factors[:, expert, None].to(y.dtype)
             total = part if total is None else total + part
-        return self._whole(x, items, total, rebuild)
+        return self._laid_out(total, items), rebuild
 
-    def _whole(
-        self, x: Tensor, items: Items, y: Tensor, rebuild: Callable[[Tensor], Any]
-    ) -> tuple[Tensor, Callable[[Tensor], Any]]:
-        if y.shape[2:] != x.shape[2:]:
-            raise ConfigError(
-                f'MoE layer "{self.name}": whole_maps=True needs experts that keep the size of '
-                f'the map, but an expert made {tuple(y.shape[2:])} of {tuple(x.shape[2:])}'
-            )
+    @staticmethod
+    def _laid_out(y: Tensor, items: Items) -> Tensor:
         # Pixels are prepared in another memory format than that of their map.
-        layout = getattr(items, 'memory_format', torch.preserve_format)
-        return y.to(memory_format=layout), rebuild
+        return y.to(memory_format=getattr(items, 'memory_format', torch.preserve_format))
 
     def _as_items(self, other: Any, x: Tensor, items: Items) -> Any:
         if not isinstance(other, Tensor):
