@@ -171,7 +171,7 @@ class Part:
         input: Name of the input.
         outputs: Names of the outputs.
         dims: Which dimensions of the input are free, by their names.
-        inputs: Of an image, what this part is given: made anew on each call.
+        inputs: From images to what this part is given.
     """
 
     network: nn.Module
@@ -227,6 +227,8 @@ def _check(args: argparse.Namespace) -> None:
         raise ConfigError(f'an export needs {", ".join(missing)}, which is missing: {_INSTALL}')
     if args.verify < 0:
         raise ConfigError(f'--verify={args.verify} must be at least 0')
+    if args.time and args.verify == 0:
+        raise ConfigError('--time needs images to compute; set --verify to at least 1')
     if args.size and min(args.size) < 1:
         raise ConfigError(f'--size={args.size} must be two numbers of at least 1')
     if args.out.suffix != '.onnx':

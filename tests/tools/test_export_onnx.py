@@ -145,6 +145,7 @@ def test_elsewhere_and_any_size(tmp_path, digit_scenes_folder, capsys):
         (['--out', 'model.pth'], r"--out must end in .onnx, got 'model.pth'"),
         (['--out', 'no/where.onnx', '--size', '0', '8'], r'--size=\[0, 8\] must be two numbers'),
         (['--out', 'a.onnx', '--verify', '-1'], '--verify=-1 must be at least 0'),
+        (['--out', 'a.onnx', '--verify', '0', '--time'], '--time needs images to compute'),
     ],
 )
 def test_mistakes(argv, message, capsys):
