@@ -132,11 +132,19 @@ def test_what_differs_is_told(head, monkeypatch, capsys):
     assert 'onnxruntime DIFFERS FROM PyTorch on 4 images' in capsys.readouterr().out
 
 
-@pytest.mark.sweep(keep=0)  # takes half a minute
-def test_elsewhere_and_any_size(tmp_path, digit_scenes_folder, capsys):
+def test_elsewhere(tmp_path, digit_scenes_folder, capsys):
+    """In backbone and neck, for patches, and a μMoE."""
     tool = Tool(tmp_path, 'elsewhere', digit_scenes_folder)
-    assert export_model(parse(tool.argv('--verify', '4', '--dynamic')))
-    assert 'backbone.layer4 3 of 3' in capsys.readouterr().out
+    assert export_model(parse(tool.argv('--verify', '4')))
+    printed = capsys.readouterr().out
+    assert 'onnxruntime equals PyTorch on 4 images' in printed
+    assert re.search(r'backbone\.layer4 [123] of 3, neck\.fpn_convs\.0 [123] of 3$', printed, re.M)
+
+
+@pytest.mark.sweep(keep=0)  # takes long
+def test_any_size(head, capsys):
+    assert export_model(parse(head.argv('--verify', '4', '--dynamic')))
+    assert 'onnxruntime equals PyTorch on 4 images' in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
