@@ -142,6 +142,7 @@ setup(
         'mmpretrain': MMPRETRAIN,
         'all': MMDET + MMPRETRAIN,
         'cam': ['captum>=0.9'],  # class activation maps of single experts
+        'onnx': ['onnx>=1.18', 'onnxscript>=0.5', 'onnxruntime>=1.20'],  # tools/export_onnx.py
         'demo': [*MMDET, 'scikit-learn>=1.5', 'scikit-image>=0.22'],
     },
 )

@@ -145,6 +145,11 @@ def check_scale_experts(layer):
     assert (layer.experts.scale.grad != 0).any()
 
 
+def test_export():
+    (code,) = examples('docs/export.md')
+    exec(code, {})
+
+
 def test_editing(capsys):
     plain, which, groups = examples('docs/editing.md')
     scope = {}

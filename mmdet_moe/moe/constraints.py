@@ -21,6 +21,8 @@ _TINY = torch.finfo(torch.float32).tiny
 
 def in_backward() -> bool:
     """Whether a backward pass runs, in which an activation checkpoint computes something again."""
+    if torch.compiler.is_compiling():  # which does so by itself, and not in Python
+        return False
     return torch._C._current_graph_task_id() != -1
 
 

@@ -77,6 +77,9 @@ class Dispatcher:
         first_item: Number of its first item among those of all levels.
     """
 
+    #: Whether every expert computes every item, see :class:`EveryExpert`.
+    is_dense = False
+
     def __init__(
         self,
         expert_ids: Tensor,
@@ -181,6 +184,83 @@ class Dispatcher:
     def combine(self, y_R: Tensor) -> Tensor:
         """Sum each item's rows with their weights: (R, ...) to (T, ...)."""
         return y_R if self.is_whole else ops.combine(y_R, self.weights, self._inverse)
+
+
+class EveryExpert(Dispatcher):
+    """Every item to every expert: dense evaluation, for graphs that are written down once.
+
+    An export would write down how many items of its example each expert gets, and a compiled graph
+    would end where the host has to know. Here no shape depends on any decision, and no expert is
+    left out. What was not chosen adds exactly 0, even where an expert's output is not finite. The
+    rows are those of expert 0, all T, then those of expert 1, and so on.
+
+    Args:
+        expert_ids: int64 (T, K).
+        weights: (T, K).
+        num_experts: E.
+    """
+
+    is_dense = True
+
+    def __init__(self, expert_ids: Tensor, weights: Tensor, num_experts: int) -> None:
+        super().__init__(expert_ids, weights, num_experts)
+        experts = torch.arange(num_experts, device=expert_ids.device)
+        # No sizes: a trace keeps those that Python sees.
+        chosen = expert_ids[..., None] == experts
+        #: (T, E), or with further dimensions that are broadcast against those of an output.
+        self.factors = (chosen * weights[..., None]).sum(1)
+
+    @property
+    def bounds(self) -> list[int]:
+        return [e * self.expert_ids.shape[0] for e in range(self.num_experts + 1)]
+
+    @property
+    def offsets(self) -> Tensor:
+        experts = torch.arange(self.num_experts + 1, device=self.expert_ids.device)
+        return experts * self.expert_ids.shape[0]
+
+    def used_experts(self) -> set[int]:
+        return set(range(self.num_experts))
+
+    def dispatch(self, x_T: Tensor) -> Tensor:
+        return torch.cat([x_T] * self.num_experts)
+
+    def split(self, rows_R: Tensor) -> tuple[Tensor, ...]:
+        return rows_R.unflatten(0, (self.num_experts, -1)).unbind()
+
+    def through(self, x_T: Tensor, experts: Sequence[Callable[[Tensor], Any]]) -> Any:
+        # A copy for each, because an expert may change in place what the next one is given.
+        results = [expert(x_T.clone()) for expert in experts]
+        tensors, rebuilds = zip(*map(unpack, results), strict=True)
+        return rebuilds[0](self.sum(tensors))
+
+    def combine(self, y_R: Tensor) -> Tensor:
+        return self.sum(self.split(y_R))
+
+    def sum(self, outputs: Sequence[Tensor]) -> Tensor:
+        """The mixture of what each expert made of all items, E times (T, ...)."""
+        total = None
+        for y, factors in zip(outputs, self.factors.unbind(1), strict=True):
+            if factors.dim() > 2:  # those of the pixels of a map
+                check_size(y, factors.shape[2:])
+            wide = torch.promote_types(y.dtype, torch.float32)
+            factors = factors[(..., *[None] * (y.dim() - factors.dim()))].to(wide)
+            part = torch.where(factors == 0, 0, factors * y.to(wide))
+            total = part if total is None else total + part
+        return total.to(outputs[0].dtype)
+
+
+def check_size(y: Tensor, size: Sequence[int], whose: str = '') -> None:
+    """Refuse what an expert made of a whole map of another size.
+
+    Raises:
+        ConfigError: If the size of ``y`` (N, C, H, W) is not ``size``.
+    """
+    if y.shape[2:] != size:
+        raise ConfigError(
+            f'{whose}whole_maps=True needs experts that keep the size of the map, but an expert '
+            f'made {tuple(y.shape[2:])} of {tuple(size)}'
+        )
 
 
 def unpack(output: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:

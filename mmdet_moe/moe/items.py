@@ -57,6 +57,11 @@ class Items(ABC):
     def __len__(self) -> int:
         """Items per image."""
 
+    @property
+    def per_image(self) -> int:
+        """``len(self)``, which Python keeps as a number where an export leaves the size free."""
+        return len(self)
+
     @abstractmethod
     def pool(self, x: Tensor) -> Tensor:
         """The mean of each item of an input, for the router: (N · items, C), at least float32."""
@@ -167,6 +172,10 @@ class Pixels(Items):
         return x.contiguous(memory_format=torch.channels_last)
 
     def __len__(self) -> int:
+        return self.per_image
+
+    @property
+    def per_image(self) -> int:
         return self.shape[1] * self.shape[2]
 
     def pool(self, x: Tensor) -> Tensor:
@@ -265,6 +274,10 @@ class Tokens(Items):
         return cls(tuple(x.shape[:-1]))
 
     def __len__(self) -> int:
+        return self.per_image
+
+    @property
+    def per_image(self) -> int:
         return prod(self.shape[1:])
 
     def pool(self, x: Tensor) -> Tensor:

@@ -19,13 +19,14 @@ from mmdet_moe.errors import ConfigError, NonFiniteRouterError, explained
 from mmdet_moe.moe.build import build_experts, build_router
 from mmdet_moe.moe.capacity import overflow
 from mmdet_moe.moe.constraints import in_backward
-from mmdet_moe.moe.dispatcher import Dispatcher, Sorting, unpack
+from mmdet_moe.moe.dispatcher import Dispatcher, EveryExpert, Sorting, check_size, unpack
 from mmdet_moe.moe.expert_layer import ExpertLayer, Observer, find_expert_layers
 from mmdet_moe.moe.experts import Experts, upcycle
 from mmdet_moe.moe.granularity import GRANULARITIES
 from mmdet_moe.moe.items import Items
 from mmdet_moe.moe.routers import Router
 from mmdet_moe.moe.routing import Routing, spread
+from mmdet_moe.ops.functional import is_exporting, is_one_graph
 from mmdet_moe.registry import MODELS
 
 EXPERT_INITS = ('independent', 'shared')
@@ -248,16 +249,18 @@ class MoELayer(ExpertLayer):
             a structure that holds one tensor, that structure with the output in its place.
 
         Raises:
-            NonFiniteRouterError: If the router's logits are not finite.
-            ConfigError: If an input or an output belongs to no item, or to more than one, and
-                within ``torch.jit.trace`` and the exports that use it.
+            NonFiniteRouterError: If the router's logits are not finite. In ``torch.compile`` it is
+                a RuntimeError that says the same; an exported layer does not look.
+            ConfigError: If an input or an output belongs to no item, or to more than one, and in
+                training within ``torch.export``, ``torch.onnx.export`` and ``torch.jit.trace``.
         """
-        if torch.jit.is_tracing():
+        exports = torch.jit.is_tracing() or is_exporting()
+        if exports and self.training:
             raise ConfigError(
-                f'MoE layer "{self.name}" cannot be traced: torch.jit.trace writes down how many '
-                f'items of the example each of the {self.num_experts} experts gets, and what it '
-                'makes would be wrong for every other input; use torch.compile'
+                f'MoE layer "{self.name}" is exported or traced in training mode, in which it '
+                'routes with noise and counts its decisions; call model.eval() first'
             )
+        dense = exports or is_one_graph()
         if self.training and not self._norms_checked:
             self._check_norms()
         single = isinstance(x, Tensor)
@@ -280,28 +283,32 @@ class MoELayer(ExpertLayer):
         except RuntimeError:
             self._check_channels(maps, items)
             raise
-        is_finite = self._check_finite(routing)
+        is_finite = None
+        if not exports:
+            is_finite = self._check_finite(routing)
+            self._remember(routing, maps, items)
+        if dense:
+            dispatchers = self._dense_dispatchers(routing)
+        else:
+            dispatchers = self._dispatchers(routing, is_finite)
+        used: set[int] = set()
+        outputs = [
+            self._mix(m, p, dispatcher, used, args, kwargs)
+            for m, p, dispatcher in zip(maps, items, dispatchers, strict=True)
+        ]
+        if torch.is_grad_enabled() and not dense:
+            outputs[0] = self._keep_in_graph(outputs[0], used)
+        if self.batch_dim:
+            outputs = [_transposed(y) for y in outputs]
+        return outputs[0] if single else outputs
+
+    def _remember(self, routing: Routing, maps: list[Tensor], items: list[Items]) -> None:
         if self.training and self.capacity_factor is not None:
             routing.dropped = overflow(routing, self.capacity_factor)
         if self.decision_weight == 'area':
             routing.decision_weights = _areas(routing, maps, items)
         elif self.decision_weight == 'positives':
             routing.decision_weights = None
-        self._remember(routing, items)
-        used: set[int] = set()
-        outputs = [
-            self._mix(m, p, dispatcher, used, args, kwargs)
-            for m, p, dispatcher in zip(
-                maps, items, self._dispatchers(routing, is_finite), strict=True
-            )
-        ]
-        if torch.is_grad_enabled():
-            outputs[0] = self._keep_in_graph(outputs[0], used)
-        if self.batch_dim:
-            outputs = [_transposed(y) for y in outputs]
-        return outputs[0] if single else outputs
-
-    def _remember(self, routing: Routing, items: list[Items]) -> None:
         if in_backward():  # an activation checkpoint computes again what has been counted
             return
         latest = self._latest
@@ -371,7 +378,7 @@ class MoELayer(ExpertLayer):
             others = (args, kwargs)
             if args or kwargs:
                 others = tree_map(lambda other: self._as_items(other, x, items), others)
-            with self._tokens_explained() if self.granularity == 'token' else nullcontext():
+            with self._tokens_explained():
                 output = self.run_experts(items.crop(x), dispatcher, *others[0], **others[1])
             y, rebuild = unpack(output)
             y = items.place(y)
@@ -387,6 +394,10 @@ class MoELayer(ExpertLayer):
         self, x: Tensor, items: Items, dispatcher: Dispatcher, args: tuple, kwargs: dict
     ) -> tuple[Tensor, Callable[[Tensor], Any]]:
         """What the experts make of a whole map, mixed item by item; as :func:`unpack` gives it."""
+        if dispatcher.is_dense:
+            dispatcher.factors = items.spread(dispatcher.factors)[:, :, None]
+            y, rebuild = unpack(self.run_experts(x, dispatcher, *args, **kwargs))
+            return self._laid_out(y, items), rebuild
         factors_TE = dispatcher.weights.new_zeros(len(dispatcher.weights), self.num_experts)
         factors_TE = factors_TE.scatter_add(1, dispatcher.expert_ids, dispatcher.weights)
         factors = items.spread(factors_TE)
@@ -398,16 +409,15 @@ class MoELayer(ExpertLayer):
             whole = Dispatcher.to_one(ids, ones, expert, self.num_experts)
             # A copy, because an expert may change in place what the next one is given.
             y, rebuild = unpack(self.run_experts(x.clone(), whole, *args, **kwargs))
-            if y.shape[2:] != x.shape[2:]:
-                raise ConfigError(
-                    f'MoE layer "{self.name}": whole_maps=True needs experts that keep the size of '
-                    f'the map, but an expert made {tuple(y.shape[2:])} of {tuple(x.shape[2:])}'
-                )
+            check_size(y, x.shape[2:], f'MoE layer "{self.name}": ')
             part = y * factors[:, expert, None].to(y.dtype)
             total = part if total is None else total + part
+        return self._laid_out(total, items), rebuild
+
+    @staticmethod
+    def _laid_out(y: Tensor, items: Items) -> Tensor:
         # Pixels are prepared in another memory format than that of their map.
-        layout = getattr(items, 'memory_format', torch.preserve_format)
-        return total.to(memory_format=layout), rebuild
+        return y.to(memory_format=getattr(items, 'memory_format', torch.preserve_format))
 
     def _as_items(self, other: Any, x: Tensor, items: Items) -> Any:
         if not isinstance(other, Tensor):
@@ -455,7 +465,7 @@ class MoELayer(ExpertLayer):
                         'ranks whose images went to other experts; use BN with norm_eval=True, or '
                         'GN, and no sync_bn'
                     )
-        self._norms_checked = True
+            self._norms_checked = True
 
     def _check_channels(self, maps: list[Tensor], items: list[Items]) -> None:
         expected = self.router.in_channels
@@ -467,12 +477,30 @@ class MoELayer(ExpertLayer):
                 )
 
     def _tokens_explained(self) -> AbstractContextManager:
+        if self.granularity != 'token' or torch.compiler.is_compiling():
+            return nullcontext()
         return explained(
             f'The experts of MoE layer "{self.name}"'
             f'{f" ({self.replaces})" if self.replaces else ""}'
             " cannot compute single tokens, as granularity='token' has them do; choose a layer "
             "inside that looks at one token at a time, such as an FFN, or granularity='image'"
         )
+
+    def _dense_dispatchers(self, routing: Routing) -> list[Dispatcher]:
+        """One for each map, in which no expert depends on what the router decided."""
+        if self.training and any(_has_batch_statistics(m) for m in self.experts.modules()):
+            raise ConfigError(
+                f'The experts of MoE layer "{self.name}" hold BN in training mode, whose '
+                'statistics would be those of all items in one graph; use BN with norm_eval=True, '
+                'or GN, or torch.compile without fullgraph=True'
+            )
+        factors, sizes = routing.factors, list(routing.items_per_level)
+        if routing.dropped is not None:
+            factors = factors.masked_fill(routing.dropped, 0)
+        parts = [(routing.expert_ids, factors)]
+        if len(sizes) > 1:
+            parts = zip(routing.expert_ids.split(sizes), factors.split(sizes), strict=True)
+        return [EveryExpert(*part, self.num_experts) for part in parts]
 
     def _dispatchers(self, routing: Routing, is_finite: Tensor | None) -> Iterator[Dispatcher]:
         """One for each map; all of them are sorted together."""
@@ -509,6 +537,9 @@ class MoELayer(ExpertLayer):
         self.check_finite()
         # The weights as well: the noise has parameters of its own. A sum is finite if all is.
         is_finite = (routing.logits.detach().sum() + routing.weights.detach().sum()).isfinite()
+        if torch.compiler.is_compiling():
+            torch._assert_async(is_finite, self._not_finite(None))  # the host does not look
+            return None
         if is_finite.device.type != 'cpu':
             return is_finite
         self._refuse_unless(self._training_iteration(), bool(is_finite))
@@ -540,12 +571,14 @@ class MoELayer(ExpertLayer):
             self._refuse_unless(iteration, bool(on_host))
 
     def _refuse_unless(self, iteration: int | None, is_finite: bool) -> None:
-        if is_finite:
-            return
+        if not is_finite:
+            raise NonFiniteRouterError(self._not_finite(iteration))
+
+    def _not_finite(self, iteration: int | None) -> str:
         message = f'The router of MoE layer "{self.name}" produced values that are not finite'
         if iteration is not None:
             message += f' at training iteration {iteration}'
-        raise NonFiniteRouterError(
+        return (
             f'{message}; the input or a weight has become NaN or infinite: lower the learning rate '
             'or clip the gradients'
         )
@@ -634,6 +667,10 @@ def _check_options(
         raise ConfigError(f'upcycle_noise={upcycle_noise!r} must be a number of at least 0')
     if batch_dim not in (0, 1):
         raise ConfigError(f'batch_dim={batch_dim!r} must be 0 or 1')
+
+
+def _has_batch_statistics(module: nn.Module) -> bool:
+    return isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training
 
 
 def _areas(routing: Routing, maps: list[Tensor], items: list[Items]) -> Tensor:

@@ -186,9 +186,9 @@ class Router(nn.Module, ABC):
             expert_ids=expert_ids,
             weights=weights,
             logits=logits,
-            items_per_level=tuple(num_images * len(p) for p in items),
+            items_per_level=tuple(num_images * p.per_image for p in items),
             num_images=num_images,
-            decision_weights=weights.new_ones(len(weights)),
+            decision_weights=weights.new_ones(weights.shape[0]),
             gates=gates,
         )
 
@@ -252,7 +252,7 @@ def _warn_once(text: str) -> None:
 def _no_choice(maps: list[Tensor], items: Sequence[Items]) -> Routing:
     """The routing to the only expert, whose weight is 1 whatever its logit: none is computed."""
     num_images = maps[0].shape[0]
-    per_level = tuple(num_images * len(p) for p in items)
+    per_level = tuple(num_images * p.per_image for p in items)
     dtype = torch.promote_types(maps[0].dtype, torch.float32)
     weights = torch.ones(sum(per_level), 1, dtype=dtype, device=maps[0].device)
     return Routing(

@@ -5,8 +5,30 @@ from torch import Tensor
 
 from mmdet_moe.ops import library, reference
 
-# PyTorch 2.6 knows only whether it exports to ONNX.
-_is_exporting = getattr(torch.compiler, 'is_exporting', torch.onnx.is_in_onnx_export)
+
+def is_exporting() -> bool:
+    """Whether ``torch.export`` or ``torch.onnx.export`` writes down what is computed."""
+    # PyTorch 2.6 knows only the latter; and of its two exporters, the older is not among the first.
+    return torch.onnx.is_in_onnx_export() or getattr(torch.compiler, 'is_exporting', bool)()
+
+
+@torch.compiler.assume_constant_result
+def _translator_has_one_graph() -> bool:
+    try:
+        from torch._dynamo.symbolic_convert import InstructionTranslator
+
+        return InstructionTranslator.current_tx().one_graph
+    except (ImportError, AttributeError):
+        return False
+
+
+def is_one_graph() -> bool:
+    """Whether ``torch.compile(fullgraph=True)`` compiles what is computed.
+
+    PyTorch has no public name for it. Where the inner one is gone the answer is no, and PyTorch
+    says where its graph breaks.
+    """
+    return torch.compiler.is_compiling() and _translator_has_one_graph()
 
 
 def sort_routes(expert_ids_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
@@ -142,9 +164,7 @@ def entmax15(x: Tensor) -> Tensor:
             f'x must have at least one value along its last dimension, got shape {tuple(x.shape)}'
         )
     wide = x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
-    # The older ONNX exporter, torch.onnx.export(dynamo=False), does not count as the first.
-    plain = _is_exporting() or torch.onnx.is_in_onnx_export()
-    op = reference.entmax15 if plain else library.entmax15
+    op = reference.entmax15 if is_exporting() else library.entmax15
     return op(wide).to(x.dtype)
 
 

@@ -12,11 +12,9 @@ from torch.autograd import gradcheck
 from mmdet_moe.errors import ConfigError, NonFiniteRouterError
 from mmdet_moe.moe import (
     BiasBalancing,
-    ConvExperts,
     GAPRouter,
     ImportanceLoss,
     LinearExperts,
-    MLPExperts,
     MoELayer,
     count_parameters,
     find_moe_layers,
@@ -425,44 +423,6 @@ def test_sync_bn_in_experts_is_refused_across_ranks(monkeypatch):
     monkeypatch.setattr(torch.distributed, 'get_world_size', lambda: 2)
     with pytest.raises(ConfigError, match='SyncBN, which would wait for ranks'):
         layer(torch.randn(2, C, 4, 4))
-
-
-@pytest.mark.parametrize(
-    ('experts', 'options', 'shape'),
-    [
-        (lambda: nn.Conv2d(8, 8, 3, padding=1), {}, (4, 8, 6, 6)),
-        (lambda: ConvExperts(8, 8, 3, 4, padding=1), {}, (4, 8, 6, 6)),
-        (lambda: LinearExperts(8, 8, 4), {'granularity': 'token'}, (4, 5, 8)),
-        (lambda: MLPExperts(8, 16, 8, 4), {'granularity': 'pixel'}, (4, 8, 6, 6)),
-    ],
-    ids=['modules', 'conv', 'linear', 'mlp'],
-)
-def test_compiled(experts, options, shape):
-    """torch.compile breaks the graph at what the host has to know, and changes no result."""
-    layer = MoELayer(experts(), 4, 2, {'noise': False}, in_channels=8, **options)
-    nn.init.normal_(layer.router.fc.weight)
-    x = torch.randn(shape)
-    results = []
-    for run in (layer, torch.compile(layer, backend='aot_eager')):
-        layer.zero_grad()
-        y = run(x)
-        y.square().sum().backward()
-        results.append([y, *(p.grad.clone() for p in layer.parameters())])
-    torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-5)
-    with torch.inference_mode():
-        torch.testing.assert_close(layer(x), results[0][0], rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize('top_k', [2, 4])
-@pytest.mark.parametrize('expert', [nn.Conv2d(3, 3, 1), nn.Sequential(nn.Conv2d(3, 3, 1))])
-def test_traces_are_refused(expert, top_k):
-    """They hold the loads of their example, which with all experts still are those of its batch."""
-    model = nn.Sequential(nn.ReLU(), MoELayer(expert, 4, top_k, in_channels=3)).eval()
-    x = torch.randn(2, 3, 4, 4)
-    for _ in range(2):  # before and after a forward pass
-        with pytest.raises(ConfigError, match=r'^MoE layer "MoELayer" cannot be traced: '):
-            torch.jit.trace(model, x)
-        model(x)
 
 
 def test_inputs_of_a_wrong_rank():

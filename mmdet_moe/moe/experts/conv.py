@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from mmdet_moe.errors import ConfigError
-from mmdet_moe.moe.dispatcher import Dispatcher
+from mmdet_moe.moe.dispatcher import Dispatcher, EveryExpert
 from mmdet_moe.moe.experts.base import StackedExperts
-from mmdet_moe.moe.experts.conv_cost import cheapest
+from mmdet_moe.moe.experts.conv_cost import MOST_MIXED_BYTES, cheapest
 from mmdet_moe.moe.experts.linear import grouped_linear
 from mmdet_moe.moe.precision import autocast, no_autocast
 from mmdet_moe.registry import MODELS
@@ -145,6 +145,8 @@ class ConvExperts(StackedExperts):
         return radius, max(self.stride)
 
     def forward(self, x_T: Tensor, dispatcher: Dispatcher) -> Tensor:
+        if dispatcher.is_dense:
+            return self._dense(x_T, dispatcher)
         impl = self.impl
         if impl == 'auto':
             impl = cheapest(self, x_T, dispatcher)
@@ -165,6 +167,29 @@ class ConvExperts(StackedExperts):
             for weight, bias in zip(weights, biases, strict=True)
         ]
         return dispatcher.through(x_T, experts)
+
+    def _dense(self, x_T: Tensor, dispatcher: EveryExpert) -> Tensor:
+        """With no shape that depends on a decision: one convolution for each item, with its mixture
+        of kernels, where it is known how many there are; else one with the kernels of all experts.
+        """
+        num_items, num_kernels = x_T.shape[0], dispatcher.expert_ids.numel()
+        if self._is_linear_on(x_T) or self.groups > 1:
+            return self._subbatches(x_T, dispatcher)
+        mixes = (
+            isinstance(num_items, int)  # no size that an export leaves free
+            and not torch.jit.is_tracing()
+            and dispatcher.factors.dim() == 2
+            and 0 < num_kernels * self.weight[0].numel() * self.weight.itemsize < MOST_MIXED_BYTES
+        )
+        if not mixes:
+            bias = None if self.bias is None else self.bias.flatten()
+            y = self._convolve(x_T, self.weight.flatten(0, 1), bias, 1)
+            return dispatcher.sum(y.unflatten(1, self.weight.shape[:2]).unbind(1))
+        with no_autocast(x_T.device.type):
+            kernels = _chosen_mixture(self.weight, dispatcher).flatten(0, 1)
+            bias = None if self.bias is None else _chosen_mixture(self.bias, dispatcher).flatten()
+        y = self._convolve(x_T.flatten(0, 1)[None], kernels, bias, num_items)
+        return y[0].unflatten(0, (num_items, -1))
 
     def _is_linear_on(self, x_T: Tensor) -> bool:
         """Whether the items are pixels and the convolutions matrix products."""
@@ -217,6 +242,15 @@ def _is_plain(module: object) -> bool:
 def is_plain_conv(module: object) -> bool:
     """Whether :meth:`ConvExperts.like` can take a module's place."""
     return _is_plain(module) and module.padding_mode == 'zeros'
+
+
+def _chosen_mixture(stacked: Tensor, dispatcher: EveryExpert) -> Tensor:
+    """As :class:`_MixKernels`, in operations that every runtime knows: (E, ...) to (T, ...)."""
+    ids, weights = dispatcher.expert_ids, dispatcher.weights.to(stacked.dtype)
+    chosen = stacked.flatten(1).index_select(0, ids.flatten()).unflatten(0, ids.shape)
+    weights = weights[..., None]
+    mixed = torch.where(weights == 0, 0, weights * chosen).sum(1)
+    return mixed.unflatten(1, stacked.shape[1:])
 
 
 class _MixKernels(torch.autograd.Function):

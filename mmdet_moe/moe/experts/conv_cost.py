@@ -48,7 +48,7 @@ _COSTS = {
     },
 }
 #: The mixed kernels of all items have to be in memory at once, until the backward pass.
-_MOST_MIXED_BYTES = 1 << 28
+MOST_MIXED_BYTES = 1 << 28
 
 
 def cheapest(experts: 'ConvExperts', x_T: Tensor, dispatcher: Dispatcher) -> str:
@@ -116,6 +116,6 @@ def _cheapest(
         way: sum(_COSTS[way][name][trains] * amount for name, amount in of_way.items())
         for way, of_way in amounts.items()
     }
-    if num_items * 1e6 * kernel * kernel_bytes > _MOST_MIXED_BYTES:
+    if num_items * 1e6 * kernel * kernel_bytes > MOST_MIXED_BYTES:
         del costs['grouped']
     return min(costs, key=costs.__getitem__)

@@ -167,6 +167,9 @@ def grouped_linear(
     Returns:
         (R, out), under autocast of its dtype.
     """
+    if dispatcher.is_dense:
+        y = autocast(x_R).unflatten(0, (len(weight), -1)) @ autocast(weight).transpose(1, 2)
+        return (y if bias is None else y + bias[:, None].to(y.dtype)).flatten(0, 1)
     y_R = _grouped_product(autocast(x_R), autocast(weight), dispatcher)
     return y_R if bias is None else _AddBias.apply(y_R, bias.to(y_R.dtype), dispatcher.bounds)
 

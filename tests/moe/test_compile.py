@@ -1,0 +1,117 @@
+"""torch.compile against the layer as it is, with and without breaks of the graph."""
+
+import pytest
+import torch
+from torch import nn
+
+from mmdet_moe.errors import ConfigError
+from mmdet_moe.moe import ConvExperts, CPMuMoE, LinearExperts, MLPExperts, MoELayer
+
+C, E = 8, 4
+MAPS, TOKENS = (4, C, 6, 6), (4, 5, C)
+
+
+def layer(expert, **options):
+    router = {'noise': False, 'init_std': 2.0, **options.pop('router', {})}
+    return MoELayer(expert, E, 2, router, in_channels=C, **options)
+
+
+def conv():
+    return nn.Conv2d(C, C, 3, padding=1)
+
+
+def subnet():
+    return nn.Sequential(conv(), nn.GroupNorm(2, C), nn.ReLU(inplace=True), conv())
+
+
+class Levels(nn.Module):
+    def __init__(self, built):
+        super().__init__()
+        self.layer = built
+
+    def forward(self, x):
+        return torch.cat([y.flatten(1) for y in self.layer([x, -3 * x[:, :, ::2, ::2]])], dim=1)
+
+
+CASES = {
+    'modules': (lambda: layer(subnet()), MAPS),
+    'two levels': (lambda: Levels(layer(subnet(), shared=[conv()])), MAPS),
+    'convolutions': (lambda: layer(ConvExperts(C, C, 3, E, padding=1)), MAPS),
+    'patches': (lambda: layer(conv(), granularity='patch', grid_size=2), MAPS),
+    'whole maps': (lambda: layer(subnet(), granularity='pixel', whole_maps=True), MAPS),
+    'linear': (lambda: layer(LinearExperts(C, C, E), granularity='token'), TOKENS),
+    'tokens, modules': (lambda: layer(nn.Linear(C, C), granularity='token'), TOKENS),
+    'mlp': (lambda: layer(MLPExperts(C, 16, C, E), granularity='pixel'), MAPS),
+    'bounded': (lambda: layer(LinearExperts(C, C, E), granularity='token', capacity_factor=1.0),
+                TOKENS),
+    'hard constraint': (
+        lambda: layer(conv(), router={'constraint': {
+            'type': 'mmdet_moe.RelativeImportanceConstraint'
+        }}),
+        MAPS,
+    ),
+    'factors': (lambda: CPMuMoE(C, C, E, rank=4), TOKENS),
+}  # fmt: skip
+
+
+def results(built, run, x):
+    """The output, and in training all gradients and states."""
+    built.zero_grad()
+    x = x.clone().requires_grad_(built.training)
+    y = run(x)
+    if not built.training:
+        return [y]
+    y.square().sum().backward()
+    # Those without a gradient have none to compare: what the router's own noise is scaled with.
+    grads = [torch.zeros(()) if p.grad is None else p.grad.clone() for p in built.parameters()]
+    return [y.detach(), x.grad, *grads, *(b.clone() for b in built.buffers())]
+
+
+def compare(built, run, inputs):
+    initial = {name: value.clone() for name, value in built.state_dict().items()}
+    found = []
+    for compute in (built, run):
+        built.load_state_dict(initial)
+        with torch.set_grad_enabled(built.training):
+            found.append([results(built, compute, x) for x in inputs])
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.sweep(keep=1 / 3, each=('training',))
+@pytest.mark.parametrize('training', [False, True], ids=['inference', 'training'])
+@pytest.mark.parametrize('name', CASES)
+def test_one_graph(name, training):
+    """Equal results, and nothing is compiled anew for other decisions."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    build, shape = CASES[name]
+    built = build().train(training)
+    compiled = torch.compile(built, fullgraph=True, backend='aot_eager')
+    inputs = [torch.randn(shape) * (i + 1) - 0.4 * i for i in range(3)]
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        compare(built, compiled, inputs)
+
+
+@pytest.mark.parametrize('name', ['modules', 'convolutions', 'linear', 'mlp'])
+def test_with_breaks(name):
+    """By default the graph breaks at what the host has to know, and experts stay sparse."""
+    torch._dynamo.reset()
+    build, shape = CASES[name]
+    built = build()
+    compare(built, torch.compile(built, backend='aot_eager'), [torch.randn(shape)])
+
+
+def test_batch_statistics_are_refused_in_one_graph():
+    """They would be those of all items, not of the expert's own."""
+    torch._dynamo.reset()
+    built = layer(nn.Sequential(conv(), nn.BatchNorm2d(C)))
+    compiled = torch.compile(built, fullgraph=True, backend='aot_eager')
+    with pytest.raises((ConfigError, RuntimeError), match='hold BN in training mode'):
+        compiled(torch.randn(MAPS))
+
+
+def test_values_that_are_not_finite():
+    torch._dynamo.reset()
+    compiled = torch.compile(layer(conv()).eval(), fullgraph=True, backend='aot_eager')
+    with torch.no_grad(), pytest.raises(RuntimeError, match='produced values that are not finite'):
+        compiled(torch.full(MAPS, float('nan')))

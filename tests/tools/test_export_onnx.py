@@ -1,0 +1,171 @@
+"""The whole tool on tiny models, whose files onnxruntime runs; and one that computes otherwise."""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from mmengine.registry import init_default_scope
+
+import mmdet_moe
+from mmdet_moe import cli
+from mmdet_moe.analysis import deployment
+from mmdet_moe.analysis.data import AnalysisData
+from mmdet_moe.analysis.deployment import export_model, parse, run_export
+from mmdet_moe.analysis.models import build_model
+from mmdet_moe.moe import find_moe_layers
+
+onnx = pytest.importorskip('onnx')
+onnxruntime = pytest.importorskip('onnxruntime')
+pytest.importorskip('onnxscript')
+ROOT = Path(mmdet_moe.__file__).parents[1]
+NETWORK = """
+    backbone=dict(base_channels=4, stem_channels=4),
+    neck=dict(in_channels=[4, 8, 16, 32], out_channels=8),
+"""
+HEAD = """
+    in_channels=8, feat_channels=8, stacked_convs=1, norm_cfg=dict(type='GN', num_groups=2),
+"""
+LOADER = """
+val_dataloader = dict(batch_size=2, num_workers=0, persistent_workers=False)
+test_dataloader = val_dataloader
+load_from = None
+"""
+#: Experts in the head; in neck and backbone, the latter for patches, and a μMoE; of regions.
+MODELS = {
+    'head': f"""
+_base_ = '{ROOT}/configs/demo/retinanet_moe_soft_digits.py'
+model = dict({NETWORK} bbox_head=dict(num_experts=3, {HEAD}))
+{LOADER}""",
+    'elsewhere': f"""
+_base_ = ['{ROOT}/configs/demo/retinanet_dense_digits.py',
+          '{ROOT}/configs/_base_/balancing/soft_importance.py']
+model = dict(
+    type='mmdet_moe.WithExperts', of='RetinaNet', router={{{{_base_.router}}}},
+    experts={{
+        'backbone.layer4': dict(num_experts=3, top_k=2, granularity='patch', grid_size=2),
+        'neck.fpn_convs.0': dict(num_experts=3, top_k=2),
+        'neck.lateral_convs.1': dict(type='mmdet_moe.CPMuMoE', num_experts=4, rank=4),
+    }}, {NETWORK} bbox_head=dict({HEAD}),
+)
+{LOADER}""",
+}
+
+
+class Tool:
+    """A model whose routers send images to different experts, and its checkpoint."""
+
+    def __init__(self, folder, name, data_root):
+        self.folder, self.config = folder, folder / 'tiny.py'
+        self.config.write_text(MODELS[name])
+        self.checkpoint = folder / 'tiny.pth'
+        self.options = ['--cfg-options', f'data_root={data_root}']
+        self.cfg = cli.load_config(str(self.config), {'data_root': str(data_root)})
+        init_default_scope(self.cfg.default_scope)
+        torch.manual_seed(0)
+        self.model = build_model(self.cfg)
+        for parameter in self.model.parameters():
+            if parameter.dim() > 1:
+                torch.nn.init.normal_(parameter, 0, parameter[0].numel() ** -0.5)
+        for layer in find_moe_layers(self.model).values():
+            torch.nn.init.normal_(layer.router.fc.weight, 0, 30)
+        torch.save({'state_dict': self.model.state_dict(), 'meta': {}}, self.checkpoint)
+
+    def argv(self, *more):
+        out = str(self.folder / 'model.onnx')
+        return [
+            str(self.config), str(self.checkpoint), '--out', out, '--overwrite', *more,
+            *self.options,
+        ]  # fmt: skip
+
+
+@pytest.fixture(scope='module')
+def head(tmp_path_factory, digit_scenes_folder):
+    return Tool(tmp_path_factory.mktemp('head'), 'head', digit_scenes_folder)
+
+
+def test_head(head, capsys):
+    """What it says; and the file gives what the model itself makes of the loader's images."""
+    tool = head
+    assert export_model(parse(tool.argv('--verify', '4', '--time')))
+    printed = capsys.readouterr().out
+    outputs = [f'{name}_{i}' for name in ('cls_scores', 'bbox_preds') for i in range(5)]
+    assert f'model.onnx: images -> {", ".join(outputs)}' in printed
+    assert 'onnxruntime equals PyTorch on 4 images: largest difference ' in printed
+    assert 'bbox_head.cls_moe 3 of 3' in printed
+    assert 'CPU time for an image, one thread, median of 4: PyTorch (chosen experts) ' in printed
+
+    file = str(tool.folder / 'model.onnx')
+    about = {p.key: p.value for p in onnx.load(file).metadata_props}
+    assert json.loads(about['in_the_graph']) == {
+        'mean': [123.675, 116.28, 103.53], 'std': [58.395, 57.12, 57.375], 'swap_channels': True
+    }  # fmt: skip
+    session = onnxruntime.InferenceSession(file)
+    batch = next(AnalysisData(tool.cfg, 'val').batches())
+    inputs = tool.model.eval().data_preprocessor(batch, False)['inputs'][:1]
+    with torch.no_grad():
+        expected = [y for maps in tool.model(inputs, mode='tensor') for y in maps]
+    found = session.run(None, {'images': batch['inputs'][0][None].float().numpy()})
+    for y, z in zip(expected, found, strict=True):
+        np.testing.assert_allclose(z, y, rtol=1e-4, atol=1e-4)
+    with pytest.raises(Exception, match='index: 1 Got: 4 Expected: 3'):
+        session.run(None, {'images': np.zeros((1, 4, *inputs.shape[2:]), np.float32)})
+
+
+def test_what_differs_is_told(head, monkeypatch, capsys):
+    """The file is that of other weights."""
+    if not (head.folder / 'model.onnx').exists():
+        pytest.skip('test_head writes the file')
+    content = torch.load(head.checkpoint, weights_only=False)
+    content['state_dict']['bbox_head.cls_moe.experts.2.retina_cls.weight'].mul_(1.01)
+    changed = head.folder / 'changed.pth'
+    torch.save(content, changed)
+    monkeypatch.setattr(deployment, '_write', lambda *_: None)
+    argv = head.argv('--verify', '4')
+    argv[1] = str(changed)
+    with pytest.raises(SystemExit) as status:
+        run_export(argv)
+    assert status.value.code == 1
+    assert 'onnxruntime DIFFERS FROM PyTorch on 4 images' in capsys.readouterr().out
+
+
+def test_elsewhere(tmp_path, digit_scenes_folder, capsys):
+    """In backbone and neck, for patches, and a μMoE."""
+    tool = Tool(tmp_path, 'elsewhere', digit_scenes_folder)
+    assert export_model(parse(tool.argv('--verify', '4')))
+    printed = capsys.readouterr().out
+    assert 'onnxruntime equals PyTorch on 4 images' in printed
+    assert re.search(r'backbone\.layer4 [123] of 3, neck\.fpn_convs\.0 [123] of 3$', printed, re.M)
+
+
+@pytest.mark.sweep(keep=0)  # takes long
+def test_any_size(head, capsys):
+    assert export_model(parse(head.argv('--verify', '4', '--dynamic')))
+    assert 'onnxruntime equals PyTorch on 4 images' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ('argv', 'message'),
+    [
+        (['--out', 'model.pth'], r"--out must end in .onnx, got 'model.pth'"),
+        (['--out', 'no/where.onnx', '--size', '0', '8'], r'--size=\[0, 8\] must be two numbers'),
+        (['--out', 'a.onnx', '--verify', '-1'], '--verify=-1 must be at least 0'),
+        (['--out', 'a.onnx', '--verify', '0', '--time'], '--time needs images to compute'),
+    ],
+)
+def test_mistakes(argv, message, capsys):
+    with pytest.raises(SystemExit) as status:
+        run_export(['config.py', 'checkpoint.pth', *argv])
+    assert status.value.code == 2
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_without_the_packages(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, 'onnxscript', None)
+    with pytest.raises(SystemExit):
+        run_export(['config.py', 'checkpoint.pth', '--out', 'a.onnx'])
+    message = "an export needs onnxscript, which is missing: pip install 'mmdet_moe[onnx]'"
+    assert message in capsys.readouterr().err
