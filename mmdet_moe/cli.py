@@ -33,6 +33,7 @@ from mmdet_moe.engine.channels_last import ChannelsLastHook
 from mmdet_moe.engine.expert_report import ExpertReportHook
 from mmdet_moe.engine.explain import explain, in_one_line
 from mmdet_moe.engine.finished_run import FinishedRunHook
+from mmdet_moe.engine.hooks import ExpertParallelHook
 from mmdet_moe.engine.image_errors import ImageErrorHook
 from mmdet_moe.engine.preflight import (
     check_checkpoint,
@@ -492,6 +493,7 @@ def _build_runner(cfg: Config) -> Runner:
     runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
     runner.register_hook(ImageErrorHook())
     runner.register_hook(TestedCheckpointHook())
+    runner.register_hook(ExpertParallelHook())
     return runner
 
 

@@ -3,12 +3,10 @@
 Both worlds run :func:`play`; the two processes are started once for all tests of this file.
 """
 
-import datetime
-
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from ranks import run_on_ranks
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -138,24 +136,9 @@ def train_with_unused_experts(wrap, part):
     return {'local loads': torch.stack(loads), 'start': start, **layer.state_dict()}
 
 
-def worker(rank, world_size, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        'gloo',
-        init_method=f'file://{folder}/rendezvous',
-        rank=rank,
-        world_size=world_size,
-        timeout=datetime.timedelta(seconds=60),  # a hang becomes an error
-    )
-    torch.save(play(rank, world_size), f'{folder}/rank{rank}.pt')
-    dist.destroy_process_group()
-
-
 @pytest.fixture(scope='module')
 def two_ranks(tmp_path_factory):
-    folder = tmp_path_factory.mktemp('two_ranks')
-    mp.spawn(worker, (2, str(folder)), nprocs=2)
-    return [torch.load(folder / f'rank{rank}.pt') for rank in range(2)]
+    return run_on_ranks(play, 2, tmp_path_factory.mktemp('two_ranks'))
 
 
 @pytest.fixture(scope='module')
