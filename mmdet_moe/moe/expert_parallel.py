@@ -30,6 +30,8 @@ from mmdet_moe.moe.experts import Experts, ModuleExperts, StackedExperts
 from mmdet_moe.moe.precision import autocast
 
 _LOCAL = 'local.'
+#: Attribute of the parameters of spread experts: N.
+_MARK = 'spread_over'
 
 
 def spread_over_ranks(experts: Experts, parts: int) -> Experts:
@@ -125,7 +127,7 @@ class SpreadExperts(Experts):
         self.first = rank * self._num_local
         self.local = _cut(experts, self.first, self.first + self._num_local)
         for parameter in self.local.parameters():
-            parameter.spread_over = parts
+            setattr(parameter, _MARK, parts)
         #: Data parallelism that does not know better gives it the value of the first rank.
         self.register_buffer('place', torch.tensor(rank), persistent=False)
         self._is_checked = False
@@ -178,16 +180,19 @@ class SpreadExperts(Experts):
         """Once: that nobody else has moved the weights, and that replicas start alike."""
         if self._is_checked:
             return
-        if int(self.place) != dist.get_rank(self.group):
+        # Told to each other, so that all of them stop.
+        wrong = torch.stack([self.place != dist.get_rank(self.group)]).to(torch.uint8)
+        dist.all_reduce(wrong, dist.ReduceOp.MAX, group=self.group)
+        if wrong.item():
             raise ConfigError(
                 f'expert_parallel={self.parts}: the first rank has given its experts to all '
                 'others; call mmdet_moe.moe.expert_parallel.keep_from_ddp(model) before '
                 'DistributedDataParallel(model)'
             )
-        if is_sharded(self) or any(hasattr(p, 'device_mesh') for p in self.local.parameters()):
+        if is_sharded(self) or not all(hasattr(p, _MARK) for p in self.local.parameters()):
             raise ConfigError(
-                f'expert_parallel={self.parts}: fully_shard has cut the experts of each rank into '
-                'shards as if all ranks had the same; pass it '
+                f'expert_parallel={self.parts}: the parameters of the experts have been replaced, '
+                'as fully_shard does, which would cut them as if all ranks had the same; give it '
                 'ignored_params=set(mmdet_moe.moe.expert_parallel.expert_parameters(model))'
             )
         replicas = _group(self.parts, 'replicas')
@@ -520,7 +525,7 @@ def clip_grad_norm_(
     by_parts: dict[int, list[Tensor]] = {}
     for parameter in parameters:
         if parameter.grad is not None:
-            by_parts.setdefault(getattr(parameter, 'spread_over', 1), []).append(parameter.grad)
+            by_parts.setdefault(getattr(parameter, _MARK, 1), []).append(parameter.grad)
     norms = []
     for parts, grads in sorted(by_parts.items()):
         norm = get_total_norm(grads, norm_type, foreach=foreach)
