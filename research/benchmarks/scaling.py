@@ -191,7 +191,8 @@ def simulate(work: Work, ranks: int, parts: int, spread: float, cluster: Cluster
     # The N - 1 others of a group; those of the own node come first.
     outside = max(parts - cluster.per_node, 0) / max(parts - 1, 1)
     speed = 1 / (outside / cluster.outside + (1 - outside) / cluster.inside)
-    collectives = 4 * work.layers * np.log2(parts) * cluster.latency
+    # Sizes, rows there and back, and the gradients of both.
+    collectives = 5 * work.layers * np.log2(parts) * cluster.latency
     travel = exchanged * uneven / speed + collectives
     reduce = reduced / (cluster.inside if ranks <= cluster.per_node else cluster.outside)
     # A backward pass costs two forward passes.
