@@ -172,15 +172,15 @@ class Dispatcher:
     ) -> Any:
         """There and back, each expert on its own rows, if it has any: (T, ...) to (T, ...).
 
-        ``entered`` may name experts that are evaluated without rows, too.
+        ``entered`` says which are evaluated, if not those that have rows.
 
         Experts may return a structure that holds one tensor; the structure of the first is returned
         with the sum in the tensor's place.
         """
         rows_R = self.dispatch(x_T)
+        entered = self.used_experts() if entered is None else entered
         parts = enumerate(zip(experts, self.split(rows_R), strict=True))
-        entered = entered or ()
-        results = [expert(rows) for e, (expert, rows) in parts if len(rows) or e in entered]
+        results = [expert(rows) for e, (expert, rows) in parts if e in entered]
         if not results:  # nothing to do; one expert still says the output's shape
             results = [experts[0](rows_R)]
         tensors, rebuilds = zip(*map(unpack, results), strict=True)

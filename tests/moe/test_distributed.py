@@ -35,12 +35,13 @@ CONSTRAINTS = {
 }
 
 
-def build(seed, num_experts=4, top_k=2, **kwargs):
+def build(seed, num_experts=4, top_k=2, options=None, **kwargs):
     torch.manual_seed(seed)
     router = moe.GAPRouter(3, num_experts, top_k, noise=False, **kwargs)
     nn.init.normal_(router.fc.weight)
     experts = [nn.Conv2d(3, 2, 1) for _ in range(num_experts)]
-    layer = moe.MoELayer(experts, num_experts, top_k, router, decision_weight='positives')
+    options = {'decision_weight': 'positives', **(options or {})}
+    layer = moe.MoELayer(experts, num_experts, top_k, router, **options)
     return layer.double()
 
 
@@ -115,6 +116,9 @@ def play(rank, world_size):
         noise = torch.randn if name == 'normal' else torch.rand
         results[f'{name} noise'] = own_random(noise, torch.empty(1000, dtype=torch.float64))
     results['noisy weights'] = router(data[0, :4].float()).weights.detach()
+    options = dict(granularity='patch', whole_maps=True)
+    shard = shard_each if world_size > 1 else wrap
+    results['each expert on whole maps'] = train_with_unused_experts(shard, part, options)
     return results
 
 
@@ -179,9 +183,9 @@ def started_by_clusters(x):
     return layer.router.fc.state_dict()
 
 
-def train_with_unused_experts(wrap, part):
+def train_with_unused_experts(wrap, part, options=None):
     """The first four images go to expert 0, the others to expert 1, none to expert 2."""
-    layer = build(5, num_experts=3, top_k=1)
+    layer = build(5, num_experts=3, top_k=1, options=options)
     layer.router.fc.weight.data = torch.tensor([[1.0, 0, 0], [-1, 0, 0], [0, 0, 0]]).double()
     x = torch.rand(8, 3, 4, 4, generator=torch.Generator().manual_seed(6)).double() + 1
     x[4:, 0] *= -1
@@ -274,7 +278,7 @@ def test_trained_for_20_iterations(name, one_rank, two_ranks):
         torch.testing.assert_close(rank[f'{name} trained'], expected, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize('way', ['unused experts', *SHARDINGS])
+@pytest.mark.parametrize('way', ['unused experts', *SHARDINGS, 'each expert on whole maps'])
 def test_ranks_that_choose_different_experts(way, one_rank, two_ranks):
     """Neither data parallelism nor shards of single experts let ranks wait for ever."""
     expected = one_rank[way]

@@ -142,6 +142,11 @@ def initialise(init, parts):
     model.init_weights()
     with expert_parallel.all_experts(model):
         state = copy.deepcopy(model.state_dict())
+    experts = moe.ConvExperts(C, C, 1, 4, init_cfg=dict(type='Normal', layer='Conv2d', std=1.0))
+    layer = moe.MoELayer(experts, 4, 2, in_channels=C, expert_init=init, expert_parallel=parts)
+    layer.init_weights()
+    with expert_parallel.all_experts(layer):
+        by_itself = copy.deepcopy(layer.state_dict())
     # Into fresh weights, and a dense checkpoint into experts.
     torch.manual_seed(4)
     other = Net()
@@ -152,7 +157,7 @@ def initialise(init, parts):
     assert all(torch.equal(value, again[name]) for name, value in state.items())
     other.load_state_dict(Net().state_dict(), strict=False)
     with expert_parallel.all_experts(other):
-        return {'state': state, 'from dense': other.state_dict()}
+        return {'state': state, 'by itself': by_itself, 'from dense': other.state_dict()}
 
 
 class Net(BaseModule):
@@ -293,6 +298,7 @@ def test_ranks_with_other_inputs(case, parts, alone, ranks):
 def test_initial_and_loaded_weights(init, parts, alone, ranks):
     expected = alone[init, parts]['state']
     assert expected['block.experts.0.0.weight'].std() > 0.5  # as init_cfg says
+    assert alone[init, parts]['by itself']['experts.weight'].std() > 0.5
     for rank in ranks:
         torch.testing.assert_close(rank[init, parts], alone[init, parts], rtol=0, atol=0)
 

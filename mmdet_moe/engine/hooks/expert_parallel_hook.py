@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from mmengine.hooks import EMAHook, Hook
-from mmengine.optim import OptimWrapper
+from mmengine.optim import OptimWrapper, OptimWrapperDict
 from mmengine.runner import Runner
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map_only
@@ -46,8 +46,8 @@ class ExpertParallelHook(Hook):
         spread = spread_experts(unwrapped_model(runner))
         for experts in spread:
             experts.gives_part = True
-        if not spread or not isinstance(runner.optim_wrapper, (OptimWrapper, dict)):
-            return
+        if not spread or not isinstance(runner.optim_wrapper, OptimWrapper):
+            return  # nothing to do, or a test
         self._check(runner, spread)
         if getattr(runner.optim_wrapper, 'clip_func', None) is torch.nn.utils.clip_grad_norm_:
             runner.optim_wrapper.clip_func = clip_grad_norm_
@@ -65,7 +65,7 @@ class ExpertParallelHook(Hook):
             )
         elif any(isinstance(hook, EMAHook) for hook in runner.hooks):
             wrong = 'does not go with EMAHook, whose averages nobody gathers; remove it'
-        elif not isinstance(wrapper, OptimWrapper):
+        elif isinstance(wrapper, OptimWrapperDict):
             wrong = 'does not go with several optimizers; use one OptimWrapper'
         elif scaler is not None and scaler.is_enabled():
             wrong = (
