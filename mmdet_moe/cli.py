@@ -33,6 +33,7 @@ from mmdet_moe.engine.channels_last import ChannelsLastHook
 from mmdet_moe.engine.exact_resume import ExactResumeHook
 from mmdet_moe.engine.expert_report import ExpertReportHook
 from mmdet_moe.engine.explain import explain, in_one_line
+from mmdet_moe.engine.hooks import ExpertParallelHook
 from mmdet_moe.engine.hooks.layers import unwrapped_model
 from mmdet_moe.engine.image_errors import ImageErrorHook
 from mmdet_moe.engine.preflight import (
@@ -500,6 +501,7 @@ def _build_runner(cfg: Config) -> Runner:
     runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
     runner.register_hook(ImageErrorHook())
     runner.register_hook(TestedCheckpointHook())
+    runner.register_hook(ExpertParallelHook())
     return runner
 
 

@@ -2,10 +2,12 @@
 
 from mmdet_moe.engine.hooks import (
     BalancingLossHook,
+    ExpertParallelHook,
     ExpertUtilizationHook,
 )
 
 __all__ = [
     'BalancingLossHook',
+    'ExpertParallelHook',
     'ExpertUtilizationHook',
 ]

@@ -17,6 +17,7 @@ from mmdet_moe.engine.explain import in_one_line
 from mmdet_moe.engine.hooks.layers import unwrapped_model
 from mmdet_moe.errors import ConfigError
 from mmdet_moe.moe import find_expert_layers, report_of
+from mmdet_moe.moe.expert_parallel import spread_experts
 
 
 class ExpertReportHook(Hook):
@@ -34,8 +35,9 @@ class ExpertReportHook(Hook):
         try:
             size = image_size(runner.cfg)
             heading = f'Experts (FLOPs of one image of {size[0]}×{size[1]} pixels)'
-            if is_model_wrapper(runner.model) and not isinstance(
-                runner.model, DistributedDataParallel
+            if spread_experts(model) or (
+                is_model_wrapper(runner.model)
+                and not isinstance(runner.model, DistributedDataParallel)
             ):
                 raise ConfigError(f'{type(runner.model).__name__} runs on all ranks together')
             with _generators_kept():

@@ -167,15 +167,23 @@ class Dispatcher:
         """
         return rows_R.split([stop - start for start, stop in pairwise(self.bounds)])
 
-    def through(self, x_T: Tensor, experts: Sequence[Callable[[Tensor], Any]]) -> Any:
+    def through(
+        self,
+        x_T: Tensor,
+        experts: Sequence[Callable[[Tensor], Any]],
+        entered: set[int] | None = None,
+    ) -> Any:
         """There and back, each expert on its own rows, if it has any: (T, ...) to (T, ...).
+
+        ``entered`` says which are evaluated, if not those that have rows.
 
         Experts may return a structure that holds one tensor; the structure of the first is returned
         with the sum in the tensor's place.
         """
         rows_R = self.dispatch(x_T)
-        parts = zip(experts, self.split(rows_R), strict=True)
-        results = [expert(rows) for expert, rows in parts if len(rows)]
+        entered = self.used_experts() if entered is None else entered
+        parts = enumerate(zip(experts, self.split(rows_R), strict=True))
+        results = [expert(rows) for e, (expert, rows) in parts if e in entered]
         if not results:  # nothing to do; one expert still says the output's shape
             results = [experts[0](rows_R)]
         tensors, rebuilds = zip(*map(unpack, results), strict=True)

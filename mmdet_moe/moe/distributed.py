@@ -1,11 +1,15 @@
 """Sums over all ranks: balancing is global, so R ranks × N images behave as 1 rank × R·N images."""
 
+import sys
+from collections.abc import Callable
+
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 
-def _active() -> bool:
+def is_distributed() -> bool:
+    """Whether there is more than one rank."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
@@ -22,7 +26,7 @@ def global_sum(x: Tensor) -> Tensor:
     Returns:
         The sum, of the same shape. Without ``torch.distributed`` it is ``x`` itself.
     """
-    if not _active():
+    if not is_distributed():
         return x
     total = x.detach().clone()
     dist.all_reduce(total)
@@ -33,7 +37,7 @@ def global_sum(x: Tensor) -> Tensor:
 
 def global_sum_(tensors: list[Tensor]) -> None:
     """Sum statistics (no gradient) over the ranks in place, in one collective."""
-    if not _active() or not tensors:
+    if not is_distributed() or not tensors:
         return
     flat = torch.cat([t.flatten() for t in tensors])
     dist.all_reduce(flat)
@@ -43,11 +47,38 @@ def global_sum_(tensors: list[Tensor]) -> None:
 
 def is_first_rank() -> bool:
     """Whether this is the rank that :func:`from_first_rank_` asks."""
-    return not _active() or dist.get_rank() == 0
+    return not is_distributed() or dist.get_rank() == 0
 
 
 def from_first_rank_(tensors: list[Tensor]) -> None:
     """Give every rank what the first one has, in place."""
-    if _active():
+    if is_distributed():
         for tensor in tensors:
             dist.broadcast(tensor, 0)
+
+
+def own_random(draw: Callable[..., Tensor], like: Tensor) -> Tensor:
+    """Random numbers of this rank's own, even if the generators of all ranks are in the same state.
+
+    Args:
+        draw: ``torch.rand`` or ``torch.randn``.
+        like: Whose shape, dtype and device they get.
+
+    Returns:
+        On the first rank the next ones of the default generator; on others those of a generator
+        that is seeded by it and the rank.
+    """
+    settings = {'dtype': like.dtype, 'device': like.device}
+    # torch.compile does not know generators.
+    if is_first_rank() or torch.compiler.is_compiling():
+        return draw(like.shape, **settings)
+    # The host's generator, which an activation checkpoint restores like all others.
+    seed = int(torch.randint(2**31, (), device='cpu')) + (dist.get_rank() << 31)
+    generator = torch.Generator(like.device).manual_seed(seed)
+    return draw(like.shape, generator=generator, **settings)
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Whether ``fully_shard`` cut a part of a module, so that ranks wait for each other in it."""
+    fsdp = sys.modules.get('torch.distributed.fsdp')
+    return fsdp is not None and any(isinstance(m, fsdp.FSDPModule) for m in module.modules())

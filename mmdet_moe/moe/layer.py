@@ -21,6 +21,7 @@ from mmdet_moe.moe.capacity import overflow
 from mmdet_moe.moe.constraints import in_backward
 from mmdet_moe.moe.dispatcher import Dispatcher, EveryExpert, Sorting, check_size, unpack
 from mmdet_moe.moe.expert_layer import ExpertLayer, Observer, find_expert_layers
+from mmdet_moe.moe.expert_parallel import spread_over_ranks
 from mmdet_moe.moe.experts import Experts, upcycle
 from mmdet_moe.moe.granularity import GRANULARITIES
 from mmdet_moe.moe.items import Items
@@ -87,6 +88,8 @@ class MoELayer(ExpertLayer):
             for an image must not depend on the other images of its batch. The bound is on what one
             device computes in one call: each rank drops by itself, and so does each call of a layer
             that is called level after level.
+        expert_parallel: N ranks hold the experts together, each E / N of them, and send each other
+            the items; see :mod:`mmdet_moe.moe.expert_parallel`. No effect in one process.
 
     Raises:
         ConfigError: For options out of range.
@@ -109,6 +112,7 @@ class MoELayer(ExpertLayer):
         shared: Sequence[nn.Module] = (),
         batch_dim: int = 0,
         whole_maps: bool = False,
+        expert_parallel: int = 1,
     ) -> None:
         super().__init__()
         _check_options(capacity_factor, expert_init, decision_weight, upcycle_noise, batch_dim)
@@ -146,6 +150,12 @@ class MoELayer(ExpertLayer):
             if grid_size > 1 and not whole_maps
             else (0, 1)
         )
+        if whole_maps and expert_parallel != 1:
+            raise ConfigError(
+                f'expert_parallel={expert_parallel} sends items to their experts, but with '
+                'whole_maps=True every expert computes every map; leave one of the two out'
+            )
+        self.experts = spread_over_ranks(self.experts, expert_parallel)
         self._latest = _Calls()
         self._norms_checked = False
         # Of a forward pass on a GPU: flag, event and training iteration, see check_finite.
@@ -383,7 +393,7 @@ class MoELayer(ExpertLayer):
             y, rebuild = unpack(output)
             y = items.place(y)
         if torch.is_grad_enabled() and self.experts.separate_parameters and not dispatcher.is_whole:
-            used |= dispatcher.used_experts()
+            used |= self.experts.entered(dispatcher)
         for expert in self.shared or ():
             y = y + unpack(expert(x, *args, **kwargs))[0]
         if self.shared:
@@ -403,7 +413,7 @@ class MoELayer(ExpertLayer):
         factors = items.spread(factors_TE)
         total: Tensor | None = None
         # If nobody has a say, because the chosen ones are zeroed: 0 times what any of them gives.
-        for expert in sorted(dispatcher.used_experts()) or [0]:
+        for expert in sorted(self.experts.entered(dispatcher)) or [0]:
             ids = torch.full((len(x), 1), expert, device=x.device)
             ones = factors.new_ones(ids.shape)
             whole = Dispatcher.to_one(ids, ones, expert, self.num_experts)
@@ -642,7 +652,9 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
     total = sum(p.numel() for p in model.parameters())
     inactive = 0
     for layer in find_moe_layers(model).values():
-        experts = sum(p.numel() for p in layer.experts.parameters())
+        here = sum(p.numel() for p in layer.experts.parameters())
+        experts = here * layer.experts.parts
+        total += experts - here
         inactive += experts * (layer.num_experts - layer.top_k) // layer.num_experts
     return total - inactive, total
 

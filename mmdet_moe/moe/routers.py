@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from mmdet_moe.errors import ConfigError
 from mmdet_moe.moe.constraints import Constraint, in_backward
-from mmdet_moe.moe.distributed import global_sum_
+from mmdet_moe.moe.distributed import global_sum_, own_random
 from mmdet_moe.moe.items import Items
 from mmdet_moe.moe.kmeans_start import KMeansStart
 from mmdet_moe.moe.patches import PatchGrid
@@ -59,8 +59,7 @@ class Router(nn.Module, ABC):
             ``eps · softplus(W_noise · GAP(x) + 0.01)``, ``eps ~ N(0, 1)``. ``'uniform'``: a number
             of U[0, 1] for every expert (arXiv 2208.02813). ``False``: nothing. Default: True
             without a constraint, False with one (noise and a hard constraint exclude each other).
-            On several GPUs MMEngine gives all of them the same random numbers, and so the same
-            noise, unless the config says ``randomness=dict(diff_rank_seed=True)``.
+            Each rank draws its own, also where all have the same seed, as MMEngine's have.
         constraint: Config or instance of a :class:`~mmdet_moe.moe.constraints.Constraint`.
 
     Raises:
@@ -177,9 +176,9 @@ class Router(nn.Module, ABC):
             elif self.noise_fc is not None:
                 pooled = _cat([p.pooled(m) for m, p in zip(maps, items, strict=True)])
                 scale = F.softplus(linear(self.noise_fc, pooled) + 0.01)
-                noisy = logits + torch.randn_like(logits) * scale
+                noisy = logits + own_random(torch.randn, logits) * scale
             elif self.noise == 'uniform':
-                noisy = logits + torch.rand_like(logits)
+                noisy = logits + own_random(torch.rand, logits)
             expert_ids, weights = self.choose(noisy, self.training)
             gates = self.gates(noisy, expert_ids, weights)
         return Routing(

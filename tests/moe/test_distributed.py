@@ -3,16 +3,18 @@
 Both worlds run :func:`play`; the two processes are started once for all tests of this file.
 """
 
-import datetime
+from contextlib import nullcontext
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from ranks import run_on_ranks
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import mmdet_moe.moe as moe
+from mmdet_moe.moe.distributed import own_random
 from mmdet_moe.moe.kmeans_start import by_clusters
 
 LOSSES = {
@@ -33,12 +35,13 @@ CONSTRAINTS = {
 }
 
 
-def build(seed, num_experts=4, top_k=2, **kwargs):
+def build(seed, num_experts=4, top_k=2, options=None, **kwargs):
     torch.manual_seed(seed)
     router = moe.GAPRouter(3, num_experts, top_k, noise=False, **kwargs)
     nn.init.normal_(router.fc.weight)
     experts = [nn.Conv2d(3, 2, 1) for _ in range(num_experts)]
-    layer = moe.MoELayer(experts, num_experts, top_k, router, decision_weight='positives')
+    options = {'decision_weight': 'positives', **(options or {})}
+    layer = moe.MoELayer(experts, num_experts, top_k, router, **options)
     return layer.double()
 
 
@@ -103,7 +106,67 @@ def play(rank, world_size):
     x = part(items_of_four_kinds())
     results['kmeans'] = started_by_clusters(x[:2] if rank else x)  # too few for clusters of its own
     results['unused experts'] = train_with_unused_experts(wrap, part)
+    for name in (*LOSSES, *CONSTRAINTS):
+        results[f'{name} trained'] = train(name, wrap, part)
+    for way, shard in SHARDINGS.items():
+        results[way] = train_with_unused_experts(shard if world_size > 1 else wrap, part)
+    torch.manual_seed(11)
+    router = moe.GAPRouter(3, 4, 2).train()
+    for name in ('normal', 'uniform'):
+        noise = torch.randn if name == 'normal' else torch.rand
+        results[f'{name} noise'] = own_random(noise, torch.empty(1000, dtype=torch.float64))
+    results['noisy weights'] = router(data[0, :4].float()).weights.detach()
+    options = dict(granularity='patch', grid_size=2, whole_maps=True)
+    shard = shard_each if world_size > 1 else wrap
+    results['each expert on whole maps'] = train_with_unused_experts(shard, part, options)
     return results
+
+
+def train(name, wrap, part):
+    """20 steps of two backward passes each; nobody likes the last of five experts."""
+    loss, constraint = LOSSES.get(name), CONSTRAINTS.get(name)
+    layer = build(10, num_experts=5, constraint=constraint and constraint(5))
+    layer.router.fc.bias.data[-1] = -100
+    model = wrap(layer)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.05, momentum=0.9)
+    generator = torch.Generator().manual_seed(12)
+    losses = []
+    for _ in range(20):
+        for is_last in (False, True):
+            x = torch.randn(8, 3, 4, 4, dtype=torch.float64, generator=generator)
+            counts = torch.randint(6, (8,), generator=generator).double()
+            synced = nullcontext() if is_last or model is layer else model.no_sync()
+            with synced:
+                y = model(part(x))
+                layer.weigh_decisions(part(counts))
+                layer.routing.sources = tuple(part(torch.arange(8) % 2).tolist())
+                balancing = y.new_zeros(()) if loss is None else 0.1 * loss(layer.routing)
+                ((y - 1).square().mean() + balancing).backward()
+            losses.append(balancing.detach())
+        # A hard constraint forbids others until its turn comes.
+        assert constraint is not None or not layer.experts[4].weight.grad.any()
+        optimizer.step()
+        optimizer.zero_grad()
+    return {'losses': torch.stack(losses), **layer.state_dict()}
+
+
+def shard_whole(layer):
+    return fully_shard(layer)
+
+
+def shard_each(layer):
+    for expert in layer.experts:
+        fully_shard(expert)
+    return fully_shard(layer)
+
+
+def shard_experts(layer):
+    fully_shard(layer.router)
+    fully_shard(layer.experts)
+    return fully_shard(layer)
+
+
+SHARDINGS = {'whole': shard_whole, 'each expert': shard_each, 'all experts': shard_experts}
 
 
 def items_of_four_kinds():
@@ -120,13 +183,14 @@ def started_by_clusters(x):
     return layer.router.fc.state_dict()
 
 
-def train_with_unused_experts(wrap, part):
+def train_with_unused_experts(wrap, part, options=None):
     """The first four images go to expert 0, the others to expert 1, none to expert 2."""
-    layer = build(5, num_experts=3, top_k=1)
+    layer = build(5, num_experts=3, top_k=1, options=options)
     layer.router.fc.weight.data = torch.tensor([[1.0, 0, 0], [-1, 0, 0], [0, 0, 0]]).double()
     x = torch.rand(8, 3, 4, 4, generator=torch.Generator().manual_seed(6)).double() + 1
     x[4:, 0] *= -1
-    model, start = wrap(layer), {k: v.clone() for k, v in layer.state_dict().items()}
+    start = {k: v.clone() for k, v in layer.state_dict().items()}
+    model = wrap(layer)
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.01)
     loads = []
     for _ in range(2):
@@ -135,27 +199,16 @@ def train_with_unused_experts(wrap, part):
         optimizer.step()
         loads.append(layer.routing.load())
     # The loads differ between the ranks by intent and are checked apart.
-    return {'local loads': torch.stack(loads), 'start': start, **layer.state_dict()}
-
-
-def worker(rank, world_size, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        'gloo',
-        init_method=f'file://{folder}/rendezvous',
-        rank=rank,
-        world_size=world_size,
-        timeout=datetime.timedelta(seconds=60),  # a hang becomes an error
-    )
-    torch.save(play(rank, world_size), f'{folder}/rank{rank}.pt')
-    dist.destroy_process_group()
+    end = {
+        k: v.full_tensor() if hasattr(v, 'full_tensor') else v
+        for k, v in layer.state_dict().items()
+    }
+    return {'local loads': torch.stack(loads), 'start': start, **end}
 
 
 @pytest.fixture(scope='module')
 def two_ranks(tmp_path_factory):
-    folder = tmp_path_factory.mktemp('two_ranks')
-    mp.spawn(worker, (2, str(folder)), nprocs=2)
-    return [torch.load(folder / f'rank{rank}.pt') for rank in range(2)]
+    return run_on_ranks(play, 2, tmp_path_factory.mktemp('two_ranks'))
 
 
 @pytest.fixture(scope='module')
@@ -217,13 +270,37 @@ def test_multilinear_mixture(norm, one_rank, two_ranks):
         torch.testing.assert_close(first, expected, rtol=0, atol=1e-12)
 
 
-def test_unused_experts_train_without_hanging(one_rank, two_ranks):
-    expected = one_rank['unused experts']
-    loads = [rank['unused experts'].pop('local loads').tolist() for rank in two_ranks]
-    assert loads == [[[4, 0, 0]] * 2, [[0, 4, 0]] * 2]
-    assert expected['local loads'].tolist() == [[4, 4, 0]] * 2
+@pytest.mark.parametrize('name', [*LOSSES, *CONSTRAINTS])
+def test_trained_for_20_iterations(name, one_rank, two_ranks):
+    """With two backward passes for each step, and an expert that nobody chooses."""
+    expected = one_rank[f'{name} trained']
+    for rank in two_ranks:
+        torch.testing.assert_close(rank[f'{name} trained'], expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize('way', ['unused experts', *SHARDINGS, 'each expert on whole maps'])
+def test_ranks_that_choose_different_experts(way, one_rank, two_ranks):
+    """Neither data parallelism nor shards of single experts let ranks wait for ever."""
+    expected = one_rank[way]
+    loads = [rank[way].pop('local loads').tolist() for rank in two_ranks]
+    n = 16 if 'maps' in way else 4  # items of a rank
+    assert loads == [[[n, 0, 0]] * 2, [[0, n, 0]] * 2]
+    assert expected['local loads'].tolist() == [[n, n, 0]] * 2
     for key, start in expected['start'].items():
-        first, second = (rank['unused experts'][key] for rank in two_ranks)
+        first, second = (rank[way][key] for rank in two_ranks)
         assert torch.equal(first, second)
         torch.testing.assert_close(first, expected[key], rtol=0, atol=1e-12)
         assert torch.equal(first, start) == ('experts.2' in key)
+
+
+def test_noise_differs_between_ranks(one_rank, two_ranks):
+    """Although both have the same seed; that of the first rank is that of one process."""
+    for name, mean, std in (('normal', 0, 1), ('uniform', 0.5, 12**-0.5)):
+        first, second = (rank[f'{name} noise'] for rank in two_ranks)
+        assert torch.equal(first, one_rank[f'{name} noise'])
+        assert torch.corrcoef(torch.stack([first, second]))[0, 1].abs() < 0.1
+        for noise in (first, second):
+            assert abs(noise.mean() - mean) < 0.15
+            assert abs(noise.std() - std) < 0.1
+    first, second = (rank['noisy weights'] for rank in two_ranks)
+    assert not torch.equal(first, second)

@@ -26,6 +26,9 @@ class Experts(nn.Module, ABC):
     #: Whether each expert has parameters of its own, which get no gradient without items.
     separate_parameters: bool = True
 
+    #: Over how many ranks they are spread; this one holds E / parts of them.
+    parts: int = 1
+
     @property
     @abstractmethod
     def num_experts(self) -> int:
@@ -42,6 +45,10 @@ class Experts(nn.Module, ABC):
         Returns:
             (T, ...).
         """
+
+    def entered(self, dispatcher: Dispatcher) -> set[int]:
+        """The experts that are evaluated: those with items."""
+        return dispatcher.used_experts()
 
     @abstractmethod
     def receptive_field(self, in_channels: int) -> tuple[int, int]:

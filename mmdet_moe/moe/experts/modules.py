@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from mmdet_moe.moe.dispatcher import Dispatcher
+from mmdet_moe.moe.distributed import is_distributed, is_sharded
 from mmdet_moe.moe.experts.base import Experts
 from mmdet_moe.moe.receptive_field import receptive_field
 
@@ -38,8 +39,9 @@ class ModuleExperts(ModuleList, Experts):
 
     def forward(self, x_T: Tensor, dispatcher: Dispatcher, *args: Any, **kwargs: Any) -> Any:
         """As :meth:`Experts.forward`; further tensors are items, too, and dispatched likewise."""
+        entered = self.entered(dispatcher)
         if not args and not kwargs:
-            return dispatcher.through(x_T, self)
+            return dispatcher.through(x_T, self, entered)
         leaves, spec = tree_flatten((args, kwargs))
         parts = [
             dispatcher.split(dispatcher.dispatch(leaf))
@@ -51,7 +53,13 @@ class ModuleExperts(ModuleList, Experts):
         for expert, own in zip(self, zip(*parts, strict=True), strict=True):
             more, named = tree_unflatten(list(own), spec)
             calls.append(lambda x, f=expert, a=more, k=named: f(x, *a, **k))
-        return dispatcher.through(x_T, calls)
+        return dispatcher.through(x_T, calls, entered)
+
+    def entered(self, dispatcher: Dispatcher) -> set[int]:
+        """All where ``fully_shard`` cut one: ranks then wait for each other in each of them."""
+        if is_distributed() and is_sharded(self):
+            return set(range(len(self)))
+        return dispatcher.used_experts()
 
     def receptive_field(self, in_channels: int) -> tuple[int, int]:
         return receptive_field(self[0], in_channels)

@@ -17,6 +17,7 @@ from torch import nn
 
 from mmdet_moe.errors import ConfigError
 from mmdet_moe.moe.expert_layer import ExpertLayer
+from mmdet_moe.moe.expert_parallel import keep_from_ddp
 from mmdet_moe.moe.layer import MoELayer
 from mmdet_moe.moe.surgery.experts import (
     begins_in_place,
@@ -47,7 +48,7 @@ class Entry:
         at: Path, see :func:`~mmdet_moe.moe.surgery.paths.find_places`.
         every: Class of the modules below it that are meant, instead of itself.
         num_experts, top_k, router, granularity, grid_size, whole_maps, decision_weight,
-            expert_init, upcycle_noise, capacity_factor, batch_dim: As of
+            expert_init, upcycle_noise, capacity_factor, batch_dim, expert_parallel: As of
             :class:`~mmdet_moe.moe.MoELayer`.
         in_channels: Channels of the input, where they cannot be told.
         width: How wide an expert is inside. None: as the dense module. A factor above 0.
@@ -74,6 +75,7 @@ class Entry:
     upcycle_noise: float = 0.0
     capacity_factor: float | None = None
     batch_dim: int = 0
+    expert_parallel: int = 1
     in_channels: int | None = None
     width: float | str | None = None
     shared: int = 0
@@ -128,6 +130,7 @@ def install(model: nn.Module, sites: Sequence[Site]) -> None:
         _replace(site)
     # A μMoE collects nothing over its calls, and draws its initial weights by itself.
     _watch(model, [site for site in sites if isinstance(site.layer, MoELayer)])
+    keep_from_ddp(model)
 
 
 def _listed(experts: Any) -> list[Any]:
@@ -335,6 +338,7 @@ def _make_layer(module: nn.Module, entry: Entry) -> tuple[MoELayer, float]:
         **{option: getattr(entry, option) for option in options},
         capacity_factor=entry.capacity_factor,
         batch_dim=entry.batch_dim,
+        expert_parallel=entry.expert_parallel,
         shortcut=shortcut,
         shared=shared,
     )

@@ -15,6 +15,7 @@ from mmengine.model import BaseModule, PretrainedInit, initialize
 from torch import nn
 
 from mmdet_moe.moe.expert_layer import ExpertLayer
+from mmdet_moe.moe.expert_parallel import whole_experts
 from mmdet_moe.moe.experts import ModuleExperts
 from mmdet_moe.moe.surgery.siblings import Chain
 
@@ -83,7 +84,11 @@ class DenseInit:
             return
         independent = [s.layer for s in self.sites if s.layer.expert_init == 'independent']
         draws = max((layer.num_experts for layer in independent), default=1)
-        with _without_records(self.model), _files_left_out(self.model) as loading:
+        with (
+            _without_records(self.model),
+            _files_left_out(self.model) as loading,
+            whole_experts(site.layer for site in self.sites),
+        ):
             # The last time for the first experts, with which everything else goes.
             for e in reversed(range(draws)):
                 with ExitStack() as stack:
