@@ -236,7 +236,12 @@ class EveryExpert(Dispatcher):
     def split(self, rows_R: Tensor) -> tuple[Tensor, ...]:
         return rows_R.unflatten(0, (self.num_experts, -1)).unbind()
 
-    def through(self, x_T: Tensor, experts: Sequence[Callable[[Tensor], Any]]) -> Any:
+    def through(
+        self,
+        x_T: Tensor,
+        experts: Sequence[Callable[[Tensor], Any]],
+        entered: set[int] | None = None,
+    ) -> Any:
         # A copy for each, because an expert may change in place what the next one is given.
         results = [expert(x_T.clone()) for expert in experts]
         tensors, rebuilds = zip(*map(unpack, results), strict=True)
