@@ -309,7 +309,7 @@ model(torch.ones(2, 3, 8, 8)).sum().backward()
 print(find_moe_layers(model)['1'].routing.load().sum().item())
 """
 #: What an installation without extras lacks.
-MORE_THAN_THE_CORE = ('mmdet', 'mmpretrain', 'mmcv', 'torchvision', 'plotly', 'scipy', 'tqdm')
+MORE_THAN_THE_CORE = ('mmdet', 'mmpretrain', 'mmcv', 'torchvision', 'plotly', 'scipy')
 USE_MODELS = """
 from mmengine.registry import MODELS
 import mmdet_moe.models as models
