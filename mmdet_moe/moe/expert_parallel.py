@@ -153,6 +153,12 @@ class SpreadExperts(Experts):
 
     def forward(self, x_T: Tensor, dispatcher: Dispatcher, *args: Any, **kwargs: Any) -> Any:
         """As :meth:`ModuleExperts.forward`; every rank of the group calls it."""
+        if dispatcher.is_dense:
+            raise ConfigError(
+                f'expert_parallel={self.parts}: experts of several ranks are in no graph that is '
+                'exported, traced or compiled with fullgraph=True; load the checkpoint in one '
+                'process'
+            )
         self._check()
         if self.take_vectors:
             x_T = autocast(x_T)  # before it travels: half the bytes

@@ -203,6 +203,8 @@ def refusals():
         'world', lambda: moe.MoELayer(nn.Conv2d(C, C, 1), 3, 1, in_channels=C, expert_parallel=3)
     )
     refused('state', Model('modules', 2, None).state_dict)
+    whole = Model('modules', 2, None).eval()
+    refused('export', lambda: torch.jit.trace(whole, x, check_trace=False))
     refused('DDP', lambda: DistributedDataParallel(Model('modules', 2, None))(x))
     refused('FSDP', lambda: fully_shard(Model('modules', 2, None))(x))
     model = Model('modules', 2, None)
@@ -308,6 +310,7 @@ def test_refused_in_one_sentence(ranks):
         sentences = rank['refused']
         assert 'does not divide the 4 ranks' in sentences['world']
         assert 'all_experts(model)' in sentences['state']
+        assert 'load the checkpoint in one process' in sentences['export']
         assert 'keep_from_ddp(model)' in sentences['DDP']
         assert 'ignored_params' in sentences['FSDP']
 
