@@ -461,3 +461,10 @@ def test_pure_python_configs(tmp_path, monkeypatch, digit_scenes_folder):
             assert isinstance(layer.router.constraint, moe.RelativeImportanceConstraint)
     cli.run_train([str(tmp_path / 'child.py'), f'--work-dir={tmp_path / "work"}'])
     assert (tmp_path / 'work' / 'epoch_1.pth').exists()
+
+
+def test_pre_commit_has_the_versions_of_the_tests():
+    pinned = (ROOT / 'requirements/dev.txt').read_text()
+    hooks = (ROOT / '.pre-commit-config.yaml').read_text()
+    (version,) = re.findall(r'ruff-pre-commit\n +rev: v(.*)', hooks)
+    assert f'ruff=={version}\n' in pinned
