@@ -3,7 +3,7 @@
 import os
 import random
 from collections.abc import Callable, Iterator
-from functools import wraps
+from functools import partial, wraps
 from typing import Any
 
 import numpy as np
@@ -76,6 +76,7 @@ class ExactResumeHook(Hook):
                 f'{counts} iterations, so that a resumed training equals the uninterrupted one'
             )
         if runner._resume:
+            _seed_loader(runner)
             self._restore()
             _validate_if_due(runner)
         if self._resumed is None:
@@ -149,6 +150,17 @@ class ExactResumeHook(Hook):
     def _restore(self) -> None:
         if self._resumed is not None and get_rank() < len(self._resumed['random']):
             _set_random_state(self._resumed['random'][get_rank()])
+
+
+def _seed_loader(runner: Runner) -> None:
+    # Where the config has no seed MMEngine goes on with that of the checkpoint, but has built the
+    # loader with another one.
+    loader = runner.train_loop.dataloader
+    for sampler in (loader.sampler, getattr(loader.batch_sampler, 'sampler', None)):
+        if hasattr(sampler, 'seed'):
+            sampler.seed = runner.seed
+    if isinstance(loader.worker_init_fn, partial) and 'seed' in loader.worker_init_fn.keywords:
+        loader.worker_init_fn = partial(loader.worker_init_fn, seed=runner.seed)
 
 
 def _is_whole(runner: Runner) -> bool:

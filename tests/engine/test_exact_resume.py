@@ -27,13 +27,13 @@ class Model(BaseModel):
         return {'loss': (y - 1).square().mean()} if mode == 'loss' else [y.mean()]
 
 
-def train(folder, stop=None, by_epoch=False, **options):
+def train(folder, stop=None, by_epoch=False, seed=5, **options):
     """Eight iterations of 24 images, or, by epoch, two of four; k-means needs 128 images."""
     images = torch.randn(8 * 24, 3, 4, 4, generator=torch.Generator().manual_seed(1))
     loader = dict(
         batch_size=24,
         dataset=[dict(inputs=image) for image in images[: 96 if by_epoch else None]],
-        sampler=dict(type='DefaultSampler' if by_epoch else 'InfiniteSampler', shuffle=False),
+        sampler=dict(type='DefaultSampler' if by_epoch else 'InfiniteSampler', shuffle=True),
         collate_fn=dict(type='default_collate'),
     )
     hook = dict(type='CheckpointHook', by_epoch=False, **options.pop('checkpoint', {}))
@@ -48,7 +48,7 @@ def train(folder, stop=None, by_epoch=False, **options):
         custom_hooks=[ExactResumeHook()],
         experiment_name=f'{folder.name}{stop}{len(options)}',
         log_level='ERROR',
-        randomness=dict(seed=5),
+        randomness=dict(seed=seed),
         **options,
     )  # fmt: skip
     runner.train()
@@ -60,6 +60,14 @@ def test_a_start_that_waits_for_items_goes_on(tmp_path):
     train(tmp_path / 'half', stop=3, checkpoint=dict(interval=3))
     resumed = train(tmp_path / 'half', resume=True, checkpoint=dict(interval=8))
     assert expected['moe.router.start.done']
+    torch.testing.assert_close(resumed, expected, rtol=0, atol=0)
+
+
+def test_a_seed_that_nobody_gave_is_kept(tmp_path):
+    train(tmp_path / 'half', stop=3, seed=None, checkpoint=dict(interval=3))
+    seed = torch.load(tmp_path / 'half/iter_3.pth')['meta']['seed']
+    expected = train(tmp_path / 'whole', seed=seed)
+    resumed = train(tmp_path / 'half', resume=True, seed=None)
     torch.testing.assert_close(resumed, expected, rtol=0, atol=0)
 
 
