@@ -72,7 +72,7 @@ class ExactResumeHook(Hook):
         if counts > 1 and not _is_whole(runner):
             note(
                 f'accumulative_counts={counts}: gradients between two steps of the optimizer are '
-                'not saved where ranks hold different weights; save every multiple of '
+                'not saved where ranks hold different weights; save at multiples of '
                 f'{counts} iterations, so that a resumed training equals the uninterrupted one'
             )
         if runner._resume:

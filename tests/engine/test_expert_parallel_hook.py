@@ -1,13 +1,17 @@
 """A Runner of two processes that hold the experts together, against one of one process."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.distributed as dist
+from mmengine.config import Config
 from mmengine.model import BaseModel
 from mmengine.runner import Runner
 from ranks import run_on_ranks
 from torch import nn
 
+from mmdet_moe import cli
 from mmdet_moe.engine import ExpertParallelHook
 from mmdet_moe.errors import ConfigError
 from mmdet_moe.moe import add_experts
@@ -107,3 +111,12 @@ def test_refused(ranks):
     for rank in ranks:
         assert 'EMAHook' in rank['EMA']
         assert 'load_from' in rank['resumed']
+
+
+@pytest.mark.parametrize('own', [[], [ExpertParallelHook()]])
+def test_tools_register_it_once(own, monkeypatch):
+    """Two of them would take the optimizer's state apart twice."""
+    built = SimpleNamespace(hooks=own, register_hook=own.append)
+    monkeypatch.setattr(Runner, 'from_cfg', lambda cfg: built)
+    cli._build_runner(Config({'default_scope': 'mmengine', 'launcher': 'none'}))
+    assert [isinstance(hook, ExpertParallelHook) for hook in own].count(True) == 1
