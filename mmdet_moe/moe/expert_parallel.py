@@ -151,8 +151,6 @@ class SpreadExperts(Experts):
     def _num_local(self) -> int:
         return self._num_experts // self.parts
 
-    # What ends a backward pass is told to the running one, which no compiled graph does.
-    @torch.compiler.disable
     def forward(self, x_T: Tensor, dispatcher: Dispatcher, *args: Any, **kwargs: Any) -> Any:
         """As :meth:`ModuleExperts.forward`; every rank of the group calls it."""
         self._check()
