@@ -501,7 +501,8 @@ def _build_runner(cfg: Config) -> Runner:
     runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
     runner.register_hook(ImageErrorHook())
     runner.register_hook(TestedCheckpointHook())
-    runner.register_hook(ExpertParallelHook())
+    if not any(isinstance(hook, ExpertParallelHook) for hook in runner.hooks):
+        runner.register_hook(ExpertParallelHook())
     return runner
 
 

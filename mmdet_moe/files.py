@@ -14,7 +14,10 @@ def replace_file(path: str | Path, content: bytes) -> None:
     Raises:
         OSError: It cannot be written; its ``filename`` is the path, and what was there still is.
     """
-    path = Path(path)
+    path = Path(os.path.realpath(path))  # a link stays one
+    if path.exists() and not path.is_file():  # such as /dev/null, which must not become a file
+        path.write_bytes(content)
+        return
     # A name of its own for each process; opened plainly, it gets the permissions of any new file.
     temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
     try:

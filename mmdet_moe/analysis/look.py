@@ -36,7 +36,7 @@ def pack(checkpoint: str | Path, out: str | Path = ASSET) -> None:
         checkpoint: One of MMEngine, of floating-point weights.
         out: The file to write.
     """
-    content = torch.load(checkpoint, map_location='cpu', weights_only=False)
+    content = torch.load(checkpoint, map_location='cpu', weights_only=True)
     packed = {}
     for name, tensor in content['state_dict'].items():
         if tensor.is_floating_point() and tensor.dim() > 1:

@@ -60,7 +60,8 @@ def guard_reading(module: ModuleType) -> None:
 
     @wraps(from_url)
     def read_url(url: str, *args: Any, **kwargs: Any) -> Any:
-        kwargs.setdefault('weights_only', os.environ.get(TRUST_VARIABLE) not in ('1', 'y', 'true'))
+        trusted = os.environ.get(TRUST_VARIABLE, '').lower() in ('1', 'y', 'yes', 'true')
+        kwargs.setdefault('weights_only', not trusted)
         return _read(lambda: from_url(url, *args, **kwargs), url)
 
     module._safe_torch_load = read

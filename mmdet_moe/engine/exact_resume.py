@@ -1,8 +1,9 @@
 """A training that was interrupted goes on as if it had not been."""
 
+import os
 import random
 from collections.abc import Callable, Iterator
-from functools import wraps
+from functools import partial, wraps
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from mmdet_moe.compat.distributed import note
 from mmdet_moe.engine.hooks.layers import unwrapped_model
 from mmdet_moe.files import remove_left_overs
+from mmdet_moe.moe.kmeans_start import KMeansStart
 
 _KEY = 'mmdet_moe_resumption'
 
@@ -24,17 +26,19 @@ _KEY = 'mmdet_moe_resumption'
 class ExactResumeHook(Hook):
     """Puts what MMEngine leaves out of its checkpoints into them, and takes it up again.
 
-    That is the state of the random numbers of every rank, and with ``accumulative_counts`` the
-    gradients between two steps of the optimizer. A validation leaves the random numbers as they
-    were, so that a training goes on alike with and without it. Former checkpoints are deleted
-    once the new one is there, and not before, so that there always is one.
+    That is the state of the random numbers of every rank, with ``accumulative_counts`` the
+    gradients between two steps of the optimizer, and the items that ``init='kmeans'`` has seen so
+    far. A validation leaves the random numbers as they were, so that a training goes on alike with
+    and without it. Former checkpoints are deleted once the new one is there, and not before, so
+    that there always is one.
 
     MMEngine saves a checkpoint before it validates the model, and would never make up for the
     validation that an interruption has cost; the hook does, before the training goes on.
 
     Random numbers that the workers of a data loader draw start anew in a resumed training of
     iterations; with ``num_workers=0``, and in one of epochs without ``persistent_workers``, they
-    are those of the uninterrupted one.
+    are those of the uninterrupted one. Gradients between two steps are lost where ranks hold
+    different weights (``expert_parallel``, FSDP); the log says so at the start.
     """
 
     priority = 'LOWEST'
@@ -55,20 +59,32 @@ class ExactResumeHook(Hook):
         theirs = runner.save_checkpoint
 
         @wraps(theirs)
-        def save_checkpoint(*args: Any, **kwargs: Any) -> None:
+        def save_checkpoint(out_dir: str, filename: str, *args: Any, **kwargs: Any) -> None:
             self._saved = self._state(runner)  # all ranks come here, and the first one saves
-            theirs(*args, **kwargs)
+            theirs(out_dir, filename, *args, **kwargs)
             while self._deletions:
                 delete, path = self._deletions.pop()
-                delete(path)
+                if path != os.path.join(out_dir, filename):  # else it is the new one, replaced
+                    delete(path)
 
         runner.save_checkpoint = save_checkpoint
+        counts = getattr(runner.optim_wrapper, '_accumulative_counts', 1)
+        if counts > 1 and not _is_whole(runner):
+            note(
+                f'accumulative_counts={counts}: gradients between two steps of the optimizer are '
+                'not saved where ranks hold different weights; save at multiples of '
+                f'{counts} iterations, so that a resumed training equals the uninterrupted one'
+            )
         if runner._resume:
+            _seed_loader(runner)
             self._restore()
             _validate_if_due(runner)
         if self._resumed is None:
             return
-        parameters = dict(unwrapped_model(runner).named_parameters())
+        model = unwrapped_model(runner)
+        for name, seen in self._resumed.get('seen', {}).items():
+            model.get_submodule(name)._seen = seen
+        parameters = dict(model.named_parameters())
         for name, gradient in self._resumed['gradients'].items():
             parameters[name].grad = gradient.to(parameters[name])
         loop = runner.train_loop
@@ -79,7 +95,7 @@ class ExactResumeHook(Hook):
     def before_train_epoch(self, runner: Runner) -> None:
         """Take up the random numbers."""
         if isinstance(loop := runner.train_loop, EpochBasedTrainLoop):
-            if self._resumed is not None and loop.iter % len(loop.dataloader):
+            if self._resumed is not None and not _at_end_of_epoch(loop):
                 note(
                     f'--resume: the checkpoint is of the middle of epoch {loop.epoch + 1}, which '
                     'starts anew'
@@ -108,29 +124,61 @@ class ExactResumeHook(Hook):
             self._resumed = checkpoint.pop(_KEY, None)
 
     def _state(self, runner: Runner) -> dict[str, Any]:
-        gradients, model = {}, unwrapped_model(runner)
-        # Shards, and experts that live on one rank alone, have no mean.
-        is_whole = isinstance(runner.model, DistributedDataParallel) or get_world_size() == 1
-        is_whole &= not getattr(model, '_ddp_params_and_buffers_to_ignore', ())
-        wrapper = runner.optim_wrapper
-        if is_whole and isinstance(wrapper, OptimWrapper) and not wrapper.should_update():
+        gradients, model, wrapper = {}, unwrapped_model(runner), runner.optim_wrapper
+        if _is_whole(runner) and isinstance(wrapper, OptimWrapper) and not wrapper.should_update():
             # Every rank has the gradients of its own images. As the mean over the ranks is all that
-            # counts in the end, each goes on with it.
-            for name, parameter in model.named_parameters():
-                if parameter.grad is not None:
-                    all_reduce(parameter.grad, op='mean')
-                    gradients[name] = parameter.grad.cpu().clone()
+            # counts in the end, each goes on with it; one without a gradient has one of zeros.
+            parameters = dict(model.named_parameters())
+            own = [name for name, parameter in parameters.items() if parameter.grad is not None]
+            for name in sorted(set().union(*all_gather_object(own))):
+                parameter = parameters[name]
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+                all_reduce(parameter.grad, op='mean')
+                gradients[name] = parameter.grad.cpu().clone()
         random_state = self._validating or _random_state()
-        return {'random': all_gather_object(random_state), 'gradients': gradients}
+        return {
+            'random': all_gather_object(random_state),
+            'gradients': gradients,
+            'seen': {
+                name: module._seen
+                for name, module in model.named_modules()
+                if isinstance(module, KMeansStart) and module._seen
+            },
+        }
 
     def _restore(self) -> None:
         if self._resumed is not None and get_rank() < len(self._resumed['random']):
             _set_random_state(self._resumed['random'][get_rank()])
 
 
+def _seed_loader(runner: Runner) -> None:
+    # Where the config has no seed MMEngine goes on with that of the checkpoint, but has built the
+    # loader with another one.
+    loader = runner.train_loop.dataloader
+    for sampler in (loader.sampler, getattr(loader.batch_sampler, 'sampler', None)):
+        if hasattr(sampler, 'seed'):
+            sampler.seed = runner.seed
+    if isinstance(loader.worker_init_fn, partial) and 'seed' in loader.worker_init_fn.keywords:
+        loader.worker_init_fn = partial(loader.worker_init_fn, seed=runner.seed)
+
+
+def _is_whole(runner: Runner) -> bool:
+    """Whether every rank has all weights: shards, and spread experts, have no mean."""
+    ignored = getattr(unwrapped_model(runner), '_ddp_params_and_buffers_to_ignore', ())
+    is_wrapped = isinstance(runner.model, DistributedDataParallel)
+    return not ignored and (is_wrapped or get_world_size() == 1)
+
+
+def _at_end_of_epoch(loop: EpochBasedTrainLoop) -> bool:
+    return loop.iter == loop.epoch * len(loop.dataloader)
+
+
 def _validate_if_due(runner: Runner) -> None:
     loop = runner.train_loop
     is_by_epoch = isinstance(loop, EpochBasedTrainLoop)
+    if is_by_epoch and not _at_end_of_epoch(loop):
+        return  # it was validated before these weights
     done, end = (loop.epoch, loop.max_epochs) if is_by_epoch else (loop.iter, loop.max_iters)
     if runner.val_loop is None or done < max(getattr(loop, 'val_begin', done + 1), 1):
         return

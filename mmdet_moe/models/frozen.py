@@ -62,6 +62,11 @@ class _Cached:
     def __call__(self, x: Tensor) -> Maps:
         # That of the class, because this object stands in the place of the module's.
         compute: Callable[[Tensor], Maps] = type(self.module).forward.__get__(self.module)
+        if not isinstance(x, Tensor):
+            raise ConfigError(
+                f'Frozen: cache is for a backbone, but {type(self.module).__name__} is given a '
+                f'{type(x).__name__} instead of images; leave cache out'
+            )
         if torch.compiler.is_compiling() or torch.jit.is_tracing() or x.requires_grad or not len(x):
             return compute(x)
         paths = self._paths(x)
@@ -69,6 +74,7 @@ class _Cached:
         if missing := [i for i, maps in enumerate(found) if maps is None]:
             with torch.no_grad():
                 computed = compute(x if len(missing) == len(x) else x[missing])
+            self._check(computed, len(missing))
             for row, i in enumerate(missing):
                 is_one = isinstance(computed, Tensor)
                 # A view would be written with all of its batch.
@@ -96,6 +102,11 @@ class _Cached:
         state = self.module.state_dict(keep_vars=True)
         seen = [(t._version, t.data_ptr(), t.dtype) for t in state.values()]
         if seen != self._seen:
+            if trained := [name for name, tensor in state.items() if tensor.requires_grad]:
+                raise ConfigError(
+                    f'Frozen: cache would keep {trained[0]} from training, which is a part of '
+                    f'{type(self.module).__name__}; leave cache out, or put no experts into it'
+                )
             digest = hashlib.blake2b(self.config.encode())
             for name, tensor in state.items():
                 digest.update(name.encode())
@@ -103,6 +114,16 @@ class _Cached:
                 digest.update(content.view(torch.uint8).numpy())
             self._seen, self._fingerprint = seen, digest.digest()
         return self._fingerprint
+
+    def _check(self, computed: object, num_images: int) -> None:
+        maps = (computed,) if isinstance(computed, Tensor) else computed
+        if not isinstance(maps, (tuple, list)) or not all(
+            isinstance(m, Tensor) and len(m) == num_images for m in maps
+        ):
+            raise ConfigError(
+                f'Frozen: cache is for maps, one of each image, but {type(self.module).__name__} '
+                f'gives a {type(computed).__name__} of something else; leave cache out'
+            )
 
     def _write(self, path: Path, maps: Maps) -> None:
         content = io.BytesIO()

@@ -116,7 +116,7 @@ class DomainsDetectorExperiment(Experiment):
 
     def _write_config(self, name: str, method: Method) -> None:
         """The config of a training: a file that ``tools/train.py`` runs, too."""
-        names = [of for of in self.names if not HEADS[name].apart or method.name.endswith(of)]
+        names = [of for of in self.names if method.name in (name, f'{name}, {of}')]
         text = config_text(
             HEADS[name],
             {of: (str(self.data / of), self.classes[of]) for of in names},
@@ -328,14 +328,14 @@ def markdown_table(
                 continue
             aps = [[100 * ap for ap in of_data_sets(runs, names)] for runs in by_seed.values()]
             paired = gains.get(name)
-            first = next(iter(by_seed.values()))[0]
+            first = next(iter(by_seed.values()))
             seconds = [runs[0].seconds_per_iteration for runs in by_seed.values()]
             cells = [name, str(len(by_seed)), mean_and_std([np.mean(ap) for ap in aps], 1)]
             cells.append(f'{mean_std(paired)[0]:+.1f}' if paired else NOTHING)
             cells += [mean_and_std(of_set, 1) for of_set in zip(*aps, strict=True)]
             cells += [f'{flops[name] / 1e6:.0f}', f'{mean_std(seconds)[0]:.2f}']
-            cells.append(f'{first.total_parameters / 1e3:,.0f} k')
-            if not first.layers:
+            cells.append(f'{sum(run.total_parameters for run in first) / 1e3:,.0f} k')
+            if not first[0].layers:
                 yield [*cells, NOTHING, NOTHING]
                 continue
             runs = [of_seed[0] for of_seed in by_seed.values()]

@@ -112,6 +112,16 @@ def test_code_behind_an_address_is_refused(tmp_path, monkeypatch, server):
     assert not Path('hacked').exists()
 
 
+def test_an_address_can_be_trusted(tmp_path, monkeypatch, server):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv('TORCH_HOME', str(tmp_path))
+    monkeypatch.setenv('TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD', 'YES')  # as PyTorch reads it
+    torch.save({'meta': Malicious(os.mkdir, 'made')}, 'mine.pth')
+    server.files['/mine.pth'] = Path('mine.pth').read_bytes()
+    load(f'{server.url}/mine.pth')
+    assert Path('made').is_dir()
+
+
 def test_files_can_be_trusted(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv('TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD', '1')
@@ -180,6 +190,18 @@ def test_what_is_written_stands_beside_until_it_is_whole(tmp_path, monkeypatch):
     put(b'new', str(path))
     assert synced == [False, True]
     assert path.read_bytes() == b'new'
+
+
+def test_links_stay_links_and_devices_devices(tmp_path):
+    (tmp_path / 'link').symlink_to('file')
+    replace_file(tmp_path / 'link', b'new')
+    assert (tmp_path / 'link').is_symlink()
+    assert (tmp_path / 'file').read_bytes() == b'new'
+    reader, terminal = os.openpty()
+    replace_file(os.ttyname(terminal), b'new')
+    assert os.read(reader, 9) == b'new'
+    os.close(reader)
+    os.close(terminal)
 
 
 def test_left_overs_of_killed_processes_are_removed(tmp_path):

@@ -1,13 +1,20 @@
 """A Runner of two processes that hold the experts together, against one of one process."""
 
+from contextlib import nullcontext
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.distributed as dist
+from mmengine.config import Config
 from mmengine.model import BaseModel
+from mmengine.optim import OptimWrapperDict
 from mmengine.runner import Runner
 from ranks import run_on_ranks
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
+from mmdet_moe import cli
 from mmdet_moe.engine import ExpertParallelHook
 from mmdet_moe.errors import ConfigError
 from mmdet_moe.moe import add_experts
@@ -107,3 +114,28 @@ def test_refused(ranks):
     for rank in ranks:
         assert 'EMAHook' in rank['EMA']
         assert 'load_from' in rank['resumed']
+
+
+@pytest.mark.parametrize('own', [[], [ExpertParallelHook()]])
+def test_tools_register_it_once(own, monkeypatch):
+    """Two of them would take the optimizer's state apart twice."""
+    built = SimpleNamespace(hooks=own, register_hook=own.append)
+    monkeypatch.setattr(Runner, 'from_cfg', lambda cfg: built)
+    cli._build_runner(Config({'default_scope': 'mmengine', 'launcher': 'none'}))
+    assert [isinstance(hook, ExpertParallelHook) for hook in own].count(True) == 1
+
+
+@pytest.mark.parametrize(('changes', 'parts', 'match'), [
+    ({}, (2,), None),
+    ({}, (2, 4), 'same number in all layers'),
+    ({'model': nn.Linear(1, 1)}, (2,), 'use MMDistributedDataParallel'),
+    ({'optim_wrapper': OptimWrapperDict()}, (2,), 'use one OptimWrapper'),
+    ({'optim_wrapper': SimpleNamespace(loss_scaler=torch.amp.GradScaler('cpu'))}, (2,), 'bfloat16'),
+])  # fmt: skip
+def test_refused_by_itself(changes, parts, match):
+    """What two processes are not needed for."""
+    ddp = DistributedDataParallel.__new__(DistributedDataParallel)
+    runner = SimpleNamespace(**{'model': ddp, 'optim_wrapper': None, 'hooks': [], **changes})
+    spread = [SimpleNamespace(parts=number) for number in parts]
+    with pytest.raises(ConfigError, match=match) if match else nullcontext():
+        ExpertParallelHook()._check(runner, spread)

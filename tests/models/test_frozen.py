@@ -116,6 +116,24 @@ def test_nothing_is_read_of_something_else(counted, tmp_path):
     assert computed == [1] * 5
 
 
+def test_what_is_no_backbone_has_no_cache(tmp_path, monkeypatch):
+    neck = MODELS.build({'type': 'mmdet_moe.Frozen', 'module': NECK, 'cache': str(tmp_path)})
+    with pytest.raises(ConfigError, match='given a list instead of images'):
+        neck(inputs())
+    backbone = with_cache(tmp_path)
+    for made in ([(torch.ones(2), torch.ones(2))], torch.ones(1), {'maps': torch.ones(2)}):
+        monkeypatch.setattr(type(backbone), 'forward', lambda self, x, made=made: made)
+        with pytest.raises(ConfigError, match='is for maps, one of each image'):
+            backbone(torch.randn(2, 3, 32, 32))
+
+
+def test_what_trains_has_no_cache(tmp_path):
+    model = with_cache(tmp_path)
+    model.layer4[0].conv1.requires_grad_(True)
+    with pytest.raises(ConfigError, match=r'keep layer4\.0\.conv1\.weight from training'):
+        model(torch.randn(1, 3, 32, 32))
+
+
 def test_a_cache_that_cannot_be_written(tmp_path):
     (tmp_path / 'cache').touch()
     with pytest.raises(ConfigError, match='choose another folder'):

@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from torch import nn
 
 from mmdet_moe.errors import NonFiniteRouterError
-from mmdet_moe.moe import MoELayer
+from mmdet_moe.moe import ModuleExperts, MoELayer
 
 C = 3
 CONSTRAINTS = {
@@ -354,6 +354,10 @@ def test_a_batch_norm_rests_on_a_single_value():
     assert norm.num_batches_tracked == 0
     assert norm.training
     y.sum().backward()
+    # The experts may have been in another list before, as those that are spread over ranks.
+    ModuleExperts(layer.experts)
+    layer(x)
+    assert norm.training
 
 
 def test_a_batch_norm_takes_the_items_of_its_expert():

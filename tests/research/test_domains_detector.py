@@ -51,6 +51,7 @@ def test_table_by_hand():
     )
     assert dense == [DENSE, '1', '25.0', '–', '40.0', '10.0', '12', '0.25', '2,346 k', '–', '–']
     assert apart[1:6] == ['2', '12.5 ± 17.7', '+0.0', '25.0 ± 35.4', '0.0 ± 0.0']
+    assert apart[8] == '4,691 k'  # of both
     assert experts[2:6] == ['28.0', '+3.0', '44.0', '12.0']
     assert experts[-2:] == ['0.50 / 0.25', '2 of 4']
 
@@ -95,8 +96,9 @@ def test_all_in_miniature(tmp_path, data, monkeypatch):
 
 
 def test_each_data_set_alone(tmp_path, data):
+    (data / NAMES[1]).rename(data / f'other{NAMES[0]}')  # a name that ends with the other one
     made = DomainsDetectorExperiment(data, tmp_path / 'runs', [0], 1)
-    assert [m.name for m in made.methods(APART)] == [f'{APART}, {name}' for name in NAMES]
+    assert [m.name for m in made.methods(APART)] == [f'{APART}, {name}' for name in made.names]
     for method in made.methods(APART):
         made._write_config(APART, method)
         cfg = Config.fromfile(f'{method.config}.py')

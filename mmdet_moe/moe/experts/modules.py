@@ -29,7 +29,9 @@ class ModuleExperts(ModuleList, Experts):
     def __init__(self, modules: Iterable[nn.Module], **kwargs: Any) -> None:
         super().__init__(modules, **kwargs)
         for module in self.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            # Once: it may have been in a list of experts before, or be in a layer inside of one.
+            if isinstance(module, nn.modules.batchnorm._BatchNorm) and not hasattr(module, 'rests'):
+                module.rests = False
                 module.register_forward_pre_hook(_rest_on_a_single_value)
                 module.register_forward_hook(_go_on)
 
