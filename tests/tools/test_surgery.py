@@ -133,6 +133,8 @@ def test_mistakes_in_upcycling(data, tmp_path):
 
     with pytest.raises(ConfigError, match='has no sparse experts'):
         run(dense.config, dense.checkpoint, dense.config)
+    with pytest.raises(ConfigError, match='that the dense one has not'):
+        run(moe.config, moe.checkpoint, moe.config)
     with pytest.raises(ConfigError, match='lacks'):
         run(dense.config, moe.checkpoint, moe.config)
     with pytest.raises(ConfigError, match=r"no place for \d+ of .* such as 'backbone.layer1.2"):
@@ -443,6 +445,8 @@ def test_set_top_k():
     with pytest.raises(ConfigError, match=r'top_k=3 must lie between 1 and 2, .* layer "one"'):
         set_top_k(layers, 3)
     assert layers['two'].top_k == 2
+    with pytest.raises(ConfigError, match='there is no layer "only"; there is two, one'):
+        set_top_k(layers, {'only': 1})
     with pytest.raises(ConfigError, match='no sparse experts'):
         set_top_k(layers['only'], 1)
 
