@@ -366,7 +366,7 @@ def test_deformable_attention(generator):
     tensors = [tensor.requires_grad_() for tensor in (value, places, weights)]
     assert torch.autograd.gradcheck(lambda v, p, w: attend(v, shapes, starts, p, w, 64), tensors)
     with torch.no_grad():
-        middle = torch.tensor([(1 + 0.5) / 5, (2 + 0.5) / 4]).expand_as(places).double()
+        middle = torch.tensor([(1 + 0.5) / 5, (2 + 0.5) / 4], dtype=torch.float64).expand_as(places)
         one = torch.zeros_like(weights)
         one[..., 1, 0] = 1
         expected = value[:, 6 + 2 * 5 + 1].flatten(1)[:, None].expand(2, 4, 6)
