@@ -51,7 +51,11 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         '--dynamic', action='store_true', help='batches and images of any size, not of one'
     )
     parser.add_argument(
-        '--size', type=int, nargs=2, metavar=('H', 'W'), help='of the images (that of the first)'
+        '--size',
+        type=int,
+        nargs=2,
+        metavar=('H', 'W'),
+        help="of the images (that of the first, filled up to the model's pad_size_divisor)",
     )
     parser.add_argument(
         '--verify',
@@ -147,10 +151,11 @@ class SecondStage(nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.head = model.roi_head.bbox_head
+        self.shared = getattr(model.roi_head, 'shared_head', None) or nn.Identity()
 
     def forward(self, regions: Tensor) -> tuple[Tensor, ...]:
         """(R, C, h, w), as the detector's RoI extractor gives them."""
-        return tuple(leaf for leaf in self.head(regions) if leaf is not None)
+        return tuple(leaf for leaf in self.head(self.shared(regions)) if leaf is not None)
 
 
 def swaps_channels(preprocessor: nn.Module) -> bool:
@@ -206,7 +211,7 @@ def export_model(args: argparse.Namespace) -> bool:
     if needs_images:
         data = AnalysisData(cfg, args.split, max(args.verify, 1))
         images = list(_images(data))
-    size = tuple(args.size or images[0].shape[1:])
+    size = tuple(args.size or _filled_up(images[0].shape[1:], model.data_preprocessor))
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter('ignore')
         parts = _parts(model, args, size)
@@ -234,8 +239,12 @@ def _check(args: argparse.Namespace) -> None:
     if args.out.suffix != '.onnx':
         raise ConfigError(f"--out must end in .onnx, got '{args.out}'")
     check_folder(args.out.absolute().parent, '--out')
-    if args.out.exists() and not args.overwrite:
-        raise ConfigError(f"--out: '{args.out}' exists; choose another name, or use --overwrite")
+    _check_new(args.out, args.overwrite)
+
+
+def _check_new(path: Path, overwrite: bool) -> None:
+    if path.exists() and not overwrite:
+        raise ConfigError(f"--out: '{path}' exists; choose another name, or use --overwrite")
 
 
 def _is_there(name: str) -> bool:
@@ -244,6 +253,12 @@ def _is_there(name: str) -> bool:
     except ImportError:
         return False
     return True
+
+
+def _filled_up(size: Sequence[int], preprocessor: nn.Module) -> list[int]:
+    """A size as the model's own batches have it."""
+    divisor = getattr(preprocessor, 'pad_size_divisor', 1)
+    return [-(-length // divisor) * divisor for length in size]
 
 
 def _images(data: AnalysisData) -> Iterator[Tensor]:
@@ -283,6 +298,7 @@ def _parts(model: nn.Module, args: argparse.Namespace, size: tuple[int, int]) ->
         return extractor(features[: extractor.num_inputs], _boxes(images))
 
     path = args.out.with_name(f'{args.out.stem}_regions.onnx')
+    _check_new(path, args.overwrite)
     named = [
         n for n, w in (('cls_score', head.with_cls), ('bbox_pred', head.with_reg)) if w
     ]  # as the head's predict_by_feat calls them
@@ -357,7 +373,7 @@ def _batches(images: list[Tensor], size: tuple[int, int], dynamic: bool) -> Iter
     for i, image in enumerate(images):
         height, width = size
         batch = [image]
-        if dynamic and i % 2:
+        if dynamic and i % 2 == 0:  # the first too, as it may be the only one
             height, width = max(height - 32, 32), max(width - 64, 32)
             batch = [image, images[i - 1]]
         filled = [_canvas(image, height, width) for image in batch]

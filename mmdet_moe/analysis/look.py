@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from mmdet_moe.analysis.command import analyse, parse
+from mmdet_moe.analysis.measuring import write_checkpoint
 from mmdet_moe.cli import check_folder, fail
 from mmdet_moe.compat.configs import config_path
 from mmdet_moe.datasets import digit_scenes
@@ -110,8 +111,9 @@ def look(out: Path, images: int = 100, verbose: bool = False) -> dict:
     check_folder(out, '--out')
     data, checkpoint = out / f'images_{images}', out / ASSET.name
     digit_scenes.generate(data, num_train=1, num_val=images, size=256, seed=0)
-    if not checkpoint.exists():
-        torch.save(unpack(), checkpoint)
+    content = unpack()
+    # Again each time: what is there may be that of an earlier version, or of an interrupted run.
+    write_checkpoint(checkpoint, content['state_dict'], content['meta'])
     arguments = [config_path(CONFIG), str(checkpoint), f'--out={out / f"experts_{images}"}']
     if verbose:
         arguments.append('--verbose')

@@ -126,12 +126,14 @@ def predict(model: nn.Module, data: AnalysisData, name: str = 'images') -> BoxRe
         name: What the progress bar is called.
     """
     parts: list[BoxRecords | np.ndarray] = []
+    done = 0  # the bar does not count where TQDM_DISABLE switches it off
     with tqdm(total=len(data), desc=name, unit=' images', mininterval=0.5) as bar:
         for batch in data.batches():
             results = model.test_step(batch)
-            parts.append(predictions_of(range(bar.n, bar.n + len(results)), results))
+            parts.append(predictions_of(range(done, done + len(results)), results))
+            done += len(results)
             bar.update(len(results))
-            if bar.n == len(data):
+            if done == len(data):
                 break
     return concatenated(parts)
 

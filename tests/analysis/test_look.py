@@ -39,6 +39,8 @@ def test_the_shipped_model(tmp_path, capsys):
     with DefaultScope.overwrite_default_scope('mmdet'):
         model = MODELS.build(Config.fromfile(config_path(CONFIG)).model)
     model.load_state_dict(unpack()['state_dict'])
+    (tmp_path / 'look').mkdir()
+    (tmp_path / 'look' / ASSET.name).write_bytes(b'of an interrupted run')
     run_look(['--out', str(tmp_path / 'look'), '--images', '4'])
     (results,) = tmp_path.glob('look/experts_4')
     experts = json.loads((results / 'experts.json').read_text())

@@ -4,6 +4,7 @@ import json
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -161,6 +162,25 @@ def test_mistakes(argv, message, capsys):
         run_export(['config.py', 'checkpoint.pth', *argv])
     assert status.value.code == 2
     assert re.search(message, capsys.readouterr().err)
+
+
+@pytest.mark.parametrize('shared', [None, torch.nn.Conv2d(4, 4, 2)])
+def test_second_stage(shared):
+    """What stands between RoIAlign and the box head is part of it."""
+    head = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.LazyLinear(3))
+    head.forward, plain = lambda x: (torch.nn.Sequential.forward(head, x), None), head.forward
+    model = SimpleNamespace(roi_head=SimpleNamespace(bbox_head=head, shared_head=shared))
+    regions = torch.randn(5, 4, 7, 7)
+    (found,) = deployment.SecondStage(model)(regions)
+    assert torch.equal(found, plain(regions if shared is None else shared(regions)))
+
+
+def test_size_and_files():
+    """The size is that of the model's own batches; even one image tests another size."""
+    assert deployment._filled_up((50, 64), SimpleNamespace(pad_size_divisor=32)) == [64, 64]
+    assert deployment._filled_up((50, 64), torch.nn.Identity()) == [50, 64]
+    (batch,) = deployment._batches([torch.ones(3, 64, 64)], (64, 128), True)
+    assert batch.shape == (2, 3, 32, 64)
 
 
 def test_without_the_packages(monkeypatch, capsys):

@@ -2,12 +2,16 @@
 
 import importlib.util
 import re
+from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from tiny_tools import CLASSIFIER, DETECTOR, ROOT, Tool, tiny_classifier
 
 from mmdet_moe import cli
+from mmdet_moe.analysis import measuring
+from mmdet_moe.analysis.data import AnalysisData
 from mmdet_moe.analysis.models import load_model
 from mmdet_moe.analysis.surgery import merge, prune, upcycle
 from mmdet_moe.errors import ConfigError
@@ -129,6 +133,8 @@ def test_mistakes_in_upcycling(data, tmp_path):
 
     with pytest.raises(ConfigError, match='has no sparse experts'):
         run(dense.config, dense.checkpoint, dense.config)
+    with pytest.raises(ConfigError, match='that the dense one has not'):
+        run(moe.config, moe.checkpoint, moe.config)
     with pytest.raises(ConfigError, match='lacks'):
         run(dense.config, moe.checkpoint, moe.config)
     with pytest.raises(ConfigError, match=r"no place for \d+ of .* such as 'backbone.layer1.2"):
@@ -243,6 +249,18 @@ def test_pruned_detector(detector, tmp_path):
         detector.run(
             prune.prune_checkpoint, prune.parse, tmp_path / 'no', *more, '--layer', HEADS[0]
         )
+
+
+def test_without_a_progress_bar(detector, monkeypatch):
+    """TQDM_DISABLE=1 makes a bar that does not count, and no other metrics."""
+    options = dict(option.split('=') for option in detector.options[1:])
+    model, _ = loaded(detector.config, detector.checkpoint, options)
+    data = AnalysisData(cli.load_config(str(detector.config), options), 'val', 3)
+    found = measuring.predict(model, data)
+    monkeypatch.setattr(measuring, 'tqdm', partial(measuring.tqdm, disable=True))
+    other = measuring.predict(model, data)
+    assert set(other.image) == {0, 1, 2}
+    assert all(np.array_equal(value, getattr(other, name)) for name, value in vars(found).items())
 
 
 def test_effect_of_removal(data, tmp_path, capsys):
@@ -381,12 +399,15 @@ MUMOE = "experts=[dict(at='head.fc', type='mmdet_moe.CPMuMoE', num_experts=3, ra
         (EXPERTS.replace('top_k=2', 'width=0.5').replace("'head.fc'", "'backbone.layer4'")
          .replace("'token'", "'image'"), 'average', 'not as wide as the dense layer'),
         (MUMOE, 'average', 'is a μMoE'),
+        (EXPERTS, 'average --lr 1', '--lr is for --how distill; --how average trains nothing'),
+        (EXPERTS, 'expert=1 --weights load', '--weights load: --how expert=1 has nothing to weigh'),
+        (EXPERTS, 'distill --iterations 0', '--iterations=0 must be'),
     ],
 )  # fmt: skip
 def test_mistakes_in_merging(experts, how, message, data, tmp_path):
     tool = Classifier(tmp_path / 'tool', data, experts)
     with pytest.raises(ConfigError, match=message):
-        tool.run(merge.merge_checkpoint, merge.parse, tmp_path / 'out', '--how', how)
+        tool.run(merge.merge_checkpoint, merge.parse, tmp_path / 'out', '--how', *how.split())
     assert not (tmp_path / 'out').exists()
 
 
@@ -424,6 +445,8 @@ def test_set_top_k():
     with pytest.raises(ConfigError, match=r'top_k=3 must lie between 1 and 2, .* layer "one"'):
         set_top_k(layers, 3)
     assert layers['two'].top_k == 2
+    with pytest.raises(ConfigError, match='there is no layer "only"; there is two, one'):
+        set_top_k(layers, {'only': 1})
     with pytest.raises(ConfigError, match='no sparse experts'):
         set_top_k(layers['only'], 1)
 

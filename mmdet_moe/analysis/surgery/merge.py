@@ -32,6 +32,9 @@ from mmdet_moe.moe.dispatcher import unpack
 from mmdet_moe.moe.surgery.merging import dense_prefix, merged_entries
 from mmdet_moe.moe.surgery.siblings import Chain
 
+#: Options of --how distill alone, and what they are by default.
+_DISTILLING = {'iterations': 500, 'lr': 1e-4, 'seed': 0}
+
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The arguments of the command line."""
@@ -56,11 +59,11 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help='what each expert counts in the average: the same, or the items that it '
         'gets (uniform)',
     )
+    parser.add_argument('--iterations', type=int, metavar='N', help='of --how distill (500)')
+    parser.add_argument('--lr', type=float, help='of --how distill, with Adam (1e-4)')
     parser.add_argument(
-        '--iterations', type=int, default=500, metavar='N', help='of --how distill (500)'
+        '--seed', type=int, help='of --how distill, for the order of the images (0)'
     )
-    parser.add_argument('--lr', type=float, default=1e-4, help='of --how distill, with Adam (1e-4)')
-    parser.add_argument('--seed', type=int, default=0, help='for the order of the images (0)')
     parser.add_argument(
         '--dense-config',
         metavar='FILE',
@@ -131,8 +134,6 @@ def merge_checkpoint(args: argparse.Namespace) -> tuple[dict, dict]:
 def _check(args: argparse.Namespace) -> int | None:
     """Which expert alone is to be left, if one."""
     check_output(args, args.config, args.checkpoint, args.dense_config or args.config)
-    check_integer('merge_experts', '--iterations', args.iterations, 1)
-    check_number('merge_experts', '--lr', args.lr, above=0)
     kind, _, number = args.how.partition('=')
     if args.how not in ('average', 'distill') and not (kind == 'expert' and number.isdigit()):
         raise ConfigError(
@@ -141,6 +142,13 @@ def _check(args: argparse.Namespace) -> int | None:
         )
     if number and args.weights != 'uniform':
         raise ConfigError(f'--weights {args.weights}: --how {args.how} has nothing to weigh')
+    for name, default in _DISTILLING.items():
+        if getattr(args, name) is None:
+            setattr(args, name, default)
+        elif args.how != 'distill':
+            raise ConfigError(f'--{name} is for --how distill; --how {args.how} trains nothing')
+    check_integer('merge_experts', '--iterations', args.iterations, 1)
+    check_number('merge_experts', '--lr', args.lr, above=0)
     return int(number) if number else None
 
 

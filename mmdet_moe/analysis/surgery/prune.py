@@ -127,14 +127,14 @@ def prune_checkpoint(args: argparse.Namespace) -> tuple[dict, dict]:
         set_experts(smaller_cfg, place, len(kept[next(iter(group))]))
     smaller = without_experts(model, kept, build_model(smaller_cfg))
     before, after, text = compare(data, found, predict(smaller, data, 'pruned'))
+    changed = {n: layer for n, layer in layers.items() if len(kept[n]) < layer.num_experts}
     notes = [
         f'prune_experts: layer "{name}" has kept the experts {_numbers(kept[name])} of '
         f'{layer.num_experts}, by {args.by} on {len(data)} images ({args.split})'
-        for name, layer in layers.items()
-        if len(kept[name]) < layer.num_experts
+        for name, layer in changed.items()
     ]
     write_model(args.out, smaller_cfg, smaller, meta, notes)
-    print('', _table(layers, usage, values, kept), '', text, *_remarks(cfg, layers), sep='\n')
+    print('', _table(layers, usage, values, kept), '', text, *_remarks(cfg, changed), sep='\n')
     print(f'\nPruned model: {args.out}')
     return before, after
 

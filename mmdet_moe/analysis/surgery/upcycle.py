@@ -71,11 +71,12 @@ def upcycle_checkpoint(args: argparse.Namespace) -> tuple[dict, dict]:
     data = images_of(args, cfg, meta)
     torch.manual_seed(args.seed)
     model = build_model(cfg)
-    layers = find_moe_layers(model)
+    there = find_moe_layers(dense)
+    layers = {name: m for name, m in find_moe_layers(model).items() if name not in there}
     if not layers:
         raise ConfigError(
-            f"MOE_CONFIG: the model of '{args.moe_config}' has no sparse experts; give the config "
-            'of one that has'
+            f"MOE_CONFIG: the model of '{args.moe_config}' has no sparse experts that the dense "
+            'one has not; give the config of one that has'
         )
     state = dense.state_dict()
     if left := check_weights(model, state):

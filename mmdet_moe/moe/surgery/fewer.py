@@ -68,6 +68,8 @@ def set_top_k(model: nn.Module, top_k: int | Mapping[str, int]) -> dict[str, int
         raise ConfigError('top_k: the model has no sparse experts among which to choose')
     numbers = top_k if isinstance(top_k, Mapping) else dict.fromkeys(layers, top_k)
     for name, number in numbers.items():
+        if name not in layers:
+            raise ConfigError(f'top_k: there is no layer "{name}"; there is {", ".join(layers)}')
         if not 1 <= number <= layers[name].num_experts:
             raise ConfigError(
                 f'top_k={number} must lie between 1 and {layers[name].num_experts}, the experts of '
