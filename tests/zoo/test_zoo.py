@@ -11,6 +11,7 @@ from mmengine.config import Config
 from mmengine.runner import Runner, load_checkpoint, save_checkpoint, set_random_seed
 from zoo_cases import (
     CASES,
+    DETECTORS,
     FOUR,
     SIZE,
     TOKENS,
@@ -147,6 +148,34 @@ def test_the_experts_gradients_add_up_to_the_dense_layers(case):
                 learning += 1
                 assert all(gradient.any() for gradient in gradients), path
     assert learning > 0
+
+
+@pytest.mark.sweep(keep=0.1)
+@pytest.mark.parametrize('case', DETECTORS.values(), ids=DETECTORS)
+def test_odd_batches_cost_what_they_cost_the_dense_model(case, monkeypatch):
+    """One image, images without objects, and one that is 4,000 pixels long."""
+    router = {'type': 'mmdet_moe.GAPRouter', 'noise': False}
+    dense, model = build_pair(case, top_k=FOUR['num_experts'], router=router)
+    model.load_state_dict(dense.state_dict(), strict=False)
+    one = {key: values[:1] for key, values in batch(case).items()}
+    empty, long = batch(case), copy.deepcopy(one)
+    for sample in (*empty['data_samples'], *long['data_samples']):
+        sample.gt_instances = sample.gt_instances[:0]
+    long['inputs'] = [torch.randint(256, (3, 32, 4000), dtype=torch.uint8)]
+    shape = {'img_shape': (32, 4000), 'ori_shape': (32, 4000)}
+    long['data_samples'][0].set_metainfo(shape)
+    for odd in (one, empty, long):
+        monkeypatch.setattr('test_zoo.batch', lambda _, odd=odd: copy.deepcopy(odd))
+        losses = []
+        for trained in (dense, model):
+            no_dropout(trained)
+            set_random_seed(1)
+            trained.zero_grad()
+            losses.append(losses_of(trained, case))
+            losses[-1].backward()
+            gradients = [p.grad for p in trained.parameters() if p.grad is not None]
+            assert all(gradient.isfinite().all() for gradient in gradients)
+        torch.testing.assert_close(losses[1], losses[0], rtol=1e-4, atol=1e-6)
 
 
 def dense_path(paths, layer, parameter):
