@@ -9,6 +9,7 @@ import pytest
 import torch
 from mmengine.config import Config
 from mmengine.runner import Runner, load_checkpoint, save_checkpoint, set_random_seed
+from mmengine.runner.activation_checkpointing import turn_on_activation_checkpointing
 from zoo_cases import (
     CASES,
     DETECTORS,
@@ -176,6 +177,35 @@ def test_odd_batches_cost_what_they_cost_the_dense_model(case, monkeypatch):
             gradients = [p.grad for p in trained.parameters() if p.grad is not None]
             assert all(gradient.isfinite().all() for gradient in gradients)
         torch.testing.assert_close(losses[1], losses[0], rtol=1e-4, atol=1e-6)
+
+
+PARTS = ['backbone', 'backbone.layer4', 'neck', 'bbox_head', 'bbox_head.cls_convs_moe']
+
+
+@pytest.mark.parametrize('part', PARTS)
+def test_parts_computed_again_for_their_gradient(part):
+    """By ``activation_checkpointing``; the gradients and the states of the constraints."""
+    case = CASES['retinanet']
+    constraint = {'type': 'mmdet_moe.RelativeImportanceConstraint', 'threshold': 0.0}
+    router = {'type': 'mmdet_moe.GAPRouter', 'init_std': 3.0, 'constraint': constraint}
+    plain = build_pair(case, router=router)[1]
+    shake(plain)
+    again = copy.deepcopy(plain)
+    turn_on_activation_checkpointing(again, part)
+    for model in (plain, again):
+        for _ in range(2):
+            losses_of(model, case).backward()
+    expected = dict(plain.named_parameters())
+    for name, parameter in again.named_parameters():
+        reference = expected[name].grad
+        assert (parameter.grad is None) == (reference is None), name
+        if reference is not None:
+            noise = 1e-3 * reference.abs().max().item()
+            torch.testing.assert_close(parameter.grad, reference, rtol=1e-3, atol=noise, msg=name)
+    states = {n: b for n, b in again.named_buffers() if 'constraint' in n}
+    assert states
+    for name, state in states.items():
+        assert torch.equal(state, plain.get_buffer(name)), name
 
 
 def dense_path(paths, layer, parameter):
