@@ -30,9 +30,9 @@ class KeepsPrecision(nn.Module):
     """
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> 'KeepsPrecision':
-        before = dict(self._buffers)
+        before = dict(self.named_buffers(recurse=False))
         super()._apply(fn, recurse)
-        for name, buffer in before.items():
-            if self._buffers[name].dtype.itemsize < buffer.dtype.itemsize:
-                self._buffers[name] = buffer.to(self._buffers[name].device)
+        for name, after in dict(self.named_buffers(recurse=False)).items():
+            if after.dtype.itemsize < before[name].dtype.itemsize:
+                self._buffers[name] = before[name].to(after.device)
         return self
