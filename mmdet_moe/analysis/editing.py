@@ -13,6 +13,7 @@ from mmdet_moe.analysis.measuring import (
     run_tool,
     write_checkpoint,
 )
+from mmdet_moe.cli import check_folder
 from mmdet_moe.errors import ConfigError
 from mmdet_moe.moe import Edit, edit_experts
 
@@ -119,6 +120,7 @@ def parse_edit(text: str) -> Edit:
 def _check(args: argparse.Namespace) -> None:
     if not args.out.absolute().parent.is_dir():
         raise ConfigError(f"--out: there is no folder '{args.out.absolute().parent}'")
+    check_folder(args.out.parent, '--out')
     # The checkpoint may be an address, and whether it is there is told later.
     is_file = args.out.exists() and Path(args.checkpoint).exists()
     if is_file and args.out.samefile(args.checkpoint):

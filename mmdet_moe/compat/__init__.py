@@ -8,6 +8,7 @@
 - MMDetection's ``SSDHead`` can predict (open-mmlab/mmdetection#11063).
 - MMDetection reads COCO files in which what can be told without guessing is missing.
 - ``torch.load`` reads MMEngine's checkpoints without ``weights_only=False``.
+- MMEngine's ``activation_checkpointing`` gives whole backbones, necks and heads their gradients.
 - The toolboxes leave out a few messages that a user can do nothing about.
 
 :func:`guard_checkpoints` is for programs that use the package, not for all of an installation.
@@ -27,6 +28,7 @@ CONFIG_NAME = 'mmengine.config.config'
 SSD_NAME = 'mmdet.models.dense_heads.ssd_head'
 LOGGING_NAME = 'mmengine.logging'
 COCO_NAME = 'mmdet.datasets.api_wrappers.coco_api'
+CHECKPOINTING_NAME = 'mmengine.runner.activation_checkpointing'
 HISTORY_NAME = 'mmengine.logging.history_buffer'
 READER_NAME = 'mmengine.runner.checkpoint'
 WRITER_NAME = 'mmengine.fileio.backends.local_backend'
@@ -87,6 +89,17 @@ def _mend_coco(module) -> None:
     mend(module)
 
 
+def _checkpoint_any_input(module) -> None:
+    """PyTorch's reentrant way leaves a module without gradients if it is given images or a tuple of
+    maps, and takes no keywords."""
+    from functools import partial
+
+    def wrap_forward(forward):
+        return partial(module.checkpoint, forward, use_reentrant=False)
+
+    module.wrap_forward = wrap_forward
+
+
 def _allow_history(module) -> None:
     from mmdet_moe.compat.checkpoints import allow_history
 
@@ -127,6 +140,7 @@ def install() -> None:
             CONFIG_NAME: _add_configs,
             SSD_NAME: _add_loss,
             COCO_NAME: _mend_coco,
+            CHECKPOINTING_NAME: _checkpoint_any_input,
             HISTORY_NAME: _allow_history,
             LOGGING_NAME: _hush,
         }

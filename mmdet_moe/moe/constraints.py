@@ -9,10 +9,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mmdet_moe.errors import ConfigError
 from mmdet_moe.moe.distributed import global_sum
+from mmdet_moe.moe.precision import KeepsPrecision
 from mmdet_moe.moe.routing import Routing
 from mmdet_moe.registry import MODELS
 
@@ -26,7 +27,7 @@ def in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
-class Constraint(nn.Module, ABC):
+class Constraint(KeepsPrecision, ABC):
     """Base class. Subclasses say what :meth:`select` does and what :meth:`update` remembers.
 
     The state changes with every training forward pass. An activation checkpoint computes a part of

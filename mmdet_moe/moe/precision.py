@@ -1,9 +1,10 @@
-"""What autocast does, where it does not know our operations."""
+"""What autocast does, where it does not know our operations, and what stays in float32."""
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def autocast(x: Tensor) -> Tensor:
@@ -20,3 +21,18 @@ def no_autocast(device_type: str) -> AbstractContextManager:
     if device_type != 'meta' and torch.is_autocast_enabled(device_type):
         return torch.autocast(device_type, enabled=False)
     return nullcontext()
+
+
+class KeepsPrecision(nn.Module):
+    """Base class of modules whose own buffers ``half()`` and ``bfloat16()`` leave as they are.
+
+    In half precision a sum over a training stands still once a step is less than its rounding.
+    """
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> 'KeepsPrecision':
+        before = dict(self.named_buffers(recurse=False))
+        super()._apply(fn, recurse)
+        for name, after in dict(self.named_buffers(recurse=False)).items():
+            if after.dtype.itemsize < before[name].dtype.itemsize:
+                self._buffers[name] = before[name].to(after.device)
+        return self

@@ -17,7 +17,7 @@ from mmdet_moe.moe.distributed import global_sum_, own_random
 from mmdet_moe.moe.items import Items
 from mmdet_moe.moe.kmeans_start import KMeansStart
 from mmdet_moe.moe.patches import PatchGrid
-from mmdet_moe.moe.precision import no_autocast
+from mmdet_moe.moe.precision import KeepsPrecision, no_autocast
 from mmdet_moe.moe.routing import Routing
 from mmdet_moe.registry import MODELS, build
 
@@ -274,7 +274,7 @@ def linear(fc: nn.Linear, x: Tensor) -> Tensor:
     return F.linear(x, fc.weight.to(x.dtype), bias)
 
 
-class LevelNorm(nn.Module):
+class LevelNorm(KeepsPrecision):
     """Normalises each pyramid level to mean 0 and variance 1 of every channel over its items.
 
     By running statistics, at inference as in training: the decision for an item depends on no other

@@ -110,6 +110,19 @@ def test_bias_balancing_over_two_batches():
     assert constraint.bias.tolist() == [-0.5, 0, 0, 0.5]
 
 
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+def test_the_state_stays_in_float32(dtype):
+    """In half precision 256 steps of 1/512 from 8 on would lead nowhere."""
+    constraint = BiasBalancing(2, update_rate=1 / 512)
+    constraint.bias.fill_(8)
+    nn.ModuleList([constraint]).to(dtype)
+    for _ in range(256):
+        constraint.update(routing_with([[0]], [[1.0]], 2))
+    assert constraint.bias.tolist() == [7.5, 8.5]
+    assert constraint.double().bias.tolist() == [7.5, 8.5]
+    assert constraint.bias.dtype == torch.float64
+
+
 @pytest.mark.parametrize('training', [True, False])
 def test_bias_steers_the_choice_but_not_the_weights(training):
     router = router_with(BiasBalancing(4)).train(training)

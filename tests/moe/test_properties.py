@@ -1,11 +1,16 @@
 """``MoELayer`` for options drawn at random, against a dense layer written on its own.
 
-The reference computes every expert on every item in float64 with plain sums, and its gradients come
-from autograd through these sums. It shares no code with the package.
+The reference computes every expert on every pixel in float64 with plain sums, and its gradients
+come from autograd through these sums. It shares no code with the package.
+
+How far a result may lie from it is a formula as well. The reference computed with the absolute
+value of every number, and so without cancellation, bounds what one relative rounding error in each
+number can add up to: results, and gradients by its own gradients.
 """
 
 import gc
 import math
+from contextlib import nullcontext
 
 import hypothesis.strategies as st
 import pytest
@@ -18,37 +23,67 @@ from mmdet_moe.errors import NonFiniteRouterError
 from mmdet_moe.moe import ModuleExperts, MoELayer
 
 C = 3
+HIDDEN = 2
+#: How many of them are granted; the worst of 250 examples had 1.3.
+ROUNDINGS = 4
 CONSTRAINTS = {
     'relative': {'type': 'mmdet_moe.RelativeImportanceConstraint', 'threshold': 0.2},
     'mean': {'type': 'mmdet_moe.MeanImportanceConstraint', 'threshold': 0.05},
     'bias': {'type': 'mmdet_moe.BiasBalancing', 'update_rate': 0.05},
 }
+ROUTERS = {
+    'gap': {'type': 'mmdet_moe.GAPRouter'},
+    'conv': {'type': 'mmdet_moe.ConvGAPRouter', 'conv_channels': HIDDEN},
+}
 EXPERTS = {
-    'modules': lambda num, out: [nn.Conv2d(C, out, 1) for _ in range(num)],
-    'conv': lambda num, out: {
+    'modules': lambda num, out, kernel=1: [
+        nn.Conv2d(C, out, kernel, padding=kernel // 2) for _ in range(num)
+    ],
+    'conv': lambda num, out, kernel=1: {
         'type': 'mmdet_moe.ConvExperts',
         'num_experts': num,
         'in_channels': C,
         'out_channels': out,
-        'kernel_size': 1,
+        'kernel_size': kernel,
+        'padding': kernel // 2,
     },
+    'modules of vectors': lambda num, out: [nn.Linear(C, out) for _ in range(num)],
     'linear': lambda num, out: {
         'type': 'mmdet_moe.LinearExperts',
         'num_experts': num,
         'in_features': C,
         'out_features': out,
     },
+    'mlp': lambda num, out: {
+        'type': 'mmdet_moe.MLPExperts',
+        'num_experts': num,
+        'in_features': C,
+        'hidden_features': HIDDEN,
+        'out_features': out,
+        'activation': 'SiLU',
+    },
+}
+GRANULARITIES = {
+    'modules': ['image', 'patch', 'pixel'],
+    'conv': ['image', 'patch', 'pixel'],
+    'modules of vectors': ['token'],
+    'linear': ['pixel', 'token'],
+    'mlp': ['pixel', 'token'],
 }
 
 
-def of_kind(layer):
-    """Weight (E, O, C) and bias (E, O) of the experts, whatever their kind."""
+def numbers_of(layer, of=lambda parameter: parameter):
+    """What ``of`` gives of every parameter; those of the experts with E in front."""
     experts = layer.experts
+    numbers = {f'router.{n}': of(p) for n, p in layer.router.named_parameters()}
     if isinstance(experts, nn.ModuleList):
-        weights = torch.stack([expert.weight for expert in experts])
-        return weights.flatten(2), torch.stack([expert.bias for expert in experts])
-    weight = experts.weight
-    return (weight.flatten(2) if weight.dim() > 3 else weight), experts.bias
+        for name in ('weight', 'bias'):
+            numbers[f'0.{name}'] = torch.stack([of(getattr(e, name)) for e in experts])
+    else:
+        names = dict(experts.named_parameters())
+        # An MLP's are called 0.weight, 0.bias, 1.weight and so on.
+        numbers |= {n if n[0].isdigit() else f'0.{n}': of(p) for n, p in names.items()}
+    return numbers
 
 
 class Reference:
@@ -56,17 +91,10 @@ class Reference:
 
     def __init__(self, layer, options):
         self.options = options
-        router, (weight, bias) = layer.router, of_kind(layer)
-        self.numbers = {
-            name: value.detach().double().clone().requires_grad_()
-            for name, value in {
-                'router': router.fc.weight,
-                'router bias': router.fc.bias,
-                'weight': weight,
-                'bias': bias,
-            }.items()
-        }
-        self.state = torch.zeros(router.num_experts, dtype=torch.float64)
+        numbers = {n: p.detach().double() for n, p in numbers_of(layer).items()}
+        self.numbers = {n: p.clone().requires_grad_() for n, p in numbers.items()}
+        self.sizes = {n: p.abs().requires_grad_() for n, p in numbers.items()}
+        self.state = torch.zeros(options['num_experts'], dtype=torch.float64)
         self.batches = 0
 
     def items(self, x):
@@ -75,21 +103,39 @@ class Reference:
         image = torch.arange(n)[:, None, None].expand(n, h, w)
         if self.options['granularity'] == 'image':
             return image, n
-        if self.options['granularity'] == 'pixel':
+        if self.options['granularity'] in ('pixel', 'token'):
             return torch.arange(n * h * w).view(n, h, w), n * h * w
-        # Cells as those of adaptive pooling, of which maps smaller than the grid have fewer.
+        # Cell i starts at the pixel i · h / g, rounded down. Maps smaller than the grid have fewer.
         rows, columns = min(self.options['grid'], h), min(self.options['grid'], w)
-        cell = (torch.arange(h) * rows // h)[:, None] * columns + torch.arange(w) * columns // w
+        row = (torch.arange(1, h + 1) * rows - 1) // h
+        cell = row[:, None] * columns + (torch.arange(1, w + 1) * columns - 1) // w
         return image * rows * columns + cell, n * rows * columns
 
+    def logits(self, numbers, x, item, total):
+        if 'router.conv.weight' in numbers:
+            kernel, bias = numbers['router.conv.weight'], numbers['router.conv.bias']
+            x = F.conv2d(x, kernel, bias, padding=1).relu()
+        member = F.one_hot(item.flatten(), total).double()
+        pooled = member.T @ x.movedim(1, -1).flatten(0, 2) / member.sum(0)[:, None]
+        return pooled @ numbers['router.fc.weight'].T + numbers['router.fc.bias']
+
+    def mixed(self, numbers, x, weights, item, activation):
+        kernel = numbers['0.weight']
+        if kernel.dim() == 3:
+            kernel = kernel[..., None, None]
+        padding = kernel.shape[-1] // 2
+        y = F.conv2d(x, kernel.flatten(0, 1), numbers['0.bias'].flatten(), padding=padding)
+        y = y.unflatten(1, kernel.shape[:2])
+        if '1.weight' in numbers:
+            y = torch.einsum('eoc,nechw->neohw', numbers['1.weight'], activation(y))
+            y = y + numbers['1.bias'][:, :, None, None]
+        return torch.einsum('nhwe,neohw->nohw', weights[item], y)
+
     def __call__(self, x, training):
-        x = x.double()
+        """The result for x (N, C, H, W), and the bound on roundings of it."""
         num, k = self.options['num_experts'], self.options['top_k']
         item, total = self.items(x)
-        pixels = x.movedim(1, -1).reshape(-1, C)
-        member = F.one_hot(item.flatten(), total).double()
-        pooled = member.T @ pixels / member.sum(0)[:, None]
-        logits = pooled @ self.numbers['router'].T + self.numbers['router bias']
+        logits = self.logits(self.numbers, x, item, total)
         values = logits.detach().clone()
         kind = self.options['constraint']
         if kind == 'bias':
@@ -107,22 +153,34 @@ class Reference:
         # With fewer free experts than k, the surplus ones have the weight 0.
         chosen = torch.zeros(total, num, dtype=torch.bool)
         chosen.scatter_(1, best.indices, best.values > -math.inf)
-        if self.options['softmax'] == 'over_all':
-            free = torch.ones(num, dtype=torch.bool)
-            if kind in ('relative', 'mean') and training:
-                free = values[0] > -math.inf
-            weights = logits.masked_fill(~free, -math.inf).softmax(1) * chosen
-        else:
-            weights = logits.masked_fill(~chosen, -math.inf).softmax(1)
-        kept = weights
+        among_chosen = logits.masked_fill(~chosen, -math.inf).softmax(1)
+        probabilities = weights = among_chosen
+        if self.options['softmax'] != 'over_chosen':
+            probabilities = logits.masked_fill(values == -math.inf, -math.inf).softmax(1)
+            weights = probabilities * chosen
+        if self.options['softmax'] == 'straight_through':
+            weights = weights + (among_chosen - weights).detach()
+        kept = chosen
         if training and self.options['capacity']:
-            kept = weights * self.within_capacity(weights.detach(), chosen)
-        outputs = torch.einsum('eoc,pc->peo', self.numbers['weight'], pixels) + self.numbers['bias']
-        y = torch.einsum('pe,peo->po', member @ kept, outputs)
+            kept = self.within_capacity(weights.detach(), chosen)
+        y = self.mixed(self.numbers, x, weights * kept, item, F.silu)
         if training and kind:
             self.update(weights.detach(), chosen)
-        n, _, h, w = x.shape
-        return y.view(n, h, w, -1).movedim(-1, 1)
+        sizes = self.sizes_of_weights(x, item, probabilities.detach())
+        sizes = (weights.detach() + sizes) * kept
+        # At least as large as SiLU, its first and its second derivative (times the rounding error).
+        bound = self.mixed(self.sizes, self.x_size, sizes, item, lambda v: 1.1 * v + 0.5 * v**2)
+        return y, bound
+
+    def sizes_of_weights(self, x, item, probabilities):
+        """(items, E): what the softmax makes of errors, by the absolute values of its Jacobian."""
+        self.x_size = x.detach().abs().requires_grad_()
+        logits = self.logits(self.sizes, self.x_size, item, len(probabilities))
+        errors = logits - logits.detach()
+        if not self.options['half']:  # where the router is no more exact than the experts
+            errors = errors * (1 + logits.detach()) + logits.detach()
+        errors = probabilities * errors
+        return errors + probabilities * errors.sum(1, keepdim=True)
 
     def within_capacity(self, weights, chosen):
         num, k = self.options['num_experts'], self.options['top_k']
@@ -149,25 +207,41 @@ class Reference:
             self.state = self.state + 0.05 * (load.mean() - load).sign()
 
 
+DTYPES = {
+    'float32': torch.float32,
+    'float64': torch.float64,
+    'bfloat16': torch.bfloat16,
+    'autocast': torch.float32,
+}
+
+
 @st.composite
 def cases(draw):
     num = draw(st.integers(1, 5))
     top_k = draw(st.integers(1, num))
     experts = draw(st.sampled_from(sorted(EXPERTS)))
-    granularities = ['pixel'] if experts == 'linear' else ['image', 'patch', 'pixel']
-    granularity = draw(st.sampled_from(granularities))
-    dtype = draw(st.sampled_from([torch.float32, torch.float64]))
+    granularity = draw(st.sampled_from(GRANULARITIES[experts]))
+    takes_maps = experts in ('modules', 'conv')
+    whole_maps = takes_maps and granularity in ('patch', 'pixel') and draw(st.booleans())
+    single_pixels = not takes_maps or (granularity == 'pixel' and not whole_maps)
+    dtype = draw(st.sampled_from(sorted(DTYPES)))
+    softmax = ['over_all', 'straight_through'] + ['over_chosen'] * (top_k > 1)
     return {
         'num_experts': num,
         'top_k': top_k,
         'experts': experts,
+        'kernel': 1 if single_pixels else draw(st.sampled_from([1, 3])),
         'granularity': granularity,
         'grid': draw(st.integers(2, 3)) if granularity == 'patch' else 1,
+        'whole_maps': whole_maps,
+        'router': 'gap' if granularity == 'token' else draw(st.sampled_from(sorted(ROUTERS))),
         'constraint': draw(st.sampled_from([None, *CONSTRAINTS])),
-        'softmax': 'over_all' if top_k == 1 else draw(st.sampled_from(['over_chosen', 'over_all'])),
+        'softmax': draw(st.sampled_from(softmax)),
         'capacity': draw(st.sampled_from([None, 0.5, 1.0, 1.5])),
-        'dtype': dtype,
-        'margin': 1e-4 if dtype == torch.float32 else 1e-9,
+        'dtype': DTYPES[dtype],
+        'autocast': dtype == 'autocast',
+        'half': dtype in ('bfloat16', 'autocast'),
+        'margin': 1e-9 if dtype == 'float64' else 1e-4,  # the router's own, at least in float32
         'out': draw(st.integers(1, 3)),
         'shape': (
             draw(st.integers(1, 4)),
@@ -192,24 +266,24 @@ def laid_out(x, layout):
 
 
 def build(options):
-    num = options['num_experts']
     constraint = options['constraint']
-    router = {
-        'type': 'mmdet_moe.GAPRouter',
+    router = ROUTERS[options['router']] | {
         'in_channels': C,
         'noise': False,
         'softmax': options['softmax'],
     }
     if constraint:
         router['constraint'] = CONSTRAINTS[constraint]
+    size = (options['kernel'],) if options['experts'] in ('modules', 'conv') else ()
     layer = MoELayer(
-        EXPERTS[options['experts']](num, options['out']),
-        num,
+        EXPERTS[options['experts']](options['num_experts'], options['out'], *size),
+        options['num_experts'],
         options['top_k'],
         router,
         granularity=options['granularity'],
         grid_size=options['grid'],
         capacity_factor=options['capacity'],
+        whole_maps=options['whole_maps'],
     )
     layer = layer.to(options['dtype'])
     for parameter in layer.parameters():
@@ -217,9 +291,11 @@ def build(options):
     return layer
 
 
-def close(got, expected, dtype):
-    tolerance = 2e-4 if dtype == torch.float32 else 1e-9
-    torch.testing.assert_close(got.double(), expected, rtol=tolerance, atol=tolerance)
+def close(got, expected, size, options, what):
+    """Within the formula: so many roundings of the dtype, of numbers of that size."""
+    dtype = torch.bfloat16 if options['half'] else options['dtype']
+    excess = (got.double() - expected).abs() - ROUNDINGS * torch.finfo(dtype).eps * size
+    assert (excess <= 1e-12).all(), f'{what} is off by {excess.max():.2g} more than by rounding'
 
 
 @given(cases())
@@ -227,35 +303,30 @@ def check(options):
     torch.manual_seed(options['seed'])
     layer = build(options)
     reference = Reference(layer, options)
+    # The layer has the channels of tokens last.
+    turned = (1, -1) if options['granularity'] == 'token' else (1, 1)
+    half = torch.autocast('cpu', torch.bfloat16) if options['autocast'] else nullcontext()
     for step in range(4):
         training = step < 3
         layer.train(training)
         numbers = torch.randn(options['shape'], dtype=torch.float64).to(options['dtype'])
         x = laid_out(numbers, options['layout']).detach().requires_grad_()
         x0 = numbers.double().clone().requires_grad_()
-        y, y0 = layer(x), reference(x0, training)
-        close(y, y0, options['dtype'])
-        direction = torch.randn(y.shape, dtype=torch.float64)
-        (y * direction.to(y)).sum().backward()
-        (y0 * direction).sum().backward()
-        close(x.grad, x0.grad, options['dtype'])
-    weight, bias = of_kind(layer)
-    pairs = {'router': layer.router.fc.weight, 'router bias': layer.router.fc.bias}
-    for name, parameter in pairs.items():
-        close(parameter.grad, reference.numbers[name].grad, options['dtype'])
-    for kind, tensor in (('weight', weight), ('bias', bias)):
-        got = gradient_of(layer, kind)
-        close(got.view_as(tensor), reference.numbers[kind].grad, options['dtype'])
+        with half:
+            y = layer(x.movedim(*turned)).movedim(*turned[::-1])
+        y0, size = reference(x0, training)
+        close(y, y0, size, options, 'the result')
+        direction = torch.randn(y.shape, dtype=torch.float64).to(y.dtype)
+        (y * direction).sum().backward()
+        (y0 * direction.double()).sum().backward()
+        (size * direction.double().abs()).sum().backward()
+        close(x.grad, x0.grad, reference.x_size.grad, options, "the input's gradient")
+    for name, gradient in numbers_of(layer, lambda parameter: parameter.grad).items():
+        of = reference.numbers[name], reference.sizes[name]
+        close(gradient, *(number.grad for number in of), options, f'the gradient of {name}')
     if options['constraint']:
         state = next(iter(layer.router.constraint.buffers()))
-        close(state, reference.state, torch.float32)
-
-
-def gradient_of(layer, kind):
-    experts = layer.experts
-    if isinstance(experts, nn.ModuleList):
-        return torch.stack([getattr(expert, kind).grad for expert in experts])
-    return getattr(experts, kind).grad
+        torch.testing.assert_close(state.double(), reference.state, rtol=2e-4, atol=2e-4)
 
 
 def test_against_the_dense_reference(request):
@@ -321,7 +392,8 @@ def test_empty_batches(layer):
 def test_a_strip_of_4000_pixels(layer):
     layer.eval()
     x = torch.randn(1, C, 2, 4000)
-    weight, bias = of_kind(layer)
+    numbers = numbers_of(layer)
+    weight, bias = numbers['0.weight'].flatten(2), numbers['0.bias']
     outputs = torch.einsum('eoc,nchw->neohw', weight, x) + bias[None, :, :, None, None]
     y, routing = layer(x), layer.routing
     gates = torch.zeros(len(routing.weights), 4).scatter(1, routing.expert_ids, routing.weights)

@@ -9,8 +9,10 @@ import pytest
 import torch
 from mmengine.config import Config
 from mmengine.runner import Runner, load_checkpoint, save_checkpoint, set_random_seed
+from mmengine.runner.activation_checkpointing import turn_on_activation_checkpointing
 from zoo_cases import (
     CASES,
+    DETECTORS,
     FOUR,
     SIZE,
     TOKENS,
@@ -147,6 +149,63 @@ def test_the_experts_gradients_add_up_to_the_dense_layers(case):
                 learning += 1
                 assert all(gradient.any() for gradient in gradients), path
     assert learning > 0
+
+
+@pytest.mark.sweep(keep=0.1)
+@pytest.mark.parametrize('case', DETECTORS.values(), ids=DETECTORS)
+def test_odd_batches_cost_what_they_cost_the_dense_model(case, monkeypatch):
+    """One image, images without objects, and one that is 4,000 pixels long."""
+    router = {'type': 'mmdet_moe.GAPRouter', 'noise': False}
+    dense, model = build_pair(case, top_k=FOUR['num_experts'], router=router)
+    model.load_state_dict(dense.state_dict(), strict=False)
+    one = {key: values[:1] for key, values in batch(case).items()}
+    empty, long = batch(case), copy.deepcopy(one)
+    for sample in (*empty['data_samples'], *long['data_samples']):
+        sample.gt_instances = sample.gt_instances[:0]
+    long['inputs'] = [torch.randint(256, (3, 32, 4000), dtype=torch.uint8)]
+    shape = {'img_shape': (32, 4000), 'ori_shape': (32, 4000)}
+    long['data_samples'][0].set_metainfo(shape)
+    for odd in (one, empty, long):
+        monkeypatch.setattr('test_zoo.batch', lambda _, odd=odd: copy.deepcopy(odd))
+        losses = []
+        for trained in (dense, model):
+            no_dropout(trained)
+            set_random_seed(1)
+            trained.zero_grad()
+            losses.append(losses_of(trained, case))
+            losses[-1].backward()
+            gradients = [p.grad for p in trained.parameters() if p.grad is not None]
+            assert all(gradient.isfinite().all() for gradient in gradients)
+        torch.testing.assert_close(losses[1], losses[0], rtol=1e-4, atol=1e-6)
+
+
+PARTS = ['backbone', 'backbone.layer4', 'neck', 'bbox_head', 'bbox_head.cls_convs_moe']
+
+
+@pytest.mark.parametrize('part', PARTS)
+def test_parts_computed_again_for_their_gradient(part):
+    """By ``activation_checkpointing``; the gradients and the states of the constraints."""
+    case = CASES['retinanet']
+    constraint = {'type': 'mmdet_moe.RelativeImportanceConstraint', 'threshold': 0.0}
+    router = {'type': 'mmdet_moe.GAPRouter', 'init_std': 3.0, 'constraint': constraint}
+    plain = build_pair(case, router=router)[1]
+    shake(plain)
+    again = copy.deepcopy(plain)
+    turn_on_activation_checkpointing(again, part)
+    for model in (plain, again):
+        for _ in range(2):
+            losses_of(model, case).backward()
+    expected = dict(plain.named_parameters())
+    for name, parameter in again.named_parameters():
+        reference = expected[name].grad
+        assert (parameter.grad is None) == (reference is None), name
+        if reference is not None:
+            noise = 1e-3 * reference.abs().max().item()
+            torch.testing.assert_close(parameter.grad, reference, rtol=1e-3, atol=noise, msg=name)
+    states = {n: b for n, b in again.named_buffers() if 'constraint' in n}
+    assert states
+    for name, state in states.items():
+        assert torch.equal(state, plain.get_buffer(name)), name
 
 
 def dense_path(paths, layer, parameter):

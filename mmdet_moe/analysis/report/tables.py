@@ -1,7 +1,8 @@
 """The tables of an expert analysis as CSV: UTF-8, a header, one row per fact.
 
 A value that does not exist (``null`` in ``experts.json``) is an empty field. Numbers are written
-so that they are read back unchanged.
+so that they are read back unchanged. Text that a spreadsheet would take for a formula, such as the
+name of a class that begins with ``=``, begins with an apostrophe.
 
 =========================  ==========================================================
 ``layers.csv``             one row per layer of experts: its scalars
@@ -277,5 +278,10 @@ def _csv(header: Sequence[str], rows: Iterable[Sequence]) -> bytes:
     text = io.StringIO(newline='')
     writer = csv.writer(text)
     writer.writerow(header)
-    writer.writerows(rows)
+    writer.writerows([_no_formula(cell) for cell in row] for row in rows)
     return text.getvalue().encode()
+
+
+def _no_formula(cell: object) -> object:
+    starts_one = isinstance(cell, str) and cell.startswith(('=', '+', '-', '@', '\t', '\r'))
+    return f"'{cell}" if starts_one else cell

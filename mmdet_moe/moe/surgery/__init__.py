@@ -192,6 +192,11 @@ def _check_places(model: nn.Module, places: list[Place]) -> None:
             raise ConfigError(
                 f'"{path}" holds the MoE layer "{f"{path}.{inside[0]}".rstrip(".")}" already'
             )
+        if model.get_submodule(place.paths[0]) is module and path != place.paths[0]:
+            raise ConfigError(
+                f'"{place.paths[0]}" and "{path}" are one module with two names, of which only one '
+                'would become experts; choose a layer that nothing else uses'
+            )
         if shared := sharers(model, place.paths):
             raise ConfigError(
                 f'"{place}" shares its weights with "{shared[0]}"'

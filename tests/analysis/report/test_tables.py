@@ -157,6 +157,16 @@ def test_a_later_run_replaces_everything(tmp_path):
     assert tables['interventions'][0]['value'] == ''
 
 
+def test_names_that_look_like_formulas_are_text(tmp_path):
+    names = ['=1+1', '@SUM(A1)', '-2', '+x', 'a=b']
+    experts = make_experts(interventions=False)
+    experts['metrics'] = {'per_class': dict.fromkeys(names, -0.5)}
+    write_tables(experts, tmp_path)
+    rows = read(tmp_path)['interventions']
+    assert [row['class'] for row in rows] == ["'=1+1", "'@SUM(A1)", "'-2", "'+x", 'a=b']
+    assert {row['value'] for row in rows} == {'-0.5'}
+
+
 def test_polysemanticity(tables, experts):
     rows = iter(tables['polysemanticity'])
     for name, layer in experts['layers'].items():

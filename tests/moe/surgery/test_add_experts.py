@@ -394,6 +394,7 @@ class Shares(nn.Module):
     [
         (Shares, {'a': {}}, '"a" shares its weights with "b"'),
         (Shares, {'c': {}}, '"c" shares its weights with "d"'),
+        (Shares, {'{c,d}': {}}, '"c" and "d" are one module with two names'),
         (Shares, {'e': {}}, '"e" shares its weights with "Shares"'),
         (
             lambda: nn.ModuleDict({'a': nn.ModuleList([nn.ModuleList([conv(2, 2)])])}),
