@@ -5,7 +5,7 @@ import math
 import sys
 import zlib
 from collections import Counter, defaultdict
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, Future
 from contextlib import redirect_stdout
 
 import numpy as np
@@ -134,8 +134,22 @@ def in_process(request, monkeypatch):
 
     if not request.config.getoption('--all'):
         monkeypatch.setattr('research.runs._run_tool', run_tool)
-        pool = 'research.experiments.experiment.ThreadPoolExecutor'
-        monkeypatch.setattr(pool, lambda jobs: ThreadPoolExecutor(1))
+        monkeypatch.setattr('research.experiments.experiment.ThreadPoolExecutor', _AtOnce)
+
+
+class _AtOnce(Executor):
+    """Runs everything in this thread: MMEngine's global instances are those of one training."""
+
+    def __init__(self, jobs):
+        pass
+
+    def submit(self, run, *arguments):
+        future = Future()
+        try:
+            future.set_result(run(*arguments))
+        except BaseException as error:
+            future.set_exception(error)
+        return future
 
 
 @pytest.fixture

@@ -12,7 +12,6 @@ def is_exporting() -> bool:
     return torch.onnx.is_in_onnx_export() or getattr(torch.compiler, 'is_exporting', bool)()
 
 
-@torch.compiler.assume_constant_result
 def _translator_has_one_graph() -> bool:
     try:
         from torch._dynamo.symbolic_convert import InstructionTranslator
@@ -20,6 +19,10 @@ def _translator_has_one_graph() -> bool:
         return InstructionTranslator.current_tx().one_graph
     except (ImportError, AttributeError):
         return False
+
+
+# torch.compiler.assume_constant_result() does this, too, but imports dynamo, which takes 2 s.
+_translator_has_one_graph._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def is_one_graph() -> bool:

@@ -262,7 +262,8 @@ def test_only_sources_are_digested(copy, monkeypatch):
 @pytest.mark.skipif(not (ROOT / 'setup.py').exists(), reason='without a checkout')
 def test_setup_goes_on(tmp_path):
     pytest.importorskip('setuptools')
-    (tmp_path / 'mmdet_moe').touch()
+    (tmp_path / 'mmdet_moe').mkdir()
+    (tmp_path / 'mmdet_moe/ops').touch()
     done = run('setup.py', '-q', 'build_ext', '--build-lib', str(tmp_path))
     assert done.returncode == 0, done.stderr
     assert f'no native kernels: the folder {tmp_path}/mmdet_moe/ops/lib cannot be' in done.stderr

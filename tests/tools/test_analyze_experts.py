@@ -18,7 +18,7 @@ from torch import nn
 
 import mmdet_moe
 from mmdet_moe import cli
-from mmdet_moe.analysis import command, files, study
+from mmdet_moe.analysis import command, study
 from mmdet_moe.analysis.attribution import Tracer
 from mmdet_moe.analysis.command import run_analysis
 from mmdet_moe.analysis.data import AnalysisData
@@ -868,7 +868,7 @@ def test_folder_that_becomes_read_only(name, detector, tmp_path, capsys, monkeyp
     out = tmp_path / 'out'
     arguments = (out, '--no-interventions', '--max-images', '2')
     with monkeypatch.context() as patch:
-        patch.setattr(files.os, 'replace', refuse)
+        patch.setattr(os, 'replace', refuse)
         sentence = failure(capsys, detector, *arguments)
     assert 'cannot be written: Read-only file system' in sentence
     assert not list(out.rglob('*.tmp'))
