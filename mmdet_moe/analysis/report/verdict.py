@@ -220,6 +220,8 @@ def _beyond(lead: tuple[Entry, str | None], found: list[Entry]) -> str:
     """What remains of the other attributes beyond the first one."""
     (_, attribute, association), given = lead
     if given is not None:
+        if _is_there(association):
+            return f'without regard to the {_name(given)} random routers can have as much of it'
         return f'nothing of it shows without regard to the {_name(given)}'
     parts, said = [], set(_same(attribute))
     # Size first, which is what detectors are said to divide their work by.

@@ -197,6 +197,13 @@ def test_effects_within_the_levels_alone_are_found():
     }
     text = said(layer(associations={'objects': found}))
     assert 'strongly specialised by object size within the same pyramid level (objects' in text
+    assert 'nothing of it shows without regard to the pyramid level' in text
+    # By itself it is there, but so it may be in routers with random weights.
+    found['size'] |= numbers(0.5, 0.01, 0.001)
+    found['size']['controls'] = {'random': {'mi': 0.3, 'draws': [0.6]}}
+    text = said(layer(associations={'objects': found}))
+    assert 'without regard to the pyramid level random routers can have as much of it' in text
+    assert 'nothing of it' not in text
 
 
 def test_objects_speak_before_detections():
