@@ -62,6 +62,10 @@ class Constraint(KeepsPrecision, ABC):
     def renormalise(self) -> None:
         """Experts have been removed: make the state what it is if the others are all there are."""
 
+    def by_expert(self) -> dict[str, Tensor]:
+        """What a look at the training shows of it: names, and a number (E,) for each expert."""
+        return {}
+
 
 class _HardConstraint(Constraint):
     """Masks overused experts, in training only."""
@@ -96,6 +100,9 @@ class _HardConstraint(Constraint):
         if not training:
             return logits
         return logits.masked_fill(self.remembered(self.masked), float('-inf'))
+
+    def by_expert(self) -> dict[str, Tensor]:
+        return {'masked': self.masked()}
 
     def extra_repr(self) -> str:
         return f'threshold={self.threshold}'
@@ -202,6 +209,9 @@ class BiasBalancing(Constraint):
         values = logits.softmax(dim=-1) + bias.to(logits.dtype)
         # No bias brings back an expert that is not there.
         return values.masked_fill(torch.isneginf(logits), float('-inf'))
+
+    def by_expert(self) -> dict[str, Tensor]:
+        return {'bias': self.bias}
 
     @torch.no_grad()
     def update(self, routing: Routing) -> None:

@@ -24,6 +24,7 @@ FEW_EXPERTS = 32
 DISAGREEMENT = 0.2
 #: Routing whose decision says less on the input than this fraction of log E has collapsed.
 COLLAPSE_SHARE = 0.02
+_CONSTRAINT = 'constraint/'  # begins the names of its sums
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,9 @@ class UtilizationReport:
             expert, as inference would decide; None where the images come from one, or where nobody
             said from which (:attr:`Routing.sources`).
         source_shares: For each data set, the share of its decisions by expert, (D, E).
+        constraint: In training, what the router's constraint has for each expert (E,) after a
+            batch, averaged over the batches: ``'masked'`` of hard ones, the share of the batches
+            after which it is masked; ``'bias'`` of the loss-free one.
     """
 
     num_items: int
@@ -65,6 +69,7 @@ class UtilizationReport:
     inference_load: list[float] = field(default_factory=list)
     mi_source: float | None = None
     source_shares: list[list[float]] = field(default_factory=list)
+    constraint: dict[str, list[float]] = field(default_factory=dict)
 
     @classmethod
     def from_sums(cls, sums: dict[str, Tensor]) -> 'UtilizationReport':
@@ -72,7 +77,8 @@ class UtilizationReport:
 
         Args:
             sums: float64: ``load``, ``importance`` (E,), ``dropped`` () and those of
-                :func:`sums_of_decisions`; ``sources`` (D, E), if the data sets are known.
+                :func:`sums_of_decisions`; ``sources`` (D, E), if the data sets are known;
+                ``batches`` () and ``constraint/<name>`` (E,), if there is one.
         """
         sources = sums.get('sources')
         is_known = sources is not None and bool(sources.any())
@@ -93,6 +99,11 @@ class UtilizationReport:
             inference_load=shares(sums['chosen']).tolist(),
             mi_source=float(mutual_information(sources)) if is_known else None,
             source_shares=shares(sources).tolist() if is_known else [],
+            constraint={
+                key.removeprefix(_CONSTRAINT): (value / sums['batches']).tolist()
+                for key, value in sums.items()
+                if key.startswith(_CONSTRAINT)
+            },
         )
 
     @property
@@ -129,8 +140,12 @@ class UtilizationReport:
     def scalars(self) -> dict[str, float]:
         """One number per name, for visualisation backends."""
         scalars = {}
-        for key, value in self.as_dict().items():
-            if key in ('load', 'importance'):
+        content = self.as_dict()
+        content |= content.pop('constraint')
+        for key, value in content.items():
+            if isinstance(value, list) and key not in ('level_shares', 'source_shares'):
+                if not value:
+                    continue
                 if self.num_experts > FEW_EXPERTS:
                     value = {'min': min(value), 'max': max(value)}
                     scalars.update({f'{key}_{e}': v for e, v in value.items()})
@@ -195,6 +210,10 @@ class Utilization:
         }
         if self.num_sources > 1:
             sums['sources'] = _by_source(weights_TE.float(), routing, self.num_sources)
+        if router is not None and router.training and router.constraint is not None:
+            sums['batches'] = routing.load().new_ones(())
+            for name, value in router.constraint.by_expert().items():
+                sums[_CONSTRAINT + name] = value
         for key, value in sums.items():
             value = value.detach().double()
             self._sums[key] = self._sums[key] + value if key in self._sums else value
