@@ -89,7 +89,7 @@ def write_figures(experts: dict, folder: Path) -> list[Path]:
     paths = []
     with style():
         for layer, name, figure in draw_figures(experts):
-            paths += _write(figure, folder_of(folder, layer), name)
+            paths += write_figure(figure, folder_of(folder, layer), name)
     return paths
 
 
@@ -110,10 +110,11 @@ def write_comparison(runs: Sequence[dict], folder: Path) -> list[Path]:
     """
     with style():
         figure = draw_polysemanticity(runs)
-        return [] if figure is None else _write(figure, folder, 'polysemanticity')
+        return [] if figure is None else write_figure(figure, folder, 'polysemanticity')
 
 
-def _write(figure: Figure, folder: Path, name: str) -> list[Path]:
+def write_figure(figure: Figure, folder: Path, name: str) -> list[Path]:
+    """Write one figure, drawn within :func:`mmdet_moe.drawing.style`, in all formats."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for suffix in _SUFFIXES:

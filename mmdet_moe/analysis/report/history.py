@@ -6,11 +6,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 # Written by ExpertUtilizationHook. The name of a layer may contain dots and slashes.
-_SCALAR = re.compile(r'train/moe/(.*)/(load|importance)_(\d+)')
+_SCALAR = re.compile(r'train/moe/(.*)/(load|importance|inference_load|masked|bias)_(\d+)')
+_ALWAYS = ('load', 'importance')
 
 
 def read_history(work_dir: Path) -> dict[str, dict[str, list]] | None:
-    """Load and importance of every expert over the training iterations.
+    """Load, importance and what else there is of every expert over the training iterations.
 
     Args:
         work_dir: Work directory of one run, which may have been resumed; of several entries for
@@ -18,8 +19,10 @@ def read_history(work_dir: Path) -> dict[str, dict[str, list]] | None:
 
     Returns:
         By MoE layer ``{'step': S iterations, ascending, 'load': (S, E), 'importance': (S, E)}``,
-        shares that sum to 1; None where nothing of the kind was logged. Entries for another number
-        of experts than the latest entry has are left out.
+        shares that sum to 1, and likewise ``inference_load``, ``masked`` and ``bias`` if all of its
+        entries have them (:class:`~mmdet_moe.moe.UtilizationReport`); None where nothing of the
+        kind was logged. Entries for another number of experts than the latest entry has are left
+        out.
     """
     layers: dict[str, dict[int, dict[str, list[float]]]] = {}
     for entry in logged_scalars(work_dir):
@@ -31,8 +34,11 @@ def read_history(work_dir: Path) -> dict[str, dict[str, list]] | None:
     for layer, by_step in layers.items():
         experts = len(list(by_step.values())[-1]['load'])
         steps = sorted(step for step, shares in by_step.items() if len(shares['load']) == experts)
+        known = set.intersection(*(set(by_step[step]) for step in steps))
         history[layer] = {'step': steps} | {
-            key: [by_step[step][key] for step in steps] for key in ('load', 'importance')
+            key: [by_step[step][key] for step in steps]
+            for key in by_step[steps[-1]]
+            if key in known
         }
     return history or None
 
@@ -69,13 +75,11 @@ def _shares(entry: dict) -> Iterator[tuple[str, dict[str, list[float]]]]:
             layer, kind, expert = match.groups()
             found.setdefault(layer, {}).setdefault(kind, {})[int(expert)] = float(value)
     for layer, kinds in found.items():
-        load, importance = kinds.get('load', {}), kinds.get('importance', {})
-        complete = set(range(len(load)))
-        if 'step' in entry and set(load) == set(importance) == complete and load:
-            yield (
-                layer,
-                {
-                    'load': [load[e] for e in range(len(load))],
-                    'importance': [importance[e] for e in range(len(load))],
-                },
-            )
+        numbers = range(len(kinds.get('load', ())))
+        shares = {
+            kind: [values[e] for e in numbers]
+            for kind, values in kinds.items()
+            if set(values) == set(numbers)
+        }
+        if 'step' in entry and numbers and set(_ALWAYS) <= set(shares):
+            yield layer, shares
