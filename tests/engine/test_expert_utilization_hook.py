@@ -25,6 +25,7 @@ BALANCING = {
     'loss': {'type': 'mmdet_moe.ImportanceLoss', 'weight': 0.5},
 }
 RELATIVE = {'constraint': {'type': 'mmdet_moe.RelativeImportanceConstraint', 'threshold': 0.1}}
+KINDS = ('load', 'inference_load', 'masked')
 FROZEN = {'optimizer': {'type': 'SGD', 'lr': 0.0}}
 
 
@@ -75,6 +76,19 @@ def test_scalars(make_runner, toy_model):
     for statistic in ('importance_3', 'load_cv2', 'usage_entropy', 'decision_entropy', 'mi_input'):
         assert f'train/moe/body.moe/{statistic}' in names
     assert 'MoE (train) stem: load ' in log_of(runner)
+
+
+def test_the_log_shows_what_masks_do(make_runner, toy_model):
+    model = steer(toy_model(RELATIVE), [2.0, 1.0, 0.0, -1.0])
+    runner = make_runner(model, [hook(interval=1)], optim_wrapper=FROZEN)
+    runner.train()
+    entries = [e for e in scalars_of(runner) if 'train/moe/stem/load_0' in e]
+    first, second = (
+        [[e[f'train/moe/stem/{kind}_{i}'] for i in range(4)] for kind in KINDS] for e in entries[:2]
+    )
+    # Experts 0 and 1 got everything, so that the second batch has to go to 2 and 3.
+    assert first == [[0.5, 0.5, 0, 0], [0.5, 0.5, 0, 0], [1, 1, 0, 0]]
+    assert second[:2] == [[0, 0, 0.5, 0.5], [0.5, 0.5, 0, 0]]
 
 
 def test_report_of_validation_and_test(make_runner, toy_model):

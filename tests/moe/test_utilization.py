@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from mmdet_moe.moe import GAPRouter, RelativeImportanceConstraint, Routing, Utilization
+from mmdet_moe.moe.constraints import BiasBalancing
 
 
 def router_of(num_experts, top_k, **kwargs):
@@ -145,6 +146,42 @@ def test_disagreement_of_training_and_inference():
     assert report.inference_load == [0.75, 0.25, 0, 0]
     assert report.disagreement() == 0.5
     assert '(at inference 0.75 0.25 0.00 0.00)' in str(report)
+
+
+def train_on(router, *batches):
+    """The report of a training on (T, E) tables of logits, the constraint being told of each."""
+    utilization = Utilization(router.num_experts)
+    for logits in batches:
+        routing = router(torch.tensor(logits)[:, :, None, None])
+        router.constraint.update(routing)
+        utilization.update(routing, router)
+    return utilization.report()
+
+
+FIRST, SECOND = [[3.0, 0.0]] * 4, [[0.0, 3.0]] * 4
+
+
+def test_how_often_an_expert_was_masked():
+    constraint = RelativeImportanceConstraint(2, threshold=0.5)
+    router = router_of(2, 1, constraint=constraint).train()
+    # r = (1, -1): expert 0 is masked. The next four go to expert 1, r = (0, 0): nobody is. After
+    # four more for expert 1 it is masked.
+    report = train_on(router, FIRST, FIRST, SECOND, FIRST)
+    assert report.constraint == {'masked': [0.25, 0.25]}
+    scalars = report.scalars()
+    assert (scalars['masked_0'], scalars['inference_load_0']) == (0.25, 0.75)
+    assert json.loads(json.dumps(report.as_dict()))['constraint'] == {'masked': [0.25, 0.25]}
+    utilization = Utilization(2)
+    router.eval()
+    utilization.update(router(torch.tensor(FIRST)[:, :, None, None]), router)
+    assert utilization.report().constraint == {}  # masks act in training alone
+
+
+def test_the_mean_bias():
+    router = router_of(2, 1, constraint=BiasBalancing(2, update_rate=0.25)).train()
+    report = train_on(router, FIRST, FIRST)  # ∓0.25, then ∓0.5
+    assert report.constraint == {'bias': [-0.375, 0.375]}
+    assert report.scalars()['bias_1'] == 0.375
 
 
 def test_report_as_scalars_and_json():

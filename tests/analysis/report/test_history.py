@@ -18,6 +18,7 @@ def line(step, load, importance=None, layer='bbox_head.cls_moe', mode='train'):
     return json.dumps({**entry, f'{mode}/moe/{layer}/load_cv2': 0.3, 'step': step}) + '\n'
 
 
+KINDS = ('inference_load', 'masked', 'bias')
 LOSS = '{"loss": 0.5, "time": 0.1, "step": 50}\n'
 
 
@@ -50,6 +51,20 @@ def test_of_a_resumed_run_the_later_start_counts(tmp_path):
     history = read_history(tmp_path)['bbox_head.cls_moe']
     assert history['step'] == [50, 100, 120, 150]
     assert [row[0] for row in history['load']] == [0.5, 0.9, 0.3, 0.8]
+
+
+def test_what_only_some_entries_have_is_left_out(tmp_path):
+    entry = json.loads(line(50, [0.5, 0.5]))
+    more = {f'train/moe/bbox_head.cls_moe/{kind}_{e}': e for kind in KINDS for e in range(2)}
+    both = [json.dumps({**entry, **more, 'step': step}) + '\n' for step in (100, 150)]
+    write(tmp_path, '1', ''.join(both))
+    history = read_history(tmp_path)['bbox_head.cls_moe']
+    assert set(history) == {'step', 'load', 'importance', *KINDS}
+    assert history['inference_load'] == history['masked'] == [[0, 1], [0, 1]]
+    write(tmp_path, '0', line(50, [0.5, 0.5]))  # of an earlier version
+    history = read_history(tmp_path)['bbox_head.cls_moe']
+    assert set(history) == {'step', 'load', 'importance'}
+    assert history['step'] == [50, 100, 150]
 
 
 def test_damaged_lines_are_left_out(tmp_path):
