@@ -11,10 +11,12 @@ from mmengine.config import Config
 from mmengine.hub import get_config
 
 import mmdet_moe
+from mmdet_moe.analysis.balancing import parse as parse_balancing
 from mmdet_moe.analysis.editing import parse, parse_edit
 from mmdet_moe.engine.dry_run import build_model
 from mmdet_moe.moe import Edit, MoELayer, Routing, add_experts, find_moe_layers
 from mmdet_moe.moe.surgery import Entry
+from mmdet_moe.registry import HOOKS
 
 ROOT = Path(mmdet_moe.__file__).parents[1]
 
@@ -79,6 +81,31 @@ def test_experts(tmp_path, capsys):
     assert len(found[2]) == 16
     assert found[3] == sorted([*convs, 'backbone.layer4.0.downsample.0'])
     assert found[4:] == [['bbox_head.cls_moe'], ['bbox_head.cls_convs_moe']]
+
+
+def test_balancing(tmp_path):
+    config, several = examples('docs/balancing.md')
+    (layer,) = layers_of(config, tmp_path / 'c.py', 'backbone.layer4')
+    assert (layer.num_experts, layer.top_k) == (4, 2)
+    fragment = ROOT / 'configs/_base_/balancing/soft_importance.py'
+    (tmp_path / 'd.py').write_text(f"_base_ = '{fragment}'\n{several}")
+    utilization, losses = map(HOOKS.build, Config.fromfile(tmp_path / 'd.py').custom_hooks)
+    assert utilization.interval == 10
+    assert [loss.weight for loss in losses.losses] == [0.25, 1e-3]
+
+    page = (ROOT / 'docs/balancing.md').read_text()
+    for path in fragment.parent.glob('*.py'):
+        assert f'`{path.name}`' in page, path.name
+    commands = re.findall(r'```bash\n(.*?)```', page, re.DOTALL)
+    lines = ' '.join(commands).replace('\\\n', ' ').splitlines()
+    drawn = [
+        parse_balancing(shlex.split(line.split('plot_balancing.py')[1], comments=True))
+        for line in lines
+        if 'plot_balancing.py' in line
+    ]
+    assert [len(args.runs) for args in drawn] == [2, 4]
+    for method in map(str, drawn[1].runs):
+        assert (ROOT / f'configs/demo/retinanet_moe_{method}_digits.py').exists()
 
 
 def test_mumoe(tmp_path, capsys):

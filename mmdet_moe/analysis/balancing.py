@@ -1,6 +1,7 @@
 """``tools/plot_balancing.py``: how the experts were used over one or several trainings."""
 
 import argparse
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -39,6 +40,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         metavar='N',
         help='iterations of the stepwise figure; of each the nearest logged one is drawn',
     )
+    parser.add_argument(
+        '--until', type=int, metavar='N', help='draw the first N iterations only, a closer look'
+    )
     parser.add_argument('--gif', action='store_true', help='an animation of all iterations, too')
     return parser.parse_args(argv)
 
@@ -71,10 +75,12 @@ def plot_balancing(args: argparse.Namespace) -> list[Path]:
     names = _names(args)
     if wrong := [step for step in args.steps if step < 1]:
         raise ConfigError(f'--steps: {wrong[0]} is no training iteration; they count from 1')
+    if args.until is not None and (late := [step for step in args.steps if step > args.until]):
+        raise ConfigError(f'--steps: {late[0]} is after --until={args.until}; raise that')
     check_folder(args.out, '--out')
     layers: dict[str, dict[str, LayerHistory]] = {}
     for name, run in zip(names, args.runs, strict=True):
-        for layer, history in _read(run).items():
+        for layer, history in _read(run, args.until).items():
             layers.setdefault(layer, {})[name] = LayerHistory.from_history(history)
     if args.layer is not None:
         if args.layer not in layers:
@@ -111,7 +117,8 @@ def _names(args: argparse.Namespace) -> list[str]:
     return args.names
 
 
-def _read(run: Path) -> dict[str, dict[str, list]]:
+def _read(run: Path, until: int | None) -> dict[str, dict[str, list]]:
+    """By layer, as :func:`~mmdet_moe.analysis.report.history.read_history`."""
     if not run.is_dir():
         raise ConfigError(f"RUN: there is no folder '{run}'; name the work directory of a training")
     history = read_history(run)
@@ -121,4 +128,18 @@ def _read(run: Path) -> dict[str, dict[str, list]]:
             'directory of a training with ExpertUtilizationHook, which every balancing fragment '
             f'brings, and MoE layers of at most {FEW_EXPERTS} experts'
         )
-    return history
+    if until is None:
+        return history
+    first = min(kinds['step'][0] for kinds in history.values())
+    if first > until:
+        raise ConfigError(
+            f"--until={until}: the first loads in '{run}' were logged at iteration {first}; raise "
+            'it, or train with a smaller interval=... of ExpertUtilizationHook'
+        )
+    return {
+        layer: {
+            kind: values[: bisect_right(kinds['step'], until)] for kind, values in kinds.items()
+        }
+        for layer, kinds in history.items()
+        if kinds['step'][0] <= until
+    }

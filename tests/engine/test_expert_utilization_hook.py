@@ -79,14 +79,14 @@ def test_scalars(make_runner, toy_model):
 
 
 def test_the_log_shows_what_masks_do(make_runner, toy_model):
-    model = steer(toy_model(RELATIVE), [2.0, 1.0, 0.0, -1.0])
+    model = steer(toy_model(RELATIVE), [2.0, 2.0, 0.0, -1.0])
     runner = make_runner(model, [hook(interval=1)], optim_wrapper=FROZEN)
     runner.train()
     entries = [e for e in scalars_of(runner) if 'train/moe/stem/load_0' in e]
     first, second = (
         [[e[f'train/moe/stem/{kind}_{i}'] for i in range(4)] for kind in KINDS] for e in entries[:2]
     )
-    # Experts 0 and 1 got everything, so that the second batch has to go to 2 and 3.
+    # Experts 0 and 1 got half each, so that the second batch has to go to 2 and 3.
     assert first == [[0.5, 0.5, 0, 0], [0.5, 0.5, 0, 0], [1, 1, 0, 0]]
     assert second[:2] == [[0, 0, 0.5, 0.5], [0.5, 0.5, 0, 0]]
 

@@ -63,9 +63,9 @@ def test_who_is_dead_since_when(history, old):
 def test_disagreement(history, old):
     # Half of the differences that the tables above have.
     assert history.disagreement() == pytest.approx([0.2, 0.4, 0.002, 0.3])
-    assert history.verdict() == '1 of 3 experts dead, 30 % go elsewhere at inference'
+    assert history.verdict() == '1 of 3 dead, 30 % elsewhere at inference'
     assert old.disagreement() is None
-    assert old.verdict() == '1 of 3 experts dead'
+    assert old.verdict() == '1 of 3 dead'
 
 
 def test_early_iterations_are_shown_more_closely(history):
@@ -97,7 +97,7 @@ def test_bars(history):
     crosses = [panel.lines[0].get_xdata().tolist() for panel in axes[0]]
     assert crosses == [[], [], [2]]
     assert [texts(panel) for panel in axes[1]] == [[], ['no more'], ['no more']]
-    assert '1 of 3 experts\ndead' in axes[0, 0].get_ylabel()
+    assert axes[0, 0].get_ylabel().splitlines()[:2] == ['run', '1 of 3 dead']
 
 
 def test_lanes(history, old):
@@ -115,6 +115,16 @@ def test_lanes(history, old):
     assert masked.get_data().values == pytest.approx([top * row[1] for row in MASKED])
     dead = lanes[2, 0].patches[0]
     assert (dead.get_x(), dead.get_width()) == (20, 20)  # those of its windows
+
+
+def test_old_logs_alone_have_no_lane_for_inference(old):
+    with style():
+        figure = draw_training('head', {'old': old})
+        figure.canvas.draw()
+    assert len(figure.axes) == 3
+    for axes, shown in zip(figure.axes, (False, False, True), strict=True):
+        labels = [label for label in axes.get_xticklabels() if label.get_visible()]
+        assert any(label.get_text() for label in labels) == shown
 
 
 def test_bias_and_other_numbers_of_experts(history):
@@ -148,8 +158,9 @@ def test_tool(tmp_path, capsys):
     assert 'b/seed0' in printed
     assert '30 (expert 2)' in printed
 
-    layer = ['--layer', 'backbone.layer4', '--names', 'x', 'y', 'z', '--steps', '20']
+    layer = ['--layer', 'backbone.layer4', '--names', 'x', 'y', 'z', '--until', '25']
     paths = plot_balancing(parse([*argv, *layer]))
+    assert capsys.readouterr().out.splitlines()[1].endswith('20 (expert 1)')  # so far
     assert [path.name for path in paths] == [
         f'balancing_{kind}.{suffix}' for kind in ('steps', 'training') for suffix in ('png', 'pdf')
     ]
@@ -164,6 +175,8 @@ def test_tool(tmp_path, capsys):
         (['{run}', '--layer', 'neck'], f'--layer=neck: the runs have {LAYER}'),
         (['{run}', '--names', 'a', 'b'], '--names: give 1 different names'),
         (['{run}', '--steps', '0'], '--steps: 0 is no training iteration'),
+        (['{run}', '--steps', '40', '--until', '20'], '--steps: 40 is after --until=20'),
+        (['{run}', '--until', '9'], 'were logged at iteration 10; raise it'),
     ],
 )
 def test_mistakes(options, sentence, tmp_path, capsys):

@@ -16,12 +16,14 @@ import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
+from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator, NullLocator
 from PIL import Image
 
@@ -37,7 +39,10 @@ MAX_FRAMES = 60
 
 _LOAD, _IMPORTANCE, _MASK = '#56B4E9', '#0B3C6F', '0.35'
 _DEAD, _DEAD_BACK = '#B5351C', '#F6DCD6'
-_CROSS = dict(linestyle='', marker='X', markersize=6, color=_DEAD, markeredgewidth=0)
+_CROSS: dict[str, Any] = dict(
+    linestyle='', marker='X', markersize=6, color=_DEAD, markeredgewidth=0
+)
+_HALO = [withStroke(linewidth=2, foreground='white')]
 _FRAME_MS, _LAST_FRAME_MS = 200, 2500
 
 
@@ -102,10 +107,10 @@ class LayerHistory:
     def verdict(self) -> str:
         """What came of it, in a few words."""
         num_dead = sum(step is not None for step in self.dead_since())
-        parts = [f'{num_dead} of {self.num_experts} experts dead' if num_dead else 'all alive']
+        parts = [f'{num_dead} of {self.num_experts} dead' if num_dead else 'all alive']
         disagreement = self.disagreement()
         if disagreement is not None and disagreement[-1] >= DISAGREEMENT:
-            parts.append(f'{100 * disagreement[-1]:.0f} % go elsewhere at inference')
+            parts.append(f'{100 * disagreement[-1]:.0f} % elsewhere at inference')
         return ', '.join(parts)
 
 
@@ -156,7 +161,7 @@ def draw_steps(layer: str, runs: Mapping[str, LayerHistory], steps: Sequence[int
     for row, (name, run) in zip(grid, runs.items(), strict=True):
         for axes, step in zip(row, steps, strict=True):
             _bars(axes, run, step, _top(runs))
-        text = '\n'.join(wrapped(part, 1.0, 7.5) for part in (name, *run.verdict().split(', ')))
+        text = _label(name, run, 1.1)
         row[0].set_ylabel(text, fontsize=7.5, rotation=0, ha='right', va='center')
     for axes, step in zip(grid[0], steps, strict=True):
         axes.set_title(f'iteration {step}')
@@ -171,16 +176,16 @@ def draw_training(layer: str, runs: Mapping[str, LayerHistory]) -> Figure:
     experts = max(run.num_experts for run in runs.values())
     told = any(run.inference_load is not None for run in runs.values())
     lane = min(0.62, 7.0 / experts)
-    figure = new_figure(PAGE_WIDTH, 1.35 + lane * experts + 0.75 * told)
+    figure = new_figure(PAGE_WIDTH, 1.35 + lane * experts + 0.65 * told)
     figure.suptitle(wrapped(f'{layer}: load of the experts over the training', PAGE_WIDTH))
     figure.get_layout_engine().set(hspace=0.0, h_pad=0.02)
     grid = figure.subplots(
         experts + told, len(runs), sharex='col', squeeze=False,
-        height_ratios=[1] * experts + [0.8] * told,
+        height_ratios=[lane] * experts + [0.5] * told,
     )  # fmt: skip
     labels = expert_ticks(experts)
     for column, (name, run) in zip(grid.T, runs.items(), strict=True):
-        column[0].set_title(wrapped(f'{name}\n{run.verdict()}', PAGE_WIDTH / len(runs) - 0.3))
+        column[0].set_title(_label(name, run, PAGE_WIDTH / len(runs) - 0.3), fontsize=7.5)
         for e, axes in enumerate(column[:experts]):
             if e < run.num_experts:
                 _lane(axes, run, e, _top(runs))
@@ -188,8 +193,9 @@ def draw_training(layer: str, runs: Mapping[str, LayerHistory]) -> Figure:
                 axes.set_axis_off()
         if told:
             _disagreement(column[-1], run)
-        column[-1].set_xlabel('training iteration')
+        column[-1].set_xlabel('iteration')
         column[-1].xaxis.set_major_locator(MaxNLocator(3, integer=True))
+        column[-1].tick_params(axis='x', labelbottom=True, length=2)
     for e, axes in enumerate(grid[:experts, 0]):
         label = f'expert {e}' if experts <= 8 else labels[e]
         axes.set_ylabel(label, rotation=0, ha='right', va='center')
@@ -227,6 +233,11 @@ def animation(layer: str, runs: Mapping[str, LayerHistory]) -> bytes:
         duration=[_FRAME_MS] * (len(frames) - 1) + [_LAST_FRAME_MS],
     )  # fmt: skip
     return content.getvalue()
+
+
+def _label(name: str, run: LayerHistory, width: float) -> str:
+    """What a run is called, and what came of it, in lines of ``width`` inches."""
+    return '\n'.join(wrapped(part, width, 7.5) for part in (name, *run.verdict().split(', ')))
 
 
 def _top(runs: Mapping[str, LayerHistory]) -> float:
@@ -279,7 +290,7 @@ def _lane(axes: Axes, run: LayerHistory, expert: int, top: float) -> None:
         axes.axvspan(start, edges[-1], color=_DEAD_BACK, linewidth=0)
         axes.text(
             edges[-1], 0.92 * top, f'dead since {since} ', color=_DEAD, fontsize=7, ha='right',
-            va='top',
+            va='top', path_effects=_HALO,
         )  # fmt: skip
     axes.stairs(run.num_experts * run.load[:, expert], edges, fill=True, color=_LOAD)
     if run.masked is not None:
@@ -298,7 +309,12 @@ def _lane(axes: Axes, run: LayerHistory, expert: int, top: float) -> None:
     )  # fmt: skip
     if run.bias is not None:
         axes.text(
-            edges[-1], 0.06 * top, f'bias {run.bias[-1, expert]:+.3f} ', fontsize=7, ha='right'
+            edges[-1],
+            0.06 * top,
+            f'bias {run.bias[-1, expert]:+.3f} ',
+            fontsize=7,
+            ha='right',
+            path_effects=_HALO,
         )
     _fair_share(axes)
     axes.set_xlim(edges[0], edges[-1])
