@@ -103,9 +103,9 @@ def test_balancing(tmp_path):
         for line in lines
         if 'plot_balancing.py' in line
     ]
-    assert [len(args.runs) for args in drawn] == [2, 4]
-    for method in map(str, drawn[1].runs):
-        assert (ROOT / f'configs/demo/retinanet_moe_{method}_digits.py').exists()
+    assert [args.layer for args in drawn] == [None, 'bbox_head.cls_moe', 'bbox_head.cls_moe']
+    for run in drawn[2].runs:
+        assert (ROOT / f'configs/demo/retinanet_moe_{run.name}_digits.py').exists()
 
 
 def test_mumoe(tmp_path, capsys):

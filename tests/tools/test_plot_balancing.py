@@ -93,7 +93,7 @@ def test_bars(history):
         assert inference == pytest.approx([3 * x for x in INFERENCE[row]])
     top = axes[0, 1].get_ylim()[1]
     masks = [bar.get_height() for bar in axes[0, 1].containers[1]]
-    assert masks == pytest.approx([0, top, 0])
+    assert masks == pytest.approx([0, -top, 0])  # from above
     crosses = [panel.lines[0].get_xdata().tolist() for panel in axes[0]]
     assert crosses == [[], [], [2]]
     assert [texts(panel) for panel in axes[1]] == [[], ['no more'], ['no more']]
@@ -112,7 +112,8 @@ def test_lanes(history, old):
         assert data.edges.tolist() == [0, *STEPS]  # the mean over the ten iterations before
         assert data.values == pytest.approx([3 * row[1] for row in values])
     top = lanes[1, 0].get_ylim()[1]
-    assert masked.get_data().values == pytest.approx([top * row[1] for row in MASKED])
+    assert masked.get_data().baseline == top
+    assert masked.get_data().values == pytest.approx([top * (1 - row[1]) for row in MASKED])
     dead = lanes[2, 0].patches[0]
     assert (dead.get_x(), dead.get_width()) == (20, 20)  # those of its windows
 

@@ -37,7 +37,7 @@ NUM_STEPS = 5
 #: Pictures of the animation at most.
 MAX_FRAMES = 60
 
-_LOAD, _IMPORTANCE, _MASK = '#56B4E9', '#0B3C6F', '0.35'
+_LOAD, _IMPORTANCE, _MASK = '#56B4E9', '#0B3C6F', '0.45'
 _DEAD, _DEAD_BACK = '#B5351C', '#F6DCD6'
 _CROSS: dict[str, Any] = dict(
     linestyle='', marker='X', markersize=6, color=_DEAD, markeredgewidth=0
@@ -155,7 +155,7 @@ def early_steps(runs: Mapping[str, LayerHistory], count: int = NUM_STEPS) -> lis
 def draw_steps(layer: str, runs: Mapping[str, LayerHistory], steps: Sequence[int] = ()) -> Figure:
     """A row for each run, a column for each iteration, in each the bars of the experts."""
     steps = sorted(set(steps)) or early_steps(runs)
-    figure = new_figure(PAGE_WIDTH, 1.0 + 1.15 * len(runs))
+    figure = new_figure(PAGE_WIDTH, 1.0 + 0.95 * len(runs))
     figure.suptitle(wrapped(f'{layer}: load of each expert (1 = its fair share)', PAGE_WIDTH))
     grid = figure.subplots(len(runs), len(steps), sharex='row', sharey=True, squeeze=False)
     for row, (name, run) in zip(grid, runs.items(), strict=True):
@@ -188,7 +188,7 @@ def draw_training(layer: str, runs: Mapping[str, LayerHistory]) -> Figure:
         column[0].set_title(_label(name, run, PAGE_WIDTH / len(runs) - 0.3), fontsize=7.5)
         for e, axes in enumerate(column[:experts]):
             if e < run.num_experts:
-                _lane(axes, run, e, _top(runs))
+                _lane(axes, run, e, _top(runs, importance=True))
             else:
                 axes.set_axis_off()
         if told:
@@ -240,15 +240,15 @@ def _label(name: str, run: LayerHistory, width: float) -> str:
     return '\n'.join(wrapped(part, width, 7.5) for part in (name, *run.verdict().split(', ')))
 
 
-def _top(runs: Mapping[str, LayerHistory]) -> float:
+def _top(runs: Mapping[str, LayerHistory], importance: bool = False) -> float:
     """The end of all axes of loads, in fair shares."""
-    loads = [
-        run.num_experts * load.max()
+    values = [
+        run.num_experts * shares.max()
         for run in runs.values()
-        for load in (run.load, run.importance, run.inference_load)
-        if load is not None
+        for shares in (run.load, run.inference_load, run.importance if importance else None)
+        if shares is not None
     ]
-    return 1.1 * max(1.5, *loads)
+    return 1.1 * max(1.5, *values)
 
 
 def _bars(axes: Axes, run: LayerHistory, step: int, top: float) -> None:
@@ -268,9 +268,9 @@ def _bars(axes: Axes, run: LayerHistory, step: int, top: float) -> None:
     dead = run.dead()[at]
     axes.bar(places, loads, 0.8, color=_LOAD)
     if run.masked is not None:
-        axes.bar(
-            places, top * run.masked[at], 0.8, facecolor='none', edgecolor=_MASK, hatch='/////',
-            linewidth=0,
+        axes.bar(  # like a shutter, from above
+            places, -top * run.masked[at], 0.8, bottom=top, facecolor='none', edgecolor=_MASK,
+            hatch='/////', linewidth=0,
         )  # fmt: skip
     if run.inference_load is not None:
         axes.hlines(
@@ -295,8 +295,8 @@ def _lane(axes: Axes, run: LayerHistory, expert: int, top: float) -> None:
     axes.stairs(run.num_experts * run.load[:, expert], edges, fill=True, color=_LOAD)
     if run.masked is not None:
         axes.stairs(
-            top * run.masked[:, expert], edges, fill=True, facecolor='none', edgecolor=_MASK,
-            hatch='//////', linewidth=0,
+            top * (1 - run.masked[:, expert]), edges, baseline=top, fill=True, facecolor='none',
+            edgecolor=_MASK, hatch='//////', linewidth=0,
         )  # fmt: skip
     if run.inference_load is not None:
         axes.stairs(
@@ -354,11 +354,16 @@ def _legend(figure: Figure, runs: Mapping[str, LayerHistory], lanes: bool = Fals
         handles.append(Line2D([], [], color='black', label='load that inference would give'))
     if lanes:
         handles.append(Line2D([], [], color=_IMPORTANCE, linestyle=':', label='importance'))
-    fair = 'fair share (1 / E)' if lanes else 'fair share'
-    handles.append(Line2D([], [], color='0.35', linewidth=0.8, linestyle='--', label=fair))
+    handles.append(Line2D([], [], color='0.35', linewidth=0.8, linestyle='--', label='fair share'))
     if any(run.masked is not None for run in runs.values()):
         handles.append(
-            Patch(facecolor='none', edgecolor=_MASK, hatch='/////', linewidth=0, label='masked')
+            Patch(
+                facecolor='none',
+                edgecolor=_MASK,
+                hatch='/////',
+                linewidth=0,
+                label='masked',
+            )
         )
     if any(run.dead().any() for run in runs.values()):
         mark = (
