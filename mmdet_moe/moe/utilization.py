@@ -211,7 +211,7 @@ class Utilization:
         if self.num_sources > 1:
             sums['sources'] = _by_source(weights_TE.float(), routing, self.num_sources)
         if router is not None and router.training and router.constraint is not None:
-            sums['batches'] = routing.load().new_ones(())
+            sums['batches'] = routing.logits.new_ones(())
             for name, value in router.constraint.by_expert().items():
                 sums[_CONSTRAINT + name] = value
         for key, value in sums.items():

@@ -38,7 +38,9 @@ class ExpertUtilizationHook(Hook):
 
     In training every ``interval`` iterations over the iterations since the last report, in
     validation and test over the whole data set; to the log and as scalars
-    (``train/moe/<layer>/load_0``, …) to every visualisation backend. After a validation or a test
+    (``train/moe/<layer>/load_0``, …) to every visualisation backend, in training also the load that
+    inference would give and what a constraint masks or adds, by expert, from which
+    ``tools/plot_balancing.py`` draws. After a validation or a test
     the report is written to ``expert_utilization_val.json`` or ``expert_utilization_test.json`` in
     the work directory, too. The coefficients of μMoE layers are looked at in validation and test
     alone: in training that would cost more than the layer. Under distributed training everything is
