@@ -6,6 +6,7 @@ import math
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -240,6 +241,42 @@ def test_report_says_what_the_figures_depend_on(run):
     assert settings['quick']
 
 
+def test_compare(tool, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(tool, 'COMPARED', replace(tool.QUICK, repeats=6))
+    monkeypatch.setattr(tool, 'DEFAULT_SUITES', ('scaling',))
+    path = tmp_path / 'figures.json'
+    tool.main(['--update', '--reference', str(path)])
+    kept = json.loads(path.read_text())
+    assert kept['command'] == f'tools/benchmark_moe.py --update --reference {path}'
+    assert kept['conditions'].keys() == {
+        'date', 'commit', 'python', 'versions', 'device', 'threads', 'kernels', 'dtype',
+    }  # fmt: skip
+    assert [(f['name'], f['other']) for f in kept['figures']] == [('E=8', 'E=4')] * 4
+    for figure in kept['figures']:
+        figure.update(ratio=1e-3, interval=[1e-3, 1e-3])
+    path.write_text(json.dumps(kept))
+    capsys.readouterr()
+    compare = ['scaling', '--compare', '--reference', str(path)]
+    tool.main(compare)
+    output = capsys.readouterr().out
+    assert output.count('moved: slower') == 4 + 2  # in what is said of the table, and at its end
+    assert 'Not measured: GPUs' in output
+    with pytest.raises(SystemExit) as exit_:
+        tool.main([*compare, '--fail'])
+    assert exit_.value.code == 3
+    for figure in kept['figures']:
+        figure.update(ratio=1e3, interval=[1e3, 1e3])
+    path.write_text(json.dumps(kept))
+    tool.main([*compare, '--fail'])
+
+
+def test_only_what_is_watched_is_timed():
+    bench = Benchmark(torch.device('cpu'), torch.float32, repeats=6, only_watched=True)
+    bench.start('test')
+    rows = [Alternative(name, lambda: None) for name in 'abc']
+    assert bench.compare('some', rows, watch=[('c', 'a')]).samples.keys() == {'a', 'c'}
+
+
 def test_a_wrong_alternative_ends_the_run_before_it_is_timed(tool, tmp_path, monkeypatch, capsys):
     def wrong(problem):
         out = 1.01 * problem.all_experts()
@@ -331,8 +368,21 @@ def test_balanced_routing(bench):
             '--dtype float16 is for GPUs; use bfloat16 or float32 on a CPU',
         ),
         (['ops', '--json', '/nowhere/x.json'], '--json: there is no folder /nowhere'),
+        (['--compare', '--quick'], '--quick has too few rounds to compare; leave it'),
+        (['--compare', 'auto'], "the suite 'auto' is not compared; leave it"),
+        (['--update', 'ops'], '--update keeps the figures of all suites; name none'),
+        (['--update', '--fail'], '--fail belongs to --compare, without --update'),
+        (['--reference', 'x.json'], '--reference belongs to --compare and --update'),
+        (
+            ['--compare', '--reference', '/nowhere/x.json'],
+            'there are no figures in /nowhere/x.json; write them with --update',
+        ),
+        (
+            ['--update', '--reference', '/nowhere/x.json'],
+            '--reference: there is no folder /nowhere',
+        ),
     ],
-    ids=['suite', 'repeats', 'threads', 'dtype', 'json'],
+    ids=lambda value: ' '.join(value) if isinstance(value, list) else '',
 )
 def test_mistakes_are_one_sentence(tool, arguments, sentence, capsys):
     with pytest.raises(SystemExit) as exit_:
