@@ -78,7 +78,8 @@ def quick_runners(request):
     """What takes a Runner seconds and concerns few tests is left out.
 
     It is which compilers there are, the layout of the config, which MMEngine writes five times,
-    and without --all the pictures of ExpertUtilizationHook, which has a test of its own.
+    and without --all the pictures of ExpertUtilizationHook, which has a test of its own, and the
+    wait for the disk, file after file, which only a crash of the machine would show.
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr('mmengine.runner.runner.collect_env', dict)
@@ -86,6 +87,7 @@ def quick_runners(request):
         if not request.config.getoption('--all'):
             blank = np.zeros((4, 4, 3), np.uint8)
             patch.setattr('mmdet_moe.drawing.draw_utilization', lambda *_, **__: blank)
+            patch.setattr('os.fsync', lambda file: None)
         yield
 
 
