@@ -81,7 +81,7 @@ def rows_of(comparison):
     return {row['name']: row for row in comparison['rows']}
 
 
-def check_results(results, output):
+def check_results(results, output, is_compared=True):
     """What every suite's part of the report has."""
     assert results['comparisons']
     for comparison in results['comparisons']:
@@ -91,10 +91,12 @@ def check_results(results, output):
             first, third = row['quartiles_ms']
             assert 0 < first <= row['median_ms'] <= third
             assert len(row['samples_ms']) == 2
+        assert all({*pair} <= rows.keys() for pair in comparison['watch'])
         if comparison['baseline']:
             assert rows[comparison['baseline']]['ratio'] == 1
         if comparison['limit']:
             assert rows[comparison['limit']]['share_of_limit'] == 1
+    assert any(comparison['watch'] for comparison in results['comparisons']) == is_compared
     for target in results['targets']:
         assert isinstance(target['met'], bool)
         assert math.isfinite(target['figure'])
@@ -222,7 +224,7 @@ def test_auto(run, monkeypatch):
     monkeypatch.setattr(conv, '_grid', lambda: [ConvShape(2, 8, 4, 4), ConvShape(3, 8, 4, 4, 1, 1)])
     report, output = run('auto')
     results = report['suites']['auto']
-    check_results(results, output)
+    check_results(results, output, is_compared=False)
     assert len(results['comparisons']) == 2 * 2
     for comparison in results['comparisons']:
         assert [row.get('note') for row in comparison['rows']].count('auto') == 1
