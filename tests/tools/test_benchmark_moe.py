@@ -195,6 +195,7 @@ def test_retinanet(run, monkeypatch):
     assert 0.9 < wide / (2 * dense) < 1.001
 
 
+@pytest.mark.usefixtures('quick_analysis')
 def test_analysis(run):
     report, output = run('analysis')
     results = report['suites']['analysis']
