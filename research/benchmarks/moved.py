@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.table import Table
-from scipy import stats
 
 from mmdet_moe.errors import ConfigError
 
@@ -87,6 +86,8 @@ def interval_of_median(values: Sequence[float]) -> tuple[float, float] | None:
 
     Conover, Practical Nonparametric Statistics (1999), section 3.2.
     """
+    from scipy import stats  # takes a second, which only a comparison needs
+
     # Even the smallest and the largest hold the median with no more than this.
     if 1 - 2 * 0.5 ** len(values) < CONFIDENCE:
         return None

@@ -52,6 +52,7 @@ def tool(monkeypatch):
         repeats=2,
     )
     monkeypatch.setattr(module, 'QUICK', tiny)
+    monkeypatch.setattr(harness, 'WARM_UP_ROUNDS', 1)
     # The test process keeps its memory as it is.
     monkeypatch.setattr(module, 'keep_large_blocks', lambda: True)
     monkeypatch.setattr(ops_suite, 'keep_large_blocks', lambda: True)
