@@ -99,6 +99,7 @@ SMALL = {
 }
 
 
+@pytest.mark.usefixtures('quick_analysis')
 @pytest.mark.sweep(keep=1 / 3)
 @pytest.mark.parametrize(
     'name',
