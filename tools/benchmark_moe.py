@@ -39,10 +39,20 @@ from rich.console import Console
 
 from mmdet_moe.compat.malloc import keep_large_blocks
 from mmdet_moe.errors import ConfigError, exit_on_user_error
-from research.benchmarks import moved
 from research.benchmarks.conv import ConvShape, run_auto, run_conv, run_scaling
 from research.benchmarks.environment import environment
 from research.benchmarks.harness import SECONDS_PER_COMPARISON, Benchmark, WrongResult
+from research.benchmarks.moved import (
+    FOLDER,
+    NOT_MEASURED,
+    Figure,
+    figures_of,
+    moves,
+    read_figures,
+    summary_of,
+    table_of,
+    write_figures,
+)
 from research.benchmarks.mumoe import MuMoEShape, run_mumoe
 from research.benchmarks.ops import run_ops
 
@@ -234,34 +244,32 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _reference(args: argparse.Namespace) -> Path:
-    return args.reference or moved.FOLDER / f'{args.device}.json'
+    return args.reference or FOLDER / f'{args.device}.json'
 
 
-def _kept_figures(args: argparse.Namespace) -> tuple[dict[str, Any], list[moved.Figure]]:
+def _kept_figures(args: argparse.Namespace) -> tuple[dict[str, Any], list[Figure]]:
     path = _reference(args)
     if not args.update:
-        return moved.read_figures(path)
+        return read_figures(path)
     if args.reference is not None and not path.resolve().parent.is_dir():
         raise ConfigError(f'--reference: there is no folder {path.resolve().parent}')
-    return moved.read_figures(path) if path.exists() else ({}, [])
+    return read_figures(path) if path.exists() else ({}, [])
 
 
 def compare(
     args: argparse.Namespace,
-    then: tuple[dict[str, Any], list[moved.Figure]],
+    then: tuple[dict[str, Any], list[Figure]],
     report: dict[str, Any],
     command: str,
 ) -> None:
     """Print what moved, keep the figures if asked for, and end with status 3 if asked for."""
     conditions, figures = then
-    found = moved.moves(figures, moved.figures_of(report), report['suites'])
-    Console(width=None if sys.stdout.isatty() else 150, highlight=False).print(
-        moved.table_of(found)
-    )
-    print(moved.summary_of(found, conditions, report))
-    print(f'Not measured: {moved.NOT_MEASURED}.')
+    found = moves(figures, figures_of(report), report['suites'])
+    Console(width=None if sys.stdout.isatty() else 150, highlight=False).print(table_of(found))
+    print(summary_of(found, conditions, report))
+    print(f'Not measured: {NOT_MEASURED}.')
     if args.update:
-        moved.write_figures(_reference(args), report, command)
+        write_figures(_reference(args), report, command)
         print(f'These figures are kept in {_reference(args)}.')
     elif args.fail and any(move.fails for move in found):
         raise SystemExit(3)
