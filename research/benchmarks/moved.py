@@ -40,7 +40,6 @@ class Figure:
         ratio: Median over the rounds; less is faster.
         interval: The median lies in it with :data:`CONFIDENCE`; None for fewer than 6 rounds.
         ms: Median of ``name``.
-        other_ms: Median of ``other``.
     """
 
     suite: str
@@ -50,7 +49,6 @@ class Figure:
     ratio: float
     interval: tuple[float, float] | None
     ms: float
-    other_ms: float
 
     @property
     def key(self) -> tuple[str, ...]:
@@ -75,7 +73,6 @@ def figures_of(report: dict[str, Any]) -> list[Figure]:
                         statistics.median(ratios),
                         interval_of_median(ratios),
                         statistics.median(samples[name]),
-                        statistics.median(samples[other]),
                     )
                 )
     return figures
@@ -183,13 +180,14 @@ def moves(then: Iterable[Figure], now: Iterable[Figure], suites: Iterable[str]) 
 
 
 def differences(then: dict[str, Any], report: dict[str, Any]) -> list[str]:
-    """What ratios depend on, and is not as it was; and whether the machine is busy."""
+    """What ratios depend on, and is no longer as it was; and whether the machine is busy."""
     now, facts = conditions_of(report), report['environment']
     was, versions = then | then.get('versions', {}), now['versions']
     told = [
         f'{name} was {was.get(name)}, is {value}'
         for name, value in (now | versions).items()
-        if (name in CONDITIONS or (name in versions and name != 'mmdet_moe'))
+        if then
+        and (name in CONDITIONS or (name in versions and name != 'mmdet_moe'))
         and was.get(name) != value
     ]
     load = (facts['load_average'] or [0])[0]
@@ -233,7 +231,7 @@ def summary_of(found: Sequence[Move], then: dict[str, Any], report: dict[str, An
     counts = Counter(move.verdict for move in found if move.verdict)
     told = ', '.join(f'{count} {verdict}' for verdict, count in sorted(counts.items()))
     summary = f'{len(found)} ratios: {told or "none moved"}.'
-    if then and (other := differences(then, report)):
+    if other := differences(then, report):
         summary += f' Ratios depend on this, too: {"; ".join(other)}.'
     return summary
 
