@@ -398,6 +398,6 @@ def test_mistakes_are_one_sentence(tool, arguments, sentence, capsys):
 @pytest.mark.skipif(torch.cuda.is_available(), reason='there is a GPU')
 def test_cuda_without_a_gpu_is_one_sentence():
     command = [sys.executable, str(TOOL), 'ops', '--device', 'cuda']
-    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 2
     assert done.stderr == ('error: --device cuda: PyTorch finds no GPU here; use --device cpu\n')
