@@ -2,6 +2,7 @@
 # make test   the same environment, then the test suite, with a fixed sample of each sweep (pytest.mark.sweep)
 # make test-all   the same with every case of the sweeps (pytest --all)
 # make look   the same environment, then the experts of a trained detector that ships with the package
+# make bench  what got faster or slower since the committed figures (BENCH=--fail, BENCH=--update)
 # make gpu    what needs a GPU: checks, and the figures of docs/gpu.md
 # make lint   ruff, and mypy on the public API
 # make wheel  wheel and source distribution in dist/
@@ -13,7 +14,7 @@ PYTHON ?= python3
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.mmdet_moe-installed
 
-.PHONY: demo look test test-all gpu lint wheel install
+.PHONY: demo look test test-all bench gpu lint wheel install
 
 demo: $(STAMP)
 	$(PY) tools/demo.py
@@ -26,6 +27,9 @@ test: $(STAMP)
 
 test-all: $(STAMP)
 	$(PY) -m pytest -n 2 --dist worksteal --all
+
+bench: $(STAMP)
+	$(PY) tools/benchmark_moe.py --threads 2 --compare $(BENCH)
 
 gpu: $(STAMP)
 	$(PY) tools/gpu.py

@@ -7,6 +7,7 @@ import zlib
 from collections import Counter, defaultdict
 from concurrent.futures import Executor, Future
 from contextlib import redirect_stdout
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -77,15 +78,19 @@ def seed():
 def quick_runners(request):
     """What takes a Runner seconds and concerns few tests is left out.
 
-    It is which compilers there are, the layout of the config, which MMEngine writes five times,
-    and without --all the pictures of ExpertUtilizationHook, which has a test of its own.
+    It is which compilers there are, the layout of the config, which MMEngine writes five times, and
+    its sleep of two seconds where the data end before the training. Without --all it is also the
+    pictures of ExpertUtilizationHook, which has a test of its own, and the wait for the disk after
+    each file, without which only a crash of the machine does harm.
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr('mmengine.runner.runner.collect_env', dict)
         patch.setattr('yapf.yapflib.yapf_api.FormatCode', lambda text, **_: (text, True))
+        patch.setattr('mmengine.runner.loops.time', SimpleNamespace(sleep=lambda seconds: None))
         if not request.config.getoption('--all'):
             blank = np.zeros((4, 4, 3), np.uint8)
             patch.setattr('mmdet_moe.drawing.draw_utilization', lambda *_, **__: blank)
+            patch.setattr('os.fsync', lambda file: None)
         yield
 
 

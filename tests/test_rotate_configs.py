@@ -11,7 +11,9 @@ from mmengine.registry import MODELS, init_default_scope
 
 import mmdet_moe
 from mmdet_moe import cli
+from mmdet_moe.analysis import command
 from mmdet_moe.analysis.command import run_analysis
+from mmdet_moe.analysis.report import figures
 from mmdet_moe.moe.flops import count_flops
 
 CONFIGS = Path(mmdet_moe.__file__).parents[1] / 'configs'
@@ -99,6 +101,7 @@ SMALL = {
 }
 
 
+@pytest.mark.usefixtures('quick_analysis')
 @pytest.mark.sweep(keep=1 / 3)
 @pytest.mark.parametrize(
     'name',
@@ -128,6 +131,12 @@ def test_config_trains(name, folders, monkeypatch, capsys):
     assert 0 <= entropy <= 2.302586
     if data != 'fashion_mnist':
         return
+    # All figures are drawn, and the one that is looked at is written.
+    draw = figures.draw_figures
+    monkeypatch.setattr(
+        figures, 'draw_figures', lambda of: [f for f in draw(of) if f[1] == 'objects_cluster']
+    )
+    monkeypatch.setattr(command, 'write_figures', figures.write_figures)
     arguments = [path, 'run/epoch_1.pth', '--out', 'experts', '--cfg-options', *options]
     run_analysis([*arguments, 'test_dataloader.num_workers=0'])
     experts = json.loads(Path('experts/experts.json').read_text())

@@ -12,28 +12,47 @@ suites:
   auto       how good the choice of ConvExperts(impl='auto') is (only if asked for)
 
 All alternatives of a table take turns in one process, after their results have been compared. It
-takes about ten minutes on two cores, which should have nothing else to do. Exit status 1: an
-alternative computes something else; 2: a mistake in the command line.
+takes about ten minutes on two cores, which should have nothing else to do.
+
+`--compare` (`make bench`) measures the suites up to `analysis` at fewer shapes, and says which
+ratios moved since the figures in research/benchmarks/figures/; `--update` replaces these.
+
+Exit status 1: an alternative computes something else; 2: a mistake in the command line; 3: with
+--fail, a ratio moved to the slower side, or is no longer measured.
 """
 
 import argparse
 import importlib
 import json
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 # The checkout, for what is not installed.
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 import torch
+from rich.console import Console
 
 from mmdet_moe.compat.malloc import keep_large_blocks
 from mmdet_moe.errors import ConfigError, exit_on_user_error
 from research.benchmarks.conv import ConvShape, run_auto, run_conv, run_scaling
 from research.benchmarks.environment import environment
-from research.benchmarks.harness import Benchmark, WrongResult
+from research.benchmarks.harness import SECONDS_PER_COMPARISON, Benchmark, WrongResult
+from research.benchmarks.moved import (
+    FOLDER,
+    NOT_MEASURED,
+    Figure,
+    figures_of,
+    moves,
+    read_figures,
+    summary_of,
+    table_of,
+    write_figures,
+)
 from research.benchmarks.mumoe import MuMoEShape, run_mumoe
 from research.benchmarks.ops import run_ops
 
@@ -56,6 +75,7 @@ class Sizes:
         explorer: Images of the suite ``explorer``.
         auto: How many shapes the suite ``auto`` draws.
         repeats: Rounds of every table; None: as time allows.
+        seconds: For the rounds of every table.
     """
 
     rows: tuple[int, int] = (16_384, 65_536)
@@ -74,10 +94,14 @@ class Sizes:
     explorer: int = 5000
     auto: int = 60
     repeats: int | None = None
+    seconds: float = SECONDS_PER_COMPARISON
 
 
 FULL = Sizes()
 QUICK = Sizes(conv=(FULL.conv[1], FULL.conv[3]), analysis=24, explorer=200, auto=6, repeats=3)
+COMPARED = Sizes(
+    conv=QUICK.conv, scaling=(FULL.scaling[0], FULL.scaling[-1]), analysis=24, seconds=5.0
+)
 
 
 def _late(name: str, size: str) -> Callable[[Benchmark, Sizes], None]:
@@ -121,15 +145,39 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         '--quick', action='store_true', help='fewer shapes, 3 rounds: not for figures to quote'
     )
+    parser.add_argument(
+        '--compare', action='store_true', help='say what moved since the kept figures'
+    )
+    parser.add_argument(
+        '--reference',
+        type=Path,
+        metavar='FILE',
+        help='the kept figures; default: research/benchmarks/figures/<device>.json',
+    )
+    parser.add_argument(
+        '--fail', action='store_true', help='exit status 3 if a ratio is slower or missing'
+    )
+    parser.add_argument(
+        '--update', action='store_true', help='keep the figures of this run; say what moved'
+    )
     parser.add_argument('--json', type=Path, metavar='FILE', help='write all figures there')
     args = parser.parse_args(argv)
     with exit_on_user_error():
         _check_arguments(args)
         try:
-            run(args)
+            if not _compares(args):
+                run(args)
+                return
+            then = _kept_figures(args)
+            command = shlex.join(['tools/benchmark_moe.py', *(argv or sys.argv[1:])])
+            compare(args, then, run(args), command)
         except WrongResult as error:
             print(f'error: {error}', file=sys.stderr)
             raise SystemExit(1) from None
+
+
+def _compares(args: argparse.Namespace) -> bool:
+    return args.compare or args.update
 
 
 def _check_arguments(args: argparse.Namespace) -> None:
@@ -143,21 +191,32 @@ def _check_arguments(args: argparse.Namespace) -> None:
         raise ConfigError('--device cuda: PyTorch finds no GPU here; use --device cpu')
     if args.device == 'cpu' and args.dtype == 'float16':
         raise ConfigError('--dtype float16 is for GPUs; use bfloat16 or float32 on a CPU')
+    if _compares(args):
+        if args.quick:
+            raise ConfigError('--quick has too few rounds to compare; leave it')
+        if unknown := [suite for suite in args.suites if suite not in DEFAULT_SUITES]:
+            raise ConfigError(f"the suite '{unknown[0]}' is not compared; leave it")
+    if args.update and args.suites:
+        raise ConfigError('--update keeps the figures of all suites; name none')
+    if args.fail and (args.update or not args.compare):
+        raise ConfigError('--fail belongs to --compare, without --update')
+    if args.reference is not None and not _compares(args):
+        raise ConfigError('--reference belongs to --compare and --update')
     if args.json is not None and not args.json.resolve().parent.is_dir():
         raise ConfigError(f'--json: there is no folder {args.json.resolve().parent}')
 
 
-def run(args: argparse.Namespace) -> None:
-    """Run the suites, and write the file after each."""
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Run the suites, write the file after each, and return what is in it."""
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     device = torch.device(args.device)
     dtype = args.dtype or ('float32' if args.device == 'cpu' else 'bfloat16')
-    sizes = QUICK if args.quick else FULL
+    sizes = QUICK if args.quick else COMPARED if _compares(args) else FULL
     repeats = args.repeats or sizes.repeats
     # In this order: the suite `ops` starts with the memory as it is.
     suites = [suite for suite in SUITES if suite in (args.suites or DEFAULT_SUITES)]
-    bench = Benchmark(device, DTYPES[dtype], repeats)
+    bench = Benchmark(device, DTYPES[dtype], repeats, sizes.seconds, only_watched=_compares(args))
     report = {
         'environment': environment(device),
         'settings': {
@@ -168,8 +227,10 @@ def run(args: argparse.Namespace) -> None:
         },
         'suites': bench.suites,
     }
-    bench.console.print(_headline(report), markup=False, soft_wrap=True)
-    for suite in suites:
+    print(_headline(report))
+    for i, suite in enumerate(suites, 1):
+        if bench.only_watched:
+            print(f'suite {i} of {len(suites)}: {suite}', flush=True)
         bench.start(suite)
         if args.device == 'cpu' and suite != 'ops':
             report['settings']['memory_kept'] = keep_large_blocks()
@@ -177,8 +238,41 @@ def run(args: argparse.Namespace) -> None:
         if args.json is not None:
             args.json.write_text(json.dumps(report, indent=1) + '\n')
     targets = [target for results in bench.suites.values() for target in results['targets']]
-    if targets:
+    if targets and not bench.only_watched:
         print(f'\n{sum(target["met"] for target in targets)} of {len(targets)} targets are met.')
+    return report
+
+
+def _reference(args: argparse.Namespace) -> Path:
+    return args.reference or FOLDER / f'{args.device}.json'
+
+
+def _kept_figures(args: argparse.Namespace) -> tuple[dict[str, Any], list[Figure]]:
+    path = _reference(args)
+    if not args.update:
+        return read_figures(path)
+    if args.reference is not None and not path.resolve().parent.is_dir():
+        raise ConfigError(f'--reference: there is no folder {path.resolve().parent}')
+    return read_figures(path) if path.exists() else ({}, [])
+
+
+def compare(
+    args: argparse.Namespace,
+    then: tuple[dict[str, Any], list[Figure]],
+    report: dict[str, Any],
+    command: str,
+) -> None:
+    """Print what moved, keep the figures if asked for, and end with status 3 if asked for."""
+    conditions, figures = then
+    found = moves(figures, figures_of(report), report['suites'])
+    Console(width=None if sys.stdout.isatty() else 150, highlight=False).print(table_of(found))
+    print(summary_of(found, conditions, report))
+    print(f'Not measured: {NOT_MEASURED}.')
+    if args.update:
+        write_figures(_reference(args), report, command)
+        print(f'These figures are kept in {_reference(args)}.')
+    elif args.fail and any(move.fails for move in found):
+        raise SystemExit(3)
 
 
 def _headline(report: dict) -> str:

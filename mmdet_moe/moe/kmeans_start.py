@@ -1,5 +1,7 @@
 """A router that starts with the clusters of what it is given, instead of with chance."""
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -47,8 +49,6 @@ class KMeansStart(nn.Module):
         self.waits, self.in_pass = True, False
         self._seen: list[Tensor] = []
 
-    @torch.compiler.disable
-    @torch.no_grad()
     def forward(self, fc: nn.Linear, features: Tensor) -> None:
         """Look at the items of one training batch, and set the layer once there are enough.
 
@@ -61,22 +61,28 @@ class KMeansStart(nn.Module):
         Raises:
             ConfigError: If fewer than E of the items differ.
         """
-        if self.done:  # loaded; asked once, as the answer waits for a GPU
-            self.waits = False
-            return
-        features = _some(features.detach()).cpu()
-        self._seen.append(features[features.isfinite().all(1)])
-        if not self.in_pass:
-            self.set_if_ready(fc)
+        _uncompiled(self._look)(fc, features)
 
-    @torch.compiler.disable
-    @torch.no_grad()
     def set_if_ready(self, fc: nn.Linear) -> None:
         """Set the layer if there are enough items. Called on all ranks alike.
 
         Raises:
             ConfigError: If fewer than E of the items differ.
         """
+        _uncompiled(self._set_if_ready)(fc)
+
+    @torch.no_grad()
+    def _look(self, fc: nn.Linear, features: Tensor) -> None:
+        if self.done:  # loaded; asked once, as the answer waits for a GPU
+            self.waits = False
+            return
+        features = _some(features.detach()).cpu()
+        self._seen.append(features[features.isfinite().all(1)])
+        if not self.in_pass:
+            self._set_if_ready(fc)
+
+    @torch.no_grad()
+    def _set_if_ready(self, fc: nn.Linear) -> None:
         ready = sum(map(len, self._seen)) >= ITEMS_PER_EXPERT * self.num_experts
         items = _some(torch.cat(self._seen)).double().numpy() if ready else np.empty((0, 0))
         num_different = len(np.unique(items, axis=0)) if ready else 0
@@ -98,6 +104,11 @@ class KMeansStart(nn.Module):
             fc.bias.copy_(torch.from_numpy(bias))
         from_first_rank_([fc.weight, fc.bias])
         self.done.fill_(True)
+
+
+def _uncompiled(function: Callable[..., None]) -> Callable[..., None]:
+    # As a decorator, torch.compiler.disable() would import dynamo, two seconds, with the package.
+    return torch.compiler.disable(function) if torch.compiler.is_compiling() else function
 
 
 def _some(items: Tensor) -> Tensor:

@@ -195,7 +195,8 @@ def _compare_conv(bench: Benchmark, shape: ConvShape, pass_: str) -> Comparison:
     baseline = 'one convolution, N·k images'
     rows = [*(c.row(pass_, expected) for c in same), auto, dense(baseline, shape.n * shape.k)]
     rows.append(dense('one convolution, N images', shape.n))
-    return bench.compare(f'{shape}; {pass_}', rows, baseline=baseline)
+    watch = [(auto.name, baseline), (auto.name, 'masked loop')]
+    return bench.compare(f'{shape}; {pass_}', rows, baseline=baseline, watch=watch)
 
 
 def run_scaling(bench: Benchmark, shapes: Sequence[ConvShape]) -> None:
@@ -217,7 +218,7 @@ def run_scaling(bench: Benchmark, shapes: Sequence[ConvShape]) -> None:
         }
         for kind, rows in kinds.items():
             title = f'{kind}; {shapes[0]} and more; {pass_}'
-            comparison = bench.compare(title, rows, baseline=first)
+            comparison = bench.compare(title, rows, baseline=first, watch=[(last, first)])
             bench.target(
                 f'{kind}, {pass_}: {last} at most 1.15x of {first}',
                 comparison.ratio(last, first),

@@ -7,6 +7,7 @@ import platform
 import subprocess
 import time
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ def environment(device: torch.device) -> dict[str, Any]:
     }
 
 
+@cache
 def _versions() -> dict[str, str]:
     """Of the packages that are installed, whatever distribution they come from."""
     distributions = importlib.metadata.packages_distributions()

@@ -136,6 +136,8 @@ class Comparison:
         limit: The alternative whose bandwidth is 100 %.
         num_bytes: Bytes moved by each alternative that knows them.
         notes: Notes by name.
+        watch: Names of which the first one's time relative to the second one's is what
+            ``--compare`` follows.
     """
 
     title: str
@@ -144,6 +146,7 @@ class Comparison:
     limit: str | None = None
     num_bytes: dict[str, int] = field(default_factory=dict)
     notes: dict[str, str] = field(default_factory=dict)
+    watch: Sequence[tuple[str, str]] = ()
 
     def seconds(self, name: str) -> float:
         """Median."""
@@ -214,7 +217,13 @@ class Comparison:
             if self.notes.get(name):
                 row['note'] = self.notes[name]
             rows.append(row)
-        return {'title': self.title, 'baseline': self.baseline, 'limit': self.limit, 'rows': rows}
+        return {
+            'title': self.title,
+            'baseline': self.baseline,
+            'limit': self.limit,
+            'watch': self.watch,
+            'rows': rows,
+        }
 
 
 def _ms(seconds: float) -> str:
@@ -227,16 +236,24 @@ class Benchmark:
     Args:
         device: Where tensors live.
         dtype: Of tensors.
-        repeats: Rounds of every comparison; by default as many as fit into
-            :data:`SECONDS_PER_COMPARISON`.
+        repeats: Rounds of every comparison; by default as many as fit into ``seconds``.
+        seconds: Of every comparison.
+        only_watched: Whether to time nothing but the alternatives that are watched, in silence.
     """
 
     def __init__(
-        self, device: torch.device, dtype: torch.dtype, repeats: int | None = None
+        self,
+        device: torch.device,
+        dtype: torch.dtype,
+        repeats: int | None = None,
+        seconds: float = SECONDS_PER_COMPARISON,
+        only_watched: bool = False,
     ) -> None:
         self.device, self.dtype, self.repeats = device, dtype, repeats
+        self.seconds, self.only_watched = seconds, only_watched
         # A pipe has no width.
-        self.console = Console(width=None if sys.stdout.isatty() else 150, highlight=False)
+        width = None if sys.stdout.isatty() else 150
+        self.console = Console(width=width, highlight=False, quiet=only_watched)
         self.suites: dict[str, dict[str, list]] = {}
 
     def tensor(self, *shape: int) -> Tensor:
@@ -293,6 +310,7 @@ class Benchmark:
         limit: str | None = None,
         show: bool = True,
         replay: bool = False,
+        watch: Sequence[tuple[str, str]] = (),
     ) -> Comparison:
         """Check all alternatives, time them in turns, and print the table.
 
@@ -304,10 +322,15 @@ class Benchmark:
             show: Whether to print.
             replay: On a GPU, time the replay of a CUDA graph of several calls, in which the host
                 starts nothing: what the device alone takes.
+            watch: Names of which the first one's time relative to the second one's is what
+                ``--compare`` follows.
 
         Raises:
             WrongResult: If an alternative does not compute what is expected.
         """
+        if self.only_watched and watch:
+            watched = {name for pair in watch for name in pair}
+            alternatives = [a for a in alternatives if a.name in watched]
         for alternative in alternatives:
             self._check(title, alternative)
         gc.collect()
@@ -321,7 +344,7 @@ class Benchmark:
             runs = [_graph_of(run) for run in runs]
             divisors = [n * CALLS_PER_GRAPH for n in calls]
         rounds = self.repeats or min(
-            max(int(SECONDS_PER_COMPARISON / sum(round_seconds)), FEWEST_ROUNDS), MOST_ROUNDS
+            max(int(self.seconds / sum(round_seconds)), FEWEST_ROUNDS), MOST_ROUNDS
         )
         samples: dict[str, list[float]] = {a.name: [] for a in alternatives}
         for _ in range(rounds):
@@ -336,6 +359,7 @@ class Benchmark:
             limit,
             {a.name: a.num_bytes for a in alternatives if a.num_bytes is not None},
             {a.name: a.note for a in alternatives},
+            watch,
         )
         self._current['comparisons'].append(comparison.as_dict())
         if show:

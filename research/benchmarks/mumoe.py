@@ -51,7 +51,8 @@ def _entmax15(bench: Benchmark, shape: MuMoEShape) -> None:
         expected = wide.run(pass_)
         rows = [ours.row(pass_, expected), package.row(pass_)]
         title = f'entmax15, {pass_}; {" × ".join(map(str, x.shape))}'
-        comparison = bench.compare(title, rows, baseline=ours.name)
+        watch = [(ours.name, package.name)]
+        comparison = bench.compare(title, rows, baseline=ours.name, watch=watch)
         if pass_ == TRAINING:
             bench.target(
                 'entmax15: at least 8x faster than the package',
@@ -82,6 +83,7 @@ def _layers(bench: Benchmark, shape: MuMoEShape) -> None:
             f'layers of as many parameters, {pass_}; {what}',
             [row.row(pass_, expected.get(written.get(row.name))) for row in rows],
             baseline=LINEAR,
+            watch=[(n, other) for n, by_hand in written.items() for other in (LINEAR, by_hand)],
         )
         if pass_ == FORWARD:
             continue
@@ -113,6 +115,7 @@ def _levels(bench: Benchmark, shape: MuMoEShape) -> None:
             f'levels of experts, {pass_}; {tuple(x.shape)}, rank {rank}',
             [row.row(pass_) for row in rows],
             baseline=names[0],
+            watch=[(names[1], names[0])],
         )
         if pass_ == TRAINING:
             bench.target(

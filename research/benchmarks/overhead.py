@@ -57,7 +57,10 @@ def _one_expert(bench: Benchmark, stage: nn.Module, x: torch.Tensor, what: str) 
     for pass_ in PASSES:
         expected = rows[0].run(pass_)
         comparison = bench.compare(
-            f'one expert, {pass_}; {what}', [r.row(pass_, expected) for r in rows], baseline='dense'
+            f'one expert, {pass_}; {what}',
+            [r.row(pass_, expected) for r in rows],
+            baseline='dense',
+            watch=[('MoE, E = 1', 'dense')],
         )
         bench.target(
             f'{pass_}: an MoE layer with E = 1 costs at most 3 % more than the dense stage',
@@ -79,7 +82,9 @@ def _fixed_cost(
     ]
     for pass_ in PASSES:
         comparison = bench.compare(
-            f'{name}, {pass_}; {tuple(x.shape)}', [r.row(pass_) for r in rows]
+            f'{name}, {pass_}; {tuple(x.shape)}',
+            [r.row(pass_) for r in rows],
+            watch=[(rows[1].name, rows[0].name)],
         )
         cost = comparison.seconds(rows[1].name) - comparison.seconds(rows[0].name)
         if pass_ == FORWARD:

@@ -111,6 +111,7 @@ def _compare_heads(
                 for name, head in heads.items()
             ],
             baseline=baseline,
+            watch=[(MOE, baseline)],
         )
 
 
@@ -163,6 +164,7 @@ def _compare_iterations(
             for name, run in iterations.items()
         ],
         baseline=baseline,
+        watch=[(MOE, baseline)],
     )
     bench.target(
         f'training iteration, {what}: MoE at most 1.10x of the dense model with the same active '

@@ -66,6 +66,7 @@ def run_statistics(bench: Benchmark, num_images: int) -> None:
             [Alternative(TEST, test), Alternative(STATISTICS, statistics),
              Alternative(SUMMARY, summary)],
             baseline=TEST,
+            watch=[(STATISTICS, TEST), (SUMMARY, TEST)],
         )  # fmt: skip
         bench.target(
             'the statistics pass takes at most 1.15 x a plain test',

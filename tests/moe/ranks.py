@@ -11,11 +11,12 @@ import torch.multiprocessing as mp
 
 def run_on_ranks(play, world_size, folder, *args):
     """What ``play(rank, world_size, *args)`` gives on each of some ranks."""
-    # They fork from a process that has imported everything, once for all.
+    # This process has imported everything. Where it may have used a GPU, or autograd's threads
+    # for one, another one that has is forked instead.
+    method = 'forkserver' if torch.cuda.is_available() else 'fork'
     multiprocessing.set_forkserver_preload(['mmdet_moe.moe', play.__module__])
-    mp.start_processes(
-        _work, (play, world_size, str(folder), *args), nprocs=world_size, start_method='forkserver'
-    )
+    arguments = (play, world_size, str(folder), *args)
+    mp.start_processes(_work, arguments, nprocs=world_size, start_method=method)
     return [torch.load(folder / f'rank{rank}.pt') for rank in range(world_size)]
 
 

@@ -1,14 +1,11 @@
 """The record of a training against the weights and decisions that it is about."""
 
 import math
-import os
-import socket
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import torch.multiprocessing as mp
 from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.registry import MODELS
@@ -18,6 +15,7 @@ from mmdet_moe.errors import ConfigError
 from projects.cluster_theory import ClusterAlignmentHook, ClusterPatches
 from projects.cluster_theory.cluster_alignment_hook import RECORD_FILE
 from projects.cluster_theory.experiment import CONFIGS
+from research.checks.interruptions import in_processes
 
 CONFIG = str(CONFIGS / 'mixture.py')
 OPTIONS = (
@@ -124,21 +122,12 @@ def test_resumed(tmp_path, monkeypatch):
 DIFFERENT_LOSSES = (*NO_NOISE, 'model.init_scale=0.5')
 
 
-def train_as_rank(rank, world_size, port):
-    torch.set_num_threads(1)
-    os.environ |= {'RANK': str(rank), 'LOCAL_RANK': str(rank), 'WORLD_SIZE': str(world_size)}
-    os.environ |= {'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(port)}
-    options = [*DIFFERENT_LOSSES, 'train_dataloader.batch_size=100']
-    train('ranks', 4, '--launcher', 'pytorch', options=options)
-
-
 def test_two_ranks_record_what_one_does(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     expected = train('one', 4, options=DIFFERENT_LOSSES)
-    with socket.socket() as free:
-        free.bind(('127.0.0.1', 0))
-        port = free.getsockname()[1]
-    mp.spawn(train_as_rank, (2, port), nprocs=2)
+    options = [*DIFFERENT_LOSSES, 'train_dataloader.batch_size=100']
+    arguments = ('ranks', 4, '--launcher', 'pytorch')
+    in_processes(tmp_path, lambda: train(*arguments, options=options), ranks=2)
     with np.load(f'ranks/{RECORD_FILE}') as record:
         for key, values in expected.items():
             np.testing.assert_allclose(record[key], values, rtol=1e-4, atol=1e-6)

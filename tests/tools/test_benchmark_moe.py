@@ -6,6 +6,7 @@ import math
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,7 @@ def tool(monkeypatch):
         repeats=2,
     )
     monkeypatch.setattr(module, 'QUICK', tiny)
+    monkeypatch.setattr(harness, 'WARM_UP_ROUNDS', 1)
     # The test process keeps its memory as it is.
     monkeypatch.setattr(module, 'keep_large_blocks', lambda: True)
     monkeypatch.setattr(ops_suite, 'keep_large_blocks', lambda: True)
@@ -80,7 +82,7 @@ def rows_of(comparison):
     return {row['name']: row for row in comparison['rows']}
 
 
-def check_results(results, output):
+def check_results(results, output, is_compared=True):
     """What every suite's part of the report has."""
     assert results['comparisons']
     for comparison in results['comparisons']:
@@ -90,10 +92,12 @@ def check_results(results, output):
             first, third = row['quartiles_ms']
             assert 0 < first <= row['median_ms'] <= third
             assert len(row['samples_ms']) == 2
+        assert all({*pair} <= rows.keys() for pair in comparison['watch'])
         if comparison['baseline']:
             assert rows[comparison['baseline']]['ratio'] == 1
         if comparison['limit']:
             assert rows[comparison['limit']]['share_of_limit'] == 1
+    assert any(comparison['watch'] for comparison in results['comparisons']) == is_compared
     for target in results['targets']:
         assert isinstance(target['met'], bool)
         assert math.isfinite(target['figure'])
@@ -192,6 +196,7 @@ def test_retinanet(run, monkeypatch):
     assert 0.9 < wide / (2 * dense) < 1.001
 
 
+@pytest.mark.usefixtures('quick_analysis')
 def test_analysis(run):
     report, output = run('analysis')
     results = report['suites']['analysis']
@@ -221,7 +226,7 @@ def test_auto(run, monkeypatch):
     monkeypatch.setattr(conv, '_grid', lambda: [ConvShape(2, 8, 4, 4), ConvShape(3, 8, 4, 4, 1, 1)])
     report, output = run('auto')
     results = report['suites']['auto']
-    check_results(results, output)
+    check_results(results, output, is_compared=False)
     assert len(results['comparisons']) == 2 * 2
     for comparison in results['comparisons']:
         assert [row.get('note') for row in comparison['rows']].count('auto') == 1
@@ -238,6 +243,42 @@ def test_report_says_what_the_figures_depend_on(run):
     assert [entry['device'] for entry in environment['kernels']] == ['cpu', 'cuda']
     assert settings['dtype'] == 'bfloat16'
     assert settings['quick']
+
+
+def test_compare(tool, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(tool, 'COMPARED', replace(tool.QUICK, repeats=6))
+    monkeypatch.setattr(tool, 'DEFAULT_SUITES', ('scaling',))
+    path = tmp_path / 'figures.json'
+    tool.main(['--update', '--reference', str(path)])
+    kept = json.loads(path.read_text())
+    assert kept['command'] == f'tools/benchmark_moe.py --update --reference {path}'
+    assert kept['conditions'].keys() == {
+        'date', 'commit', 'python', 'versions', 'device', 'threads', 'kernels', 'dtype',
+    }  # fmt: skip
+    assert [(f['name'], f['other']) for f in kept['figures']] == [('E=8', 'E=4')] * 4
+    for figure in kept['figures']:
+        figure.update(ratio=1e-3, interval=[1e-3, 1e-3])
+    path.write_text(json.dumps(kept))
+    capsys.readouterr()
+    compare = ['scaling', '--compare', '--reference', str(path)]
+    tool.main(compare)
+    output = capsys.readouterr().out
+    assert output.count('moved: slower') == 4 + 1  # and at its end
+    assert 'Not measured: GPUs' in output
+    with pytest.raises(SystemExit) as exit_:
+        tool.main([*compare, '--fail'])
+    assert exit_.value.code == 3
+    for figure in kept['figures']:
+        figure.update(ratio=1e3, interval=[1e3, 1e3])
+    path.write_text(json.dumps(kept))
+    tool.main([*compare, '--fail'])
+
+
+def test_only_what_is_watched_is_timed():
+    bench = Benchmark(torch.device('cpu'), torch.float32, repeats=6, only_watched=True)
+    bench.start('test')
+    rows = [Alternative(name, lambda: None) for name in 'abc']
+    assert bench.compare('some', rows, watch=[('c', 'a')]).samples.keys() == {'a', 'c'}
 
 
 def test_a_wrong_alternative_ends_the_run_before_it_is_timed(tool, tmp_path, monkeypatch, capsys):
@@ -331,8 +372,21 @@ def test_balanced_routing(bench):
             '--dtype float16 is for GPUs; use bfloat16 or float32 on a CPU',
         ),
         (['ops', '--json', '/nowhere/x.json'], '--json: there is no folder /nowhere'),
+        (['--compare', '--quick'], '--quick has too few rounds to compare; leave it'),
+        (['--compare', 'auto'], "the suite 'auto' is not compared; leave it"),
+        (['--update', 'ops'], '--update keeps the figures of all suites; name none'),
+        (['--update', '--fail'], '--fail belongs to --compare, without --update'),
+        (['--reference', 'x.json'], '--reference belongs to --compare and --update'),
+        (
+            ['--compare', '--reference', '/nowhere/x.json'],
+            'there are no figures in /nowhere/x.json; write them with --update',
+        ),
+        (
+            ['--update', '--reference', '/nowhere/x.json'],
+            '--reference: there is no folder /nowhere',
+        ),
     ],
-    ids=['suite', 'repeats', 'threads', 'dtype', 'json'],
+    ids=lambda value: ' '.join(value) if isinstance(value, list) else '',
 )
 def test_mistakes_are_one_sentence(tool, arguments, sentence, capsys):
     with pytest.raises(SystemExit) as exit_:
@@ -344,6 +398,6 @@ def test_mistakes_are_one_sentence(tool, arguments, sentence, capsys):
 @pytest.mark.skipif(torch.cuda.is_available(), reason='there is a GPU')
 def test_cuda_without_a_gpu_is_one_sentence():
     command = [sys.executable, str(TOOL), 'ops', '--device', 'cuda']
-    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 2
     assert done.stderr == ('error: --device cuda: PyTorch finds no GPU here; use --device cpu\n')

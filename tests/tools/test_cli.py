@@ -6,7 +6,6 @@ import os
 import pickle
 import re
 import runpy
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -30,6 +29,7 @@ from mmdet_moe.engine.image_errors import ImageErrorHook, ImageReader
 from mmdet_moe.engine.preflight import check_checkpoint
 from mmdet_moe.errors import ConfigError
 from research import runs
+from research.checks.interruptions import in_processes
 
 ROOT = Path(mmdet_moe.__file__).parents[1]
 TOOLS = ROOT / 'tools'
@@ -331,15 +331,11 @@ def test_classifier(here, capsys):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason='is about machines without a GPU')
 def test_two_processes_without_a_gpu(folder):
-    command = ('bash', str(TOOLS / 'dist_train.sh'), 'detector.py', '2', '--work-dir', 'both')
-    with socket.socket() as probe:
-        probe.bind(('127.0.0.1', 0))
-        port = str(probe.getsockname()[1])
-    done = start(
-        folder, *command, *MOVED, 'train_cfg.val_interval=2', PORT=port, CUDA_VISIBLE_DEVICES=''
-    )
-    assert done.returncode == 0, done.stderr
-    output = done.stdout + done.stderr
+    arguments = ['detector.py', '--work-dir', 'both', '--launcher', 'pytorch']
+    arguments += [*MOVED, 'train_cfg.val_interval=2']
+    # As tools/dist_train.sh starts them, which test_train_moe.py does.
+    in_processes(folder, lambda: cli.run_train(arguments), ranks=2)
+    output = (folder / 'output.log').read_text()
     assert output.count('Iter(train) [2/2]') == 1  # one process speaks
     assert 'coco/bbox_mAP' in output
     # Two of the four images per process: one batch each.

@@ -26,6 +26,7 @@ def detector(tmp_path_factory, digit_scenes_folder):
     return Tool(tmp_path_factory.mktemp('detector'), DETECTOR, digit_scenes_folder)
 
 
+@pytest.mark.usefixtures('quick_analysis')
 def test_classifier(classifier, tmp_path, capsys):
     out = tmp_path / 'edited.pth'
     edits = [f'layer=head.fc,expert={e},output=1,add=1e4' for e in range(3)]
@@ -79,6 +80,7 @@ def test_classifier(classifier, tmp_path, capsys):
     assert len(meta['edits']) == 6
 
 
+@pytest.mark.usefixtures('quick_analysis')
 def test_factorised_experts(classifier, tmp_path):
     """The ranks of the edited checkpoint are not those of the config, and it loads all the same."""
     sparse = "dict(at='head.fc', num_experts=3, top_k=2, granularity='token')"

@@ -56,6 +56,7 @@ def folders(tmp_path, digit_scenes_folder, monkeypatch):
     return digit_scenes_folder, tmp_path / 'fashion'
 
 
+@pytest.mark.usefixtures('quick_analysis')
 def test_experts_follow_the_data_set(folders, monkeypatch):
     drawn = set()  # but not written
 

@@ -34,7 +34,7 @@ CONFIGS = sorted((Path(mmdet_moe.__file__).parents[1] / 'configs' / 'zoo').glob(
 
 def all_cases(test):
     """On every model; the samples of the tests take turns, so that none is left out."""
-    return pytest.mark.sweep(keep=1 / 4)(
+    return pytest.mark.sweep(keep=1 / 6)(
         pytest.mark.parametrize('case', CASES.values(), ids=CASES)(test)
     )
 
