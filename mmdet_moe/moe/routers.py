@@ -341,7 +341,7 @@ class _PooledRouter(Router):
         init_std: float = 0.01,
         normalise_levels: int | None = None,
         init: str = 'normal',
-        **kwargs,
+        **kwargs: Any,
     ) -> None:
         super().__init__(in_channels, num_experts, top_k, **kwargs)
         if init_std < 0:
@@ -439,7 +439,7 @@ class GAPRouter(_PooledRouter):
             single step of the optimizer.
     """
 
-    def __init__(self, in_channels: int, num_experts: int, top_k: int, **kwargs) -> None:
+    def __init__(self, in_channels: int, num_experts: int, top_k: int, **kwargs: Any) -> None:
         super().__init__(in_channels, num_experts, top_k, **kwargs)
         self.fc = self._build_fc(in_channels)
 
@@ -458,7 +458,12 @@ class ConvGAPRouter(_PooledRouter):
     needs_maps = True
 
     def __init__(
-        self, in_channels: int, num_experts: int, top_k: int, conv_channels: int = 256, **kwargs
+        self,
+        in_channels: int,
+        num_experts: int,
+        top_k: int,
+        conv_channels: int = 256,
+        **kwargs: Any,
     ) -> None:
         super().__init__(in_channels, num_experts, top_k, **kwargs)
         self.conv = nn.Conv2d(in_channels, conv_channels, 3, padding=1)

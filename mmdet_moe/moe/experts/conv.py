@@ -5,7 +5,7 @@ is also ``(sum_j w_j W_j) * x + sum_j w_j b_j``: instead of k convolutions of th
 own mixture of k kernels.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, TypeGuard
 
@@ -92,7 +92,7 @@ class ConvExperts(StackedExperts):
         self.register_parameter('bias', nn.Parameter(torch.stack(biases)) if bias else None)
 
     @classmethod
-    def like(cls, conv: nn.Conv2d, num_experts: int, **kwargs) -> 'ConvExperts':
+    def like(cls, conv: nn.Conv2d, num_experts: int, **kwargs: Any) -> 'ConvExperts':
         """Experts of the kind of a given convolution; further arguments as of the class.
 
         Raises:
@@ -125,7 +125,7 @@ class ConvExperts(StackedExperts):
     def dense(self) -> nn.Conv2d:
         return nn.Conv2d(**self._options)
 
-    def _apply(self, fn, recurse: bool = True) -> 'ConvExperts':
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> 'ConvExperts':
         # `model.to(memory_format=torch.channels_last)` knows tensors of four dimensions. Stacked
         # kernels stay as they are.
         def on_kernels(tensor: Tensor) -> Tensor:
