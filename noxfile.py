@@ -1,6 +1,7 @@
 """The tests under every Python: ``nox`` (all), ``nox -s core-3.12``, ``nox -s tests-3.13``.
 
-``make test`` is faster for one Python, because it keeps its environment.
+``make test`` is faster for one Python, because it keeps its environment. With uv, ``nox -db uv``,
+what PyTorch brings along is downloaded and stored once for all of them.
 """
 
 import nox

@@ -128,7 +128,7 @@ setup(
     license='Apache-2.0',
     packages=find_packages(include=['mmdet_moe', 'mmdet_moe.*']),
     package_data={
-        'mmdet_moe': ['assets/*', 'configs/**/*.py'],
+        'mmdet_moe': ['assets/*', 'configs/**/*.py', 'py.typed'],
         'mmdet_moe.ops': ['csrc/*.h', 'csrc/*/*'],
         'mmdet_moe.analysis.report.explorer': ['*.css', '*.j2', '*.js'],
     },

@@ -9,8 +9,8 @@ from typing import Any
 from mmdet_moe.errors import ConfigError
 
 
-def check_integer(owner: str, field: str, value: Any, least: int) -> None:
-    """Refuse what is no integer of at least ``least``.
+def check_integer(owner: str, field: str, value: Any, least: int) -> int:
+    """The value as an ``int``; what is no integer of at least ``least`` is refused.
 
     Args:
         owner: The class, or whatever else has the option.
@@ -23,6 +23,7 @@ def check_integer(owner: str, field: str, value: Any, least: int) -> None:
     """
     if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
         raise ConfigError(f'{owner}: {field}={value!r} must be an integer of at least {least}')
+    return int(value)
 
 
 def check_number(

@@ -145,6 +145,7 @@ def test_tools_of_the_toolboxes(places, place, tmp_path, digit_scenes_folder):
 
 
 def test_wheel_holds_all_configs(places):
+    assert (places['wheel'] / 'mmdet_moe' / 'py.typed').exists()  # type checkers read our types
     expected = {path.relative_to(CONFIGS) for path in CONFIGS.rglob('*.py')}
     folder = places['wheel'] / 'mmdet_moe' / 'configs'
     assert {path.relative_to(folder) for path in folder.rglob('*') if path.is_file()} == expected

@@ -6,7 +6,8 @@ from pathlib import Path
 # The checkout, for what is not installed.
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-from mmdet_moe.analysis.editing import run_editing
+from mmdet_moe.analysis.editing import edit_checkpoint, parse
+from mmdet_moe.analysis.measuring import run_tool
 
 if __name__ == '__main__':
-    run_editing()
+    run_tool(edit_checkpoint, parse())

@@ -8,10 +8,8 @@ from pathlib import Path
 # The checkout, for what is not installed.
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-from mmengine.config import DictAction
-
 from mmdet_moe.cli import load_config
-from mmdet_moe.engine.dry_run import build_model, dry_run, image_size
+from mmdet_moe.engine.dry_run import add_options, build_model, dry_run, image_size
 from mmdet_moe.errors import exit_on_user_error
 from mmdet_moe.moe.surgery.costs import cost_table, costs_of
 
@@ -26,15 +24,7 @@ every expert on everything.
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point."""
     parser = argparse.ArgumentParser(description=__doc__.split(';')[0])
-    parser.add_argument('config', help='config file of a detector or a classifier')
-    parser.add_argument(
-        '--shape',
-        type=int,
-        nargs=2,
-        metavar=('H', 'W'),
-        help="of the images (default: as in the classifier's training; 320 320 for a detector)",
-    )
-    parser.add_argument('--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE')
+    add_options(parser)
     args = parser.parse_args(argv)
     with exit_on_user_error():
         print(get_flops(args))

@@ -13,10 +13,8 @@ from pathlib import Path
 if importlib.util.find_spec('mmdet_moe') is None:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from mmengine.config import DictAction
-
 from mmdet_moe.cli import load_config
-from mmdet_moe.engine.dry_run import build_model, dry_run, image_size
+from mmdet_moe.engine.dry_run import add_options, build_model, dry_run, image_size
 from mmdet_moe.errors import ConfigError, exit_on_user_error
 from mmdet_moe.moe.surgery.paths import find_places
 from mmdet_moe.moe.surgery.survey import survey, table
@@ -25,19 +23,11 @@ from mmdet_moe.moe.surgery.survey import survey, table
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point."""
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0].split(';')[0])
-    parser.add_argument('config', help='config file of a detector or a classifier')
+    add_options(parser)
     parser.add_argument('--at', metavar='PATH', help='list what lies here, for example backbone.*')
     parser.add_argument(
         '--depth', type=int, default=4, help='names below --at, numbers not counted (default: 4)'
     )
-    parser.add_argument(
-        '--shape',
-        type=int,
-        nargs=2,
-        metavar=('H', 'W'),
-        help="of the images (default: as in the classifier's training; 320 320 for a detector)",
-    )
-    parser.add_argument('--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE')
     args = parser.parse_args(argv)
     with exit_on_user_error():
         print(list_layers(args))

@@ -6,7 +6,8 @@ from pathlib import Path
 # The checkout, for what is not installed.
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-from mmdet_moe.analysis.surgery.merge import run_merging
+from mmdet_moe.analysis.measuring import run_tool
+from mmdet_moe.analysis.surgery.merge import merge_checkpoint, parse
 
 if __name__ == '__main__':
-    run_merging()
+    run_tool(merge_checkpoint, parse())

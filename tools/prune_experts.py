@@ -6,7 +6,8 @@ from pathlib import Path
 # The checkout, for what is not installed.
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-from mmdet_moe.analysis.surgery.prune import run_pruning
+from mmdet_moe.analysis.measuring import run_tool
+from mmdet_moe.analysis.surgery.prune import parse, prune_checkpoint
 
 if __name__ == '__main__':
-    run_pruning()
+    run_tool(prune_checkpoint, parse())

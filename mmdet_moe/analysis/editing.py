@@ -10,7 +10,6 @@ from mmdet_moe.analysis.measuring import (
     images_of,
     load_trained,
     measure,
-    run_tool,
     write_checkpoint,
 )
 from mmdet_moe.cli import check_folder
@@ -49,18 +48,6 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     add_options(parser)
     return parser.parse_args(argv)
-
-
-def run_editing(argv: Sequence[str] | None = None) -> None:
-    """Run ``tools/edit_experts.py``.
-
-    Args:
-        argv: arguments; those of the process if None.
-
-    Raises:
-        SystemExit: with status 2 after a mistake in the config, the data or the command line.
-    """
-    run_tool(edit_checkpoint, parse(argv))
 
 
 def edit_checkpoint(args: argparse.Namespace) -> tuple[dict, dict]:

@@ -64,8 +64,7 @@ def guard_reading(module: ModuleType) -> None:
         kwargs.setdefault('weights_only', not trusted)
         return _read(lambda: from_url(url, *args, **kwargs), url)
 
-    module._safe_torch_load = read
-    module.load_url = read_url
+    vars(module).update(_safe_torch_load=read, load_url=read_url)
 
 
 def _read(load: Any, name: Any) -> Any:

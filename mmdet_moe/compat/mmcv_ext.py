@@ -333,11 +333,12 @@ def _deform_conv_gradients(
     grad_output: Tensor, tensors: tuple[Tensor | None, ...], geometry: dict[str, int]
 ) -> tuple[Tensor, ...]:
     """The gradients by the tensors of :func:`_deform_conv`, without those that are None."""
-    leaves = [None if tensor is None else tensor.detach().requires_grad_() for tensor in tensors]
+    leaves = [tensor.detach().requires_grad_() for tensor in tensors if tensor is not None]
+    input, offset, weight, *others = leaves
+    mask, bias = (None if tensor is None else others.pop(0) for tensor in tensors[3:])
     with torch.enable_grad():
-        output = _deform_conv(*leaves, geometry)
-    inputs = [leaf for leaf in leaves if leaf is not None]
-    return torch.autograd.grad(output, inputs, grad_output.to(output.dtype))
+        output = _deform_conv(input, offset, weight, mask, bias, geometry)
+    return torch.autograd.grad(output, leaves, grad_output.to(output.dtype))
 
 
 def deform_conv_forward(

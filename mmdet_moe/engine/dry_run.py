@@ -1,15 +1,29 @@
 """The model of a config, and one forward pass of it without any data."""
 
+import argparse
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from mmengine.config import Config
+from mmengine.config import Config, DictAction
 from mmengine.registry import MODELS, init_default_scope
 from torch import nn
 
 from mmdet_moe.engine.explain import in_one_line
 from mmdet_moe.errors import ConfigError
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The arguments that say which model, and on what images."""
+    parser.add_argument('config', help='config file of a detector or a classifier')
+    parser.add_argument(
+        '--shape',
+        type=int,
+        nargs=2,
+        metavar=('H', 'W'),
+        help="of the images (default: as in the classifier's training; 320 320 for a detector)",
+    )
+    parser.add_argument('--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE')
 
 
 def build_model(cfg: Config) -> nn.Module:

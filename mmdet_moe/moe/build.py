@@ -51,12 +51,15 @@ def build_experts(
                     f"expert.num_experts={expert['num_experts']} contradicts the layer's "
                     f'num_experts={num_experts}; remove it from the experts'
                 )
-            expert = build({**expert, 'num_experts': num_experts})
+            experts: Experts = build({**expert, 'num_experts': num_experts})
         else:
-            expert = [build(expert) for _ in range(num_experts)]
-    elif isinstance(expert, nn.Module) and not isinstance(expert, (nn.ModuleList, Experts)):
-        expert = independent_copies(expert, num_experts)
-    experts = expert if isinstance(expert, Experts) else ModuleExperts(expert)
+            experts = ModuleExperts([build(expert) for _ in range(num_experts)])
+    elif isinstance(expert, Experts):
+        experts = expert
+    elif isinstance(expert, nn.Module) and not isinstance(expert, nn.ModuleList):
+        experts = ModuleExperts(independent_copies(expert, num_experts))
+    else:
+        experts = ModuleExperts(expert)
     if experts.num_experts != num_experts:
         raise ConfigError(
             f'num_experts={num_experts}, but {experts.num_experts} experts were given'

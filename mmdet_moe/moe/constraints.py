@@ -121,6 +121,8 @@ class RelativeImportanceConstraint(_HardConstraint):
         threshold: m. The paper: 0.5 for classification, 0.3 for detection.
     """
 
+    relative_importance: Tensor
+
     def __init__(self, num_experts: int, threshold: float = 0.5) -> None:
         super().__init__(num_experts, threshold)
         self.register_buffer('relative_importance', torch.zeros(num_experts))
@@ -155,6 +157,9 @@ class MeanImportanceConstraint(_HardConstraint):
         num_experts: E; filled in by the router.
         threshold: m, 0.3 in the paper.
     """
+
+    mean_importance: Tensor
+    num_batches: Tensor
 
     def __init__(self, num_experts: int, threshold: float = 0.3) -> None:
         super().__init__(num_experts, threshold)
@@ -194,6 +199,8 @@ class BiasBalancing(Constraint):
         num_experts: E; filled in by the router.
         update_rate: u, 0.001 in the paper.
     """
+
+    bias: Tensor
 
     def __init__(self, num_experts: int, update_rate: float = 0.001) -> None:
         super().__init__(num_experts)

@@ -48,6 +48,7 @@ class Sorting:
         """What :func:`mmdet_moe.ops.sort_routes` gives for the keys ``level · E + expert``."""
         keys = self._ids
         if self._num_levels > 1:
+            assert self._level_ids is not None
             keys = keys + self.num_experts * self._level_ids[:, None]
         keys = keys.masked_fill(self._weights == 0, -1)
         return ops.sort_routes(keys, self.num_experts * self._num_levels)
@@ -76,9 +77,6 @@ class Dispatcher:
         level: Which one.
         first_item: Number of its first item among those of all levels.
     """
-
-    #: Whether every expert computes every item, see :class:`EveryExpert`.
-    is_dense = False
 
     def __init__(
         self,
@@ -208,8 +206,6 @@ class EveryExpert(Dispatcher):
         num_experts: E.
     """
 
-    is_dense = True
-
     def __init__(self, expert_ids: Tensor, weights: Tensor, num_experts: int) -> None:
         super().__init__(expert_ids, weights, num_experts)
         experts = torch.arange(num_experts, device=expert_ids.device)
@@ -252,14 +248,16 @@ class EveryExpert(Dispatcher):
 
     def sum(self, outputs: Sequence[Tensor]) -> Tensor:
         """The mixture of what each expert made of all items, E times (T, ...)."""
-        total = None
+        total: Tensor | None = None
         for y, factors in zip(outputs, self.factors.unbind(1), strict=True):
             if factors.dim() > 2:  # those of the pixels of a map
                 check_size(y, factors.shape[2:])
             wide = torch.promote_types(y.dtype, torch.float32)
-            factors = factors[(..., *[None] * (y.dim() - factors.dim()))].to(wide)
+            like_y = (..., *[None] * (y.dim() - factors.dim()))
+            factors = factors[like_y].to(wide)
             part = torch.where(factors == 0, 0, factors * y.to(wide))
             total = part if total is None else total + part
+        assert total is not None
         return total.to(outputs[0].dtype)
 
 

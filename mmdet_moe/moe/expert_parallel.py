@@ -24,7 +24,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from mmdet_moe.errors import ConfigError
-from mmdet_moe.moe.dispatcher import Dispatcher, unpack
+from mmdet_moe.moe.dispatcher import Dispatcher, EveryExpert, unpack
 from mmdet_moe.moe.distributed import is_distributed, is_sharded
 from mmdet_moe.moe.experts import Experts, ModuleExperts, StackedExperts
 from mmdet_moe.moe.precision import autocast
@@ -117,6 +117,7 @@ class SpreadExperts(Experts):
     """
 
     separate_parameters = False
+    place: Tensor
 
     def __init__(self, experts: Experts, parts: int) -> None:
         super().__init__()
@@ -153,7 +154,7 @@ class SpreadExperts(Experts):
 
     def forward(self, x_T: Tensor, dispatcher: Dispatcher, *args: Any, **kwargs: Any) -> Any:
         """As :meth:`ModuleExperts.forward`; every rank of the group calls it."""
-        if dispatcher.is_dense:
+        if isinstance(dispatcher, EveryExpert):
             raise ConfigError(
                 f'expert_parallel={self.parts}: experts of several ranks are in no graph that is '
                 'exported, traced or compiled with fullgraph=True; load the checkpoint in one '
@@ -222,11 +223,12 @@ class SpreadExperts(Experts):
         number = dist.get_world_size(replicas)
         if number == 1 or not trained:
             return
-        flat = torch.cat([p.grad.flatten() for p in trained])
+        grads = [p.grad for p in trained if p.grad is not None]
+        flat = torch.cat([grad.flatten() for grad in grads])
         dist.all_reduce(flat, group=replicas)
         flat /= number
-        for p, mean in zip(trained, flat.split([p.numel() for p in trained]), strict=True):
-            p.grad.copy_(mean.view_as(p))
+        for grad, mean in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
+            grad.copy_(mean.view_as(grad))
 
     def receptive_field(self, in_channels: int) -> tuple[int, int]:
         return self._whole[0].receptive_field(in_channels)
@@ -240,8 +242,9 @@ class SpreadExperts(Experts):
     def parameters_of(self, expert: int) -> list[nn.Parameter]:
         return []
 
-    def entries(self) -> dict[str, Tensor]:
-        return self.local.entries()
+    def entries(self, expert: int = 0) -> dict[str, Tensor]:
+        """Of one of those that are here, from 0."""
+        return self.local.entries(expert)
 
     def count(self, state_dict: dict[str, Tensor], prefix: str) -> int:
         return self._whole[0].count(state_dict, prefix)
@@ -254,8 +257,9 @@ class SpreadExperts(Experts):
     def init_weights(self) -> None:
         """As of all experts; a collective operation."""
         with self.whole() as experts:
-            if hasattr(experts, 'init_weights'):
-                experts.init_weights()
+            initialise = getattr(experts, 'init_weights', None)
+            if initialise is not None:
+                initialise()
 
     @contextmanager
     def whole(self) -> Iterator[Experts]:

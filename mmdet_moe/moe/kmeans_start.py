@@ -36,6 +36,8 @@ class KMeansStart(nn.Module):
         ConfigError: If scikit-learn is not installed.
     """
 
+    done: Tensor
+
     def __init__(self, num_experts: int) -> None:
         super().__init__()
         try:

@@ -1,12 +1,12 @@
 """The MoE layer: a router that routes, experts that compute, glued by dispatch and combine."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import accumulate
-from typing import Any
+from typing import Any, final
 
 import torch
 import torch.distributed as dist
@@ -274,7 +274,7 @@ class MoELayer(ExpertLayer):
         if self.training and not self._norms_checked:
             self._check_norms()
         single = isinstance(x, Tensor)
-        if not single and (self.replaces or x is None):
+        if x is None or (self.replaces and not single):
             given = f'a {type(x).__name__}, which is more than one item'
             if x is None:
                 given = 'keywords alone, which do not say what its input is'
@@ -282,7 +282,7 @@ class MoELayer(ExpertLayer):
                 f'MoE layer "{self.name}" ({self.replaces}) is called with {given}; choose a path '
                 'inside of it'
             )
-        maps = [x] if single else list(x)
+        maps = [x] if isinstance(x, Tensor) else list(x)
         if self.batch_dim:
             maps = [m.transpose(0, 1) for m in maps]
         kind = GRANULARITIES[self.granularity]
@@ -297,6 +297,7 @@ class MoELayer(ExpertLayer):
         if not exports:
             is_finite = self._check_finite(routing)
             self._remember(routing, maps, items)
+        dispatchers: Iterable[Dispatcher]
         if dense:
             dispatchers = self._dense_dispatchers(routing)
         else:
@@ -404,7 +405,7 @@ class MoELayer(ExpertLayer):
         self, x: Tensor, items: Items, dispatcher: Dispatcher, args: tuple, kwargs: dict
     ) -> tuple[Tensor, Callable[[Tensor], Any]]:
         """What the experts make of a whole map, mixed item by item; as :func:`unpack` gives it."""
-        if dispatcher.is_dense:
+        if isinstance(dispatcher, EveryExpert):
             dispatcher.factors = items.spread(dispatcher.factors)[:, :, None]
             y, rebuild = unpack(self.run_experts(x, dispatcher, *args, **kwargs))
             return self._laid_out(y, items), rebuild
@@ -422,6 +423,7 @@ class MoELayer(ExpertLayer):
             check_size(y, x.shape[2:], f'MoE layer "{self.name}": ')
             part = y * factors[:, expert, None].to(y.dtype)
             total = part if total is None else total + part
+        assert total is not None
         return self._laid_out(total, items), rebuild
 
     @staticmethod
@@ -509,7 +511,7 @@ class MoELayer(ExpertLayer):
             factors = factors.masked_fill(routing.dropped, 0)
         parts = [(routing.expert_ids, factors)]
         if len(sizes) > 1:
-            parts = zip(routing.expert_ids.split(sizes), factors.split(sizes), strict=True)
+            parts = list(zip(routing.expert_ids.split(sizes), factors.split(sizes), strict=True))
         return [EveryExpert(*part, self.num_experts) for part in parts]
 
     def _dispatchers(self, routing: Routing, is_finite: Tensor | None) -> Iterator[Dispatcher]:
@@ -607,6 +609,7 @@ class MoELayer(ExpertLayer):
         return f'granularity={self.granularity!r}, grid_size={self.grid_size}'
 
 
+@final
 @dataclass
 class _Calls:
     """The calls of one forward pass of the model.

@@ -211,14 +211,17 @@ class DatasetLoss(BalancingLoss):
         self, weight: float = 0.1, sources: int | Sequence[int | Sequence[int]] = 2
     ) -> None:
         super().__init__(weight)
-        if not isinstance(sources, int):
-            sources = [[of] if isinstance(of, int) else list(of) for of in sources]
-        if (sources < 1) if isinstance(sources, int) else not (sources and all(sources)):
+        known: int | list[list[int]] = (
+            sources
+            if isinstance(sources, int)
+            else [[of] if isinstance(of, int) else list(of) for of in sources]
+        )
+        if (known < 1) if isinstance(known, int) else not (known and all(known)):
             raise ConfigError(
-                f'DatasetLoss: sources={sources} must be the number of data sets, at least 1, or a '
+                f'DatasetLoss: sources={known} must be the number of data sets, at least 1, or a '
                 'list with at least one expert for each of them'
             )
-        self.sources = sources
+        self.sources = known
 
     def experts_of(self, num_experts: int) -> list[list[int]]:
         """The experts of each data set, of E."""

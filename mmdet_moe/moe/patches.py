@@ -91,7 +91,7 @@ class PatchGrid(Items):
         halo: Radius of the expert's receptive field in input pixels.
     """
 
-    size: tuple[int, int]
+    size: tuple[int, ...]
     grid: int = 1
     stride: int = 1
     halo: int = 0

@@ -33,7 +33,7 @@ def receptive_field(module: nn.Module, in_channels: int) -> tuple[int, int]:
             from the other side), for which patches cannot be exact.
     """
     probe = probe_of(module)
-    axes: list[tuple[int, int] | None] = [None]
+    axes: list[tuple[int, int] | None] = []
     for other_side in _OTHER_SIDES:
         try:
             with torch.no_grad():
@@ -41,13 +41,14 @@ def receptive_field(module: nn.Module, in_channels: int) -> tuple[int, int]:
             break
         except Exception:  # of any kind: the module is the user's
             continue
-    if None in axes:
+    measured = [axis for axis in axes if axis is not None]
+    if len(measured) < 2:
         raise ConfigError(
             'granularity="patch" or "pixel" needs to know how far the experts see, and cannot tell '
             f'the receptive field of {type(module).__name__}; use granularity="image", or experts '
             'made of convolutions, pointwise layers and batch norm'
         )
-    return max(r for r, _ in axes), max(s for _, s in axes)
+    return max(r for r, _ in measured), max(s for _, s in measured)
 
 
 def check_tokenwise(module: nn.Module, in_channels: int) -> None:
@@ -82,8 +83,9 @@ def probe_of(module: nn.Module) -> nn.Module:
     probe = copy.deepcopy(module).cpu().double()
     probe.eval()  # not in a chain: MMPretrain's returns None
     for layer in probe.modules():
-        if callable(getattr(layer, 'reset_running_stats', None)):
-            layer.reset_running_stats()
+        reset = getattr(layer, 'reset_running_stats', None)
+        if callable(reset):
+            reset()
     for parameter in probe.parameters():
         fan_in = parameter[0].numel() if parameter.dim() > 1 else 1
         nn.init.constant_(parameter, 1 / fan_in)

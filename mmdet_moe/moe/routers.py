@@ -291,6 +291,10 @@ class LevelNorm(KeepsPrecision):
         batches: int64 (L,), how many batches a level has seen.
     """
 
+    mean: Tensor
+    variance: Tensor
+    batches: Tensor
+
     def __init__(self, num_levels: int, features: int, momentum: float = 0.1) -> None:
         super().__init__()
         self.momentum = momentum
@@ -326,6 +330,8 @@ class LevelNorm(KeepsPrecision):
 class _PooledRouter(Router):
     """Base class of routers whose logits are a linear layer of pooled features."""
 
+    fc: RouterLinear
+
     def __init__(
         self,
         in_channels: int,
@@ -335,7 +341,7 @@ class _PooledRouter(Router):
         init_std: float = 0.01,
         normalise_levels: int | None = None,
         init: str = 'normal',
-        **kwargs,
+        **kwargs: Any,
     ) -> None:
         super().__init__(in_channels, num_experts, top_k, **kwargs)
         if init_std < 0:
@@ -371,9 +377,9 @@ class _PooledRouter(Router):
     def logits_of_levels(self, maps: list[Tensor], items: Sequence[Items]) -> list[Tensor]:
         features = [self.features(m, p) for m, p in zip(maps, items, strict=True)]
         features = self.normalised(features)
-        starts = self.start is not None and self.start.waits and self.training
-        if starts and not in_backward():
-            self.start(self.fc, _cat(features))
+        start = self.start
+        if start is not None and start.waits and self.training and not in_backward():
+            start(self.fc, _cat(features))
             # A later call of the same pass may set the weights that this one's gradient needs.
             weight, bias = self.fc.weight.clone(), self.fc.bias.clone()
             return [F.linear(f, weight.to(f.dtype), bias.to(f.dtype)) for f in features]
@@ -385,16 +391,16 @@ class _PooledRouter(Router):
         Raises:
             ConfigError: If they are of more or fewer maps than ``normalise_levels`` says.
         """
-        if self._num_levels is not None:
-            if len(features) != self._num_levels:
-                raise ConfigError(
-                    f'normalise_levels={self._num_levels}, but the router is given '
-                    f'{len(features)} feature maps together; give that number'
-                )
-            return [self.norm(f, level) for level, f in enumerate(features)]
-        if self.norm is not None:
+        if self.norm is None:
+            return features
+        if self._num_levels is None:
             return list(self.norm(_cat(features), 0).split([f.shape[0] for f in features]))
-        return features
+        if len(features) != self._num_levels:
+            raise ConfigError(
+                f'normalise_levels={self._num_levels}, but the router is given '
+                f'{len(features)} feature maps together; give that number'
+            )
+        return [self.norm(f, level) for level, f in enumerate(features)]
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
         done = f'{prefix}start.done'
@@ -433,7 +439,7 @@ class GAPRouter(_PooledRouter):
             single step of the optimizer.
     """
 
-    def __init__(self, in_channels: int, num_experts: int, top_k: int, **kwargs) -> None:
+    def __init__(self, in_channels: int, num_experts: int, top_k: int, **kwargs: Any) -> None:
         super().__init__(in_channels, num_experts, top_k, **kwargs)
         self.fc = self._build_fc(in_channels)
 
@@ -452,7 +458,12 @@ class ConvGAPRouter(_PooledRouter):
     needs_maps = True
 
     def __init__(
-        self, in_channels: int, num_experts: int, top_k: int, conv_channels: int = 256, **kwargs
+        self,
+        in_channels: int,
+        num_experts: int,
+        top_k: int,
+        conv_channels: int = 256,
+        **kwargs: Any,
     ) -> None:
         super().__init__(in_channels, num_experts, top_k, **kwargs)
         self.conv = nn.Conv2d(in_channels, conv_channels, 3, padding=1)
@@ -460,5 +471,6 @@ class ConvGAPRouter(_PooledRouter):
 
     def features(self, x: Tensor, items: Items) -> Tensor:
         x = x.to(torch.promote_types(x.dtype, torch.float32))
+        assert self.conv.bias is not None
         weight, bias = self.conv.weight.to(x.dtype), self.conv.bias.to(x.dtype)
         return items.pool(F.relu(F.conv2d(x, weight, bias, self.conv.stride, padding=1)))

@@ -8,9 +8,13 @@ levels, C channels.
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
+
+#: The fields of a :class:`Routing` with one row for each item.
+_TENSORS = ('expert_ids', 'weights', 'logits', 'decision_weights', 'dropped', 'gates')
 
 
 @dataclass
@@ -64,10 +68,10 @@ class Routing:
             parts = [getattr(call, name) for call in calls]
             return None if any(part is None for part in parts) else torch.cat(parts)
 
-        tensors = ('expert_ids', 'weights', 'logits', 'decision_weights', 'dropped', 'gates')
+        tensors: dict[str, Any] = {name: joined(name) for name in _TENSORS}
         images = {call.num_images for call in calls}
         return cls(
-            **{name: joined(name) for name in tensors},
+            **tensors,
             items_per_level=sum((call.items_per_level for call in calls), ()),
             num_images=images.pop() if len(images) == 1 else -1,
         )
@@ -158,11 +162,11 @@ class Routing:
         """The decisions of one level alone."""
         start = sum(self.items_per_level[:index])
         items = slice(start, start + self.items_per_level[index])
-        names = ('expert_ids', 'weights', 'logits', 'decision_weights', 'dropped', 'gates')
-        parts = {name: getattr(self, name) for name in names}
+        parts = {name: getattr(self, name) for name in _TENSORS}
+        own: dict[str, Any] = {n: None if p is None else p[items] for n, p in parts.items()}
         return replace(
             self,
-            **{name: None if part is None else part[items] for name, part in parts.items()},
+            **own,
             items_per_level=(self.items_per_level[index],),
         )
 

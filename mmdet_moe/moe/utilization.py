@@ -81,7 +81,8 @@ class UtilizationReport:
                 ``batches`` () and ``constraint/<name>`` (E,), if there is one.
         """
         sources = sums.get('sources')
-        is_known = sources is not None and bool(sources.any())
+        if sources is not None and not sources.any():
+            sources = None
         load, importance = shares(sums['load']), shares(sums['importance'])
         usage = shares(sums['levels'].sum(0))
         decision_entropy = sums['decision_entropy'] / sums['items'].clamp(min=1)
@@ -97,8 +98,8 @@ class UtilizationReport:
             level_shares=shares(sums['levels']).tolist(),
             dropped=float(sums['dropped'] / sums['load'].sum().clamp(min=1)),
             inference_load=shares(sums['chosen']).tolist(),
-            mi_source=float(mutual_information(sources)) if is_known else None,
-            source_shares=shares(sources).tolist() if is_known else [],
+            mi_source=None if sources is None else float(mutual_information(sources)),
+            source_shares=[] if sources is None else shares(sources).tolist(),
             constraint={
                 key.removeprefix(_CONSTRAINT): (value / sums['batches']).tolist()
                 for key, value in sums.items()

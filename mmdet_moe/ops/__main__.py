@@ -31,12 +31,12 @@ def main() -> None:
         except build.BuildError as error:
             print(f'error: {error}', file=sys.stderr)
             raise SystemExit(1) from None
-        for entry in results:
-            print(f'{entry.device}: {entry.reason or "built"}')
+        for built in results:
+            print(f'{built.device}: {built.reason or "built"}')
         print(f'{time.perf_counter() - start:.0f} s\n', flush=True)
         # What this process loaded is the state before.
         status = subprocess.run([sys.executable, '-m', 'mmdet_moe.ops'], check=False).returncode
-        raise SystemExit(1 if any(entry.failed for entry in results) else status)
+        raise SystemExit(1 if any(built.failed for built in results) else status)
     from mmdet_moe.ops import native
 
     native.check()

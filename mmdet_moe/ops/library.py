@@ -141,6 +141,8 @@ def _op(
         f'mmdet_moe::{name}', gradient, setup_context=save, lib=_LIBRARY
     )
 
+    formula: Callable[..., Any] = gradient
+
     class Eager(torch.autograd.Function):
         @staticmethod
         def forward(ctx, *inputs):
@@ -150,7 +152,7 @@ def _op(
                 save(ctx, inputs, output)
             return output
 
-        backward = staticmethod(gradient)
+        backward = staticmethod(formula)
 
     def call(*inputs):
         if (

@@ -11,12 +11,12 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+import tiny_tools
 import torch
 from mmdet.models.detectors import SingleStageDetector
 from mmengine.registry import MODELS, init_default_scope
 from torch import nn
 
-import mmdet_moe
 from mmdet_moe import cli
 from mmdet_moe.analysis import command, study
 from mmdet_moe.analysis.attribution import Tracer
@@ -32,23 +32,12 @@ from mmdet_moe.analysis.statistics.outcomes import outcomes_of
 from mmdet_moe.analysis.statistics.similarity import mean_between
 from mmdet_moe.errors import ConfigError
 
-DEMO = Path(mmdet_moe.__file__).parents[1] / 'configs' / 'demo'
 EXPERTS, LEVELS, IMAGES, BATCH, PER_FILE = 3, 5, 8, 2, 3
 HALF = ('--max-images', '4')
 ALIKE = ('cosine', 'cka')
 THRESHOLD = 0.87  # about half of the tiny model's detections
 LAYERS = ['bbox_head.cls_moe', 'bbox_head.reg_moe']
-DETECTOR = f"""
-_base_ = '{DEMO}/retinanet_moe_soft_digits.py'
-model = dict(
-    backbone=dict(base_channels=4, stem_channels=4),
-    neck=dict(in_channels=[4, 8, 16, 32], out_channels=8),
-    bbox_head=dict(
-        in_channels=8, feat_channels=8, stacked_convs=1, num_experts={EXPERTS},
-        norm_cfg=dict(type='GN', num_groups=2),
-    ),
-    test_cfg=dict(nms_pre=300, max_per_img=100, score_thr=0.0),
-)
+DETECTOR = f"""{tiny_tools.DETECTOR}
 pipeline = [
     dict(type='LoadImageFromFile'),
     dict(type='Resize', scale=(96, 96), keep_ratio=True),
@@ -63,7 +52,6 @@ val_dataloader = dict(
     batch_size={BATCH}, num_workers=0, persistent_workers=False, dataset=dict(pipeline=pipeline)
 )
 test_dataloader = val_dataloader
-load_from = None
 """
 CLASSIFIER = """
 default_scope = 'mmpretrain'

@@ -11,7 +11,7 @@ from tiny_tools import DETECTOR, IMAGES, Tool, tiny_classifier
 from mmdet_moe.analysis import measuring
 from mmdet_moe.analysis.command import run_analysis
 from mmdet_moe.analysis.data import AnalysisData
-from mmdet_moe.analysis.editing import edit_checkpoint, parse, parse_edit, run_editing
+from mmdet_moe.analysis.editing import edit_checkpoint, parse, parse_edit
 from mmdet_moe.errors import ConfigError
 from mmdet_moe.moe import Edit
 
@@ -176,7 +176,7 @@ def test_edits_as_text(text, edit):
 )
 def test_mistakes_in_edits(text, message, classifier, tmp_path, capsys):
     with pytest.raises(SystemExit) as exit_:
-        run_editing(classifier.argv(tmp_path / 'e.pth', text))
+        measuring.run_tool(edit_checkpoint, parse(classifier.argv(tmp_path / 'e.pth', text)))
     assert exit_.value.code == 2
     (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith('error: ')]
     assert message in line

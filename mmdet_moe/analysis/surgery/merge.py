@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_map
 from tqdm import trange
 
 from mmdet_moe.analysis.data import AnalysisData
-from mmdet_moe.analysis.measuring import images_of, load_trained, predict, run_tool
+from mmdet_moe.analysis.measuring import images_of, load_trained, predict
 from mmdet_moe.analysis.models import build_model
 from mmdet_moe.analysis.surgery.dense import dense_config
 from mmdet_moe.analysis.surgery.outputs import (
@@ -71,18 +71,6 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     add_output_options(parser)
     return parser.parse_args(argv)
-
-
-def run_merging(argv: Sequence[str] | None = None) -> None:
-    """Run ``tools/merge_experts.py``.
-
-    Args:
-        argv: arguments; those of the process if None.
-
-    Raises:
-        SystemExit: with status 2 after a mistake in the config, the data or the command line.
-    """
-    run_tool(merge_checkpoint, parse(argv))
 
 
 def merge_checkpoint(args: argparse.Namespace) -> tuple[dict, dict]:

@@ -17,7 +17,6 @@ from mmdet_moe.analysis.measuring import (
     measure,
     metrics_of,
     predict,
-    run_tool,
 )
 from mmdet_moe.analysis.models import build_model
 from mmdet_moe.analysis.records.contents import BoxRecords
@@ -70,18 +69,6 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     add_output_options(parser)
     return parser.parse_args(argv)
-
-
-def run_pruning(argv: Sequence[str] | None = None) -> None:
-    """Run ``tools/prune_experts.py``.
-
-    Args:
-        argv: arguments; those of the process if None.
-
-    Raises:
-        SystemExit: with status 2 after a mistake in the config, the data or the command line.
-    """
-    run_tool(prune_checkpoint, parse(argv))
 
 
 def prune_checkpoint(args: argparse.Namespace) -> tuple[dict, dict]:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import torch
 
-from mmdet_moe.analysis.measuring import images_of, predict, read_config, run_tool
+from mmdet_moe.analysis.measuring import images_of, predict, read_config
 from mmdet_moe.analysis.models import build_model, load_model
 from mmdet_moe.analysis.surgery.outputs import (
     add_output_options,
@@ -36,18 +36,6 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     add_output_options(parser)
     return parser.parse_args(argv)
-
-
-def run_upcycling(argv: Sequence[str] | None = None) -> None:
-    """Run ``tools/upcycle.py``.
-
-    Args:
-        argv: arguments; those of the process if None.
-
-    Raises:
-        SystemExit: with status 2 after a mistake in the config, the data or the command line.
-    """
-    run_tool(upcycle_checkpoint, parse(argv))
 
 
 def upcycle_checkpoint(args: argparse.Namespace) -> tuple[dict, dict]:

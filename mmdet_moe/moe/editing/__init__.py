@@ -90,6 +90,7 @@ def _find(
             f'Edit of layer "{edit.layer}": expert={edit.expert} is out of range; it has '
             f'{layer.num_experts} experts, from 0'
         )
+    handle: SparseExpert | FactorisedExpert
     if isinstance(layer, MuMoE):
         handle = FactorisedExpert(layer, edit.expert)
     else:

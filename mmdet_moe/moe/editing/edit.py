@@ -57,11 +57,16 @@ class Edit:
         """What the contribution is multiplied with; None for ``add``."""
         return 0.0 if self.zero else self.scale
 
+    @property
+    def term(self) -> float:
+        """What is added to the contribution; 0 where it is multiplied."""
+        return 0.0 if self.add is None else self.add
+
     def of(self, contribution: Tensor, dim: int) -> Tensor:
         """The edited contribution of a given one, whose outputs lie along ``dim``."""
         edited = contribution.clone()
         part = edited if self.output is None else edited.select(dim, self.output)
-        part.add_(self.add) if self.factor is None else part.mul_(self.factor)
+        part.add_(self.term) if self.factor is None else part.mul_(self.factor)
         return edited
 
     def __str__(self) -> str:

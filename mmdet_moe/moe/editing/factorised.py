@@ -55,7 +55,7 @@ class FactorisedExpert:
             is_bias = torch.zeros_like(own[:, 0])
             is_bias[-1] = 1
             to = outputs.sum(0) if edit.output is None else outputs[edit.output]
-            factors.add_term(self.expert, edit.add * is_bias, to)
+            factors.add_term(self.expert, edit.term * is_bias, to)
         elif edit.output is not None:
             missing = (edit.factor - 1) * own[:, edit.output]
             factors.add_term(self.expert, missing, outputs[edit.output])

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from contextlib import ExitStack
+from types import EllipsisType
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from mmdet_moe.moe.layer import MoELayer
 #: Vectors, or pixels, on which it is seen whether an edit did what it says.
 _PROBES = 64
 _NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm)
+_Last = LinearExperts | ConvExperts | nn.Linear | _ConvNd | _NormBase | nn.GroupNorm | nn.LayerNorm
 
 
 class SparseExpert:
@@ -83,7 +85,7 @@ class SparseExpert:
             values = parameter[self._index]
             undo.callback(_put, parameter, self._index, values.clone())
             if edit.factor is None:
-                values[rows] += edit.add
+                values[rows] += edit.term
             else:
                 values[rows] *= edit.factor
         wanted, found = edit.of(before, self._dim), self._contribution()
@@ -97,7 +99,7 @@ class SparseExpert:
                 'choose a layer inside of it'
             )
 
-    def _last_layers(self) -> list[nn.Module]:
+    def _last_layers(self) -> Sequence[_Last]:
         """The layers with weights whose outputs reach the expert's through no other such layer."""
         experts = self.layer.experts
         if isinstance(experts, (LinearExperts, ConvExperts)):
@@ -127,30 +129,32 @@ class SparseExpert:
         if total.requires_grad and ends:
             grads = torch.autograd.grad(total, [y for _, y in ends], allow_unused=True)
         found = zip(ends, grads, strict=True)
-        last = dict.fromkeys(module for (module, _), grad in found if grad is not None)
-        for module in last:
+        last: list[_Last] = []
+        for module in dict.fromkeys(m for (m, _), grad in found if grad is not None):
             weight = module._parameters.get('weight')
-            is_known = isinstance(module, nn.Linear)
-            is_known |= isinstance(module, _ConvNd) and not module.transposed
-            is_known |= isinstance(module, _NORMS) and weight is not None and weight.dim() == 1
-            if weight is None or not is_known:
-                raise ConfigError(
-                    f'{self._where}: its last layer with weights is {type(module).__name__}, and '
-                    'has to be a linear layer, a convolution or an affine normalisation; choose a '
-                    'layer inside of it'
-                )
+            if weight is not None and (
+                isinstance(module, nn.Linear)
+                or (isinstance(module, _ConvNd) and not module.transposed)
+                or (isinstance(module, _NORMS) and weight.dim() == 1)
+            ):
+                last.append(module)
+                continue
+            raise ConfigError(
+                f'{self._where}: its last layer with weights is {type(module).__name__}, and '
+                'has to be a linear layer, a convolution or an affine normalisation; choose a '
+                'layer inside of it'
+            )
         if not last:
             raise ConfigError(f'{self._where}: nothing in it has weights')
-        return list(last)
+        return last
 
     def _other_modules(self, model: nn.Module) -> list[nn.Module]:
         """All modules but those that are the expert's alone."""
         experts = self.layer.experts
-        mine, others = experts.modules(), []
+        mine = set(experts.modules())
         if isinstance(experts, nn.ModuleList):
-            mine = experts[self.expert].modules()
             others = [expert for e, expert in enumerate(experts) if e != self.expert]
-        mine = set(mine).difference(*(other.modules() for other in others))
+            mine = set(experts[self.expert].modules()).difference(*(o.modules() for o in others))
         return [module for module in model.modules() if module not in mine]
 
     def _contribution(self) -> Tensor:
@@ -172,6 +176,7 @@ class SparseExpert:
         layer = self.layer
         like = next(layer.experts.parameters(), torch.empty(0))
         channels = layer.router.in_channels
+        shape: tuple[int, ...]
         if layer.granularity == 'token':
             shape = (_PROBES, channels)
         elif layer.experts.take_vectors:
@@ -188,6 +193,6 @@ class SparseExpert:
         return torch.randn(shape, generator=generator).to(like)
 
 
-def _put(parameter: nn.Parameter, index: object, values: Tensor) -> None:
+def _put(parameter: Tensor, index: EllipsisType | int, values: Tensor) -> None:
     with torch.no_grad():
         parameter[index].copy_(values)

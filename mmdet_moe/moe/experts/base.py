@@ -91,6 +91,7 @@ class StackedExperts(Experts, BaseModule):
     """Experts whose weights lie in common parameters, stacked along a first axis of length E."""
 
     separate_parameters = False
+    _is_init: bool  # of MMEngine's
 
     @property
     def num_experts(self) -> int:
@@ -146,7 +147,7 @@ class StackedExperts(Experts, BaseModule):
     def _stack_listed(self, state_dict: dict[str, Tensor], prefix: str) -> None:
         """Stack the entries of a checkpoint whose experts are a list of modules."""
         for name in self.state_dict():
-            listed = []
+            listed: list[Tensor] = []
             while (key := f'{prefix}{len(listed)}.{self.dense_scope}{name}') in state_dict:
                 listed.append(state_dict[key])
             if listed:

@@ -5,7 +5,9 @@ is also ``(sum_j w_j W_j) * x + sum_j w_j b_j``: instead of k convolutions of th
 own mixture of k kernels.
 """
 
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -48,15 +50,18 @@ class ConvExperts(StackedExperts):
         ConfigError: If ``impl`` is unknown.
     """
 
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+
     def __init__(
         self,
         in_channels: int,
         out_channels: int,
-        kernel_size: int | tuple[int, int],
+        kernel_size: int | tuple[int, ...],
         num_experts: int,
-        stride: int | tuple[int, int] = 1,
-        padding: int | tuple[int, int] | str = 0,
-        dilation: int | tuple[int, int] = 1,
+        stride: int | tuple[int, ...] = 1,
+        padding: int | tuple[int, ...] | str = 0,
+        dilation: int | tuple[int, ...] = 1,
         groups: int = 1,
         bias: bool = True,
         impl: str = 'auto',
@@ -68,7 +73,7 @@ class ConvExperts(StackedExperts):
         if num_experts < 1:
             raise ConfigError(f'num_experts={num_experts}: there must be at least 1 expert')
         self.impl = impl
-        self._options = {
+        self._options: dict[str, Any] = {
             'in_channels': in_channels,
             'out_channels': out_channels,
             'kernel_size': kernel_size,
@@ -83,11 +88,11 @@ class ConvExperts(StackedExperts):
         self.stride, self.dilation, self.groups = first.stride, first.dilation, first.groups
         self.padding = _symmetric_padding(first)
         self.weight = nn.Parameter(torch.stack([conv.weight.detach() for conv in convs]))
-        stacked = torch.stack([conv.bias.detach() for conv in convs]) if bias else None
-        self.register_parameter('bias', None if stacked is None else nn.Parameter(stacked))
+        biases = [conv.bias.detach() for conv in convs if conv.bias is not None]
+        self.register_parameter('bias', nn.Parameter(torch.stack(biases)) if bias else None)
 
     @classmethod
-    def like(cls, conv: nn.Conv2d, num_experts: int, **kwargs) -> 'ConvExperts':
+    def like(cls, conv: nn.Conv2d, num_experts: int, **kwargs: Any) -> 'ConvExperts':
         """Experts of the kind of a given convolution; further arguments as of the class.
 
         Raises:
@@ -120,7 +125,7 @@ class ConvExperts(StackedExperts):
     def dense(self) -> nn.Conv2d:
         return nn.Conv2d(**self._options)
 
-    def _apply(self, fn, recurse: bool = True) -> 'ConvExperts':
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> 'ConvExperts':
         # `model.to(memory_format=torch.channels_last)` knows tensors of four dimensions. Stacked
         # kernels stay as they are.
         def on_kernels(tensor: Tensor) -> Tensor:
@@ -130,7 +135,7 @@ class ConvExperts(StackedExperts):
 
         return super()._apply(on_kernels, recurse)
 
-    def output_size(self, size: tuple[int, int]) -> tuple[int, int]:
+    def output_size(self, size: Sequence[int]) -> tuple[int, ...]:
         """(H', W') of the output for (H, W) of the input."""
         return tuple(
             (n + 2 * p - d * (k - 1) - 1) // s + 1
@@ -145,7 +150,7 @@ class ConvExperts(StackedExperts):
         return radius, max(self.stride)
 
     def forward(self, x_T: Tensor, dispatcher: Dispatcher) -> Tensor:
-        if dispatcher.is_dense:
+        if isinstance(dispatcher, EveryExpert):
             return self._dense(x_T, dispatcher)
         impl = self.impl
         if impl == 'auto':
@@ -161,7 +166,7 @@ class ConvExperts(StackedExperts):
             y_R = grouped_linear(rows_R, self.weight.flatten(2), self.bias, dispatcher)
             return dispatcher.combine(y_R)[:, :, None, None]
         weights = self.weight.unbind(0)
-        biases = [None] * len(weights) if self.bias is None else self.bias.unbind(0)
+        biases = (None,) * len(weights) if self.bias is None else self.bias.unbind(0)
         experts = [
             partial(self._convolve, weight=weight, bias=bias, groups=self.groups)
             for weight, bias in zip(weights, biases, strict=True)
@@ -235,11 +240,11 @@ class ConvExperts(StackedExperts):
         return f'num_experts={self.num_experts}, {options}, impl={self.impl!r}'
 
 
-def _is_plain(module: object) -> bool:
+def _is_plain(module: object) -> TypeGuard[nn.Conv2d]:
     return f'{type(module).__module__}.{type(module).__qualname__}' in _PLAIN
 
 
-def is_plain_conv(module: object) -> bool:
+def is_plain_conv(module: object) -> TypeGuard[nn.Conv2d]:
     """Whether :meth:`ConvExperts.like` can take a module's place."""
     return _is_plain(module) and module.padding_mode == 'zeros'
 
@@ -306,7 +311,7 @@ class _ConvolveViews(torch.autograd.Function):
         ctx.has_bias = biases is not None
         shares = weights.tolist()
         kernel = torch.empty_like(weight[0])
-        y = None
+        y: Tensor | None = None
         for t, experts in enumerate(ids):
             mixed = _mix(kernel, weight, experts, shares[t]).to(dtype)
             bias = None if biases is None else biases[t]
@@ -314,6 +319,7 @@ class _ConvolveViews(torch.autograd.Function):
             if y is None:
                 y = out.new_empty(len(ids), *out.shape[1:])
             y[t] = out[0]
+        assert y is not None
         return y
 
     @staticmethod
@@ -343,9 +349,9 @@ class _ConvolveViews(torch.autograd.Function):
                 groups,
                 [need_x, need_weight or need_weights, need_biases],
             )
-            if need_x:
+            if grad_x is not None:
                 grad_x[t] = of_x[0]
-            if need_biases:
+            if grad_biases is not None:
                 grad_biases[t] = of_bias
             if of_kernel is None:
                 continue
@@ -353,9 +359,9 @@ class _ConvolveViews(torch.autograd.Function):
             for j, (e, share) in enumerate(zip(experts, shares[t], strict=True)):
                 if share == 0:
                     continue
-                if need_weight:
+                if grad_weight is not None:
                     grad_weight[e].add_(of_kernel, alpha=share)
-                if need_weights:
+                if grad_weights is not None:
                     grad_weights[t, j] = torch.dot(of_kernel.flatten(), weight[e].flatten())
         return grad_x, grad_weight, grad_weights, grad_biases, None, None, None
 
@@ -372,7 +378,7 @@ def _mix(kernel: Tensor, weight: Tensor, experts: list[int], shares: list[float]
     return kernel
 
 
-def _symmetric_padding(conv: nn.Conv2d) -> tuple[int, int]:
+def _symmetric_padding(conv: nn.Conv2d) -> tuple[int, ...]:
     """Padding in numbers, also of ``'same'`` and ``'valid'``."""
     if not isinstance(conv.padding, str):
         return conv.padding

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmdet_moe.errors import ConfigError
-from mmdet_moe.moe.dispatcher import Dispatcher
+from mmdet_moe.moe.dispatcher import Dispatcher, EveryExpert
 from mmdet_moe.moe.experts.base import StackedExperts
 from mmdet_moe.moe.precision import autocast
 from mmdet_moe.registry import MODELS, build
@@ -58,6 +58,9 @@ class LinearExperts(VectorExperts):
         init_cfg: MMEngine's initialisation of one expert, seen as an ``nn.Linear``. Default: that
             of ``nn.Linear`` itself. Each expert draws its own values.
     """
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
 
     def __init__(
         self,
@@ -140,7 +143,7 @@ class MLPExperts(VectorExperts):
     @property
     def layers(self) -> list[LinearExperts]:
         """The linear layers, first to last."""
-        return [self.get_submodule(str(i)) for i in range(self.num_layers)]
+        return [layer for layer in self.children() if isinstance(layer, LinearExperts)]
 
     def dense(self) -> nn.ModuleList:
         return nn.ModuleList(layer.dense() for layer in self.layers)
@@ -167,7 +170,7 @@ def grouped_linear(
     Returns:
         (R, out), under autocast of its dtype.
     """
-    if dispatcher.is_dense:
+    if isinstance(dispatcher, EveryExpert):
         y = autocast(x_R).unflatten(0, (len(weight), -1)) @ autocast(weight).transpose(1, 2)
         return (y if bias is None else y + bias[:, None].to(y.dtype)).flatten(0, 1)
     y_R = _grouped_product(autocast(x_R), autocast(weight), dispatcher)

@@ -7,6 +7,7 @@ from typing import Any
 
 from mmengine.model import ModuleList
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from mmdet_moe.moe.dispatcher import Dispatcher
@@ -30,8 +31,8 @@ class ModuleExperts(ModuleList, Experts):
         super().__init__(modules, **kwargs)
         for module in self.modules():
             # Once: it may have been in a list of experts before, or be in a layer inside of one.
-            if isinstance(module, nn.modules.batchnorm._BatchNorm) and not hasattr(module, 'rests'):
-                module.rests = False
+            if isinstance(module, _BatchNorm) and not hasattr(module, 'rests'):
+                module.rests = False  # type: ignore[assignment]  # of ours, on PyTorch's module
                 module.register_forward_pre_hook(_rest_on_a_single_value)
                 module.register_forward_hook(_go_on)
 
@@ -51,8 +52,9 @@ class ModuleExperts(ModuleList, Experts):
             else (leaf,) * len(self)
             for leaf in leaves
         ]
+        experts: list[nn.Module] = list(self)
         calls = []
-        for expert, own in zip(self, zip(*parts, strict=True), strict=True):
+        for expert, own in zip(experts, zip(*parts, strict=True), strict=True):
             more, named = tree_unflatten(list(own), spec)
             calls.append(lambda x, f=expert, a=more, k=named: f(x, *a, **k))
         return dispatcher.through(x_T, calls, entered)
@@ -87,11 +89,12 @@ class ModuleExperts(ModuleList, Experts):
             state_dict[f'{prefix}{e}.{name}'] = value
 
 
-def _rest_on_a_single_value(norm: nn.Module, args: tuple) -> None:
+def _rest_on_a_single_value(norm: _BatchNorm, args: tuple) -> None:
     # A variance of one value would be 0, and PyTorch refuses it.
     x = args[0]
-    norm.rests = norm.training and norm.track_running_stats and x.numel() == x.shape[1]
-    if norm.rests:
+    rests = norm.training and norm.track_running_stats and x.numel() == x.shape[1]
+    norm.rests = rests  # type: ignore[assignment]  # as above
+    if rests:
         norm.eval()
 
 
@@ -109,6 +112,7 @@ def independent_copies(module: nn.Module, num: int) -> list[nn.Module]:
     copies = [module] + [copy.deepcopy(module) for _ in range(num - 1)]
     for clone in copies[1:]:
         for layer in clone.modules():
-            if callable(getattr(layer, 'reset_parameters', None)):
-                layer.reset_parameters()
+            reset = getattr(layer, 'reset_parameters', None)
+            if callable(reset):
+                reset()
     return copies

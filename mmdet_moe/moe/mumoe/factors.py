@@ -6,6 +6,7 @@ input and the output, R ranks. With a bias the input mode has I + 1 entries; the
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from functools import reduce
 from math import prod
 
 import torch
@@ -106,7 +107,8 @@ class Factors(nn.Module, ABC):
     def without(self, x: Tensor, coefficients: Sequence[Tensor], expert: int) -> Tensor:
         """The mixture with one expert's contribution zeroed; nobody takes its place."""
         place = self.place(expert)
-        own = prod(a[..., n, None] for a, n in zip(coefficients, place, strict=True))
+        shares = zip(coefficients, place, strict=True)
+        own = reduce(torch.mul, (a[..., n, None] for a, n in shares))
         y = self(x, coefficients)
         return y - own.to(y.dtype) * self.expert_output(x, expert)
 
@@ -141,8 +143,8 @@ class CPFactors(Factors):
 
     @staticmethod
     def shapes(dims: tuple[int, ...], rank: int | Sequence[int]) -> list[tuple[int, ...]]:
-        check_integer('CPMuMoE', 'rank', rank, 1)
-        return [(size, rank) for size in dims]
+        columns = check_integer('CPMuMoE', 'rank', rank, 1)
+        return [(size, columns) for size in dims]
 
     @staticmethod
     def matching_rank(dims: tuple[int, ...], budget: int) -> int | None:
@@ -212,9 +214,8 @@ class TRFactors(Factors):
 
     @staticmethod
     def shapes(dims: tuple[int, ...], rank: int | Sequence[int]) -> list[tuple[int, ...]]:
-        ranks = list(rank) if isinstance(rank, (list, tuple)) else [rank] * len(dims)
-        for value in ranks:
-            check_integer('TRMuMoE', 'rank', value, 1)
+        given = rank if isinstance(rank, (list, tuple)) else [rank] * len(dims)
+        ranks = [check_integer('TRMuMoE', 'rank', value, 1) for value in given]
         if len(ranks) != len(dims):
             raise ConfigError(
                 f'TRMuMoE: rank={rank!r} has {len(ranks)} numbers for {len(dims)} factors '
@@ -245,10 +246,8 @@ class TRFactors(Factors):
         nn.init.uniform_(output, -bound, bound)
 
     def forward(self, x: Tensor, coefficients: Sequence[Tensor]) -> Tensor:
-        chain = None
-        for a, core in zip(coefficients, self.factors[:-2], strict=True):
-            link = _contract(a.to(x.dtype), core)
-            chain = link if chain is None else chain @ link
+        levels = zip(coefficients, self.factors[:-2], strict=True)
+        chain = reduce(torch.matmul, (_contract(a.to(x.dtype), core) for a, core in levels))
         return self._output(chain, x)
 
     def expert_output(self, x: Tensor, expert: int) -> Tensor:
@@ -280,10 +279,8 @@ class TRFactors(Factors):
         return torch.einsum('p...q,qop->...o', ring, self.factors[-1])
 
     def _of_expert(self, expert: int) -> Tensor:
-        chain = None
-        for core, n in zip(self.factors[:-2], self.place(expert), strict=True):
-            chain = core[:, n] if chain is None else chain @ core[:, n]
-        return chain
+        levels = zip(self.factors[:-2], self.place(expert), strict=True)
+        return reduce(torch.matmul, (core[:, n] for core, n in levels))
 
     def _output(self, chain: Tensor, x: Tensor) -> Tensor:
         """(T, O) from the contracted experts' cores, (T, R₁, R₂) or (R₁, R₂), and the input."""

@@ -62,8 +62,9 @@ class ExpertGate(nn.Module):
         return self.activate(self.logits(x))
 
     def _normalised(self, logits: Tensor, norm: nn.Module) -> Tensor:
-        if self.norm == 'bn' and norm.running_mean.dtype != logits.dtype:
-            return norm(logits.to(norm.running_mean.dtype)).to(logits.dtype)
+        mean = getattr(norm, 'running_mean', None)
+        if mean is not None and mean.dtype != logits.dtype:
+            return norm(logits.to(mean.dtype)).to(logits.dtype)
         return norm(logits)
 
     def extra_repr(self) -> str:

@@ -5,7 +5,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from math import prod
-from typing import Any
+from typing import Any, Final, Literal
 
 from mmengine.logging import print_log
 from torch import Tensor, nn
@@ -20,8 +20,8 @@ from mmdet_moe.moe.mumoe.gate import ExpertGate
 from mmdet_moe.moe.routing import Routing
 from mmdet_moe.registry import MODELS
 
-MATCH = 'match'
-Rank = int | Sequence[int] | str
+MATCH: Final = 'match'
+Rank = int | Sequence[int] | Literal['match']
 
 
 class MuMoE(ExpertLayer):
@@ -366,7 +366,8 @@ class MuMoEMLP(MuMoE):
         sizes = [(in_features, hidden_features), (hidden_features, out_features)]
         self.hidden, self.experts = _factors(self, _kind(factorisation), sizes, rank, bias, budget)
         self.act = nn.GELU() if act is None else act
-        self.hidden_drop, self.drop = nn.Dropout(drop), nn.Dropout(drop)
+        self.hidden_drop: nn.Module = nn.Dropout(drop)
+        self.drop: nn.Module = nn.Dropout(drop)
 
     @property
     def _input(self) -> Factors:

@@ -322,9 +322,10 @@ def _make_layer(module: nn.Module, entry: Entry) -> tuple[MoELayer, float]:
     expert, factor = copy.deepcopy(module), 1.0
     if entry.width is not None:
         x = example(module, in_channels, entry.granularity)
-        factor = entry.width
-        if factor == EQUAL:
+        if isinstance(entry.width, str):
             factor = equal_width(module, x, entry.top_k, entry.shared)
+        else:
+            factor = entry.width
         expert = narrow(module, x, factor)
     shared = [copy.deepcopy(expert) for _ in range(entry.shared)]
     experts = make_experts(

@@ -52,7 +52,8 @@ def costs_of(model: nn.Module, run: Callable[[], Any]) -> list[Cost]:
     # In the order of their FLOPs, which stacked experts have not each for itself.
     everything, _ = _count(model, run, layers, partial(_every, orders))
     for name, order in orders.items():
-        order.sort(key=lambda e, n=name: -everything.get(f'{n}.experts.{e}', 0))
+        of_experts = [everything.get(f'{name}.experts.{e}', 0) for e in order]
+        order.sort(key=of_experts.__getitem__, reverse=True)
     dearest, items = _count(model, run, layers, partial(_dearest, layers, orders))
     costs, more = [], 0
     for row in report.rows:
@@ -68,9 +69,9 @@ def costs_of(model: nn.Module, run: Callable[[], Any]) -> list[Cost]:
 
 def cost_table(costs: list[Cost]) -> str:
     """The costs as text."""
-    lines = [('path', 'layer', 'E', 'k', 'decides per')]
-    lines[0] += ('parameters: dense', 'active', 'worst', 'all')
-    lines[0] += ('GFLOPs: dense', 'active', 'worst', 'all')
+    head = ('path', 'layer', 'E', 'k', 'decides per')
+    numbers_of = ('parameters: dense', 'active', 'worst', 'all', 'GFLOPs: dense')
+    lines: list[tuple[str, ...]] = [(*head, *numbers_of, 'active', 'worst', 'all')]
     for cost in costs:
         row = cost.row
         experts = ' × '.join(map(str, row.levels or (row.num_experts or '',)))

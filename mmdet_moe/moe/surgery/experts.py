@@ -36,6 +36,7 @@ def make_experts(
         ConfigError: If ``impl`` does not fit.
     """
     stacked: StackedExperts
+    dense: nn.Conv2d | nn.Linear
     conv, scope = plain_conv(module)
     if conv is not None and granularity != 'token':
         stacked = ConvExperts.like(conv, num_experts, impl=impl)

@@ -104,19 +104,19 @@ def _parts_of_mlp(
     kind = type(module).__name__
     leaves = [m for m in module.modules() if not any(True for _ in m.children())]
     leaves = [m for m in leaves if not isinstance(m, nn.Identity)]
-    linears = [i for i, m in enumerate(leaves) if isinstance(m, nn.Linear)]
+    linears = [m for m in leaves if isinstance(m, nn.Linear)]
     inner = [name for name, m in module.named_children() if any(True for _ in m.parameters())]
     wrong = ConfigError(
         f'{kind} is no linear layer, no 1×1 convolution and no MLP of two linear layers with one '
         'activation between, so it cannot become a μMoE; choose a path inside of it'
         + (f', such as {inner[0]}' if inner else '')
     )
-    if len(linears) != 2 or linears[0] != 0:
+    if len(linears) != 2 or linears[0] is not leaves[0]:
         raise wrong
-    first, second = leaves[0], leaves[linears[1]]
-    acts = [m for m in leaves[1 : linears[1]] if not isinstance(m, nn.Dropout)]
-    drops = [m for m in leaves[1 : linears[1]] if isinstance(m, nn.Dropout)]
-    behind = leaves[linears[1] + 1 :]
+    first, second = linears
+    between, behind = leaves[1 : leaves.index(second)], leaves[leaves.index(second) + 1 :]
+    acts = [m for m in between if not isinstance(m, nn.Dropout)]
+    drops = [m for m in between if isinstance(m, nn.Dropout)]
     is_mlp = (
         len(acts) == 1
         and len(drops) <= 1
@@ -125,17 +125,17 @@ def _parts_of_mlp(
         and (first.bias is None) == (second.bias is None)
         and first.out_features == second.in_features
     )
-    if not is_mlp or not _computes(module, [first, *acts, second]):
+    if not is_mlp or not _computes(module, first, *acts, second):
         raise wrong
     drop = [*drops, nn.Identity()][0], [*behind, nn.Identity()][0]
     return first, acts[0], drop[0], second, drop[1]
 
 
 @torch.no_grad()
-def _computes(module: nn.Module, steps: list[nn.Module]) -> bool:
+def _computes(module: nn.Module, first: nn.Linear, *others: nn.Module) -> bool:
     """Whether a module does just these steps, seen on random tokens."""
-    twin = copy.deepcopy(nn.ModuleList([module, *steps])).eval()
-    x = torch.randn(2, 3, steps[0].in_features).to(steps[0].weight)
+    twin = copy.deepcopy(nn.ModuleList([module, first, *others])).eval()
+    x = torch.randn(2, 3, first.in_features).to(first.weight)
     expected = x
     try:
         for step in twin[1:]:

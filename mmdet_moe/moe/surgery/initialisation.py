@@ -46,6 +46,7 @@ class Site:
             module = experts[e]
         else:
             parameter = next(experts.parameters())
+            assert self.layer.dense is not None
             dense = copy.deepcopy(self.layer.dense)
             module = dense.to_empty(device=parameter.device).to(parameter.dtype)
             scope = experts.dense_scope
@@ -73,7 +74,7 @@ class DenseInit:
         model: The model.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: BaseModule) -> None:
         self.model = model
         self.sites: list[Site] = []
 
@@ -138,7 +139,7 @@ def _files_left_out(model: nn.Module) -> Iterator[dict[nn.Module, list[dict]]]:
     for module in reversed(list(model.modules())):
         cfgs = _init_cfgs(module)
         files = [cfg for cfg in cfgs if cfg.get('type') in ('Pretrained', PretrainedInit)]
-        if files and not _converts(module):
+        if isinstance(module, BaseModule) and files and not _converts(module):
             loading[module], before[module] = files, module.init_cfg
             module.init_cfg = [cfg for cfg in cfgs if cfg not in files] or None
     try:

@@ -44,6 +44,6 @@ def merged_entries(layer: MoELayer, weights: Sequence[float]) -> dict[str, Tenso
                 w / total * of[name].double() for w, of in zip(weights, of_experts, strict=True)
             ]
             others = [state[scope + name].double() for state in shared]
-            mean = torch.stack([sum(parts), *others]).mean(0)
+            mean = torch.stack([sum(parts[1:], parts[0]), *others]).mean(0)
             merged[scope + name] = mean.to(value.dtype)
     return merged

@@ -2,6 +2,7 @@
 
 import difflib
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from torch import nn
@@ -115,7 +116,7 @@ def _below(model: nn.Module, paths: list[str]) -> list[str]:
     ]
 
 
-def _outermost(paths) -> list[str]:
+def _outermost(paths: Iterable[str]) -> list[str]:
     kept: list[str] = []
     for path in paths:
         if not any(path.startswith(other + '.') for other in kept):

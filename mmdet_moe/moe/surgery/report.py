@@ -178,7 +178,7 @@ def _whole(model: nn.Module, rows: list[Row], flops: int | None) -> Row:
     def before(now: int | None, pairs: Iterable[tuple[int | None, int | None]]) -> int | None:
         """A sum over the model with each layer's number replaced by the dense module's."""
         for dense, layer in pairs:
-            now = None if now is None or dense is None else now + dense - layer
+            now = None if now is None or dense is None or layer is None else now + dense - layer
         return now
 
     return Row(

@@ -104,8 +104,8 @@ def survey(
         if number > 1:
             group.label = f'{key[0]} ({number})' if is_whole else f'{first} (+{number - 1} alike)'
     for group in groups.values():
-        if group.obstacle is None:
-            group.granularities = _granularities(found[group.paths[0]], group)
+        if group.obstacle is None and group.inputs is not None:
+            group.granularities = _granularities(found[group.paths[0]], group.inputs)
     return list(groups.values())
 
 
@@ -195,8 +195,7 @@ def _obstacle(model: nn.Module, module: nn.Module, info: LayerInfo) -> str | Non
     return None
 
 
-def _granularities(module: nn.Module, info: LayerInfo) -> tuple[str, ...]:
-    shape = info.inputs
+def _granularities(module: nn.Module, shape: tuple[int, ...]) -> tuple[str, ...]:
     try:
         channels = find_in_channels(module)
     except ConfigError:

@@ -9,7 +9,7 @@ device, where nothing is computed) and ties the dimensions that each of them bri
 import copy
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -49,7 +49,7 @@ class Tied:
             node = self._parent[node]
         return node
 
-    def free(self, node: int | None) -> bool:
+    def free(self, node: int | None) -> TypeGuard[int]:
         """Whether the dimension may change."""
         return node is not None and not self._fixed[self.root(node)]
 
@@ -99,7 +99,7 @@ class _Watch(TorchDispatchMode):
         self.tied = Tied()
         self._dims: dict[int, Dims] = {}
         self._kept: list[Tensor] = []  # an id is a tensor's own only as long as it lives
-        self._names: dict[int, str] = {}
+        self._names: dict[int | None, str] = {}
         self.used: set[int] = set()
         self.unknown: list[tuple[Dims, str]] = []
         for name, tensor in named.items():
@@ -277,7 +277,9 @@ def _regions(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], li
     of size 1."""
     regions, i, j = [], 0, 0
     while i < len(old) or j < len(new):
-        here, there, a, b = [], [], 1, 1
+        here: list[int] = []
+        there: list[int] = []
+        a = b = 1
         while not (here or there) or a != b:
             if j >= len(new) or (i < len(old) and a <= b):
                 here.append(i)
@@ -305,7 +307,7 @@ def trace(module: nn.Module, x: Tensor) -> tuple[Tied, dict[str, Dims]]:
     """
     module = copy.deepcopy(module).to('meta')
     module.eval()  # not in a chain: MMPretrain's returns None
-    named = dict(module.named_parameters(remove_duplicate=False))
+    named: dict[str, Tensor] = dict(module.named_parameters(remove_duplicate=False))
     named.update(module.named_buffers(remove_duplicate=False))
     kind, x = type(module).__name__, x.detach().to('meta')
     watch = _Watch(named)

@@ -43,8 +43,9 @@ def narrow(module: nn.Module, x: Tensor, factor: float) -> nn.Module:
     twin = _cut(copy.deepcopy(module), tied, dims, factor)
     _check_runs(twin, module, x, factor)
     for layer in twin.modules():
-        if callable(getattr(layer, 'reset_parameters', None)):
-            layer.reset_parameters()
+        reset = getattr(layer, 'reset_parameters', None)
+        if callable(reset):
+            reset()
     return twin
 
 
@@ -132,9 +133,9 @@ def _cut(twin: nn.Module, tied: Tied, dims: dict[str, Dims], factor: float) -> n
             done[id(old)] = new
         setattr(layer, entry, done[id(old)])
         if list(old.shape) != shape and entry == 'weight':
-            changed.append((layer, old))
-    for layer, old in changed:
-        _tell_width(layer, old.shape)
+            changed.append((layer, old.shape, done[id(old)].shape))
+    for layer, before, after in changed:
+        _tell_width(layer, before, after)
     for part in twin.modules():  # mmcv's ConvModule repeats what its convolution says
         if isinstance(conv := getattr(part, 'conv', None), nn.Module):
             for field in ('in_channels', 'out_channels'):
@@ -143,9 +144,8 @@ def _cut(twin: nn.Module, tied: Tied, dims: dict[str, Dims], factor: float) -> n
     return twin
 
 
-def _tell_width(layer: nn.Module, old: torch.Size) -> None:
+def _tell_width(layer: nn.Module, old: torch.Size, new: torch.Size) -> None:
     """Bring the numbers of a layer in line with its weight, whose shape was ``old``."""
-    new = layer.weight.shape
     if isinstance(layer, nn.modules.conv._ConvNd):
         makes, takes = (1, 0) if layer.transposed else (0, 1)
         if layer.groups > 1 and old[1] == 1:
