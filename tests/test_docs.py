@@ -87,8 +87,12 @@ def assigned(block):
 
 
 def run_config(block, folder):
-    """Build the model of a config; one that puts experts into it has some."""
-    path = folder / f'line_{block.line}.py'
+    """Build the model of a config; one that puts experts into it has some.
+
+    Its first line may name the file for those that come after it: ``# name.py``.
+    """
+    name = re.match(r'# (\w+\.py)\n', block.code)
+    path = folder / (name[1] if name else f'line_{block.line}.py')
     path.write_text(block.code)
     cfg = Config.fromfile(path)
     cfg.setdefault('default_scope', 'mmdet')  # which the whole config has

@@ -17,11 +17,13 @@ from mmdet_moe.__main__ import commands as tools
 from mmdet_moe.__main__ import main
 
 #: CONFIG, DIR, N: what readers put something of their own for.
-PLACEHOLDER = re.compile(r'[A-Z][A-Z0-9_]*(\.\.\.)?|\.\.\.')
+PLACEHOLDER = re.compile(r'[A-Z][A-Z0-9_]*(\.\.\.)?|\.\.\.|\*')
 #: Folders of the repository that arguments point into; data/ and work_dirs/ are the reader's.
 OURS = ('configs', 'projects', 'requirements', 'research', 'tests', 'tools')
 #: Programs of others, whose arguments nobody checks.
-FOREIGN = ('cd', 'export', 'git', 'pre-commit', 'tensorboard')
+FOREIGN = ('cd', 'export', 'for', 'git', 'pre-commit', 'tensorboard')
+#: Of the shell, before a command. The names of a loop are no command.
+KEYWORDS = ('do', 'done', 'then', 'else', 'fi')
 #: Commands in the text, between backticks.
 INLINE = re.compile(r'(?<!`)`((?:python tools/|python -m |mmdet-moe |make \w)[^`]*)`')
 
@@ -70,19 +72,20 @@ def _lenient(name):
 def split(code):
     """The words of each simple command of a shell script."""
     for line in code.replace('\\\n', ' ').splitlines():
+        line = re.sub(r'\$\{?\w+\}?', '*', line)  # variables
         line = re.sub(r'(?<=\s)\[(?=\S)|(?<=\S)\](?=\s|$)', '', line)  # [--optional]
         lexer = shlex.shlex(line, posix=True, punctuation_chars=True)
         lexer.whitespace_split = True
         words, is_file = [], False
         for token in lexer:
             if set(token) <= set('();<>|&'):
-                is_file = token in ('<', '>', '>>')
+                is_file = '<' in token or '>' in token
                 if not is_file:
                     yield words
                     words = []
             elif is_file:
                 is_file = False
-            elif words or not re.match(r'\w+=', token):  # VARIABLE=value COMMAND
+            elif words or not (token in KEYWORDS or re.match(r'\w+=', token)):  # VARIABLE=value
                 words.append(token)
         yield words
 
@@ -125,6 +128,7 @@ def _check_names(kind, names, known):
 
 def _check_python(args):
     first, *rest = args or ['-']
+    first = re.sub(r'^(\.\./)+', '', first)
     if first == '-c':
         compile(rest[0], 'python -c', 'exec')
     elif first == '-m':
