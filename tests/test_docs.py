@@ -1,8 +1,8 @@
 """The examples of the documentation run as they stand, and its links lead somewhere.
 
-Blocks are found by themselves (``pages.py``), those of a page run in their order and go on from each
-other. A block that cannot run says so to its reader: its first line is NOT_RUN and a reason. What
-else is asked of a single block is a function with ``@about(page, what stands in the block)``.
+Blocks are found by themselves (``pages.py``). Those of a page run in their order, and go on from
+each other. A block that cannot run says so to its reader: its first line is NOT_RUN and a reason.
+What else is asked of one block is a function with ``@about(page, what stands in the block)``.
 Commands: ``test_docs_commands.py``.
 """
 
@@ -81,9 +81,8 @@ def test_python(page, tmp_path, capsys, monkeypatch):
 
 def assigned(block):
     """The names that a block assigns to at its top level."""
-    tree = ast.parse(block.code, block.place)
-    targets = (target for node in tree.body if isinstance(node, ast.Assign) for target in node.targets)
-    return {target.id for target in targets if isinstance(target, ast.Name)}
+    nodes = [node for node in ast.parse(block.code).body if isinstance(node, ast.Assign)]
+    return {t.id for node in nodes for t in node.targets if isinstance(t, ast.Name)}
 
 
 def run_config(block, folder):
