@@ -13,7 +13,7 @@ PAGES = [
     for path in sorted(ROOT.glob(pattern))
 ]
 
-_FENCE = re.compile(r'^( *)(`{3,}|~{3,}|:{3,})(.*)$')
+_FENCE = re.compile(r'^( *)(`{3,}|~{3,})(.*)$')
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ from mmdet_moe.moe import (
     find_moe_layers,
 )
 from mmdet_moe.moe.surgery import Entry
+from mmdet_moe.registry import HOOKS
 
 NOT_RUN = '# Not run by our tests: '
 CHECKS = {}
@@ -183,6 +184,25 @@ def test_every_option_is_in_the_table():
     table = (ROOT / 'docs' / 'experts.md').read_text().split('## Options')[1].split('**Tokens')[0]
     cells = [row.split('|')[1] for row in table.splitlines() if row.startswith('| `')]
     assert set(re.findall(r'`(\w+)`', ''.join(cells))) == {f.name for f in fields(Entry)}
+
+
+# docs/balancing.md -------------------------------------------------------------------------------
+
+
+@about('docs/balancing.md', "at='backbone.layer4'")
+def balanced_stage(run):
+    (layer,) = layers_of(run, 'backbone.layer4')
+    assert (layer.num_experts, layer.top_k) == (4, 2)
+    page = prose('docs/balancing.md')
+    for path in (ROOT / 'configs' / '_base_' / 'balancing').glob('*.py'):
+        assert f'`{path.name}`' in page, path.name
+
+
+@about('docs/balancing.md', 'RouterZLoss')
+def several_losses(run):
+    utilization, losses = map(HOOKS.build, run.scope['custom_hooks'])
+    assert utilization.interval == 10
+    assert [loss.weight for loss in losses.losses] == [0.25, 1e-3]
 
 
 # docs/mumoe.md -----------------------------------------------------------------------------------

@@ -142,7 +142,7 @@ def _check_python(args):
     elif ROOT / first in tools().values():
         (name,) = (name for name, path in tools().items() if path == ROOT / first)
         _check_parser(main, [name, *rest])
-    else:
+    elif not PLACEHOLDER.fullmatch(Path(first).stem):
         raise Wrong(f'there is no tool {first}')
 
 
@@ -189,7 +189,7 @@ def _check_parser(program, args):
         if exit_.code == 2:  # what is wrong is printed
             raise Wrong(f'not accepted: {shlex.join(args)}') from None
         raise
-    if args != ['--version']:
+    if args not in (['--help'], ['--version']):
         raise AssertionError(f'{args} ran')
 
 
@@ -253,7 +253,7 @@ def test_commands(page, capsys):
         'nox -s test-3.12',
         'pytest tests/no_such.py',
         'mmdet_moe train CONFIG',
-        'for name in a b; do python tools/train.py configs/${name}_coco.py',
+        'for name in a b; do python tools/train.py configs/${name}_cooc.py',
     ],
 )
 def test_mistakes_are_noticed(command):
