@@ -133,7 +133,15 @@ def test_readme_is_short():
     assert len((ROOT / 'README.md').read_text().splitlines()) <= 120
 
 
-# docs/data.md, docs/experts.md -------------------------------------------------------------------
+# docs/start.md, docs/data.md, docs/experts.md ----------------------------------------------------
+
+
+@about('docs/start.md', '# experts.py')
+def five_lines_on_a_model_of_your_own(run):
+    layers = layers_of(run, 'bbox_head')
+    assert [layer.decision_weight for layer in layers] == ['positives', 'positives']
+    assert run.cfg.train_dataloader.dataset.metainfo.classes == ('cat', 'dog')
+    assert run.cfg.val_dataloader.dataset.ann_file == 'val.json'
 
 
 @about('docs/data.md', 'metainfo')
