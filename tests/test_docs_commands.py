@@ -222,7 +222,7 @@ REQUIREMENTS = list((ROOT / 'requirements').glob('*.txt'))
 def test_commands(page, capsys):
     scripts = [block for block in blocks(page) if block.language in ('bash', 'sh', 'shell')]
     for code in INLINE.findall(prose(page).replace('\n', ' ')):
-        is_name = re.fullmatch(r'(python tools/|mmdet-moe )[\w.-]+', code)
+        is_name = re.fullmatch(r'(python tools/|mmdet-moe )\w[\w.-]*', code)
         scripts.append(Block(page, 0, 'inline', f'{code} --help' if is_name else code))
     wrong = []
     for script in scripts:
