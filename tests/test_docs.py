@@ -1,77 +1,167 @@
-"""The examples of the documentation run as they stand."""
+"""The examples of the documentation run as they stand, and its links lead somewhere.
 
+Blocks are found by themselves (``pages.py``). Those of a page run in their order, and go on from
+each other. A block that cannot run says so to its reader: its first line is NOT_RUN and a reason.
+What else is asked of one block is a function with ``@about(page, what stands in the block)``.
+Commands: ``test_docs_commands.py``.
+"""
+
+import ast
 import copy
 import re
 import shlex
-from dataclasses import fields
-from pathlib import Path
+from dataclasses import dataclass, fields
 
+import pytest
 import torch
 from mmengine.config import Config
 from mmengine.hub import get_config
+from pages import PAGES, ROOT, anchors, blocks, prose
 
-import mmdet_moe
-from mmdet_moe.analysis.balancing import parse as parse_balancing
 from mmdet_moe.analysis.editing import parse, parse_edit
 from mmdet_moe.engine.dry_run import build_model
-from mmdet_moe.moe import Edit, MoELayer, Routing, add_experts, find_moe_layers
+from mmdet_moe.moe import (
+    Edit,
+    MoELayer,
+    Routing,
+    add_experts,
+    find_expert_layers,
+    find_moe_layers,
+)
 from mmdet_moe.moe.surgery import Entry
 from mmdet_moe.registry import HOOKS
 
-ROOT = Path(mmdet_moe.__file__).parents[1]
+NOT_RUN = '# Not run by our tests: '
+CHECKS = {}
 
 
-def examples(page):
-    return re.findall(r'```python\n(.*?)```', (ROOT / page).read_text(), re.DOTALL)
+@dataclass
+class Run:
+    """What a block of Python left behind.
+
+    Attributes:
+        scope: The names that it defined; those of the blocks before it on the page, too.
+        output: What it printed.
+        cfg: The config, if it is one.
+        model: The model of that.
+    """
+
+    scope: dict
+    output: str = ''
+    cfg: Config | None = None
+    model: torch.nn.Module | None = None
 
 
-def layers_of(config, path, at):
-    """Of the model that a config describes, those below ``at``; they and no others are there."""
-    path.write_text(config)
+def about(page, text):
+    """The function checks the block of ``page`` that has ``text`` in it."""
+
+    def keep(function):
+        CHECKS.setdefault(page, {})[text] = function
+        return function
+
+    return keep
+
+
+@pytest.mark.parametrize('page', PAGES)
+def test_python(page, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    checks, scope = CHECKS.get(page, {}), {'__name__': 'example'}
+    for block in blocks(page):
+        if block.language != 'python' or block.code.startswith(NOT_RUN):
+            continue
+        if '_base_' in assigned(block) or 'with read_base():' in block.code:
+            run = run_config(block, tmp_path)
+        else:
+            code = '\n' * (block.line - 1) + block.code  # the place in tracebacks
+            exec(compile(code, ROOT / page, 'exec'), scope)
+            run = Run(scope, capsys.readouterr().out)
+        for text in [text for text in checks if text in block.code]:
+            checks.pop(text)(run)
+    assert not checks, f'{page}: no block has {list(checks)}'
+
+
+def assigned(block):
+    """The names that a block assigns to at its top level."""
+    nodes = [node for node in ast.parse(block.code).body if isinstance(node, ast.Assign)]
+    return {t.id for node in nodes for t in node.targets if isinstance(t, ast.Name)}
+
+
+def run_config(block, folder):
+    """Build the model of a config; one that puts experts into it has some.
+
+    Its first line may name the file for those that come after it: ``# name.py``.
+    """
+    name = re.match(r'# (\w+\.py)\n', block.code)
+    path = folder / (name[1] if name else f'line_{block.line}.py')
+    path.write_text(block.code)
     cfg = Config.fromfile(path)
     cfg.setdefault('default_scope', 'mmdet')  # which the whole config has
-    layers = find_moe_layers(build_model(cfg))
+    model = build_model(cfg)
+    assert find_expert_layers(model) or 'WithExperts' not in block.code
+    return Run({}, cfg=cfg, model=model)
+
+
+def layers_of(run, at):
+    """The sparse layers of a config; they are below ``at``, and balanced in one way."""
+    layers = find_moe_layers(run.model)
     assert layers
     assert all(name.startswith(at) for name in layers)
-    hooks = [hook['type'].split('.')[-1] for hook in cfg.custom_hooks]
+    hooks = [hook['type'].split('.')[-1] for hook in run.cfg.custom_hooks]
     assert 'ExpertUtilizationHook' in hooks
     constraint = any(layer.router.constraint is not None for layer in layers.values())
     assert ('BalancingLossHook' in hooks) != constraint
     return list(layers.values())
 
 
-def test_readme(tmp_path, capsys):
-    config, plain = examples('README.md')[:2]
-    stage, subnet = layers_of(config, tmp_path / 'c.py', ('backbone.layer4', 'bbox_head'))
+# README ------------------------------------------------------------------------------------------
+
+
+@about('README.md', "at='backbone.layer4'")
+def readme_config(run):
+    stage, subnet = layers_of(run, ('backbone.layer4', 'bbox_head'))
     assert (stage.num_experts, stage.top_k, stage.width) == (4, 2, 1)
     assert 0.5 < subnet.width < 0.75
-    scope = {}
-    exec(plain, scope)
-    assert scope['loss'].requires_grad
-    assert 'layer3.0.conv1  Conv2d' in capsys.readouterr().out
 
 
-def test_data(tmp_path):
-    (config,) = examples('docs/data.md')
-    layers_of(config, tmp_path / 'c.py', 'bbox_head')
-    cfg = Config.fromfile(tmp_path / 'c.py')
-    for loader in (cfg.train_dataloader, cfg.val_dataloader, cfg.test_dataloader):
-        assert len(loader.dataset.metainfo.classes) == cfg.model.bbox_head.num_classes == 2
+@about('README.md', 'import torchvision')
+def readme_pytorch(run):
+    assert run.scope['loss'].requires_grad
+    assert 'layer3.0.conv1  Conv2d' in run.output
 
 
-def test_experts(tmp_path, capsys):
-    first, paths, plain, hooks, pure = examples('docs/experts.md')
-    layers = layers_of(first, tmp_path / 'a.py', ('backbone.layer4', 'neck.fpn_convs.'))
+def test_readme_is_short():
+    assert len((ROOT / 'README.md').read_text().splitlines()) <= 120
+
+
+# docs/start.md, docs/data.md, docs/experts.md ----------------------------------------------------
+
+
+@about('docs/start.md', '# experts.py')
+def five_lines_on_a_model_of_your_own(run):
+    layers = layers_of(run, 'bbox_head')
+    assert [layer.decision_weight for layer in layers] == ['positives', 'positives']
+    assert run.cfg.train_dataloader.dataset.metainfo.classes == ('cat', 'dog')
+    assert run.cfg.val_dataloader.dataset.ann_file == 'val.json'
+
+
+@about('docs/data.md', 'metainfo')
+def classes_of_your_own(run):
+    layers_of(run, 'bbox_head')
+    for loader in (run.cfg.train_dataloader, run.cfg.val_dataloader, run.cfg.test_dataloader):
+        assert len(loader.dataset.metainfo.classes) == run.cfg.model.bbox_head.num_classes == 2
+
+
+@about('docs/experts.md', "at='neck.fpn_convs.*'")
+def two_places(run):
+    layers = layers_of(run, ('backbone.layer4', 'neck.fpn_convs.'))
     assert [layer.granularity for layer in layers] == ['image', *['patch'] * 5]
-    assert len(layers_of(hooks, tmp_path / 'b.py', 'neck.out_convs.')) == 3
-    assert layers_of(pure, tmp_path / 'c.py', 'backbone.layer4')[0].num_experts == 8
-    exec(plain, {})
-    assert 'layer4          Sequential  3  2' in capsys.readouterr().out
-    scope = {}
-    exec(paths, scope)
+
+
+@about('docs/experts.md', "at='backbone.**.conv2'")
+def all_kinds_of_paths(run):
     dense = build_model(get_config('mmdet::retinanet/retinanet_r50_fpn_1x_coco.py'))
     found = []
-    for entry in scope['experts']:
+    for entry in run.scope['experts']:
         model = copy.deepcopy(dense)
         add_experts(model, [entry])
         found.append(sorted(find_moe_layers(model)))
@@ -83,46 +173,19 @@ def test_experts(tmp_path, capsys):
     assert found[4:] == [['bbox_head.cls_moe'], ['bbox_head.cls_convs_moe']]
 
 
-def test_balancing(tmp_path):
-    config, several = examples('docs/balancing.md')
-    (layer,) = layers_of(config, tmp_path / 'c.py', 'backbone.layer4')
-    assert (layer.num_experts, layer.top_k) == (4, 2)
-    fragment = ROOT / 'configs/_base_/balancing/soft_importance.py'
-    (tmp_path / 'd.py').write_text(f"_base_ = '{fragment}'\n{several}")
-    utilization, losses = map(HOOKS.build, Config.fromfile(tmp_path / 'd.py').custom_hooks)
-    assert utilization.interval == 10
-    assert [loss.weight for loss in losses.losses] == [0.25, 1e-3]
-
-    page = (ROOT / 'docs/balancing.md').read_text()
-    for path in fragment.parent.glob('*.py'):
-        assert f'`{path.name}`' in page, path.name
-    commands = re.findall(r'```bash\n(.*?)```', page, re.DOTALL)
-    lines = ' '.join(commands).replace('\\\n', ' ').splitlines()
-    drawn = [
-        parse_balancing(shlex.split(line.split('plot_balancing.py')[1], comments=True))
-        for line in lines
-        if 'plot_balancing.py' in line
-    ]
-    assert [args.layer for args in drawn] == [None, 'bbox_head.cls_moe', 'bbox_head.cls_moe']
-    for run in drawn[2].runs:
-        assert (ROOT / f'configs/demo/retinanet_moe_{run.name}_digits.py').exists()
+@about('docs/experts.md', 'import torchvision')
+def weights(run):
+    assert 'layer4          Sequential  3  2' in run.output
 
 
-def test_mumoe(tmp_path, capsys):
-    layers, config, by_path, published, look = examples('docs/mumoe.md')
-    exec(layers, {})
-    assert 'torch.Size([33, 10])' in capsys.readouterr().out
-    (tmp_path / 'c.py').write_text(config)
-    model = build_model(Config.fromfile(tmp_path / 'c.py'))
-    found = mmdet_moe.moe.find_expert_layers(model)
-    laterals = [f'neck.lateral_convs.{i}' for i in range(3)]
-    assert list(found) == [*(f'backbone.layer4.{i}.conv3' for i in range(3)), *laterals]
-    assert [layer.levels for layer in found.values()] == [(16, 16)] * 3 + [(64,)] * 3
-    exec(by_path, {})
-    assert 'fc     Linear  16 × 16  all' in capsys.readouterr().out
-    exec(published, {})
-    exec(look, {})
-    assert 'rows that expert 3 takes part in: ' in capsys.readouterr().out
+@about('docs/experts.md', '*_base_.custom_hooks')
+def hooks_of_their_own(run):
+    assert len(layers_of(run, 'neck.out_convs.')) == 3
+
+
+@about('docs/experts.md', 'read_base')
+def pure_python(run):
+    assert layers_of(run, 'backbone.layer4')[0].num_experts == 8
 
 
 def test_every_option_is_in_the_table():
@@ -131,77 +194,76 @@ def test_every_option_is_in_the_table():
     assert set(re.findall(r'`(\w+)`', ''.join(cells))) == {f.name for f in fields(Entry)}
 
 
-def test_extending(capsys):
-    use, granularity, experts, loss, sources, constraint, router = examples('docs/extending.md')
-    exec(use, {})
-    assert 'tensor' in capsys.readouterr().out
-    exec(granularity, {})
-    assert 'torch.Size([512, 2])' in capsys.readouterr().out
-    scope = {}
-    exec(experts, scope)
-    check_scale_experts(scope['layer'])
-    for code in (loss, sources, constraint, router):
-        exec(code, {'__name__': 'example'})
-
-    kwargs = dict(num_experts=3, top_k=1, in_channels=4)
-    layer = MoELayer(
-        torch.nn.Conv2d(4, 4, 1),
-        router=dict(
-            type='mmdet_moe.EnergyRouter',
-            constraint=dict(type='mmdet_moe.NotTwiceTheSameFavourite'),
-        ),
-        **kwargs,
-    )
-    x = torch.randn(1, 4, 8, 8)
-    layer(x)
-    first = layer.routing.expert_ids.item()
-    layer(x)
-    assert layer.routing.expert_ids.item() != first
-    # The logits by hand.
-    fc = layer.router.fc
-    expected = x.square().mean(dim=(2, 3)) @ fc.weight.T + fc.bias
-    torch.testing.assert_close(layer.routing.logits, expected)
+# docs/balancing.md -------------------------------------------------------------------------------
 
 
-def check_scale_experts(layer):
+@about('docs/balancing.md', "at='backbone.layer4'")
+def balanced_stage(run):
+    (layer,) = layers_of(run, 'backbone.layer4')
+    assert (layer.num_experts, layer.top_k) == (4, 2)
+    page = prose('docs/balancing.md')
+    for path in (ROOT / 'configs' / '_base_' / 'balancing').glob('*.py'):
+        assert f'`{path.name}`' in page, path.name
+
+
+@about('docs/balancing.md', 'RouterZLoss')
+def several_losses(run):
+    utilization, losses = map(HOOKS.build, run.scope['custom_hooks'])
+    assert utilization.interval == 10
+    assert [loss.weight for loss in losses.losses] == [0.25, 1e-3]
+
+
+# docs/mumoe.md -----------------------------------------------------------------------------------
+
+
+@about('docs/mumoe.md', 'two_levels')
+def layers_alone(run):
+    assert 'torch.Size([33, 10])' in run.output
+
+
+@about('docs/mumoe.md', '_base_')
+def mumoe_config(run):
+    found = find_expert_layers(run.model)
+    laterals = [f'neck.lateral_convs.{i}' for i in range(3)]
+    assert list(found) == [*(f'backbone.layer4.{i}.conv3' for i in range(3)), *laterals]
+    assert [layer.levels for layer in found.values()] == [(16, 16)] * 3 + [(64,)] * 3
+
+
+@about('docs/mumoe.md', 'import torchvision')
+def by_path(run):
+    assert 'fc     Linear  16 × 16  all' in run.output
+
+
+@about('docs/mumoe.md', 'mix_without')
+def a_look(run):
+    assert 'rows that expert 3 takes part in: ' in run.output
+
+
+# docs/extending.md -------------------------------------------------------------------------------
+
+
+@about('docs/extending.md', 'levels = [')
+def in_any_program(run):
+    assert 'tensor' in run.output
+
+
+@about('docs/extending.md', 'pixels = ')
+def granularities(run):
+    assert 'torch.Size([512, 2])' in run.output
+
+
+@about('docs/extending.md', 'class ScaleExperts')
+def scale_experts(run):
     """Against the weighted factors of each image's experts."""
-    x = torch.randn(3, 8, 4, 4)
+    layer, x = run.scope['layer'], torch.randn(3, 8, 4, 4)
+    assert (layer.experts.scale.grad != 0).any()
     y = layer.eval()(x)
     factors = layer.routing.dense_weights() @ layer.experts.scale
     torch.testing.assert_close(y, x * factors[:, :, None, None])
-    assert (layer.experts.scale.grad != 0).any()
 
 
-def test_export():
-    (code,) = examples('docs/export.md')
-    exec(code, {})
-
-
-def test_editing(capsys):
-    plain, which, groups = examples('docs/editing.md')
-    scope = {}
-    exec(plain, scope)
-    assert (scope['edited'][:, 1] != scope['before'][:, 1]).all()
-    assert not scope['model'][2].experts.expert_weight(7).any()
-    exec(which, scope)
-    gain = scope['coefficients'].topk(8).values.sum()
-    torch.testing.assert_close(scope['gain'].mean(), gain)
-    assert ' on the output of class 2' in capsys.readouterr().out
-    exec(groups, {'__name__': 'example'})
-    text = (ROOT / 'docs' / 'editing.md').read_text()
-    (command,) = re.findall(r'```bash\npython tools/edit_experts.py (.*?)```', text, re.DOTALL)
-    args = parse(shlex.split(command.replace('\\\n', ' ')))
-    assert [parse_edit(edit) for edit in args.edit] == [
-        Edit('head.fc', 7, 2, scale=0.5), Edit('head.fc', 9, None, zero=True)
-    ]  # fmt: skip
-    assert (args.split, str(args.out)) == ('test', 'edited.pth')
-
-
-def test_loss_of_the_documentation():
-    namespace = {'__name__': 'example'}
-    exec(
-        examples('docs/extending.md')[3].replace('LargestShareLoss', 'LargestShareLoss2'), namespace
-    )
+@about('docs/extending.md', 'class LargestShareLoss')
+def largest_share_loss(run):
     routing = Routing(
         expert_ids=torch.tensor([[0], [1], [1], [1]]),
         weights=torch.ones(4, 1),
@@ -210,14 +272,117 @@ def test_loss_of_the_documentation():
         num_images=4,
         decision_weights=torch.ones(4),
     )
-    assert namespace['LargestShareLoss2'](weight=2.0)(routing) == 2 * 3 / 4
+    assert run.scope['LargestShareLoss'](weight=2.0)(routing) == 2 * 3 / 4
 
 
-def test_links_and_pictures_exist():
-    for page in (ROOT / 'README.md', *(ROOT / 'docs').glob('*.md'), *ROOT.glob('projects/*/*.md')):
-        for target in re.findall(r'\]\(([^)#]+)\)', page.read_text()):
-            if not target.startswith('http'):
-                assert (page.parent / target).exists(), f'{page.name}: {target}'
+@about('docs/extending.md', 'class EnergyRouter')
+def energy_router(run):
+    """With the constraint of the page; the logits by hand."""
+    layer = MoELayer(
+        torch.nn.Conv2d(4, 4, 1),
+        num_experts=3,
+        top_k=1,
+        in_channels=4,
+        router=dict(
+            type='mmdet_moe.EnergyRouter',
+            constraint=dict(type='mmdet_moe.NotTwiceTheSameFavourite'),
+        ),
+    )
+    x = torch.randn(1, 4, 8, 8)
+    layer(x)
+    first = layer.routing.expert_ids.item()
+    layer(x)
+    assert layer.routing.expert_ids.item() != first
+    fc = layer.router.fc
+    expected = x.square().mean(dim=(2, 3)) @ fc.weight.T + fc.bias
+    torch.testing.assert_close(layer.routing.logits, expected)
+
+
+# docs/editing.md ---------------------------------------------------------------------------------
+
+
+@about('docs/editing.md', 'apply_edits(model')
+def edits(run):
+    scope = run.scope
+    assert (scope['edited'][:, 1] != scope['before'][:, 1]).all()
+    assert not scope['model'][2].experts.expert_weight(7).any()
+
+
+@about('docs/editing.md', 'disadvantaged')
+def which_expert(run):
+    gain = run.scope['coefficients'].topk(8).values.sum()
+    torch.testing.assert_close(run.scope['gain'].mean(), gain)
+    assert ' on the output of class 2' in run.output
+
+
+def test_command_with_edits():
+    (block,) = (b for b in blocks('docs/editing.md') if b.language == 'bash')
+    args = parse(shlex.split(block.code.replace('\\\n', ' '))[2:])
+    assert [parse_edit(edit) for edit in args.edit] == [
+        Edit('head.fc', 7, 2, scale=0.5), Edit('head.fc', 9, None, zero=True)
+    ]  # fmt: skip
+    assert (args.split, str(args.out)) == ('test', 'edited.pth')
+
+
+# The pages ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('page', PAGES)
+def test_links(page):
+    """What pages and pictures are linked to exist, and so do the headings."""
+    text = re.sub(r'(?<!`)`[^`]*`', '', prose(page))
+    definitions = dict(re.findall(r'^\[([^\]]+)\]: *(\S+)', text, re.MULTILINE))
+    named = re.findall(r'\]\[([^\]]+)\]', text)
+    assert set(named) <= set(definitions)
+    targets = re.findall(r'\]\(([^)\s]+)\)', text) + list(definitions.values())
+    for target in targets:
+        if not re.match(r'https?:|mailto:', target):
+            path, _, anchor = target.partition('#')
+            file = ((ROOT / page).parent / path).resolve() if path else ROOT / page
+            assert file.exists(), f'{page}: {target}'
+            if anchor:
+                assert anchor in anchors(file.relative_to(ROOT)), f'{page}: {target}'
+
+
+@pytest.mark.parametrize('page', PAGES)
+def test_every_block_has_a_language(page):
+    """Without one nobody would look at it."""
+    assert [block.place for block in blocks(page) if not block.language] == []
+
+
+def test_a_block_that_is_not_run_says_why():
+    for page in PAGES:
+        for block in blocks(page):
+            if block.code.startswith(NOT_RUN):
+                assert block.code.split('\n')[0] != NOT_RUN.strip(), block.place
+
+
+def test_every_config_is_on_its_page():
+    named = [
+        name
+        for group in re.findall(r'`([\w{},/.-]+\.py)`', prose('docs/configs.md'))
+        for name in braces(group)
+    ]
+    shipped, files = ROOT / 'configs', []
+    for path in sorted(shipped.rglob('*.py')):
+        if path.parent.name == 'balancing':
+            files.append(path.name)
+        elif '_base_' not in path.parts:
+            files.append(str(path.relative_to(shipped)))
+    assert sorted(set(named)) == sorted(files)
+
+
+def braces(text):
+    """``a{b,c}`` is ``ab`` and ``ac``, as in a shell."""
+    match = re.match(r'(.*?)\{([^{}]*)\}(.*)', text)
+    if match is None:
+        return [text]
+    return [name for part in match[2].split(',') for name in braces(match[1] + part + match[3])]
+
+
+def test_every_tool_is_on_its_page():
+    text = (ROOT / 'docs' / 'tools.md').read_text()
+    assert [p.name for p in (ROOT / 'tools').iterdir() if p.is_file() and p.name not in text] == []
 
 
 def test_guarantees_are_held_by_tests():
