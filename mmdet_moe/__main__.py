@@ -2,7 +2,8 @@
 
 A command is the file itself, from the checkout or from the wheel's copy, so that a new tool needs
 no line here. Its name is the file's, without what goes without saying: ``analyze_experts.py`` is
-``analyze``. For several processes: ``torchrun ... -m mmdet_moe train CONFIG --launcher pytorch``.
+``analyze``. In a notebook, ``main(['train', 'config.py'])`` is ``mmdet-moe train config.py``. For
+several processes: ``torchrun ... -m mmdet_moe train CONFIG --launcher pytorch``.
 """
 
 import ast
@@ -43,13 +44,14 @@ def commands() -> dict[str, Path]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run a command in this process.
+    """Run a command in this process, which is as it was afterwards.
 
     Args:
         argv: The name of the command and its arguments; those of the process if None.
 
     Raises:
-        SystemExit: As the command does; with status 2 if there is no such command.
+        SystemExit: With the status of the command if that is not 0; with 2 if there is no such
+            command.
     """
     name, *rest = (sys.argv[1:] if argv is None else argv) or ['--help']
     with exit_on_user_error():
@@ -84,11 +86,15 @@ def _run(name: str, arguments: list[str]) -> None:
     path = files[name]
     module = types.ModuleType('__main__')
     module.__file__ = str(path)
+    before = sys.modules['__main__'], sys.argv
     sys.modules['__main__'] = module  # as if the file had been called, for what pickles
     sys.argv = [f'mmdet-moe {name}', *arguments]
     code = compile(path.read_bytes(), path, 'exec')
     try:
         exec(code, module.__dict__)
+    except SystemExit as done:
+        if done.code:
+            raise
     except ModuleNotFoundError as error:
         missing = (error.name or '').partition('.')[0]
         if missing in ('', 'mmdet_moe'):
@@ -97,6 +103,8 @@ def _run(name: str, arguments: list[str]) -> None:
             f'{name} needs the package {missing}, which is not installed; what tools need comes '
             "with `pip install 'mmdet_moe[all]'`, what generates images with 'mmdet_moe[demo]'"
         ) from error
+    finally:
+        sys.modules['__main__'], sys.argv = before
 
 
 if __name__ == '__main__':

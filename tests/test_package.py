@@ -233,13 +233,17 @@ def needs_no_checkout(path, folder):
     return all((folder / f'{name.replace(".", "/")}.py').exists() for name in names)
 
 
-def test_commands(capsys, monkeypatch):
-    monkeypatch.setattr(sys, 'argv', ['pytest'])  # a tool replaces it, and __main__
-    monkeypatch.setitem(sys.modules, '__main__', sys.modules['__main__'])
-    with pytest.raises(SystemExit) as exit_:
-        main(['list-layers', '--help'])
-    assert exit_.value.code == 0
+def test_commands(capsys):
+    """In this process, which goes on as it was."""
+    before = sys.modules['__main__'], sys.argv
+    main(['list-layers', '--help'])
+    assert (sys.modules['__main__'], sys.argv) == before
     assert capsys.readouterr().out.startswith('usage: mmdet-moe list-layers [-h]')
+    with pytest.raises(SystemExit) as exit_:
+        main(['prepare-data', 'check', 'nowhere'])
+    assert exit_.value.code == 2
+    assert capsys.readouterr().err.startswith('error: nowhere has neither train.json')
+    assert (sys.modules['__main__'], sys.argv) == before
     with pytest.raises(SystemExit) as exit_:
         main(['trian'])
     assert exit_.value.code == 2
