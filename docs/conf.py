@@ -6,6 +6,9 @@ from pathlib import Path
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE / '_ext'), str(HERE.parent)]
 
+from sphinx.application import Sphinx  # noqa: E402
+from sphinx.search.en import SearchEnglish  # noqa: E402
+
 from mmdet_moe.version import __version__  # noqa: E402
 
 project = 'mmdet_moe'
@@ -55,3 +58,15 @@ html_sidebars = {
     ]
 }
 copybutton_exclude = '.linenos, .gp, .go'
+
+
+class CodeAndEnglish(SearchEnglish):
+    """The search finds ``capacity_factor`` by its parts as well."""
+
+    def split(self, text: str) -> list[str]:
+        words = super().split(text)
+        return words + [part for word in words if '_' in word for part in word.split('_') if part]
+
+
+def setup(app: Sphinx) -> None:
+    app.add_search_language(CodeAndEnglish)

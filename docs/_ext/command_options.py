@@ -1,4 +1,4 @@
-"""``{command-options}``: the options of each ``mmdet-moe`` command, as its parser tells them."""
+"""``.. command-options::``: the options of each ``mmdet-moe`` command, as its parser tells them."""
 
 import argparse
 import re

@@ -6,8 +6,8 @@ module in which it is defined. A build warns of public names that are missing (`
 
 import builtins
 import inspect
-import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from completeness import complaints, find, registered
@@ -18,7 +18,6 @@ from repository_files import ROOT, page_of
 from sphinx.addnodes import pending_xref
 from sphinx.application import Sphinx
 from sphinx.domains import Domain
-from sphinx.domains.python import PyObject
 from sphinx.environment import BuildEnvironment
 from sphinx.util import logging
 from sphinx.util.docutils import SphinxDirective
@@ -45,10 +44,9 @@ def resolve(app: Sphinx, env: BuildEnvironment, node: pending_xref, content: nod
         entry = env.get_domain('py').objects[name]
         ids = (node['refdoc'], entry.docname, entry.node_id)
         return make_refnode(app.builder, *ids, content, name)
-    module = inspect.getmodule(value)
-    if module is None or not module.__name__.startswith('mmdet_moe'):
+    path = Path(getattr(inspect.getmodule(value), '__file__', None) or place_of(node)[0])
+    if not path.is_relative_to(ROOT / 'mmdet_moe'):
         return None
-    path = ROOT.joinpath(inspect.getsourcefile(module)).resolve()
     uri = app.builder.get_relative_uri(node['refdoc'], page_of(env, path))
     return nodes.reference('', '', content, internal=True, refuri=uri)
 
@@ -58,18 +56,25 @@ def readings(node: pending_xref) -> Iterator[str]:
     target = node['reftarget']
     if target.startswith('mmdet_moe'):
         yield target
-    place = re.search(r'docstring of (mmdet_moe[\w.]*)', get_source_line(node)[0] or '')
-    parts = place[1].split('.') if place else []
-    for i in range(len(parts), 0, -1):
-        yield '.'.join((*parts[:i], target))
+    path, name = place_of(node)
+    if name:
+        parts = name.split('.')
+        yield from ('.'.join((*parts[:i], target)) for i in range(len(parts), 0, -1))
+        yield '.'.join((*Path(path).relative_to(ROOT).with_suffix('').parts, target))
+
+
+def place_of(node: nodes.Node) -> tuple[str, str]:
+    """File, and dotted name of the docstring that a node is from, if it is from one."""
+    path, _, name = (get_source_line(node)[0] or '').partition(':docstring of ')
+    return path, name
 
 
 def is_foreign(app: Sphinx, domain: Domain, node: pending_xref) -> bool | None:
     """No warning of what stands in an annotation, or in Python itself."""
     if domain.name != 'py':
         return None
-    # A role and a field of a docstring say whether they have a title, an annotation does not.
-    return 'refexplicit' not in node or hasattr(builtins, node['reftarget']) or None
+    # Only a role says whether it warns; the rest are annotations, and shapes in their place.
+    return 'refwarn' not in node or hasattr(builtins, node['reftarget']) or None
 
 
 class RegisteredNames(SphinxDirective):
@@ -92,8 +97,4 @@ def setup(app: Sphinx) -> dict[str, bool]:
     app.connect('env-check-consistency', check)
     app.connect('missing-reference', resolve)
     app.connect('warn-missing-reference', is_foreign)
-    # The attributes that a docstring lists are its own, and no references to others of that name.
-    for field in PyObject.doc_field_types:
-        if field.name == 'variable':
-            field.rolename = ''
     return {'parallel_read_safe': False, 'parallel_write_safe': False}
