@@ -72,7 +72,7 @@ def complaints(names: set[str]) -> list[str]:
                     getattr(vars(base).get(member), '__doc__', None) for base in value.__mro__
                 )
             ]
-        elif inspect.isroutine(value) and '.' not in value.__qualname__ and not value.__doc__:
+        elif inspect.isfunction(value) and '.' not in value.__qualname__ and not value.__doc__:
             silent.append(name)
     return [f'{name} is not in the API reference' for name in missing] + [
         f'{name} has no docstring' for name in sorted(silent)

@@ -111,7 +111,7 @@ def list_item(app: Sphinx, page: str, path: Path) -> str:
 
 def setup(app: Sphinx) -> dict[str, bool]:
     def begin(app: Sphinx, env: BuildEnvironment, _: list[str]) -> None:
-        env.repository_files = set()
+        env.repository_files = getattr(env, 'repository_files', set())
 
     app.connect('env-before-read-docs', begin)
     app.connect('doctree-read', follow_links, priority=100)  # before files are taken as downloads
