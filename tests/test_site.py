@@ -84,5 +84,5 @@ def test_builds_without_a_warning(tmp_path, request):
         in (out / 'repository/projects/cluster_theory/patch_router.py.html').read_text()
     )
     for page in out.rglob('*.html'):
-        for target in re.findall(r'(?:href|src)="([^"#?:]+)', page.read_text()):
+        for target in re.findall(r'(?:href|src)="([^"#?:]+)["#?]', page.read_text()):
             assert (page.parent / target).exists(), f'{page.relative_to(out)}: {target}'

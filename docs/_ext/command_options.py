@@ -38,11 +38,11 @@ def parser_of(path: Path) -> argparse.ArgumentParser:
 def describe(parser: argparse.ArgumentParser, program: str) -> Iterator[str]:
     """In reStructuredText, a command and those below it."""
     formatter = parser._get_formatter()
-    yield from (f'.. rubric:: {program}', '', escaped(parser.description or ''), '')
-    yield from (f'.. program:: {program}', '')
+    yield from (escaped(parser.description or ''), '', f'.. program:: {program}', '')
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
             for name, below in action.choices.items():
+                yield from (f'.. rubric:: {program} {name}', '')
                 yield from describe(below, f'{program} {name}')
             yield from (f'.. program:: {program}', '')
         elif action.help != argparse.SUPPRESS and not isinstance(action, argparse._HelpAction):

@@ -88,7 +88,7 @@ class RegisteredNames(SphinxDirective):
             if registry == self.arguments[0]:
                 path = f'{value.__module__}.{value.__qualname__}'
                 title = inspect.getdoc(value).split('\n')[0]
-                lines += [f"   * - :py:obj:`type='mmdet_moe.{name}' <{path}>`", f'     - {title}']
+                lines += [f'   * - :py:obj:`{name} <{path}>`', f'     - {title}']
         return self.parse_text_to_nodes(StringList(lines, source=__file__))
 
 

@@ -5,6 +5,7 @@ pages of all of them read (``_templates/versions.html``), and leads ``index.html
 """
 
 import json
+import shutil
 from pathlib import Path
 
 from packaging.version import Version
@@ -17,6 +18,8 @@ def list_versions(app: Sphinx, error: Exception | None) -> None:
     folder = Path(app.outdir).parent
     if error or app.builder.name != 'html' or Path(app.outdir).name != app.config.version:
         return
+    # What MyST-NB leaves; the pages have their own copies.
+    shutil.rmtree(folder / 'jupyter_execute', ignore_errors=True)
     names = [path.parent.name for path in folder.glob('*/searchindex.js')]
     names.sort(key=Version, reverse=True)
     (folder / 'versions.js').write_text(f'window.siteVersions = {json.dumps(names)};\n')
