@@ -90,8 +90,12 @@ def make_pages(app: Sphinx) -> Iterator[tuple[str, dict[str, Any], str]]:
         path = waiting.pop()
         page = page_of(app.env, path)
         if path.is_dir():
-            inside = [p for p in sorted(path.iterdir()) if p.name[0] not in '._' and is_text(p)]
-            inside = [p for p in inside if p.is_dir() or p.suffix in LANGUAGES]
+            inside = [p for p in sorted(path.iterdir()) if p.name[0] != '.' and is_text(p)]
+            inside = [
+                p
+                for p in inside
+                if p.suffix in LANGUAGES or (p.is_dir() and p.name != '__pycache__')
+            ]
             waiting += [p for p in inside if p not in done]
             done |= set(inside)
             body = '<ul>' + ''.join(list_item(app, page, p) for p in inside) + '</ul>'
