@@ -5,6 +5,7 @@
 # make bench  what got faster or slower since the committed figures (BENCH=--fail, BENCH=--update)
 # make gpu    what needs a GPU: checks, and the figures of docs/gpu.md
 # make lint   ruff, and mypy on the public API
+# make docs   the documentation site in docs/_build/html/; HTML=DIR puts it beside older versions in DIR
 # make wheel  wheel and source distribution in dist/
 #
 # VENV=DIR puts the environment elsewhere; PYTHON=python3.12 makes it of another interpreter.
@@ -13,8 +14,10 @@ VENV ?= .venv
 PYTHON ?= python3
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.mmdet_moe-installed
+DOCS_STAMP := $(VENV)/.mmdet_moe-docs-installed
+HTML ?= docs/_build/html
 
-.PHONY: demo look test test-all bench gpu lint wheel install
+.PHONY: demo look test test-all bench gpu lint docs wheel install
 
 demo: $(STAMP)
 	$(PY) tools/demo.py
@@ -39,6 +42,13 @@ lint: $(STAMP)
 	$(VENV)/bin/ruff format --check .
 	$(PY) -m mypy
 
+# A warning is an error: a broken link, a public name that has no docstring or is not in the reference.
+docs: $(DOCS_STAMP)
+	rm -rf docs/api/generated
+	$(PY) -m sphinx -q -E -W --keep-going -d docs/_build/doctrees docs \
+		$(HTML)/$$($(PY) -c "exec(open('mmdet_moe/version.py').read()); print(__version__)")
+	@echo "Open $(HTML)/index.html"
+
 # The kernels of the CPU are compiled into the wheel; those of CUDA are there as source, for
 # `python -m mmdet_moe.ops --build`.
 wheel: $(STAMP)
@@ -56,4 +66,8 @@ $(STAMP): requirements/runtime.txt requirements/dev.txt setup.py
 	@$(PY) -c 'import cv2' 2>/dev/null || $(PY) -m pip install --disable-pip-version-check \
 		--force-reinstall --no-deps opencv-python-headless==4.12.0.88
 	$(PY) -m pip install --disable-pip-version-check --no-build-isolation --no-deps -e .
+	@touch $@
+
+$(DOCS_STAMP): $(STAMP) requirements/docs.txt
+	$(PY) -m pip install --disable-pip-version-check -r requirements/docs.txt
 	@touch $@

@@ -1,4 +1,4 @@
-"""The tests under every Python: ``nox`` (all), ``nox -s core-3.12``, ``nox -s tests-3.13``.
+"""The tests under every Python, and the site: ``nox`` (all), ``nox -s core-3.12``, ``nox -s docs``.
 
 ``make test`` is faster for one Python, because it keeps its environment. With uv, ``nox -db uv``,
 what PyTorch brings along is downloaded and stored once for all of them.
@@ -39,3 +39,11 @@ def tests(session: nox.Session) -> None:
     session.install('-r', 'requirements/dev.txt')
     session.install('--no-build-isolation', '--no-deps', '-e', '.')
     session.run('pytest', '-n', '2', '--dist', 'worksteal', *session.posargs)
+
+
+@nox.session(python='3.11')
+def docs(session: nox.Session) -> None:
+    """The documentation site, in a fresh environment; every warning is an error."""
+    session.install('-r', 'requirements/runtime.txt', '-r', 'requirements/docs.txt')
+    session.install('--no-build-isolation', '--no-deps', '-e', '.')
+    session.run('sphinx-build', '-q', '-E', '-W', 'docs', session.create_tmp())

@@ -192,7 +192,7 @@ class MoELayer(ExpertLayer):
 
     @property
     def routing(self) -> Routing:
-        """The Routing of the latest forward pass: of all its calls, one after the other.
+        """What the latest forward pass decided, in all its calls, one after the other.
 
         Raises:
             RuntimeError: Before the first forward pass.
@@ -250,7 +250,7 @@ class MoELayer(ExpertLayer):
         Args:
             x: One map (N, C, H, W), or a sequence of maps with the same N and C. With token
                 granularity one input (N, ..., C), or a sequence of inputs with the same N and C.
-            *args, **kwargs: What the experts take besides: tensors of the same items as ``x``,
+            *args: What the experts take besides: tensors of the same items as ``x``,
                 which are divided and dispatched as it is, and what is no tensor, which belongs to
                 no item and goes to every expert as it is.
 
@@ -369,7 +369,8 @@ class MoELayer(ExpertLayer):
         Args:
             x_T: Items, (T, ...).
             dispatcher: Which expert each goes to, and with what weight.
-            *args, **kwargs: What the experts take besides, as items where it is a tensor.
+            *args: What the experts take besides, as items where it is a tensor.
+            **kwargs: As well.
         """
         return self.experts(x_T, dispatcher, *args, **kwargs)
 

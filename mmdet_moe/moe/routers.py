@@ -235,7 +235,7 @@ class Router(nn.Module, ABC):
             weights: (T, K), as well.
 
         Returns:
-            (T, K), of either sign, 0 where the weight is; None: the weights.
+            (T, K), of either sign, 0 where the weight is, or None for the weights.
         """
         return None
 
@@ -425,18 +425,19 @@ class _PooledRouter(Router):
 class GAPRouter(_PooledRouter):
     """Global average pooling, then a linear layer (GAP-FC).
 
-    Args: as :class:`Router`, and
+    Args:
+        **kwargs: As of :class:`Router`.
         bias: Whether the linear layer has a bias.
         init_std: Standard deviation of its initial weights; 0 starts with equal logits.
         normalise_levels: How many pyramid levels the layer is given together, each of which is then
             normalised by itself (:class:`LevelNorm`), so that the router does not see them apart by
             their means. Default: none is. Of a layer with one map: 1.
         init: ``'normal'``, or ``'kmeans'``: the first batches set the weights so that each expert
-            is chosen for a cluster of their items (:class:`~mmdet_moe.moe.kmeans_start.KMeansStart`
-            ), and has something of its own to learn from the start on. The features are normalised
-            as by ``normalise_levels``, if that is not given over the items of all maps together:
-            what all items have in common would move all of them from one expert to another in a
-            single step of the optimizer.
+            is chosen for a cluster of their items
+            (:class:`~mmdet_moe.moe.kmeans_start.KMeansStart`), and has something of its own to
+            learn from the start on. The features are normalised as by ``normalise_levels``, if that
+            is not given over the items of all maps together: what all items have in common would
+            move all of them from one expert to another in a single step of the optimizer.
     """
 
     def __init__(self, in_channels: int, num_experts: int, top_k: int, **kwargs: Any) -> None:
@@ -451,7 +452,8 @@ class GAPRouter(_PooledRouter):
 class ConvGAPRouter(_PooledRouter):
     """A 3×3 convolution with ReLU first, then global average pooling and a linear layer.
 
-    Args: as :class:`GAPRouter`, and
+    Args:
+        **kwargs: As of :class:`GAPRouter`.
         conv_channels: Channels of the convolution, 256 in the paper.
     """
 

@@ -39,7 +39,8 @@ class MoEResNet_CIFAR(ResNet_CIFAR):
     expert sees only the images (or patches) that were routed to it.
 
     Args:
-        *args, **kwargs: As for ``ResNet_CIFAR``.
+        *args: As for ``ResNet_CIFAR``.
+        **kwargs: As well.
         num_experts: E.
         top_k: k.
         router: Config of each MoE layer's router. Default: ``dict(type='mmdet_moe.GAPRouter')``.

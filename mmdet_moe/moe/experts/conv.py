@@ -32,9 +32,10 @@ _PLAIN = ('torch.nn.modules.conv.Conv2d', 'mmcv.cnn.bricks.wrappers.Conv2d')
 class ConvExperts(StackedExperts):
     """E two-dimensional convolutions of the same kind, with zero padding.
 
+    ``in_channels``, ``out_channels``, ``kernel_size``, ``stride``, ``padding``, ``dilation``,
+    ``groups`` and ``bias`` are those of ``torch.nn.Conv2d``, for each expert.
+
     Args:
-        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias: As for
-            ``torch.nn.Conv2d``, for each expert.
         num_experts: E.
         impl: How they are evaluated; all ways give the same result up to rounding.
             ``'subbatches'``: the items are sorted by expert, and each expert convolves its own

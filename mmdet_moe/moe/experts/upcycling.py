@@ -35,7 +35,7 @@ def upcycle(
             draw the same.
         num_shared: How many dense experts stand beside them; each gets an exact copy, or its part.
         narrow: Whether the experts are narrower than the dense module, and each takes a part of its
-            channels, see :func:`~mmdet_moe.moe.surgery.width.slice_dense`.
+            channels, see :func:`~mmdet_moe.moe.experts.upcycling.slice_dense`.
 
     Raises:
         ConfigError: If the checkpoint holds another number of experts, or dense weights with

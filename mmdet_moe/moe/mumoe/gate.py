@@ -59,6 +59,7 @@ class ExpertGate(nn.Module):
         return tuple(ACTIVATIONS[self.activation](of_level) for of_level in logits)
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """The coefficients of rows (T, I): (T, N) for each level."""
         return self.activate(self.logits(x))
 
     def _normalised(self, logits: Tensor, norm: nn.Module) -> Tensor:

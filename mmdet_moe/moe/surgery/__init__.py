@@ -44,12 +44,13 @@ _LAYERS, _INIT = '_moe_layers', 'init_weights'
 class Entry:
     """What becomes experts, and how.
 
+    ``num_experts``, ``top_k``, ``router``, ``granularity``, ``grid_size``, ``whole_maps``,
+    ``decision_weight``, ``expert_init``, ``upcycle_noise``, ``capacity_factor``, ``batch_dim`` and
+    ``expert_parallel`` are those of :class:`~mmdet_moe.moe.MoELayer`.
+
     Attributes:
         at: Path, see :func:`~mmdet_moe.moe.surgery.paths.find_places`.
         every: Class of the modules below it that are meant, instead of itself.
-        num_experts, top_k, router, granularity, grid_size, whole_maps, decision_weight,
-            expert_init, upcycle_noise, capacity_factor, batch_dim, expert_parallel: As of
-            :class:`~mmdet_moe.moe.MoELayer`.
         in_channels: Channels of the input, where they cannot be told.
         width: How wide an expert is inside. None: as the dense module. A factor above 0.
             ``'equal'``: as makes the k active experts, and the shared ones, cost what the dense

@@ -22,7 +22,8 @@ class FactorisedEntry:
     """What becomes a μMoE (arXiv 2402.12550).
 
     Attributes:
-        at, every: As of :class:`~mmdet_moe.moe.surgery.Entry`.
+        at: As of :class:`~mmdet_moe.moe.surgery.Entry`.
+        every: As well.
         kind: ``'CPMuMoE'`` or ``'TRMuMoE'``.
         options: ``num_experts``, ``rank`` (default ``'match'``), ``norm``, ``activation`` and
             ``budget``, as of :class:`~mmdet_moe.moe.mumoe.CPMuMoE`; sizes and bias are those of
