@@ -7,6 +7,7 @@ import resource
 import runpy
 import signal
 import zipfile
+from contextlib import contextmanager
 from pathlib import Path
 
 import mmdet
@@ -160,20 +161,22 @@ def test_another_archive(tmp_path):
 # Writing ------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
+@contextmanager
 def small_files():
-    """No file may be larger than 1,000 bytes."""
+    """No file may be larger than 1,000 bytes: not a fixture, as pytest writes before its end."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    signal.signal(signal.SIGXFSZ, handler)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
 
 
-def test_full_disk(checkpoint, small_files):
+def test_full_disk(checkpoint):
     before = checkpoint.read_bytes()
-    with pytest.raises(OSError, match='File too large') as error:
+    with small_files(), pytest.raises(OSError, match='File too large') as error:
         save_checkpoint({'state_dict': {'weight': torch.ones(999)}}, str(checkpoint))
     assert error.value.errno == errno.EFBIG
     sentence = explain(error.value)
