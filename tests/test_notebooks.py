@@ -36,7 +36,7 @@ from mmdet_moe.analysis.report import figures
 def write_figures(experts, folder):
     for layer, name, figure in figures.draw_figures(experts):
         if name == 'decisions_level':
-            return figures._write(figure, figures.folder_of(folder, layer), name)
+            return figures.write_figure(figure, figures.folder_of(folder, layer), name)
 
 command.write_figures = write_figures
 """
