@@ -190,7 +190,7 @@ def _check_parser(program, args):
         if exit_.code == 2:  # what is wrong is printed
             raise Wrong(f'not accepted: {shlex.join(args)}') from None
         raise
-    if args[-1:] not in (['--help'], ['--version']):  # after which main() returns
+    if args[-1:] not in (['--help'], ['--version']):
         raise AssertionError(f'{args} ran')
 
 
