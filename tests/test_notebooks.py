@@ -182,8 +182,8 @@ def test_detector_on_own_data(run):
         assert 0 < counts.sum() <= len(objects['annotations']) + 1e-6
     assert experts['metrics']['AP'] > 0.2
     report = (folder / 'experts' / 'report.html').read_text()
-    embedded = re.findall(r'<script[^>]*application/json[^>]*>(.*?)</script>', report, re.DOTALL)
-    assert 'bbox_head.cls_moe' in json.loads(embedded[0])['layers']
+    (payload,) = re.findall(r'<script[^>]* id="payload-\d+">(.*?)</script>', report, re.DOTALL)
+    assert 'bbox_head.cls_moe' in json.loads(payload)['layers']
 
 
 def main(names):
