@@ -86,7 +86,8 @@ def _run(name: str, arguments: list[str]) -> None:
     path = files[name]
     module = types.ModuleType('__main__')
     module.__file__ = str(path)
-    before = sys.modules['__main__'], sys.argv
+    before = sys.modules['__main__'], sys.argv, sys.path
+    sys.path = [*sys.path]  # to which tools append
     sys.modules['__main__'] = module  # as if the file had been called, for what pickles
     sys.argv = [f'mmdet-moe {name}', *arguments]
     code = compile(path.read_bytes(), path, 'exec')
@@ -104,7 +105,7 @@ def _run(name: str, arguments: list[str]) -> None:
             "with `pip install 'mmdet_moe[all]'`, what generates images with 'mmdet_moe[demo]'"
         ) from error
     finally:
-        sys.modules['__main__'], sys.argv = before
+        sys.modules['__main__'], sys.argv, sys.path = before
 
 
 if __name__ == '__main__':

@@ -16,7 +16,7 @@ from numbers import Real
 from pathlib import Path
 from typing import Any
 
-from mmengine.config import Config, ConfigDict, DictAction
+from mmengine.config import Config, ConfigDict
 from mmengine.device import get_device
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
@@ -36,6 +36,7 @@ from mmdet_moe.engine.explain import explain, in_one_line
 from mmdet_moe.engine.hooks import ExpertParallelHook
 from mmdet_moe.engine.hooks.layers import unwrapped_model
 from mmdet_moe.engine.image_errors import ImageErrorHook
+from mmdet_moe.engine.options import add_cfg_options
 from mmdet_moe.engine.preflight import (
     check_checkpoint,
     check_config,
@@ -75,14 +76,7 @@ def _common_parser(description: str) -> argparse.ArgumentParser:
     parser.add_argument(
         '--work-dir', help='folder for logs and results (default: work_dirs/<name of the config>)'
     )
-    parser.add_argument(
-        '--cfg-options',
-        nargs='+',
-        action=DictAction,
-        metavar='KEY=VALUE',
-        help='override fields of the config, for example optim_wrapper.optimizer.lr=0.01; '
-        'data_root=DIR moves every path below the old data_root',
-    )
+    add_cfg_options(parser)
     parser.add_argument(
         '--launcher',
         choices=['none', 'pytorch', 'slurm', 'mpi'],
@@ -265,8 +259,8 @@ def _scope_of_classes(cfg: Config) -> str | None:
 def parse_options(options: Sequence[str]) -> dict[str, Any]:
     """``key=value`` pairs as ``--cfg-options`` understands them, by dotted key."""
     parser = argparse.ArgumentParser()
-    parser.add_argument('--cfg-options', nargs='*', action=DictAction, default={})
-    return parser.parse_args(['--cfg-options', *options]).cfg_options
+    add_cfg_options(parser)
+    return parser.parse_args(['--cfg-options', *options] if options else []).cfg_options or {}
 
 
 def check_folder(path: str | Path, field: str) -> None:

@@ -54,6 +54,7 @@ class Run:
 
 def about(page, text):
     """The function checks the block of ``page`` that has ``text`` in it."""
+    assert page in PAGES, page
 
     def keep(function):
         CHECKS.setdefault(page, {})[text] = function
@@ -354,7 +355,7 @@ def test_a_block_that_is_not_run_says_why():
     for page in PAGES:
         for block in blocks(page):
             if block.code.startswith(NOT_RUN):
-                assert block.code.split('\n')[0] != NOT_RUN.strip(), block.place
+                assert block.code.split('\n')[0].strip() != NOT_RUN.strip(), block.place
 
 
 def test_every_config_is_on_its_page():

@@ -28,7 +28,7 @@ SHORTER = {
     'iter_12': 'iter_2',
     '--out experts': '--no-interventions --out experts',
 }
-#: Before it, then: of the analysis's figures the one that the notebook shows.
+#: At its start, then: of the analysis's figures the one that the notebook shows.
 ONE_FIGURE = """
 from mmdet_moe.analysis import command
 from mmdet_moe.analysis.report import figures
@@ -36,7 +36,7 @@ from mmdet_moe.analysis.report import figures
 def write_figures(experts, folder):
     for layer, name, figure in figures.draw_figures(experts):
         if name == 'decisions_level':
-            return figures._write(figure, figures.folder_of(folder, layer), name)
+            return figures.write_figure(figure, figures.folder_of(folder, layer), name)
 
 command.write_figures = write_figures
 """
@@ -89,7 +89,9 @@ def run(request, tmp_path):
                 assert words in text
                 text = text.replace(words, shorter)
             notebook = nbformat.reads(text, as_version=4)
-            notebook.cells.insert(0, nbformat.v4.new_code_cell(ONE_FIGURE))
+            # After the cell that turns progress bars off, which tqdm reads when it is imported.
+            first = next(i for i, c in enumerate(notebook.cells) if c.cell_type == 'code')
+            notebook.cells.insert(first + 1, nbformat.v4.new_code_cell(ONE_FIGURE))
         execute(notebook, tmp_path)
         check_outputs(notebook)
         return tmp_path
@@ -180,8 +182,8 @@ def test_detector_on_own_data(run):
         assert 0 < counts.sum() <= len(objects['annotations']) + 1e-6
     assert experts['metrics']['AP'] > 0.2
     report = (folder / 'experts' / 'report.html').read_text()
-    embedded = re.findall(r'<script[^>]*application/json[^>]*>(.*?)</script>', report, re.DOTALL)
-    assert 'bbox_head.cls_moe' in json.loads(embedded[0])['layers']
+    (payload,) = re.findall(r'<script[^>]* id="payload-\d+">(.*?)</script>', report, re.DOTALL)
+    assert 'bbox_head.cls_moe' in json.loads(payload)['layers']
 
 
 def main(names):

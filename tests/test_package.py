@@ -235,15 +235,15 @@ def needs_no_checkout(path, folder):
 
 def test_commands(capsys):
     """In this process, which goes on as it was."""
-    before = sys.modules['__main__'], sys.argv
+    before = sys.modules['__main__'], sys.argv, [*sys.path]
     main(['list-layers', '--help'])
-    assert (sys.modules['__main__'], sys.argv) == before
+    assert (sys.modules['__main__'], sys.argv, sys.path) == before
     assert capsys.readouterr().out.startswith('usage: mmdet-moe list-layers [-h]')
     with pytest.raises(SystemExit) as exit_:
         main(['prepare-data', 'check', 'nowhere'])
     assert exit_.value.code == 2
     assert capsys.readouterr().err.startswith('error: nowhere has neither train.json')
-    assert (sys.modules['__main__'], sys.argv) == before
+    assert (sys.modules['__main__'], sys.argv, sys.path) == before
     with pytest.raises(SystemExit) as exit_:
         main(['trian'])
     assert exit_.value.code == 2

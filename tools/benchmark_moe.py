@@ -47,6 +47,7 @@ from research.benchmarks.moved import (
     NOT_MEASURED,
     Figure,
     figures_of,
+    interval_of_median,
     moves,
     read_figures,
     summary_of,
@@ -194,6 +195,8 @@ def _check_arguments(args: argparse.Namespace) -> None:
     if _compares(args):
         if args.quick:
             raise ConfigError('--quick has too few rounds to compare; leave it')
+        if args.repeats is not None and interval_of_median(range(args.repeats)) is None:
+            raise ConfigError(f'--repeats {args.repeats} are too few rounds to compare; leave it')
         if unknown := [suite for suite in args.suites if suite not in DEFAULT_SUITES]:
             raise ConfigError(f"the suite '{unknown[0]}' is not compared; leave it")
     if args.update and args.suites:
@@ -204,6 +207,8 @@ def _check_arguments(args: argparse.Namespace) -> None:
         raise ConfigError('--reference belongs to --compare and --update')
     if args.json is not None and not args.json.resolve().parent.is_dir():
         raise ConfigError(f'--json: there is no folder {args.json.resolve().parent}')
+    if args.json is not None and args.json.is_dir():
+        raise ConfigError(f'--json: {args.json} is a folder; name a file')
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from mmengine.config import Config, DictAction
+from mmengine.config import Config
 from tqdm import tqdm
 
 from mmdet_moe.analysis.attribution import KNOWN_HEADS
@@ -37,6 +37,7 @@ from mmdet_moe.analysis.statistics.stability import stability_to
 from mmdet_moe.analysis.statistics.summary import VERSION, summarise
 from mmdet_moe.analysis.study import Study
 from mmdet_moe.cli import check_folder, fail, load_config, set_loader_defaults
+from mmdet_moe.engine.options import add_cfg_options
 from mmdet_moe.engine.preflight import check_config, check_trained_classes
 from mmdet_moe.errors import ConfigError
 
@@ -116,13 +117,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         '--overwrite', action='store_true', help='replace what another analysis left in the folder'
     )
-    parser.add_argument(
-        '--cfg-options',
-        nargs='+',
-        action=DictAction,
-        metavar='KEY=VALUE',
-        help='override fields of the config; data_root=DIR moves every path below the old one',
-    )
+    add_cfg_options(parser)
     args = parser.parse_args(argv)
     if args.out is None:
         stem = Path(args.checkpoint).stem

@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from mmengine.config import DictAction
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
@@ -24,6 +23,7 @@ from mmdet_moe.analysis.data import SPLITS, AnalysisData
 from mmdet_moe.analysis.models import load_model
 from mmdet_moe.cli import check_folder, fail, load_config, set_loader_defaults
 from mmdet_moe.engine.explain import in_one_line
+from mmdet_moe.engine.options import add_cfg_options
 from mmdet_moe.engine.preflight import check_config
 from mmdet_moe.errors import ConfigError
 from mmdet_moe.moe import Routing, find_moe_layers
@@ -68,13 +68,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         '--time', action='store_true', help='also compare the CPU time with that of PyTorch'
     )
     parser.add_argument('--split', choices=SPLITS, default='val', help='which images (val)')
-    parser.add_argument(
-        '--cfg-options',
-        nargs='+',
-        action=DictAction,
-        metavar='KEY=VALUE',
-        help='override fields of the config; data_root=DIR moves every path below the old one',
-    )
+    add_cfg_options(parser)
     return parser.parse_args(argv)
 
 

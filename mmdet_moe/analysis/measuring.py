@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from mmengine.config import Config, DictAction
+from mmengine.config import Config
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -18,6 +18,7 @@ from mmdet_moe.analysis.recorder import predictions_of
 from mmdet_moe.analysis.records.contents import BoxRecords, concatenated
 from mmdet_moe.analysis.statistics.evaluation import ClassificationMetrics, DetectionMetrics
 from mmdet_moe.cli import fail, load_config, set_loader_defaults
+from mmdet_moe.engine.options import add_cfg_options
 from mmdet_moe.engine.preflight import check_config, check_trained_classes
 from mmdet_moe.errors import ConfigError
 from mmdet_moe.moe.surgery.report import in_columns
@@ -32,13 +33,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--split', choices=SPLITS, default='val', help='which images (val)')
     parser.add_argument('--max-images', type=int, metavar='N', help='the first N images only')
     parser.add_argument('--device', help='cpu, cuda, cuda:1, … (default: a GPU if there is one)')
-    parser.add_argument(
-        '--cfg-options',
-        nargs='+',
-        action=DictAction,
-        metavar='KEY=VALUE',
-        help='override fields of the config; data_root=DIR moves every path below the old one',
-    )
+    add_cfg_options(parser)
 
 
 def run_tool(work: Callable[[argparse.Namespace], object], args: argparse.Namespace) -> None:

@@ -5,11 +5,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from mmengine.config import Config, DictAction
+from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 from torch import nn
 
 from mmdet_moe.engine.explain import in_one_line
+from mmdet_moe.engine.options import add_cfg_options
 from mmdet_moe.errors import ConfigError
 
 
@@ -23,7 +24,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar=('H', 'W'),
         help="of the images (default: as in the classifier's training; 320 320 for a detector)",
     )
-    parser.add_argument('--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE')
+    add_cfg_options(parser)
 
 
 def build_model(cfg: Config) -> nn.Module:

@@ -216,7 +216,8 @@ class Utilization:
             for name, value in router.constraint.by_expert().items():
                 sums[_CONSTRAINT + name] = value
         for key, value in sums.items():
-            value = value.detach().double()
+            # A copy: a constraint goes on changing its state in place.
+            value = value.detach().to(torch.float64, copy=True)
             self._sums[key] = self._sums[key] + value if key in self._sums else value
 
     def report(self) -> UtilizationReport:

@@ -134,7 +134,7 @@ def read_figures(path: Path) -> tuple[dict[str, Any], list[Figure]]:
         return kept['conditions'], figures
     except FileNotFoundError:
         raise ConfigError(f'there are no figures in {path}; write them with --update') from None
-    except (ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError):
         raise ConfigError(f'{path} holds no figures that --update wrote') from None
 
 

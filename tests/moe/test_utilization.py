@@ -177,8 +177,9 @@ def test_how_often_an_expert_was_masked():
     assert utilization.report().constraint == {}  # masks act in training alone
 
 
-def test_the_mean_bias():
-    router = router_of(2, 1, constraint=BiasBalancing(2, update_rate=0.25)).train()
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
+def test_the_mean_bias(dtype):
+    router = router_of(2, 1, constraint=BiasBalancing(2, update_rate=0.25)).to(dtype).train()
     report = train_on(router, FIRST, FIRST)  # ∓0.25, then ∓0.5
     assert report.constraint == {'bias': [-0.375, 0.375]}
     assert report.scalars()['bias_1'] == 0.375

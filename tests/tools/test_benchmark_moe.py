@@ -372,6 +372,11 @@ def test_balanced_routing(bench):
             '--dtype float16 is for GPUs; use bfloat16 or float32 on a CPU',
         ),
         (['ops', '--json', '/nowhere/x.json'], '--json: there is no folder /nowhere'),
+        (['ops', '--json', '.'], '--json: . is a folder; name a file'),
+        (
+            ['--compare', '--repeats', '5'],
+            '--repeats 5 are too few rounds to compare; leave it',
+        ),
         (['--compare', '--quick'], '--quick has too few rounds to compare; leave it'),
         (['--compare', 'auto'], "the suite 'auto' is not compared; leave it"),
         (['--update', 'ops'], '--update keeps the figures of all suites; name none'),

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
-from mmengine.config import Config, DictAction
+from mmengine.config import Config
 from mmengine.dataset import pseudo_collate
 from torch import nn
 
@@ -33,6 +33,7 @@ from mmdet_moe.analysis.models import load_model
 from mmdet_moe.analysis.saliency import check_captum
 from mmdet_moe.cli import fail, load_config
 from mmdet_moe.drawing import to_bytes
+from mmdet_moe.engine.options import add_cfg_options
 from mmdet_moe.engine.preflight import check_checkpoint
 from mmdet_moe.errors import ConfigError
 from mmdet_moe.moe import MoELayer
@@ -89,13 +90,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         'the image: a class activation map (needs captum)',
     )
     parser.add_argument('--device', help='cpu, cuda, cuda:1, … (default: a GPU if there is one)')
-    parser.add_argument(
-        '--cfg-options',
-        nargs='+',
-        action=DictAction,
-        metavar='KEY=VALUE',
-        help='override fields of the config',
-    )
+    add_cfg_options(parser)
     # Options may stand between the images, the config and the checkpoint.
     return parser.parse_intermixed_args(argv)
 

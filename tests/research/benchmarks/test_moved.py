@@ -147,6 +147,8 @@ def test_other_files(tmp_path, text):
     path.write_text(text)
     with pytest.raises(ConfigError, match=r'x.json holds no figures that --update wrote'):
         moved.read_figures(path)
+    with pytest.raises(ConfigError, match=r'holds no figures that --update wrote'):
+        moved.read_figures(tmp_path)  # a folder
 
 
 def test_the_committed_figures():
