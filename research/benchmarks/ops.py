@@ -28,8 +28,9 @@ def run_ops(bench: Benchmark, num_items: int, channels: int) -> None:
     """
     if bench.device.type == 'cpu':
         # A new block is a set of page faults there: the fair limit is a copy that has them, too.
-        memory = 'memory: as the C library gives it'
-        _compare_ops(bench, num_items, channels, memory, limit='copy into new memory')
+        if not bench.only_watched:
+            memory = 'memory: as the C library gives it'
+            _compare_ops(bench, num_items, channels, memory, limit='copy into new memory')
         if not keep_large_blocks():
             bench.note('This C library cannot be told to keep memory, so there is no second run.')
             return
