@@ -28,7 +28,7 @@ look: $(STAMP)
 test: $(STAMP)
 	$(PY) -m pytest -n 2 --dist worksteal
 
-test-all: $(STAMP)
+test-all: $(DOCS_STAMP)
 	$(PY) -m pytest -n 2 --dist worksteal --all
 
 bench: $(STAMP)

@@ -6,7 +6,8 @@ from pathlib import Path
 # The checkout, for what is not installed.
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-from mmdet_moe.analysis.balancing import run_balancing
+from mmdet_moe.analysis.balancing import parse, plot_balancing
+from mmdet_moe.analysis.measuring import run_tool
 
 if __name__ == '__main__':
-    run_balancing()
+    run_tool(plot_balancing, parse())

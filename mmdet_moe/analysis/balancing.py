@@ -11,7 +11,7 @@ from mmdet_moe.analysis.report.figures import folder_of
 from mmdet_moe.analysis.report.history import read_history
 from mmdet_moe.analysis.report.names import layer_names
 from mmdet_moe.cli import check_folder
-from mmdet_moe.errors import ConfigError, exit_on_user_error
+from mmdet_moe.errors import ConfigError
 from mmdet_moe.moe.surgery.report import in_columns
 from mmdet_moe.moe.utilization import FEW_EXPERTS
 
@@ -45,19 +45,6 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument('--gif', action='store_true', help='an animation of all iterations, too')
     return parser.parse_args(argv)
-
-
-def run_balancing(argv: Sequence[str] | None = None) -> None:
-    """Run ``tools/plot_balancing.py``.
-
-    Args:
-        argv: arguments; those of the process if None.
-
-    Raises:
-        SystemExit: with status 2 after a mistake in the command line or the logs.
-    """
-    with exit_on_user_error():
-        plot_balancing(parse(argv))
 
 
 def plot_balancing(args: argparse.Namespace) -> list[Path]:

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mmdet_moe.analysis.balancing import parse, plot_balancing, run_balancing
+from mmdet_moe.analysis.balancing import parse, plot_balancing
+from mmdet_moe.analysis.measuring import run_tool
 from mmdet_moe.analysis.report.balancing import (
     LayerHistory,
     animation,
@@ -81,11 +82,16 @@ def texts(axes):
 
 def test_bars(history):
     short = LayerHistory(np.array([10]), history.load[:1], history.importance[:1])
+    other = LayerHistory(np.array([8, 19, 40]), *[np.full((3, 3), 1 / 3)] * 2)
     with style():
-        figure = draw_steps('head', {'run': history, 'short': short}, [10, 20, 42])
-    axes = np.array(figure.axes).reshape(2, 3)
-    assert [panel.get_title() for panel in axes[0]] == [f'iteration {s}' for s in (10, 20, 42)]
-    # 42 is nearest to 40. Loads are multiples of a third, which three bars are.
+        runs = {'run': history, 'short': short, 'other': other}
+        figure = draw_steps('head', runs, [10, 20, 42])
+    axes = np.array(figure.axes).reshape(3, 3)
+    # 42 is nearest to 40, which has been logged.
+    assert [panel.get_title() for panel in axes[0]] == [f'iteration {s}' for s in (10, 20, 40)]
+    assert [texts(panel) for panel in axes[2]] == [['at 8'], ['at 19'], []]
+    assert [texts(panel) for panel in axes[0]] == [[], [], []]
+    # Loads are multiples of a third, which three bars are.
     for panel, row in zip(axes[0], (0, 1, 3), strict=True):
         heights = [bar.get_height() for bar in panel.containers[0]]
         assert heights == pytest.approx([3 * x for x in LOAD[row]])
@@ -185,7 +191,7 @@ def test_mistakes(options, sentence, tmp_path, capsys):
     places['empty'].mkdir()
     argv = [option.format(**places) for option in options]
     with pytest.raises(SystemExit) as stop:
-        run_balancing(['--out', str(tmp_path / 'out'), *argv])
+        run_tool(plot_balancing, parse(['--out', str(tmp_path / 'out'), *argv]))
     assert stop.value.code == 2
     error = capsys.readouterr().err
     assert error.startswith('error: ')

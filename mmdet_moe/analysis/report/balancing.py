@@ -127,8 +127,8 @@ def write_balancing(
         layer: Its name.
         runs: By the name of the run.
         folder: Where to; made if it does not exist.
-        steps: The iterations of the stepwise figure, of each the nearest logged one; by default
-            :data:`NUM_STEPS`, closer together at the beginning, where most is decided.
+        steps: The iterations of the stepwise figure, of each the nearest that any run logged; by
+            default :data:`NUM_STEPS`, closer together at the beginning, where most is decided.
         animate: Whether to write the animation, too.
 
     Returns:
@@ -154,7 +154,9 @@ def early_steps(runs: Mapping[str, LayerHistory], count: int = NUM_STEPS) -> lis
 
 def draw_steps(layer: str, runs: Mapping[str, LayerHistory], steps: Sequence[int] = ()) -> Figure:
     """A row for each run, a column for each iteration, in each the bars of the experts."""
-    steps = sorted(set(steps)) or early_steps(runs)
+    logged = np.unique(np.concatenate([run.steps for run in runs.values()]))
+    nearest = {int(logged[np.abs(logged - step).argmin()]) for step in steps}
+    steps = sorted(nearest) or early_steps(runs)
     figure = new_figure(PAGE_WIDTH, 1.0 + 0.95 * len(runs))
     figure.suptitle(wrapped(f'{layer}: load of each expert (1 = its fair share)', PAGE_WIDTH))
     grid = figure.subplots(len(runs), len(steps), sharex='row', sharey=True, squeeze=False)
@@ -252,7 +254,8 @@ def _top(runs: Mapping[str, LayerHistory], importance: bool = False) -> float:
 
 
 def _bars(axes: Axes, run: LayerHistory, step: int, top: float) -> None:
-    """The experts of one run at the logged iteration next to ``step``; none after its end."""
+    """The experts of one run at the logged iteration next to ``step``, which is told if it is
+    another one; none after its end."""
     experts = run.num_experts
     axes.set_ylim(0, top)
     axes.set_xlim(-0.6, experts - 0.4)
@@ -264,6 +267,11 @@ def _bars(axes: Axes, run: LayerHistory, step: int, top: float) -> None:
         axes.text(0.5, 0.5, 'no more', ha='center', color='0.5', transform=axes.transAxes)
         return
     at = int(np.abs(run.steps - step).argmin())
+    if run.steps[at] != step:
+        axes.text(
+            0.5, 0.97, f'at {run.steps[at]}', ha='center', va='top', fontsize=7,
+            transform=axes.transAxes, path_effects=_HALO,
+        )  # fmt: skip
     places, loads = np.arange(experts), experts * run.load[at]
     dead = run.dead()[at]
     axes.bar(places, loads, 0.8, color=_LOAD)
