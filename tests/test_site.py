@@ -75,14 +75,9 @@ def test_builds_without_a_warning(tmp_path, request):
     assert newest in (tmp_path / 'versions.js').read_text()
     assert f'url={mmdet_moe.__version__}/index.html' in (tmp_path / 'index.html').read_text()
     # A link to a file of the repository leads to its lines.
-    assert (
-        'repository/projects/cluster_theory/patch_router.py.html'
-        in (out / 'results.html').read_text()
-    )
-    assert (
-        'PatchRouter'
-        in (out / 'repository/projects/cluster_theory/patch_router.py.html').read_text()
-    )
+    router = 'repository/projects/cluster_theory/patch_router.py.html'
+    assert router in (out / 'extending.html').read_text()
+    assert 'PatchRouter' in (out / router).read_text()
     for page in out.rglob('*.html'):
         for target in re.findall(r'(?:href|src)="([^"#?:]+)["#?]', page.read_text()):
             assert (page.parent / target).exists(), f'{page.relative_to(out)}: {target}'
