@@ -51,7 +51,8 @@ class Head:
         experts: E; 0 for a dense head.
         router: Options of the router.
         loss: Config of the balancing loss, if any.
-        apart: A dense detector for each data set, trained on that one alone.
+        apart: A dense detector for each data set, trained on that one alone, for its share of the
+            iterations: each image is seen as often as by the others.
     """
 
     experts: int = 0
@@ -91,8 +92,9 @@ class DomainsDetectorExperiment(Experiment):
     def __init__(self, data: Path, *args, iterations: int = ITERATIONS) -> None:
         super().__init__(data, *args)
         self.iterations = iterations
-        self.classes = _classes(self.data)
+        self.classes, images = _classes_and_images(self.data)
         self.names = tuple(self.classes)
+        self.shares = {name: of_set / sum(images.values()) for name, of_set in images.items()}
         self._flops: dict[str, int] = {}
 
     def run(self, table_only: bool = False) -> None:
@@ -122,7 +124,7 @@ class DomainsDetectorExperiment(Experiment):
         text = config_text(
             HEADS[name],
             {of: (str(self.data / of), self.classes[of]) for of in names},
-            self.iterations,
+            max(1, round(self.iterations * sum(self.shares[of] for of in names))),
             str(self.work_dir / 'features'),
         )
         path = Path(f'{method.config}.py')
@@ -136,7 +138,10 @@ class DomainsDetectorExperiment(Experiment):
         flops = {name: self.flops(name) for name, runs in found.items() if runs}
         text = (
             f'{self.iterations} iterations of 16 images, mixed precision, AdamW; '
-            + ', '.join(f'{name}: {len(self.classes[name])} classes' for name in self.names)
+            + ', '.join(
+                f'{name}: {len(self.classes[name])} classes, {self.shares[name]:.0%} of the images'
+                for name in self.names
+            )
             + f'.\n\n{markdown_table(found, self.names, flops)}'
         )
         pictures = {}
@@ -166,19 +171,20 @@ class DomainsDetectorExperiment(Experiment):
         return self._flops[name]
 
 
-def _classes(data: Path) -> dict[str, list[str]]:
-    """The classes of each data set, by the name of its folder."""
-    found = {}
+def _classes_and_images(data: Path) -> tuple[dict[str, list[str]], dict[str, int]]:
+    """The classes of each data set, by the name of its folder, and how many images have objects."""
+    classes, images = {}, {}
     for path in sorted(data.glob('*/train.json')):
         content = json.loads(path.read_text())
-        found[path.parent.name] = [category['name'] for category in content['categories']]
-    if len(found) < 2:
+        classes[path.parent.name] = [category['name'] for category in content['categories']]
+        images[path.parent.name] = len({of['image_id'] for of in content['annotations']})
+    if len(classes) < 2:
         raise ConfigError(
-            f"--data: '{data}' holds {len(found)} folders with a train.json; give a folder that "
+            f"--data: '{data}' holds {len(classes)} folders with a train.json; give a folder that "
             'holds one for each of at least two data sets, as `tools/prepare_data.py yolo` and '
             '`voc2007` write them'
         )
-    return found
+    return classes, images
 
 
 def config_text(

@@ -84,7 +84,7 @@ def test_all_in_miniature(tmp_path, data, monkeypatch):
     made = DomainsDetectorExperiment(data, tmp_path / 'runs', [0], 1, iterations=1)
     made.run()
     table = (made.written / 'domains-detector.md').read_text()
-    assert 'cells: 10 classes, photographs: 10 classes' in table
+    assert 'cells: 10 classes, 50% of the images, photographs: 10 classes, 50%' in table
     assert table.count('\n| ') == 4  # two lines of the head
     assert len(list((tmp_path / 'runs/features').rglob('*.pt'))) >= 16
     dense, experts = made.flops(DENSE), made.flops(EXPERTS)
@@ -96,7 +96,14 @@ def test_all_in_miniature(tmp_path, data, monkeypatch):
 
 
 def test_each_data_set_alone(tmp_path, data):
-    (data / NAMES[1]).rename(data / f'other{NAMES[0]}')  # a name that ends with the other one
+    other = f'other{NAMES[0]}'  # a name that ends with the other one
+    (data / NAMES[1]).rename(data / other)
+    # A third as many images: those of the others have no objects.
+    content = json.loads((data / other / 'train.json').read_text())
+    kept = {image['id'] for image in content['images'][: len(content['images']) // 3]}
+    content['annotations'] = [of for of in content['annotations'] if of['image_id'] in kept]
+    (data / other / 'train.json').write_text(json.dumps(content))
+    share = len(kept) / (len(kept) + len(content['images']))
     made = DomainsDetectorExperiment(data, tmp_path / 'runs', [0], 1)
     assert [m.name for m in made.methods(APART)] == [f'{APART}, {name}' for name in made.names]
     for method in made.methods(APART):
@@ -104,6 +111,8 @@ def test_each_data_set_alone(tmp_path, data):
         cfg = Config.fromfile(f'{method.config}.py')
         assert cfg.train_dataloader.dataset.names == (method.name.split(', ')[1],)
         assert cfg.model.bbox_head.num_classes == 10
+        expected = share if method.name.endswith(other) else 1 - share
+        assert cfg.train_cfg.max_iters == cfg.param_scheduler[1].T_max == round(1500 * expected)
 
 
 def test_one_data_set_is_not_enough(tmp_path):
