@@ -2,7 +2,9 @@
 
 Any folders in COCO's layout (``train.json``, ``val.json``, ``images/``) are joined, each with its
 classes. The backbone is frozen, and its maps are read from a cache
-(:func:`mmdet_moe.models.frozen.frozen`), so that neck and head alone cost time.
+(:func:`mmdet_moe.models.frozen.frozen`), so that neck and head alone cost time. A dense detector is
+trained first; all heads start as copies of it and go on, the dense one as well: an expert sees a
+part of the images, which is too little for its start in so short a training.
 """
 
 import json
@@ -27,19 +29,18 @@ from research.experiments.budget import MIXED_PRECISION, NO_WORKERS
 from research.experiments.domains import plot_gains
 from research.experiments.experiment import CONFIGS, Experiment, Method, dead_experts, folder_name
 from research.experiments.markdown import NOTHING, mean_and_std, mean_per_layer, table
-from research.runs import RunResult, mean_std
+from research.runs import RunResult, latest_checkpoint, mean_std
 
 NAME = 'domains-detector'
 #: Channels of the neck and of both subnets; edge of the images in px.
 WIDTH, SIDE = 32, 320
 #: The data sets whose table stands in docs/results.md: blood cells, tarmac (FOD-A), VOC2007.
 PUBLISHED = ('blood', 'tarmac', 'voc')
-#: Of the training, as of its name.
-ITERATIONS = 1500
+#: Of the training before, which gives the common start; of what goes on from it.
+START_ITERATIONS, ITERATIONS = 1500, 750
 _NO_NOISE = {'noise': False}
 #: Clusters within the levels: otherwise they are the levels.
 _KMEANS = {'init': 'kmeans', 'normalise_levels': 5, **_NO_NOISE}
-_CLUSTERED = {**_KMEANS, 'softmax': 'straight_through'}
 _SWITCH = {'type': 'mmdet_moe.SwitchLoss', 'weight': 0.01}
 
 
@@ -51,8 +52,8 @@ class Head:
         experts: E; 0 for a dense head.
         router: Options of the router.
         loss: Config of the balancing loss, if any.
-        apart: A dense detector for each data set, trained on that one alone, for its share of the
-            iterations: each image is seen as often as by the others.
+        apart: A dense detector for each data set, which goes on with that one alone, for its share
+            of the iterations: each image is seen as often as by the others.
     """
 
     experts: int = 0
@@ -61,6 +62,7 @@ class Head:
     apart: bool = False
 
 
+START = 'start'
 DENSE, APART = 'dense', 'a dense detector for each data set'
 HEADS = {
     DENSE: Head(),
@@ -69,7 +71,6 @@ HEADS = {
     # The number of data sets is filled in.
     '4 experts: DAMEX': Head(4, loss={'type': 'mmdet_moe.DatasetLoss', 'weight': 0.1}),
     '4 experts: k-means start, Switch': Head(4, _KMEANS, _SWITCH),
-    '4 experts: clustered, Switch': Head(4, _CLUSTERED, _SWITCH),
     '8 experts: k-means start, Switch': Head(8, _KMEANS, _SWITCH),
 }
 _BASES = (
@@ -83,29 +84,39 @@ class DomainsDetectorExperiment(Experiment):
     Args:
         data: Folder of the folders of the data sets, which are called by their names.
         *args: As for :class:`Experiment`.
-        iterations: Of each training.
+        iterations: Of each training that goes on from the start.
+        start_iterations: Of the start.
 
     Raises:
         ConfigError: If there are not at least two such folders.
     """
 
-    def __init__(self, data: Path, *args, iterations: int = ITERATIONS) -> None:
+    def __init__(
+        self,
+        data: Path,
+        *args,
+        iterations: int = ITERATIONS,
+        start_iterations: int = START_ITERATIONS,
+    ) -> None:
         super().__init__(data, *args)
-        self.iterations = iterations
+        self.iterations, self.start_iterations = iterations, start_iterations
+        self.start = Method(START, str(self.work_dir / 'configs' / START))
         self.classes, images = _classes_and_images(self.data)
         self.names = tuple(self.classes)
         self.shares = {name: of_set / sum(images.values()) for name, of_set in images.items()}
         self._flops: dict[str, int] = {}
 
     def run(self, table_only: bool = False) -> None:
+        self._write_config(DENSE, self.start)
         for name in HEADS:
             for method in self.methods(name):
                 self._write_config(name, method)
                 check_config(load_config(method.config + '.py'))
             self.flops(name)  # before there are trainings, which it would disturb in one process
         methods = [method for name in HEADS for method in self.methods(name)]
-        self.check(methods)
+        self.check([self.start, *methods])
         if not table_only:
+            self.train([self.start])
             self.train(methods)
         self.write()
 
@@ -116,16 +127,21 @@ class DomainsDetectorExperiment(Experiment):
         return [Method(key, str(folder / folder_name(key))) for key in keys]
 
     def options(self, method: Method, seed: int) -> list[str]:
-        return [f'randomness.seed={seed}', MIXED_PRECISION, *NO_WORKERS]
+        options = [f'randomness.seed={seed}', MIXED_PRECISION, *NO_WORKERS]
+        if method != self.start:
+            options.append(f'load_from={latest_checkpoint(self.run_dir(self.start, seed))}')
+        return options
 
     def _write_config(self, name: str, method: Method) -> None:
         """The config of a training: a file that ``tools/train.py`` runs, too."""
-        names = [of for of in self.names if method.name in (name, f'{name}, {of}')]
+        names = [of for of in self.names if method.name == f'{name}, {of}'] or self.names
+        iterations = self.start_iterations if method == self.start else self.iterations
         text = config_text(
             HEADS[name],
-            {of: (str(self.data / of), self.classes[of]) for of in names},
-            max(1, round(self.iterations * sum(self.shares[of] for of in names))),
+            {of: (str(self.data / of), self.classes[of]) for of in self.names},
+            max(1, round(iterations * sum(self.shares[of] for of in names))),
             str(self.work_dir / 'features'),
+            learnt=names,
         )
         path = Path(f'{method.config}.py')
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -137,7 +153,8 @@ class DomainsDetectorExperiment(Experiment):
         complete = all(len(runs) == len(self.seeds) for runs in found.values())
         flops = {name: self.flops(name) for name, runs in found.items() if runs}
         text = (
-            f'{self.iterations} iterations of 16 images, mixed precision, AdamW; '
+            f'{self.iterations} iterations of 16 images after {self.start_iterations} that all '
+            'have in common, mixed precision, AdamW; '
             + ', '.join(
                 f'{name}: {len(self.classes[name])} classes, {self.shares[name]:.0%} of the images'
                 for name in self.names
@@ -188,7 +205,11 @@ def _classes_and_images(data: Path) -> tuple[dict[str, list[str]], dict[str, int
 
 
 def config_text(
-    head: Head, folders: Mapping[str, tuple[str, Sequence[str]]], iterations: int, cache: str
+    head: Head,
+    folders: Mapping[str, tuple[str, Sequence[str]]],
+    iterations: int,
+    cache: str,
+    learnt: Sequence[str],
 ) -> str:
     """A config of MMDetection.
 
@@ -197,6 +218,7 @@ def config_text(
         folders: Path and classes of each data set by name.
         iterations: Of the training.
         cache: Folder for the backbone's maps.
+        learnt: The data sets whose images are trained with.
     """
     classes = dict.fromkeys(name for _, of_set in folders.values() for name in of_set)
     bbox_head: dict[str, Any] = {
@@ -207,7 +229,11 @@ def config_text(
     if head.experts:
         bbox_head |= {
             'type': 'mmdet_moe.MoERetinaHead', 'num_experts': head.experts, 'top_k': 1,
-            'decision_weight': 'uniform', 'router': {'type': 'mmdet_moe.GAPRouter', **head.router},
+            'decision_weight': 'uniform',
+            # With less than the whole of the chosen expert it would not start as the dense head.
+            'router': {
+                'type': 'mmdet_moe.GAPRouter', 'softmax': 'straight_through', **head.router
+            },
         }  # fmt: skip
         hooks.append({'type': 'mmdet_moe.ExpertUtilizationHook'})
     if head.loss is not None:
@@ -229,8 +255,11 @@ def config_text(
                 'ann_file': f'{split}.json', 'data_prefix': {'img': 'images/'},
                 **({'test_mode': True} if split == 'val' else
                    {'filter_cfg': {'filter_empty_gt': True, 'min_size': 32}}),
+                # No images, but classes.
+                **({'indices': 0, 'serialize_data': False}
+                   if split == 'train' and name not in learnt else {}),
             }
-            for root, of_set in folders.values()
+            for name, (root, of_set) in folders.items()
         ]
         for split in ('train', 'val')
     }  # fmt: skip

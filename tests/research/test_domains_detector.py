@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from mmengine.config import Config
+from mmengine.registry import DATASETS, DefaultScope
 
 from mmdet_moe.errors import ConfigError
 from mmdet_moe.models import EfficientNetLite0
@@ -21,7 +22,7 @@ from research.experiments.domains_detector import (
 from research.runs import RunResult
 
 NAMES = ('cells', 'photographs')
-EXPERTS = '4 experts: clustered, Switch'
+EXPERTS = '4 experts: k-means start, Switch'
 
 
 def result(aps, mi=None):
@@ -81,7 +82,9 @@ def test_all_in_miniature(tmp_path, data, monkeypatch):
     weights = tmp_path / 'weights.pth'
     torch.save(EfficientNetLite0().state_dict(), weights)
     monkeypatch.setenv('EFFICIENTNET_LITE0', str(weights))
-    made = DomainsDetectorExperiment(data, tmp_path / 'runs', [0], 1, iterations=1)
+    made = DomainsDetectorExperiment(
+        data, tmp_path / 'runs', [0], 1, iterations=1, start_iterations=1
+    )
     made.run()
     table = (made.written / 'domains-detector.md').read_text()
     assert 'cells: 10 classes, 50% of the images, photographs: 10 classes, 50%' in table
@@ -109,10 +112,15 @@ def test_each_data_set_alone(tmp_path, data):
     for method in made.methods(APART):
         made._write_config(APART, method)
         cfg = Config.fromfile(f'{method.config}.py')
-        assert cfg.train_dataloader.dataset.names == (method.name.split(', ')[1],)
-        assert cfg.model.bbox_head.num_classes == 10
+        with DefaultScope.overwrite_default_scope('mmdet'):
+            joined = DATASETS.build(cfg.train_dataloader.dataset)
+        lengths = dict(zip(made.names, map(len, joined.datasets), strict=True))
+        learnt = lengths.pop(method.name.split(', ')[1])
+        assert len(joined) == learnt > 0
+        assert set(lengths.values()) == {0}
+        assert cfg.model.bbox_head.num_classes == len(joined.metainfo['classes']) == 20
         expected = share if method.name.endswith(other) else 1 - share
-        assert cfg.train_cfg.max_iters == cfg.param_scheduler[1].T_max == round(1500 * expected)
+        assert cfg.train_cfg.max_iters == cfg.param_scheduler[1].T_max == round(750 * expected)
 
 
 def test_one_data_set_is_not_enough(tmp_path):
