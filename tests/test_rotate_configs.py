@@ -8,6 +8,7 @@ import pytest
 import torch
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
+from running import logged
 
 import mmdet_moe
 from mmdet_moe import cli
@@ -121,8 +122,7 @@ def test_config_trains(name, folders, monkeypatch, capsys):
     cli.run_train([path, '--work-dir', 'run', '--cfg-options', *options, 'train_cfg.max_epochs=1'])
     report = json.loads(Path('run/expert_utilization_val.json').read_text())
     assert report['layers']['moe']['num_items'] == 20
-    scalars = next(Path('run').glob('*/vis_data/scalars.json')).read_text().splitlines()
-    (metrics,) = [entry for entry in map(json.loads, scalars) if 'accuracy/top1' in entry]
+    (metrics,) = [entry for entry in logged('run') if 'accuracy/top1' in entry]
     entropy = metrics['moe/dispatch_entropy']
     if name.endswith('_single'):
         # All ten classes equally often: what is known of the class without any expert.

@@ -6,6 +6,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+from running import logged
 
 from mmdet_moe import cli
 
@@ -53,9 +54,7 @@ def test_classifier_trains_with_hooks(tmp_path, monkeypatch):
         cv2.imwrite(str(folder / f'{i}.png'), image)
     Path('classifier.py').write_text(CONFIG)
     cli.run_train(['classifier.py', '--work-dir', 'run'])
-    path = next(Path('run').glob('*/vis_data/scalars.json'))
-    entries = [json.loads(line) for line in path.read_text().splitlines()]
-    losses = [entry for entry in entries if 'loss' in entry]
+    losses = [entry for entry in logged('run') if 'loss' in entry]
     assert len(losses) == 2
     for entry in losses:
         assert entry['loss_moe_backbone_layer4'] >= 0

@@ -15,6 +15,7 @@ import tiny_tools
 import torch
 from mmdet.models.detectors import SingleStageDetector
 from mmengine.registry import MODELS, init_default_scope
+from running import failure
 from torch import nn
 
 from mmdet_moe import cli
@@ -184,18 +185,6 @@ def finished_classifier(classifier):
 
 def content(out):
     return (Path(out) / 'experts.json').read_bytes()
-
-
-def failure(capsys, function, *arguments, **kwargs):
-    """The one sentence that a run ends with."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as exit_:
-        function(*arguments, **kwargs)
-    assert exit_.value.code == 2
-    error = [line for line in capsys.readouterr().err.splitlines() if 'images/s' not in line]
-    error = [line for line in error if line.startswith('error: ')]
-    assert len(error) == 1
-    return error[0]
 
 
 def files_in(folder):
@@ -645,7 +634,7 @@ def test_damaged_image_in_the_middle(damage, detector, tmp_path, capsys):
     if damage == 'missing':
         image.unlink()
     sentence = failure(capsys, detector, *arguments, options=[f'data_root={root}'])
-    assert sentence.startswith(f"error: cannot read the image '{image}': ")
+    assert sentence.startswith(f"cannot read the image '{image}': ")
     # Nothing before it is lost: the files of records end at the image.
     ends = [int(path.stem[9:]) for path in (out / 'records' / 'statistics').glob('*.npz')]
     assert max(ends) == 2
@@ -1129,7 +1118,7 @@ def test_classes_of_the_training(classifier, tmp_path, monkeypatch, capsys):
         (cli.run_test, [str(classifier.config), str(path)], 'test'),
     ):
         assert failure(capsys, tool, argv).startswith(
-            f"error: {field}_dataloader.dataset: class 1 is 'b', but 'aa' in the training of the "
+            f"{field}_dataloader.dataset: class 1 is 'b', but 'aa' in the training of the "
         )
     assert not (tmp_path / 'out').exists()
 

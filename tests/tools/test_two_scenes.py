@@ -7,6 +7,7 @@ import miniature
 import numpy as np
 import pytest
 from mmdet.visualization import DetLocalVisualizer
+from running import logged
 
 import mmdet_moe
 from mmdet_moe import cli
@@ -66,8 +67,7 @@ def test_experts_follow_the_data_set(folders, monkeypatch):
     monkeypatch.setattr(command, 'write_figures', draw)
     DetLocalVisualizer._instance_dict.clear()
     cli.run_train([str(CONFIG), '--work-dir', 'run', '--cfg-options', *SMALL])
-    entries = next(Path('run').glob('*/vis_data/scalars.json')).read_text().splitlines()
-    log = [json.loads(line) for line in entries]
+    log = logged('run')
     assert any({'digits/coco/bbox_mAP', 'fashion/coco/bbox_mAP'} <= set(step) for step in log)
     for layer in LAYERS:
         key = 'loss_moe_' + layer.replace('.', '_')
