@@ -6,67 +6,29 @@ import math
 import pytest
 import torch
 from mmdet.registry import MODELS
-from mmdet.structures import DetDataSample
-from mmengine.config import ConfigDict
 from mmengine.runner import load_checkpoint, load_state_dict
-from mmengine.structures import InstanceData
+from tiny_models import ASSIGNER, FOUR, RESNET_18, RETINA, TEST_CFG, two_images
 
 from mmdet_moe.errors import ConfigError
 from mmdet_moe.moe import find_moe_layers
 
-HEAD = {
-    'type': 'mmdet.RetinaHead',
-    'num_classes': 3,
-    'in_channels': 6,
-    'feat_channels': 5,
-    'stacked_convs': 2,
-    'anchor_generator': {
-        'type': 'mmdet.AnchorGenerator',
-        'octave_base_scale': 4,
-        'scales_per_octave': 2,
-        'ratios': [0.5, 1.0],
-        'strides': [8, 16, 32],
-    },
-    'bbox_coder': {'type': 'mmdet.DeltaXYWHBBoxCoder'},
-    'loss_cls': {'type': 'mmdet.FocalLoss', 'use_sigmoid': True},
-    'loss_bbox': {'type': 'mmdet.L1Loss'},
-}
+HEAD = {**RETINA, 'stacked_convs': 2}
 TRAIN_CFG = {
-    'assigner': {
-        'type': 'mmdet.MaxIoUAssigner',
-        'pos_iou_thr': 0.5,
-        'neg_iou_thr': 0.4,
-        'min_pos_iou': 0,
-        'ignore_iof_thr': -1,
-    },
+    'assigner': ASSIGNER,
     'sampler': {'type': 'mmdet.PseudoSampler'},
     'allowed_border': -1,
     'pos_weight': -1,
     'debug': False,
 }
-TEST_CFG = ConfigDict(
-    nms_pre=100,
-    min_bbox_size=0,
-    score_thr=0.0,
-    nms={'type': 'nms', 'iou_threshold': 0.5},
-    max_per_img=20,
-)
 DETECTOR = {
     'type': 'mmdet.RetinaNet',
     'data_preprocessor': {'type': 'mmdet.DetDataPreprocessor'},
-    'backbone': {
-        'type': 'mmdet.ResNet',
-        'depth': 18,
-        'base_channels': 2,
-        'stem_channels': 4,
-        'out_indices': (1, 2, 3),
-    },
+    'backbone': {**RESNET_18, 'out_indices': (1, 2, 3)},
     'neck': {'type': 'mmdet.FPN', 'in_channels': [4, 8, 16], 'out_channels': 6, 'num_outs': 3},
     'bbox_head': HEAD,
     'train_cfg': TRAIN_CFG,
     'test_cfg': TEST_CFG,
 }
-FOUR = {'num_experts': 4, 'top_k': 2}
 
 
 def build_head(moe=None, **options):
@@ -84,22 +46,6 @@ def build_detector(moe=None):
 
 def features(num_images=2, dtype=torch.float32):
     return [torch.randn(num_images, 6, s, s + 3, dtype=dtype) for s in (9, 5, 3)]
-
-
-def batch():
-    """Two 64×96 images; a small and a large object in the first, a middle one in the second."""
-    boxes = [[[4.0, 6, 30, 40], [20, 2, 90, 60]], [[40.0, 10, 80, 50]]]
-    labels = [[0, 2], [1]]
-    samples = []
-    for image_boxes, image_labels in zip(boxes, labels, strict=True):
-        sample = DetDataSample(metainfo={'img_shape': (64, 96), 'pad_shape': (64, 96)})
-        sample.set_metainfo({'batch_input_shape': (64, 96), 'scale_factor': (1, 1)})
-        sample.set_metainfo({'ori_shape': (64, 96), 'img_id': len(samples)})
-        sample.gt_instances = InstanceData(
-            bboxes=torch.tensor(image_boxes), labels=torch.tensor(image_labels)
-        )
-        samples.append(sample)
-    return torch.randn(2, 3, 64, 96), samples
 
 
 def experts_of(model, name):
@@ -190,7 +136,7 @@ def test_detector_with_copies_has_the_dense_losses(moe, randomise):
     dense, model = randomise(build_detector()), randomise(build_detector(moe))
     load_state_dict(model, dense.state_dict())
     dense, model = dense.double().train(), model.double().train()
-    images, samples = batch()
+    images, samples = two_images()
     losses = [m(images.double(), copy.deepcopy(samples), mode='loss') for m in (dense, model)]
     assert set(losses[0]) == {'loss_cls', 'loss_bbox'}
     assert sum(losses[0]['loss_bbox']) > 0.1
@@ -204,7 +150,7 @@ def test_detector_with_copies_has_the_dense_detections(randomise):
     dense, model = randomise(build_detector()), randomise(build_detector(FOUR))
     load_state_dict(model, dense.state_dict())
     dense, model = dense.double().eval(), model.double().eval()
-    images, samples = batch()
+    images, samples = two_images()
     with torch.no_grad():
         expected, found = (
             m(images.double(), copy.deepcopy(samples), mode='predict') for m in (dense, model)
@@ -225,7 +171,7 @@ def iou(a, b):
 def test_decisions_count_the_positive_anchors_of_their_level():
     """Positive: at least half overlap with an object, or the best anchor of an object."""
     model = build_head(FOUR)
-    _, samples = batch()
+    _, samples = two_images()
     model.loss([torch.randn(2, 6, 64 // s, 96 // s) for s in (8, 16, 32)], samples)
     anchors = model.prior_generator.grid_priors([(8, 12), (4, 6), (2, 3)], device='cpu')
     expected = []
@@ -252,7 +198,7 @@ def test_positive_anchors_of_pixels_and_patches(granularity, grid_size):
     options = {**FOUR, 'granularity': granularity, 'grid_size': grid_size, 'whole_maps': True}
     model, image = build_head(options), build_head(FOUR)
     maps = [torch.randn(2, 6, 64 // s, 96 // s) for s in (8, 16, 32)]
-    _, samples = batch()
+    _, samples = two_images()
     inside = {}
     get_targets = image.get_targets
 
@@ -282,7 +228,7 @@ def test_positive_anchors_of_pixels_and_patches(granularity, grid_size):
 @pytest.mark.parametrize('decision_weight', ['uniform', 'area'])
 def test_other_decision_weights(decision_weight):
     model = build_head({**FOUR, 'decision_weight': decision_weight})
-    model.loss([torch.randn(2, 6, 64 // s, 96 // s) for s in (8, 16, 32)], batch()[1])
+    model.loss([torch.randn(2, 6, 64 // s, 96 // s) for s in (8, 16, 32)], two_images()[1])
     areas = [96, 96, 24, 24, 6, 6] if decision_weight == 'area' else [1] * 6
     assert model.cls_moe.routing.decision_weights.tolist() == areas
 
