@@ -43,7 +43,10 @@ model = dict(
     head=dict(type='LinearClsHead', num_classes={classes}, in_channels=64,
               loss=dict(type='CrossEntropyLoss')),
 )
-custom_hooks = [dict(type='mmdet_moe.ExpertUtilizationHook')]
+custom_hooks = [
+    dict(type='mmdet_moe.ExpertUtilizationHook'),
+    dict(type='mmdet_moe.BalancingLossHook', loss=dict(type='mmdet_moe.KLLoss')),
+]
 """
 
 
@@ -84,10 +87,17 @@ def test_download_and_train(server, tmp_path, monkeypatch, capsys, command, serv
 
     cli.run_train(train)
     entries = logged('run')
-    assert len([entry for entry in entries if 'loss' in entry]) == 2
+    losses = [entry for entry in entries if 'loss' in entry]
+    assert len(losses) == 2
+    for entry in losses:
+        assert entry['loss_moe_backbone_layer4'] >= 0
+        # The cross-entropy has no entry of its own next to the sum.
+        assert entry['loss'] > entry['loss_moe_backbone_layer4']
     [accuracy] = [entry['accuracy/top1'] for entry in entries if 'accuracy/top1' in entry]
     assert 0 <= accuracy <= 100
     # The hook counts the images of the validation: those of the test split.
     report = json.loads(Path('run/expert_utilization_val.json').read_text())
     num_test = 100 if command == 'cifar100' else 20
-    assert report['layers']['backbone.layer4']['num_items'] == num_test
+    layer = report['layers']['backbone.layer4']
+    assert layer['num_items'] == num_test
+    assert sum(layer['load']) == pytest.approx(1)
