@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 import mmdet_moe
+from mmdet_moe.engine.preflight import check_config
+from mmdet_moe.errors import ConfigError
 
 TOOLS = Path(mmdet_moe.__file__).parents[1] / 'tools'
 
@@ -32,6 +34,15 @@ def failure(capsys, run, *arguments, **named):
     (line,) = [line for line in lines if line and not any(bar in line for bar in bars)]
     assert line.startswith('error: ')
     return line.removeprefix('error: ')
+
+
+def complaint(cfg, *args):
+    """The one line with which the preflight refuses a config."""
+    with pytest.raises(ConfigError) as error:
+        check_config(cfg, *args)
+    message = str(error.value)
+    assert '\n' not in message
+    return message
 
 
 def logged(folder):
