@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from copies import check_gradients, check_same
 from mmdet.registry import MODELS
 from mmengine.runner import load_checkpoint, load_state_dict
 from tiny_models import CLASSES, FOUR, faster_config, two_images
@@ -36,17 +37,6 @@ def build_detector(moe=None, **proposals):
     return MODELS.build(config)
 
 
-def check_gradients(dense, moe):
-    """The gradients of the copies sum to the dense gradient."""
-    for name, parameter in dense.named_parameters():
-        if 'shared_fcs' in name:
-            gradient = moe.get_parameter(name.replace('shared_fcs', 'shared_fcs.experts')).grad
-            gradient = gradient.sum(0)
-        else:
-            gradient = moe.get_parameter(name).grad
-        torch.testing.assert_close(gradient, parameter.grad, rtol=1e-7, atol=1e-9)
-
-
 @pytest.mark.parametrize('options', [{}, {'with_avg_pool': True}, {'reg_class_agnostic': True}])
 @pytest.mark.parametrize(
     'moe',
@@ -62,20 +52,7 @@ def test_same_as_dense(moe, options, randomise, tmp_path):
     dense, model = randomise(build_head(**options)), randomise(build_head(moe, **options)).eval()
     torch.save({'state_dict': dense.state_dict()}, tmp_path / 'dense.pth')
     load_checkpoint(model, str(tmp_path / 'dense.pth'))
-    rois = torch.randn(30, C, SIZE, SIZE)
-    torch.testing.assert_close(model(rois), dense(rois), rtol=1e-5, atol=1e-5)
-
-    dense, model = dense.double(), model.double()
-    rois = rois.double().requires_grad_()
-    expected, outputs = dense(rois), model(rois)
-    cotangents = [torch.randn_like(y) for y in expected]
-    gradients = [
-        torch.autograd.grad(y, rois, cotangents, retain_graph=True) for y in (expected, outputs)
-    ]
-    torch.testing.assert_close(*gradients, rtol=1e-7, atol=1e-9)
-    torch.autograd.backward(expected, cotangents)
-    torch.autograd.backward(outputs, cotangents)
-    check_gradients(dense, model)
+    check_same(dense, model, torch.randn(30, C, SIZE, SIZE))
 
 
 def test_different_experts(randomise):
