@@ -16,6 +16,7 @@ import torch
 from mmdet.models.detectors import SingleStageDetector
 from mmengine.registry import MODELS, init_default_scope
 from running import failure
+from synthetic import information_of
 from torch import nn
 
 from mmdet_moe import cli
@@ -433,16 +434,6 @@ def bin_of(attribute, row, edges):
     return 3 * min(int(3 * y), 2) + min(int(3 * x), 2)
 
 
-def information(joint):
-    joint = joint / max(joint.sum(), 1e-12)
-    total = 0
-    for b in range(joint.shape[0]):
-        for e in range(joint.shape[1]):
-            if joint[b, e] > 0:
-                total += joint[b, e] * math.log(joint[b, e] / joint[b].sum() / joint[:, e].sum())
-    return total
-
-
 def test_statistics_are_those_of_loops_over_the_images(detector, finished):
     experts = json.loads(content(finished))
     rows, count = loops(detector)
@@ -469,7 +460,7 @@ def test_statistics_are_those_of_loops_over_the_images(detector, finished):
                 for row in mine:
                     counts[bin_of(attribute, row, table['edges'])] += row[2] * row[3]
                 np.testing.assert_allclose(table['counts'], counts, atol=1e-5)
-                assert table['mi'] == pytest.approx(information(counts), abs=1e-6)
+                assert table['mi'] == pytest.approx(information_of(counts), abs=1e-6)
                 assert table['num_units'] == units
                 assert table['num_images'] == len({row[0] for row in mine})
                 if 'level' not in table['given']:
@@ -480,7 +471,7 @@ def test_statistics_are_those_of_loops_over_the_images(detector, finished):
                     for row in mine:
                         if bin_of('level', row, None) == level:
                             counts[bin_of(attribute, row, table['edges'])] += row[2] * row[3]
-                    expected += counts.sum() * information(counts)
+                    expected += counts.sum() * information_of(counts)
                 expected /= sum(row[2] for row in mine)
                 assert table['given']['level']['mi'] == pytest.approx(expected, abs=1e-6)
 
