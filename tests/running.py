@@ -11,7 +11,8 @@ import mmdet_moe
 from mmdet_moe.engine.preflight import check_config
 from mmdet_moe.errors import ConfigError
 
-TOOLS = Path(mmdet_moe.__file__).parents[1] / 'tools'
+ROOT = Path(mmdet_moe.__file__).parents[1]
+CONFIGS, TOOLS = ROOT / 'configs', ROOT / 'tools'
 
 
 def load_tool(name):

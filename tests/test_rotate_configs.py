@@ -8,16 +8,14 @@ import pytest
 import torch
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
-from running import logged
+from running import CONFIGS, logged
 
-import mmdet_moe
 from mmdet_moe import cli
 from mmdet_moe.analysis import command
 from mmdet_moe.analysis.command import run_analysis
 from mmdet_moe.analysis.report import figures
 from mmdet_moe.moe.flops import count_flops
 
-CONFIGS = Path(mmdet_moe.__file__).parents[1] / 'configs'
 ROTATE = sorted(CONFIGS.glob('moe_rotate_*.py'))
 NETWORKS = {'resnet18': ('ResNet_CIFAR', 512), 'mobilenetv2': ('MobileNetV2_CIFAR', 1280)}
 DATA = {'cifar10': ('mmdet_moe.CIFAR10', 3), 'fashion_mnist': ('FashionMNIST', 1)}

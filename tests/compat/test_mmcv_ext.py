@@ -11,12 +11,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
+from running import ROOT
 
-import mmdet_moe
 from mmdet_moe import compat
 
 STAND_IN = Path(compat.__file__).with_name('mmcv_ext.py')
-ROOT = Path(mmdet_moe.__file__).parents[1]
 
 needs_stand_in = pytest.mark.skipif(
     Path(importlib.util.find_spec('mmcv._ext').origin) != STAND_IN,

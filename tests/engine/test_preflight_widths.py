@@ -1,20 +1,17 @@
 """Parts of a classifier that do not fit each other or the images, against models that are built."""
 
 import copy
-from pathlib import Path
 
 import pytest
 import torch
 from miniature import write_fashion_mnist
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
-from running import complaint
+from running import CONFIGS, complaint
 
-import mmdet_moe
 from mmdet_moe.cli import load_config
 from mmdet_moe.engine.preflight import check_config
 
-CONFIGS = Path(mmdet_moe.__file__).parents[1] / 'configs'
 MODEL = dict(
     type='ImageClassifier',
     data_preprocessor=dict(mean=[0.0] * 3, std=[1.0] * 3),

@@ -1,20 +1,19 @@
 """Objects by level, against an assignment by brute force."""
 
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from mmengine.config import Config
 from pycocotools.coco import COCO
+from running import CONFIGS
 from torchvision.ops import box_iou
 
-import mmdet_moe
 from mmdet_moe.cli import apply_data_root
 from research.levels import information_on_level, positives_per_level
 
-CONFIG = Path(mmdet_moe.__file__).parents[1] / 'configs' / 'demo' / 'retinanet_dense_digits.py'
+CONFIG = CONFIGS / 'demo' / 'retinanet_dense_digits.py'
 
 
 def test_positives_by_brute_force(digit_scenes_folder):

@@ -20,9 +20,8 @@ from mmcv.transforms import Compose, LoadImageFromFile
 from mmengine.config import Config
 from mmengine.fileio import LocalBackend
 from mmengine.registry import Registry
-from running import TOOLS, load_tool
+from running import ROOT, TOOLS, load_tool
 
-import mmdet_moe
 from mmdet_moe import cli
 from mmdet_moe.compat.distributed import check_launcher, init_cpu_group
 from mmdet_moe.engine.explain import explain
@@ -31,8 +30,6 @@ from mmdet_moe.engine.preflight import check_checkpoint
 from mmdet_moe.errors import ConfigError
 from research import runs
 from research.checks.interruptions import in_processes
-
-ROOT = Path(mmdet_moe.__file__).parents[1]
 
 DETECTOR = """
 default_scope = 'mmdet'

@@ -7,12 +7,11 @@ import pytest
 import torch
 from mmdet.visualization import DetLocalVisualizer
 from mmengine.runner.checkpoint import _load_checkpoint as read_checkpoint
-from running import logged
+from running import CONFIGS, logged
 
-import mmdet_moe
 from mmdet_moe import cli
 
-BASE = Path(mmdet_moe.__file__).parents[1] / 'configs' / '_base_'
+BASE = CONFIGS / '_base_'
 CONFIG = """
 _base_ = [
     '{base}/demo_runtime.py',

@@ -13,13 +13,11 @@ import pytest
 import torch
 from mmdet.visualization import DetLocalVisualizer
 from mmengine.runner.checkpoint import _load_checkpoint as read_checkpoint
-from running import failure, logged
+from running import ROOT, failure, logged
 
-import mmdet_moe
 from mmdet_moe import cli
 from mmdet_moe.engine.expert_report import ExpertReportHook
 
-ROOT = Path(mmdet_moe.__file__).parents[1]
 DEMO = ROOT / 'configs' / 'demo'
 SMALL = (
     'train_dataloader.batch_size=2',

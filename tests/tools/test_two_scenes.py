@@ -7,16 +7,15 @@ import miniature
 import numpy as np
 import pytest
 from mmdet.visualization import DetLocalVisualizer
-from running import logged
+from running import CONFIGS, logged
 
-import mmdet_moe
 from mmdet_moe import cli
 from mmdet_moe.analysis import command
 from mmdet_moe.analysis.command import run_analysis
 from mmdet_moe.analysis.report.figures import draw_figures
 from mmdet_moe.datasets.digit_scenes import generate
 
-CONFIG = Path(mmdet_moe.__file__).parents[1] / 'configs/demo/retinanet_moe_damex_two_scenes.py'
+CONFIG = CONFIGS / 'demo/retinanet_moe_damex_two_scenes.py'
 SMALL = (
     'train_dataloader.num_workers=0',
     'train_dataloader.persistent_workers=False',
