@@ -3,6 +3,8 @@
 import contextlib
 import os
 import re
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 _LEFT_OVER = re.compile(r'\..+\.\d+\.tmp')
@@ -31,6 +33,17 @@ def replace_file(path: str | Path, content: bytes) -> None:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def scratch_folder(path: Path) -> Iterator[Path]:
+    """An empty folder for what is not whole yet; what is in it at the end is deleted."""
+    shutil.rmtree(path, ignore_errors=True)
+    path.mkdir(parents=True)
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def remove_left_overs(folder: str | Path) -> None:

@@ -10,13 +10,12 @@ import pytest
 import torch
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
+from running import CONFIGS
 
-import mmdet_moe
 from mmdet_moe import cli, moe
 from mmdet_moe.analysis.command import run_analysis
 from mmdet_moe.moe.flops import count_flops
 
-CONFIGS = Path(mmdet_moe.__file__).parents[1] / 'configs'
 SPARSE = sorted(CONFIGS.glob('resnet18_moe_*.py'))
 MUMOE = sorted([*CONFIGS.glob('resnet18_mumoe_*.py'), *CONFIGS.glob('mlp_mixer_*.py')])
 CLASSIFIERS = [*SPARSE, *MUMOE]

@@ -1,7 +1,6 @@
 """Every config is built, and the COCO configs run on a small folder in COCO's layout."""
 
 import json
-from pathlib import Path
 
 import cv2
 import numpy as np
@@ -11,11 +10,10 @@ from mmdet.datasets import CocoDataset
 from mmdet.visualization import DetLocalVisualizer
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
+from running import CONFIGS
 
-import mmdet_moe
 from mmdet_moe import cli, moe
 
-CONFIGS = Path(mmdet_moe.__file__).parents[1] / 'configs'
 COCO = sorted(CONFIGS.glob('*_coco.py'))
 VOC = sorted(CONFIGS.glob('*_voc2007.py'))
 DEMO = sorted((CONFIGS / 'demo').glob('*.py'))

@@ -1,21 +1,17 @@
 """The heads on a frozen EfficientNet-Lite0: what they are, and a run in miniature."""
 
-import json
-from pathlib import Path
-
 import pytest
 import torch
 from miniature import expect_cifar, write_cifar100
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
+from running import CONFIGS, logged
 from torch import nn
 
-import mmdet_moe
 from mmdet_moe import cli
 from mmdet_moe.models import EfficientNetLite0
 from mmdet_moe.moe import LinearExperts, MoELayer, TRMuMoE
 
-CONFIGS = Path(mmdet_moe.__file__).parents[1] / 'configs'
 HEADS = {'dense': nn.Linear, 'mumoe': TRMuMoE, 'moe': MoELayer}
 
 
@@ -70,5 +66,4 @@ def test_config_trains(kind, tmp_path, monkeypatch):
     saved = torch.load(run / 'epoch_1.pth', weights_only=False)['state_dict']
     for key, value in weights.items():
         assert torch.equal(saved[f'backbone.{key}'], value)
-    scalars = next(run.glob('*/vis_data/scalars.json')).read_text().splitlines()
-    assert any('accuracy/top1' in json.loads(line) for line in scalars)
+    assert any('accuracy/top1' in entry for entry in logged(run))

@@ -8,15 +8,14 @@ import pytest
 import torch
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
+from running import CONFIGS, logged
 
-import mmdet_moe
 from mmdet_moe import cli
 from mmdet_moe.analysis import command
 from mmdet_moe.analysis.command import run_analysis
 from mmdet_moe.analysis.report import figures
 from mmdet_moe.moe.flops import count_flops
 
-CONFIGS = Path(mmdet_moe.__file__).parents[1] / 'configs'
 ROTATE = sorted(CONFIGS.glob('moe_rotate_*.py'))
 NETWORKS = {'resnet18': ('ResNet_CIFAR', 512), 'mobilenetv2': ('MobileNetV2_CIFAR', 1280)}
 DATA = {'cifar10': ('mmdet_moe.CIFAR10', 3), 'fashion_mnist': ('FashionMNIST', 1)}
@@ -121,8 +120,7 @@ def test_config_trains(name, folders, monkeypatch, capsys):
     cli.run_train([path, '--work-dir', 'run', '--cfg-options', *options, 'train_cfg.max_epochs=1'])
     report = json.loads(Path('run/expert_utilization_val.json').read_text())
     assert report['layers']['moe']['num_items'] == 20
-    scalars = next(Path('run').glob('*/vis_data/scalars.json')).read_text().splitlines()
-    (metrics,) = [entry for entry in map(json.loads, scalars) if 'accuracy/top1' in entry]
+    (metrics,) = [entry for entry in logged('run') if 'accuracy/top1' in entry]
     entropy = metrics['moe/dispatch_entropy']
     if name.endswith('_single'):
         # All ten classes equally often: what is known of the class without any expert.

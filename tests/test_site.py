@@ -8,10 +8,10 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
+from running import ROOT
 
 import mmdet_moe
 
-ROOT = Path(mmdet_moe.__file__).parents[1]
 DOCS = ROOT / 'docs'
 PAGES = [
     page.relative_to(DOCS)

@@ -62,10 +62,15 @@ class _CompletingFinder(dict):
         return spec
 
 
-def _add_configs(module) -> None:
-    from mmdet_moe.compat.configs import add_to
+def _late(name: str, function: str):
+    """A function of a module beside this one, which is imported only when it is called."""
 
-    add_to(module.Config)
+    def complete(module) -> None:
+        from importlib import import_module
+
+        getattr(import_module(f'{__name__}.{name}'), function)(module)
+
+    return complete
 
 
 def _add_loss(module) -> None:
@@ -83,12 +88,6 @@ def _add_loss(module) -> None:
     module.SSDHead.__init__ = __init__
 
 
-def _mend_coco(module) -> None:
-    from mmdet_moe.compat.coco import mend
-
-    mend(module)
-
-
 def _checkpoint_any_input(module) -> None:
     """PyTorch's reentrant way leaves a module without gradients if it is given images or a tuple of
     maps, and takes no keywords."""
@@ -98,30 +97,6 @@ def _checkpoint_any_input(module) -> None:
         return partial(module.checkpoint, forward, use_reentrant=False)
 
     module.wrap_forward = wrap_forward
-
-
-def _allow_history(module) -> None:
-    from mmdet_moe.compat.checkpoints import allow_history
-
-    allow_history(module)
-
-
-def _guard_reading(module) -> None:
-    from mmdet_moe.compat.checkpoints import guard_reading
-
-    guard_reading(module)
-
-
-def _write_whole(module) -> None:
-    from mmdet_moe.compat.checkpoints import write_whole
-
-    write_whole(module)
-
-
-def _hush(module) -> None:
-    from mmdet_moe.compat.quiet import hush
-
-    hush(module)
 
 
 _MMCV_FINDER = _MmcvExtFinder()
@@ -137,19 +112,24 @@ def install() -> None:
     sys.meta_path.insert(0, _COMPLETING)
     _complete(
         {
-            CONFIG_NAME: _add_configs,
+            CONFIG_NAME: _late('configs', 'add_to'),
             SSD_NAME: _add_loss,
-            COCO_NAME: _mend_coco,
+            COCO_NAME: _late('coco', 'mend'),
             CHECKPOINTING_NAME: _checkpoint_any_input,
-            HISTORY_NAME: _allow_history,
-            LOGGING_NAME: _hush,
+            HISTORY_NAME: _late('checkpoints', 'allow_history'),
+            LOGGING_NAME: _late('quiet', 'hush'),
         }
     )
 
 
 def guard_checkpoints() -> None:
     """Checkpoints run no code when they are read, and are written whole or not at all."""
-    _complete({READER_NAME: _guard_reading, WRITER_NAME: _write_whole})
+    _complete(
+        {
+            READER_NAME: _late('checkpoints', 'guard_reading'),
+            WRITER_NAME: _late('checkpoints', 'write_whole'),
+        }
+    )
 
 
 def _complete(functions: dict) -> None:

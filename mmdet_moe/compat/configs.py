@@ -8,12 +8,9 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
-from typing import TYPE_CHECKING
+from types import ModuleType
 
 from mmdet_moe.errors import ConfigError
-
-if TYPE_CHECKING:  # MMEngine's config module is what this is loaded by.
-    from mmengine.config import Config
 
 PREFIX = 'mmdet_moe::'
 _PACKAGE = Path(__file__).parents[1]
@@ -42,13 +39,17 @@ def config_path(name: str) -> str:
     )
 
 
-def add_to(config_class: type[Config]) -> None:
-    """Let MMEngine's ``Config`` find our configs in ``_base_``."""
-    theirs = config_class._get_cfg_path
+def add_to(module: ModuleType) -> None:
+    """Let MMEngine's ``Config`` find our configs in ``_base_``.
+
+    Args:
+        module: ``mmengine.config.config``.
+    """
+    theirs = module.Config._get_cfg_path
 
     def _get_cfg_path(cfg_path: str, filename: str) -> tuple[str, str | None]:
         if cfg_path.startswith(PREFIX):
             return config_path(cfg_path), None
         return theirs(cfg_path, filename)
 
-    config_class._get_cfg_path = staticmethod(_get_cfg_path)
+    module.Config._get_cfg_path = staticmethod(_get_cfg_path)

@@ -10,7 +10,7 @@ raises :class:`MissingOpError` when it is called.
 import logging
 import os
 from collections.abc import Callable
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -119,10 +119,10 @@ def softnms(
     return torch.stack(kept)
 
 
-def _sample_weight(target: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor | float:
+def _sample_weight(target: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
     """``weight[target]``; background, which has no class weight, counts fully."""
     if weight.numel() == 0:
-        return 1.0
+        return torch.ones_like(target, dtype=dtype)
     foreground = (target >= 0) & (target < weight.numel())
     class_weight = weight.to(dtype)[target.clamp(0, weight.numel() - 1)]
     return torch.where(foreground, class_weight, torch.ones_like(class_weight))
@@ -151,10 +151,7 @@ def sigmoid_focal_loss_forward(
     positive = -alpha * (1 - prob).pow(gamma) * F.logsigmoid(logit)
     negative = -(1 - alpha) * prob.pow(gamma) * F.logsigmoid(-logit)
     loss = torch.where(_is_target(target, input.size(1)), positive, negative)
-    sample_weight = _sample_weight(target, weight, dtype)
-    if isinstance(sample_weight, Tensor):
-        sample_weight = sample_weight[:, None]
-    output.copy_(loss * sample_weight)
+    output.copy_(loss * _sample_weight(target, weight, dtype)[:, None])
 
 
 def sigmoid_focal_loss_backward(
@@ -169,10 +166,7 @@ def sigmoid_focal_loss_backward(
     negative_term = gamma * (1 - prob) * F.logsigmoid(-logit) - prob
     negative = -(1 - alpha) * prob.pow(gamma) * negative_term
     grad = torch.where(_is_target(target, input.size(1)), positive, negative)
-    sample_weight = _sample_weight(target, weight, dtype)
-    if isinstance(sample_weight, Tensor):
-        sample_weight = sample_weight[:, None]
-    grad_input.copy_(grad * sample_weight)
+    grad_input.copy_(grad * _sample_weight(target, weight, dtype)[:, None])
 
 
 def _target_probability(probs: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
@@ -224,12 +218,25 @@ def softmax_focal_loss_backward(
     grad_input.copy_(factor[:, None] * (is_target - input))
 
 
-def _require_average_pooling(pool_mode: int) -> None:
+def _roi_align(
+    input: Tensor,
+    rois: Tensor,
+    *,
+    aligned_height: int,
+    aligned_width: int,
+    spatial_scale: float,
+    sampling_ratio: int,
+    pool_mode: int,
+    aligned: bool,
+) -> Tensor:
     if pool_mode != _AVERAGE_POOLING:
         raise MissingOpError(
             "RoIAlign with pool_mode='max' has no torchvision stand-in: use pool_mode='avg', or "
             f'{_COMPILE_HINT}.'
         )
+    size = (aligned_height, aligned_width)
+    rois = rois.to(input.dtype)
+    return torchvision.ops.roi_align(input, rois, size, spatial_scale, sampling_ratio, aligned)
 
 
 def roi_align_forward(
@@ -238,29 +245,14 @@ def roi_align_forward(
     output: Tensor,
     argmax_y: Tensor,
     argmax_x: Tensor,
-    aligned_height: int,
-    aligned_width: int,
-    spatial_scale: float,
-    sampling_ratio: int,
-    pool_mode: int,
-    aligned: bool,
+    **options: Any,
 ) -> None:
     """Write the average-pooled RoI features into ``output``; ``argmax_*`` serve max pooling only.
 
     Raises:
         MissingOpError: for max pooling (``pool_mode`` 0).
     """
-    _require_average_pooling(pool_mode)
-    dtype = _working_dtype(input)
-    pooled = torchvision.ops.roi_align(
-        input.to(dtype),
-        rois.to(dtype),
-        (aligned_height, aligned_width),
-        spatial_scale,
-        sampling_ratio,
-        aligned,
-    )
-    output.copy_(pooled)
+    output.copy_(_roi_align(input.to(_working_dtype(input)), rois, **options))
 
 
 def roi_align_backward(
@@ -269,31 +261,18 @@ def roi_align_backward(
     argmax_y: Tensor,
     argmax_x: Tensor,
     grad_input: Tensor,
-    aligned_height: int,
-    aligned_width: int,
-    spatial_scale: float,
-    sampling_ratio: int,
-    pool_mode: int,
-    aligned: bool,
+    **options: Any,
 ) -> None:
     """Write the gradient by the input of :func:`roi_align_forward` into ``grad_input``.
 
     Raises:
         MissingOpError: for max pooling (``pool_mode`` 0).
     """
-    _require_average_pooling(pool_mode)
     dtype = _working_dtype(grad_output)
     with torch.enable_grad():
         # Average pooling is linear in the features, so its derivative at zero holds everywhere.
         features = torch.zeros_like(grad_input, dtype=dtype, requires_grad=True)
-        pooled = torchvision.ops.roi_align(
-            features,
-            rois.to(dtype),
-            (aligned_height, aligned_width),
-            spatial_scale,
-            sampling_ratio,
-            aligned,
-        )
+        pooled = _roi_align(features, rois, **options)
         (grad,) = torch.autograd.grad(pooled, features, grad_output.to(dtype))
     grad_input.copy_(grad)
 
@@ -506,13 +485,11 @@ def ms_deform_attn_backward(
 
 
 def get_compiler_version() -> str:
-    """What environment reports print as mmcv's compiler."""
+    """What environment reports print as mmcv's compiler, and as its CUDA compiler."""
     return 'none (torchvision stands in)'
 
 
-def get_compiling_cuda_version() -> str:
-    """What environment reports print as mmcv's CUDA compiler."""
-    return 'none (torchvision stands in)'
+get_compiling_cuda_version = get_compiler_version
 
 
 def __getattr__(name: str) -> Callable[..., NoReturn]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import pickle
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from tqdm import tqdm
 
 from mmdet_moe.datasets.download import CIFAR, is_unpacked, md5_of
 from mmdet_moe.errors import ConfigError
+from mmdet_moe.files import scratch_folder
 
 #: Name of the note: checksums by file, as JSON.
 NOTE = 'made_from_class_folders.json'
@@ -200,11 +200,8 @@ def _write(
     images: Mapping[str, np.ndarray],
 ) -> None:
     """Write all into another folder, which gets its name at the end."""
-    scratch = folder.with_name(f'.{folder.name}.writing')
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir(parents=True)
     label_of = {name: label for label, name in enumerate(published.classes)}
-    try:
+    with scratch_folder(folder.with_name(f'.{folder.name}.writing')) as scratch:
         for split, names in published.files.items():
             for part, name in enumerate(names):
                 rows = slice(*(len(files[split]) * i // len(names) for i in (part, part + 1)))
@@ -221,5 +218,3 @@ def _write(
         noted = {path.name: md5_of(path, progress=False) for path in sorted(scratch.iterdir())}
         (scratch / NOTE).write_text(json.dumps(noted, indent=2))
         scratch.rename(folder)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)

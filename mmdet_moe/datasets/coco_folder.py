@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from mmdet_moe.datasets.coco_file import count_objects
 from mmdet_moe.errors import ConfigError, explained
+from mmdet_moe.files import scratch_folder
 
 T = TypeVar('T')
 #: What a folder was made of, as JSON.
@@ -129,10 +130,8 @@ def write_folder(
         ConfigError: A split has no images, two images have one name, or one cannot be read.
     """
     out = Path(out)
-    scratch = out / '.writing'
-    shutil.rmtree(scratch, ignore_errors=True)
-    (scratch / 'images').mkdir(parents=True)
-    try:
+    with scratch_folder(out / '.writing') as scratch:
+        (scratch / 'images').mkdir()
         counts, image_id, box_id = {}, 0, 0
         for split, listed in splits.items():
             if not listed:
@@ -169,9 +168,7 @@ def write_folder(
         # The note at last: without it nothing counts as there.
         for name in ('images', *(f'{split}.json' for split in splits), NOTE):
             (scratch / name).rename(out / name)
-        return counts
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+    return counts
 
 
 def digest(lines: Iterable[str]) -> str:

@@ -33,6 +33,7 @@ from tqdm import tqdm
 from mmdet_moe.datasets.coco_file import count_objects
 from mmdet_moe.datasets.sprites import SpriteSet, digest, load_sprites
 from mmdet_moe.errors import ConfigError
+from mmdet_moe.files import scratch_folder
 
 # Raise it whenever the same parameters would give other images or annotations.
 GENERATOR_VERSION = 1
@@ -150,9 +151,7 @@ def generate(
         return {'status': 'already there', 'out': str(out), 'splits': present}
 
     # A sibling, so that the final rename stays within one file system.
-    scratch = out.with_name(f'.{out.name}.partial-{os.getpid()}')
-    scratch.mkdir(parents=True)
-    try:
+    with scratch_folder(out.with_name(f'.{out.name}.partial-{os.getpid()}')) as scratch:
         summary = {
             f'{split}2017': _write_split(scratch, split, count, size, seed, sprite_sets, objects)
             for split, count in (('train', num_train), ('val', num_val))
@@ -167,8 +166,6 @@ def generate(
         }
         (scratch / _MANIFEST).write_text(json.dumps(manifest, indent=2) + '\n')
         _move_into_place(scratch, out)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
     return {'status': 'generated', 'out': str(out), 'splits': summary}
 
 

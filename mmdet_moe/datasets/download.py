@@ -28,6 +28,7 @@ from torchvision.datasets import CIFAR10, CIFAR100
 from tqdm import tqdm
 
 from mmdet_moe.errors import ConfigError
+from mmdet_moe.files import scratch_folder
 
 
 @dataclass(frozen=True)
@@ -373,20 +374,16 @@ def unpack(archive: Archive, file: str | Path) -> None:
             are neither files nor folders, or lacks what the archive should provide.
     """
     file = Path(file)
-    scratch = file.with_name(f'.{file.name}.unpacking')
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir()
-    try:
-        _unpack_into(scratch, file)
+    with scratch_folder(file.with_name(f'.{file.name}.unpacking')) as scratch:
+        try:
+            _unpack_into(scratch, file)
+        except _DAMAGED as error:
+            raise ConfigError(
+                f'{file} is damaged ({error}): delete it, and the command downloads it again'
+            ) from error
         if not all((scratch / path).exists() for path in archive.provides):
             raise ConfigError(f'{file} lacks some of {", ".join(archive.provides)}')
         _move_missing(scratch, file.parent)
-    except _DAMAGED as error:
-        raise ConfigError(
-            f'{file} is damaged ({error}): delete it, and the command downloads it again'
-        ) from error
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _unpack_into(folder: Path, file: Path) -> None:

@@ -8,7 +8,6 @@ MD5 does not depend on how it was compressed.
 from __future__ import annotations
 
 import hashlib
-import shutil
 from pathlib import Path
 
 from torchvision.datasets import FashionMNIST
@@ -16,6 +15,7 @@ from torchvision.datasets import FashionMNIST
 from mmdet_moe.datasets.download import Archive, check_disk_space, fetch, md5_of
 from mmdet_moe.datasets.idx import SPLITS, check_pair, find_idx, parse_idx, read_content
 from mmdet_moe.errors import ConfigError
+from mmdet_moe.files import scratch_folder
 
 CLASSES = tuple(FashionMNIST.classes)
 URL_BASE = FashionMNIST.mirrors[0].rstrip('/')
@@ -132,14 +132,8 @@ def _read_verified(files: dict[str, Path], fix: str) -> tuple[dict[str, bytes], 
 
 def _write(out: Path, contents: dict[str, bytes]) -> None:
     """Write all files under other names, then give them their own."""
-    out.mkdir(parents=True, exist_ok=True)
-    scratch = out / '.writing'
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir()
-    try:
+    with scratch_folder(out / '.writing') as scratch:
         for name, content in contents.items():
             (scratch / name).write_bytes(content)
         for name in contents:
             (scratch / name).replace(out / name)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-BEGIN, END = '<!-- gpu figures: begin -->', '<!-- gpu figures: end -->'
+from research.experiments.markdown import replace_between_markers, table
 
 
 def write_page(page: Path, report: dict[str, Any], checks: list[str]) -> None:
@@ -16,17 +16,8 @@ def write_page(page: Path, report: dict[str, Any], checks: list[str]) -> None:
         checks: What was checked beside the figures, one sentence each.
 
     Raises:
-        ValueError: If the page has no marks.
+        ConfigError: If the page has no marks.
     """
-    text = page.read_text()
-    start, stop = text.find(BEGIN), text.find(END)
-    if not 0 <= start < stop:
-        raise ValueError(f'{page} has no lines {BEGIN!r} and {END!r}')
-    new = '\n'.join([BEGIN, *_lines(report, checks)])
-    page.write_text(f'{text[:start]}{new}\n{text[stop:]}')
-
-
-def _lines(report: dict[str, Any], checks: list[str]) -> list[str]:
     facts, settings = report['environment'], report['settings']
     lines = [
         f'{facts["device"]}, CUDA {facts["cuda"]}, PyTorch {facts["versions"]["torch"]}, '
@@ -38,19 +29,19 @@ def _lines(report: dict[str, Any], checks: list[str]) -> list[str]:
     for suite, results in report['suites'].items():
         lines += ['', f'#### {suite}']
         for comparison in results['comparisons']:
-            lines += ['', *_table(comparison)]
+            lines += ['', _table(comparison)]
         if results['targets']:
             lines += ['', *map(_target, results['targets'])]
-    return lines
+    replace_between_markers(page, 'gpu figures', '\n'.join(lines))
 
 
-def _table(comparison: dict[str, Any]) -> list[str]:
+def _table(comparison: dict[str, Any]) -> str:
     baseline, limit = comparison['baseline'], comparison['limit']
     has_notes = any(row.get('note') for row in comparison['rows'])
     titles = [_escaped(comparison['title']), 'ms']
     titles += [f'× {baseline}'] * bool(baseline) + [f'% of {limit}'] * bool(limit)
     titles += [''] * has_notes
-    lines = [f'| {" | ".join(titles)} |', f'|{" --- |" * len(titles)}']
+    rows = []
     for row in comparison['rows']:
         cells = [_escaped(row['name']), f'{row["median_ms"]:.4g}']
         if baseline:
@@ -60,8 +51,8 @@ def _table(comparison: dict[str, Any]) -> list[str]:
             cells.append('' if share is None else f'{100 * share:.0f}')
         if has_notes:
             cells.append(_escaped(row.get('note', '')))
-        lines.append(f'| {" | ".join(cells)} |')
-    return lines
+        rows.append(cells)
+    return table(titles, rows)
 
 
 def _target(target: dict[str, Any]) -> str:

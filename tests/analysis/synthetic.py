@@ -3,6 +3,7 @@
 import itertools
 
 import numpy as np
+from scipy import stats
 
 from mmdet_moe.analysis.statistics.polysemanticity import polysemanticity
 
@@ -14,6 +15,13 @@ POSITIONS = [f'{y} {x}' for y in ('top', 'middle', 'bottom') for x in ('left', '
 def entropy(p):
     p = np.asarray(p, dtype=float)
     return float(-(p[p > 0] * np.log(p[p > 0])).sum())
+
+
+def information_of(table):
+    """Of a joint table, in nats: how far it is from that of independent rows and columns."""
+    table = np.asarray(table, dtype=float)
+    independent = np.outer(table.sum(1), table.sum(0))
+    return stats.entropy(table.ravel(), independent.ravel()) if table.any() else 0.0
 
 
 def association(bins, counts, edges=None, **fields):

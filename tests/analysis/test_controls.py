@@ -5,6 +5,7 @@ import pytest
 import torch
 from scipy.stats import entropy
 from sklearn.metrics import mutual_info_score
+from synthetic import information_of
 from test_study import Data
 from tiny_models import build_single, make_batch
 from torch import nn
@@ -205,13 +206,6 @@ def filled(routers, records, bins, num_bins, level):
     return controls, found['objects']['size']['controls']
 
 
-def information(table):
-    """In nats, of a joint table of any kind, by the definition."""
-    p = table / table.sum()
-    outer = p.sum(1, keepdims=True) * p.sum(0, keepdims=True)
-    return float((p[p > 0] * np.log(p[p > 0] / outer[p > 0])).sum())
-
-
 def test_a_router_that_knows_the_level_alone():
     """Its information with a size is I(size; mean weights of the level), and 0 within levels."""
     rng = np.random.default_rng(0)
@@ -221,7 +215,7 @@ def test_a_router_that_knows_the_level_alone():
     _, found = filled(routers, records, size, 4, level)
     means = np.stack([weights[level == each].mean(0) for each in range(3)])
     table = np.stack([means[level[size == b]].sum(0) for b in range(4)])
-    assert found['level']['mi'] == pytest.approx(information(table), rel=1e-5)
+    assert found['level']['mi'] == pytest.approx(information_of(table), rel=1e-5)
     assert found['level']['mi'] > 0.05
     assert found['level']['given'] == {'level': pytest.approx(0, abs=1e-9)}
 
@@ -290,7 +284,7 @@ def test_information_within_strata():
     rng = np.random.default_rng(4)
     tables = rng.random((3, 4, 5)) * np.array([1, 0, 3])[:, None, None]
     totals = tables.sum((1, 2))
-    expected = sum(totals[s] * information(tables[s]) for s in (0, 2)) / totals.sum()
+    expected = sum(totals[s] * information_of(tables[s]) for s in (0, 2)) / totals.sum()
     assert information_within(tables) == pytest.approx(expected)
     assert information_within(tables * 0) == 0
 

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from mmengine.config import Config, ConfigDict
 from mmengine.registry import init_default_scope
+from running import CONFIGS, ROOT
 
-import mmdet_moe
 from mmdet_moe.analysis.data import AnalysisData, loader_of
 from mmdet_moe.cli import load_config
 from mmdet_moe.datasets import idx
@@ -265,7 +265,7 @@ def test_arrays_as_images():
 def test_images_in_idx_files(split, prefix, count, tmp_path):
     """MMPretrain's FashionMNIST chooses its files by test_mode, and holds grey arrays."""
     root = miniature.write_fashion_mnist(tmp_path, num_train=12, num_test=7)
-    path = Path(mmdet_moe.__file__).parents[1] / 'configs' / 'resnet18_moe_soft_fashion_mnist.py'
+    path = CONFIGS / 'resnet18_moe_soft_fashion_mnist.py'
     cfg = load_config(str(path), {'data_root': str(root)})
     init_default_scope(cfg.default_scope)
     data = AnalysisData(cfg, split)
@@ -282,10 +282,8 @@ def test_images_in_idx_files(split, prefix, count, tmp_path):
 def test_wrappers_that_define_the_samples_stay(split, count, tmp_path):
     """Rotated pairs are rotated in the training split, too, but neither flipped nor repeated."""
     root = miniature.write_fashion_mnist(tmp_path, num_train=12, num_test=7)
-    folder = Path(mmdet_moe.__file__).parents[1] / 'configs'
-    cfg = load_config(
-        str(folder / 'moe_rotate_resnet18_fashion_mnist.py'), {'data_root': str(root)}
-    )
+    path = CONFIGS / 'moe_rotate_resnet18_fashion_mnist.py'
+    cfg = load_config(str(path), {'data_root': str(root)})
     init_default_scope(cfg.default_scope)
     pairs = cfg.train_dataloader.dataset
     pairs.dataset.pipeline[0].prob = 1.0
@@ -307,7 +305,7 @@ def test_wrappers_that_define_the_samples_stay(split, count, tmp_path):
 
 
 def test_patches_are_no_images():
-    configs = Path(mmdet_moe.__file__).parents[1] / 'projects' / 'cluster_theory' / 'configs'
+    configs = ROOT / 'projects' / 'cluster_theory' / 'configs'
     cfg = load_config(str(configs / 'mixture.py'))
     cfg.val_dataloader.dataset.num_samples = 10
     init_default_scope(cfg.default_scope)

@@ -1,15 +1,11 @@
 """Models as the analysis builds them."""
 
-from pathlib import Path
-
 import torch
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
+from running import CONFIGS
 
-import mmdet_moe
 from mmdet_moe.analysis.models import build_model
-
-CONFIGS = Path(mmdet_moe.__file__).parents[1] / 'configs'
 
 
 def test_preprocessor_outside_the_model():

@@ -1,6 +1,7 @@
 """Tiny detectors and batches for the tests of the analysis."""
 
 import copy
+from pathlib import Path
 
 import mmdet
 import numpy as np
@@ -49,97 +50,76 @@ ANCHORS = {
     'ratios': [0.5, 1.0],
     'strides': list(STRIDES),
 }
-RETINA = {
-    'type': 'mmdet.RetinaHead',
-    'num_classes': CLASSES,
-    'in_channels': 6,
-    'feat_channels': 5,
-    'stacked_convs': 1,
-    'anchor_generator': ANCHORS,
-    'bbox_coder': {'type': 'mmdet.DeltaXYWHBBoxCoder'},
-    'loss_cls': {'type': 'mmdet.FocalLoss', 'use_sigmoid': True},
-    'loss_bbox': {'type': 'mmdet.L1Loss'},
-}
+BN = {'type': 'BN'}
 ONE_ANCHOR = {**ANCHORS, 'scales_per_octave': 1, 'ratios': [1.0]}
 POINTS = {'type': 'mmdet.MlvlPointGenerator', 'strides': list(STRIDES), 'offset': 0}
+BOX_CODER = {'type': 'mmdet.DeltaXYWHBBoxCoder'}
+POINT_CODER = {'type': 'mmdet.DistancePointBBoxCoder'}
+NARROW = {'feat_channels': 5, 'stacked_convs': 1}
+
+
+def _head(kind, **options):
+    return {'type': f'mmdet.{kind}', 'num_classes': CLASSES, 'in_channels': 6, **options}
+
+
+RETINA = _head(
+    'RetinaHead',
+    **NARROW,
+    anchor_generator=ANCHORS,
+    bbox_coder=BOX_CODER,
+    loss_cls={'type': 'mmdet.FocalLoss', 'use_sigmoid': True},
+    loss_bbox={'type': 'mmdet.L1Loss'},
+)
 HEADS = {
     'retina': RETINA,
     'moe retina': {**RETINA, **FOUR, 'type': 'mmdet_moe.MoERetinaHead'},
-    'fcos': {
-        'type': 'mmdet.FCOSHead',
-        'num_classes': CLASSES,
-        'in_channels': 6,
-        'feat_channels': 5,
-        'stacked_convs': 1,
-        'strides': list(STRIDES),
-        'regress_ranges': [(-1, 32), (32, 64), (64, 1e8)],
-        'norm_cfg': {'type': 'BN'},
-    },
-    'atss': {
-        'type': 'mmdet.ATSSHead',
-        'num_classes': CLASSES,
-        'in_channels': 6,
-        'feat_channels': 5,
-        'stacked_convs': 1,
-        'norm_cfg': {'type': 'BN'},
-        'anchor_generator': ONE_ANCHOR,
-        'bbox_coder': {'type': 'mmdet.DeltaXYWHBBoxCoder'},
-        'loss_centerness': {'type': 'mmdet.CrossEntropyLoss', 'use_sigmoid': True},
-    },
-    'gfl': {
-        'type': 'mmdet.GFLHead',
-        'num_classes': CLASSES,
-        'in_channels': 6,
-        'feat_channels': 5,
-        'stacked_convs': 1,
-        'norm_cfg': {'type': 'BN'},
-        'anchor_generator': ONE_ANCHOR,
-        'reg_max': 4,
-    },
-    'tood': {
-        'type': 'mmdet.TOODHead',
-        'num_classes': CLASSES,
-        'in_channels': 6,
-        'feat_channels': 8,
-        'stacked_convs': 2,
-        'norm_cfg': {'type': 'BN'},
-        'anchor_generator': ONE_ANCHOR,
-        'bbox_coder': {'type': 'mmdet.DeltaXYWHBBoxCoder'},
-    },
-    'yolox': {
-        'type': 'mmdet.YOLOXHead',
-        'num_classes': CLASSES,
-        'in_channels': 6,
-        'feat_channels': 6,
-        'strides': STRIDES,
-    },
-    'rtmdet': {
-        'type': 'mmdet.RTMDetSepBNHead',
-        'num_classes': CLASSES,
-        'in_channels': 6,
-        'feat_channels': 6,
-        'with_objectness': False,
-        'exp_on_reg': True,
-        'anchor_generator': POINTS,
-        'bbox_coder': {'type': 'mmdet.DistancePointBBoxCoder'},
-        'loss_bbox': {'type': 'mmdet.GIoULoss'},
-        'norm_cfg': {'type': 'BN'},
-    },
-    'rtmdet, objectness': {
-        'type': 'mmdet.RTMDetHead',
-        'num_classes': CLASSES,
-        'in_channels': 6,
-        'feat_channels': 6,
-        'anchor_generator': POINTS,
-        'bbox_coder': {'type': 'mmdet.DistancePointBBoxCoder'},
-        'loss_bbox': {'type': 'mmdet.GIoULoss'},
-        'norm_cfg': {'type': 'BN'},
-    },
-    'ssd': {
-        'type': 'mmdet.SSDHead',
-        'num_classes': CLASSES,
-        'in_channels': (6, 6, 6),
-        'anchor_generator': {
+    'fcos': _head(
+        'FCOSHead',
+        **NARROW,
+        strides=list(STRIDES),
+        regress_ranges=[(-1, 32), (32, 64), (64, 1e8)],
+        norm_cfg=BN,
+    ),
+    'atss': _head(
+        'ATSSHead',
+        **NARROW,
+        norm_cfg=BN,
+        anchor_generator=ONE_ANCHOR,
+        bbox_coder=BOX_CODER,
+        loss_centerness={'type': 'mmdet.CrossEntropyLoss', 'use_sigmoid': True},
+    ),
+    'gfl': _head('GFLHead', **NARROW, norm_cfg=BN, anchor_generator=ONE_ANCHOR, reg_max=4),
+    'tood': _head(
+        'TOODHead',
+        feat_channels=8,
+        stacked_convs=2,
+        norm_cfg=BN,
+        anchor_generator=ONE_ANCHOR,
+        bbox_coder=BOX_CODER,
+    ),
+    'yolox': _head('YOLOXHead', feat_channels=6, strides=STRIDES),
+    'rtmdet': _head(
+        'RTMDetSepBNHead',
+        feat_channels=6,
+        with_objectness=False,
+        exp_on_reg=True,
+        anchor_generator=POINTS,
+        bbox_coder=POINT_CODER,
+        loss_bbox={'type': 'mmdet.GIoULoss'},
+        norm_cfg=BN,
+    ),
+    'rtmdet, objectness': _head(
+        'RTMDetHead',
+        feat_channels=6,
+        anchor_generator=POINTS,
+        bbox_coder=POINT_CODER,
+        loss_bbox={'type': 'mmdet.GIoULoss'},
+        norm_cfg=BN,
+    ),
+    'ssd': _head(
+        'SSDHead',
+        in_channels=(6, 6, 6),
+        anchor_generator={
             'type': 'mmdet.SSDAnchorGenerator',
             'scale_major': False,
             'input_size': 300,
@@ -147,22 +127,21 @@ HEADS = {
             'strides': list(STRIDES),
             'ratios': [[2], [2, 3], [2]],  # as many as 4, 6 and 4 anchors in a cell
         },
-        'bbox_coder': {'type': 'mmdet.DeltaXYWHBBoxCoder'},
-    },
+        bbox_coder=BOX_CODER,
+    ),
     # Not traced: what it predicts is decoded by code of its own.
-    'yolov3': {
-        'type': 'mmdet.YOLOV3Head',
-        'num_classes': CLASSES,
-        'in_channels': (6, 6, 6),
-        'out_channels': (6, 6, 6),
-        'anchor_generator': {
+    'yolov3': _head(
+        'YOLOV3Head',
+        in_channels=(6, 6, 6),
+        out_channels=(6, 6, 6),
+        anchor_generator={
             'type': 'mmdet.YOLOAnchorGenerator',
             'base_sizes': [[(16, 10)], [(30, 61)], [(60, 45)]],
             'strides': list(STRIDES),
         },
-        'bbox_coder': {'type': 'mmdet.YOLOBBoxCoder'},
-        'featmap_strides': list(STRIDES),
-    },
+        bbox_coder={'type': 'mmdet.YOLOBBoxCoder'},
+        featmap_strides=list(STRIDES),
+    ),
 }
 MOE_NECK = {
     'type': 'mmdet_moe.MoEFPN',
@@ -221,10 +200,8 @@ def build_single(head, backbone=None, neck=None, train_cfg=True, **test_cfg):
     return MODELS.build(config).eval()
 
 
-def build_faster(moe=None, neck=None, **head):
-    """A Faster R-CNN."""
-    from pathlib import Path
-
+def faster_config(moe=None, neck=None, **head):
+    """The model of the configs' Faster R-CNN with a tiny ResNet-18 and 8 channels."""
     configs = Path(_cli).parents[1] / 'configs'
     config = Config.fromfile(configs / '_base_' / 'models' / 'faster_rcnn_r50_fpn.py').model
     config.backbone.update(depth=18, base_channels=2, stem_channels=4, init_cfg=None)
@@ -235,9 +212,15 @@ def build_faster(moe=None, neck=None, **head):
     config.roi_head.bbox_head.update(head)
     if moe is not None:
         config.roi_head.bbox_head.update(moe, type='mmdet_moe.MoEShared2FCBBoxHead')
+    init_default_scope('mmdet')
+    return config
+
+
+def build_faster(moe=None, neck=None, **head):
+    """A Faster R-CNN."""
+    config = faster_config(moe, neck, **head)
     config.test_cfg.rpn.update(max_per_img=40)
     config.test_cfg.rcnn.update(score_thr=0.0, max_per_img=30)
-    init_default_scope('mmdet')
     return MODELS.build(config).eval()
 
 
@@ -363,6 +346,23 @@ def make_batch(count=3):
         images.append(torch.from_numpy(rng.integers(0, 255, (3, height, width), dtype=np.uint8)))
         samples.append(sample)
     return {'inputs': images, 'data_samples': samples}
+
+
+def two_images(boxes=True):
+    """Pixels and samples of two 64×96 images with three objects, or without any."""
+    all_boxes = [[[4.0, 6, 30, 40], [20, 2, 90, 60]], [[40.0, 10, 80, 50]]]
+    all_labels = [[0, 2], [1]]
+    size = dict.fromkeys(('img_shape', 'pad_shape', 'batch_input_shape', 'ori_shape'), (64, 96))
+    samples = []
+    for image_boxes, image_labels in zip(all_boxes, all_labels, strict=True):
+        number = len(image_boxes) if boxes else 0
+        metainfo = {**size, 'scale_factor': (1, 1), 'img_id': len(samples)}
+        sample = DetDataSample(metainfo=metainfo)
+        sample.gt_instances = InstanceData(
+            bboxes=torch.tensor(image_boxes)[:number], labels=torch.tensor(image_labels)[:number]
+        )
+        samples.append(sample)
+    return torch.randn(2, 3, 64, 96), samples
 
 
 def gt_instances(index):

@@ -1,7 +1,6 @@
 """A tiny classifier and a tiny detector: config, checkpoint and images."""
 
 import json
-from pathlib import Path
 
 import cv2
 import numpy as np
@@ -9,11 +8,10 @@ import torch
 from mmengine.registry import MODELS, init_default_scope
 from mmpretrain.datasets import CustomDataset
 from mmpretrain.registry import DATASETS
+from running import ROOT
 
-import mmdet_moe
 from mmdet_moe import cli
 
-ROOT = Path(mmdet_moe.__file__).parents[1]
 IMAGES = 12
 CLASSIFIER = """
 default_scope = 'mmpretrain'

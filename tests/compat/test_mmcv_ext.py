@@ -11,12 +11,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
+from running import ROOT
 
-import mmdet_moe
 from mmdet_moe import compat
 
 STAND_IN = Path(compat.__file__).with_name('mmcv_ext.py')
-ROOT = Path(mmdet_moe.__file__).parents[1]
 
 needs_stand_in = pytest.mark.skipif(
     Path(importlib.util.find_spec('mmcv._ext').origin) != STAND_IN,
@@ -483,9 +482,10 @@ def test_cuda_equals_cpu(ext, generator):
         grad = torch.empty(1, 2, 32, 32, device=device)
         none = torch.empty(0, device=device)
         arguments = (none, none)
-        settings = (3, 3, 1.0, 2, 1, True)
-        ext.roi_align_forward(features.to(device), rois.to(device), pooled, *arguments, *settings)
-        ext.roi_align_backward(pooled, rois.to(device), *arguments, grad, *settings)
+        settings = dict(aligned_height=3, aligned_width=3, spatial_scale=1.0, sampling_ratio=2)
+        settings |= dict(pool_mode=1, aligned=True)
+        ext.roi_align_forward(features.to(device), rois.to(device), pooled, *arguments, **settings)
+        ext.roi_align_backward(pooled, rois.to(device), *arguments, grad, **settings)
         loss = torch.empty(50, 4, device=device)
         target = torch.arange(50, device=device) % 5
         ext.sigmoid_focal_loss_forward(boxes.to(device), target, none, loss, 2.0, 0.25)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from mmengine.hooks import Hook
+from running import logged
 from torch import nn
 from toy_runs import ToyData
 
@@ -38,11 +39,6 @@ def log_of(runner):
     return path.read_text()
 
 
-def scalars_of(runner):
-    path = Path(runner.log_dir) / 'vis_data' / 'scalars.json'
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
 def steer(model, bias, name='stem'):
     """A router that ignores its input."""
     router = find_moe_layers(model)[name].router
@@ -66,13 +62,13 @@ def test_scalars(make_runner, toy_model):
     counter = LoadCounter()
     runner = make_runner(toy_model(), [hook(), BALANCING, counter])
     runner.train()
-    entries = [e for e in scalars_of(runner) if 'train/moe/stem/load_0' in e]
+    entries = [e for e in logged(runner.log_dir) if 'train/moe/stem/load_0' in e]
     assert [e['step'] for e in entries] == [2, 4]
     for i, entry in enumerate(entries):
         both = [a + b for a, b in zip(*counter.loads[2 * i : 2 * i + 2], strict=True)]
         loads = [entry[f'train/moe/stem/load_{e}'] for e in range(4)]
         assert loads == pytest.approx([x / 16 for x in both])  # 2 batches of 4 images, k = 2
-    names = {key for entry in scalars_of(runner) for key in entry}
+    names = {key for entry in logged(runner.log_dir) for key in entry}
     for statistic in ('importance_3', 'load_cv2', 'usage_entropy', 'decision_entropy', 'mi_input'):
         assert f'train/moe/body.moe/{statistic}' in names
     assert 'MoE (train) stem: load ' in log_of(runner)
@@ -82,7 +78,7 @@ def test_the_log_shows_what_masks_do(make_runner, toy_model):
     model = steer(toy_model(RELATIVE), [2.0, 2.0, 0.0, -1.0])
     runner = make_runner(model, [hook(interval=1)], optim_wrapper=FROZEN)
     runner.train()
-    entries = [e for e in scalars_of(runner) if 'train/moe/stem/load_0' in e]
+    entries = [e for e in logged(runner.log_dir) if 'train/moe/stem/load_0' in e]
     first, second = (
         [[e[f'train/moe/stem/{kind}_{i}'] for i in range(4)] for kind in KINDS] for e in entries[:2]
     )
@@ -103,7 +99,7 @@ def test_report_of_validation_and_test(make_runner, toy_model):
     assert stem['num_items'] == 16  # the last validation alone
     assert stem['load'] == [0.5, 0, 0.5, 0]
     assert stem['mi_input'] == pytest.approx(0, abs=1e-6)
-    assert any('val/moe/stem/load_0' in entry for entry in scalars_of(runner))
+    assert any('val/moe/stem/load_0' in entry for entry in logged(runner.log_dir))
 
     runner = make_runner(model, [hook()], name='test')
     runner.test()
@@ -136,7 +132,7 @@ def test_healthy_routing_is_silent(make_runner, toy_model):
         nn.init.zeros_(layer.bias)
     runner = make_runner(model, [hook(), BALANCING], optim_wrapper=FROZEN)
     runner.train()
-    entry = next(e for e in scalars_of(runner) if 'train/moe/stem/mi_input' in e)
+    entry = next(e for e in logged(runner.log_dir) if 'train/moe/stem/mi_input' in e)
     assert entry['train/moe/stem/mi_input'] > 0.5 * math.log(3)
     silent = ('DEAD', 'COLLAPSED', 'NO BALANCING', 'DISAGREE')
     assert not [w for w in silent if w in log_of(runner)]
@@ -229,7 +225,7 @@ def test_factorised_layers(make_runner, toy_model):
     assert stem['importance'] == pytest.approx(coefficients.mean(0).tolist(), abs=1e-6)
     active = (coefficients > 0).double().sum(0)
     assert stem['load'] == pytest.approx((active / active.sum()).tolist())
-    names = {key for entry in scalars_of(runner) for key in entry if 'val/moe/stem' in key}
+    names = {key for entry in logged(runner.log_dir) for key in entry if 'val/moe/stem' in key}
     assert 'val/moe/stem/load_max' in names
     assert 'val/moe/stem/load_39' not in names
 
@@ -360,10 +356,10 @@ def test_what_is_drawn(make_runner, toy_model, drawn):
         ('body.moe', [2, 4, 6]),
     ]
     for layer, level_shares, steps, load, importance in drawn:
-        logged = [e for e in scalars_of(runner) if f'train/moe/{layer}/load_0' in e]
+        told = [e for e in logged(runner.log_dir) if f'train/moe/{layer}/load_0' in e]
         for i in range(len(steps)):
             for name, shares in (('load', load), ('importance', importance)):
-                expected = [logged[i][f'train/moe/{layer}/{name}_{e}'] for e in range(4)]
+                expected = [told[i][f'train/moe/{layer}/{name}_{e}'] for e in range(4)]
                 assert shares[i] == pytest.approx(expected)
         assert np.shape(level_shares) == (1, 4)
         assert sum(level_shares[0]) == pytest.approx(1)

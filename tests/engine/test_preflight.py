@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from mmengine.config import Config
+from running import complaint
 
 from mmdet_moe.engine.preflight import (
     check_checkpoint,
@@ -68,14 +69,6 @@ def config(train_dataset, **changes):
             **changes,
         )
     )
-
-
-def complaint(cfg, *args):
-    with pytest.raises(ConfigError) as error:
-        check_config(cfg, *args)
-    message = str(error.value)
-    assert '\n' not in message
-    return message
 
 
 def test_a_good_config_passes(root):

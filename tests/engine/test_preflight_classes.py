@@ -3,6 +3,7 @@
 import pytest
 from mmdet.datasets import XMLDataset
 from mmengine.config import Config
+from running import complaint
 
 from mmdet_moe.engine.preflight import check_config, check_trained_classes
 from mmdet_moe.errors import ConfigError
@@ -19,12 +20,6 @@ def config(loaders, num_classes=3, scope='mmpretrain'):
     if scope == 'mmdet':
         model = dict(type='RetinaNet', bbox_head=dict(num_classes=num_classes))
     return Config(dict(default_scope=scope, model=model, **loaders))
-
-
-def complaint(*args):
-    with pytest.raises(ConfigError) as error:
-        check_config(*args)
-    return str(error.value)
 
 
 def test_splits_with_the_same_folders_pass(tmp_path):

@@ -8,7 +8,8 @@ import pytest
 import torch
 from mmdet.datasets import CocoDataset
 from mmdet.evaluation import CocoMetric
-from test_preflight import CLASSES, complaint, config, dataset, root, write_annotations
+from running import complaint
+from test_preflight import CLASSES, config, dataset, root, write_annotations
 
 from mmdet_moe.engine.preflight import check_config
 

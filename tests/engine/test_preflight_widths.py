@@ -1,20 +1,17 @@
 """Parts of a classifier that do not fit each other or the images, against models that are built."""
 
 import copy
-from pathlib import Path
 
 import pytest
 import torch
 from miniature import write_fashion_mnist
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
+from running import CONFIGS, complaint
 
-import mmdet_moe
 from mmdet_moe.cli import load_config
 from mmdet_moe.engine.preflight import check_config
-from mmdet_moe.errors import ConfigError
 
-CONFIGS = Path(mmdet_moe.__file__).parents[1] / 'configs'
 MODEL = dict(
     type='ImageClassifier',
     data_preprocessor=dict(mean=[0.0] * 3, std=[1.0] * 3),
@@ -31,14 +28,6 @@ def config(**changes):
         part, _, field = name.partition('__')
         model[part][field] = value
     return Config(dict(default_scope='mmpretrain', model=model))
-
-
-def complaint(cfg):
-    with pytest.raises(ConfigError) as error:
-        check_config(cfg)
-    message = str(error.value)
-    assert '\n' not in message
-    return message
 
 
 RESNETS = (

@@ -1,31 +1,25 @@
 """The MoE box head against MMDetection's with the same weights, alone and in a detector."""
 
 import copy
-from pathlib import Path
 
 import pytest
 import torch
+from copies import check_gradients, check_same
 from mmdet.registry import MODELS
-from mmdet.structures import DetDataSample
-from mmengine.config import Config
-from mmengine.registry import init_default_scope
 from mmengine.runner import load_checkpoint, load_state_dict
-from mmengine.structures import InstanceData
+from tiny_models import CLASSES, FOUR, faster_config, two_images
 from torch import nn
 
-import mmdet_moe
 from mmdet_moe.errors import ConfigError
 from mmdet_moe.moe import ImportanceLoss, find_moe_layers
 
-C, SIZE, HIDDEN, CLASSES = 6, 3, 8, 3
+C, SIZE, HIDDEN = 6, 3, 8
 HEAD = {
     'in_channels': C,
     'fc_out_channels': HIDDEN,
     'roi_feat_size': SIZE,
     'num_classes': CLASSES,
 }
-FOUR = {'num_experts': 4, 'top_k': 2}
-CONFIGS = Path(mmdet_moe.__file__).parents[1] / 'configs'
 
 
 def build_head(moe=None, **options):
@@ -34,50 +28,13 @@ def build_head(moe=None, **options):
 
 
 def build_detector(moe=None, **proposals):
-    """The Faster R-CNN of the configs with a tiny ResNet-18, 8 channels and few proposals."""
-    config = Config.fromfile(CONFIGS / '_base_' / 'models' / 'faster_rcnn_r50_fpn.py').model
-    config.backbone.update(depth=18, base_channels=2, stem_channels=4, init_cfg=None)
-    config.neck.update(in_channels=[2, 4, 8, 16], out_channels=8)
-    config.rpn_head.update(in_channels=8, feat_channels=8)
-    config.roi_head.bbox_roi_extractor.out_channels = 8
-    head = config.roi_head.bbox_head
-    head.update(in_channels=8, fc_out_channels=12, num_classes=CLASSES)
-    if moe is not None:
-        head.update(moe, type='mmdet_moe.MoEShared2FCBBoxHead')
+    """With few proposals."""
+    config = faster_config(moe)
     config.train_cfg.rcnn.sampler.num = 32
     config.train_cfg.rpn_proposal.update(max_per_img=50, **proposals)
     config.test_cfg.rpn.update(max_per_img=50, **proposals)
     config.test_cfg.rcnn.score_thr = 0.0
-    init_default_scope('mmdet')
     return MODELS.build(config)
-
-
-def batch(boxes=True):
-    """Two 64×96 images with three objects, or without any."""
-    all_boxes = [[[4.0, 6, 30, 40], [20, 2, 90, 60]], [[40.0, 10, 80, 50]]]
-    all_labels = [[0, 2], [1]]
-    samples = []
-    for image_boxes, image_labels in zip(all_boxes, all_labels, strict=True):
-        number = len(image_boxes) if boxes else 0
-        sample = DetDataSample(metainfo={'img_shape': (64, 96), 'pad_shape': (64, 96)})
-        sample.set_metainfo({'batch_input_shape': (64, 96), 'scale_factor': (1, 1)})
-        sample.set_metainfo({'ori_shape': (64, 96), 'img_id': len(samples)})
-        sample.gt_instances = InstanceData(
-            bboxes=torch.tensor(image_boxes)[:number], labels=torch.tensor(image_labels)[:number]
-        )
-        samples.append(sample)
-    return torch.randn(2, 3, 64, 96), samples
-
-
-def check_gradients(dense, moe):
-    """The gradients of the copies sum to the dense gradient."""
-    for name, parameter in dense.named_parameters():
-        if 'shared_fcs' in name:
-            gradient = moe.get_parameter(name.replace('shared_fcs', 'shared_fcs.experts')).grad
-            gradient = gradient.sum(0)
-        else:
-            gradient = moe.get_parameter(name).grad
-        torch.testing.assert_close(gradient, parameter.grad, rtol=1e-7, atol=1e-9)
 
 
 @pytest.mark.parametrize('options', [{}, {'with_avg_pool': True}, {'reg_class_agnostic': True}])
@@ -95,20 +52,7 @@ def test_same_as_dense(moe, options, randomise, tmp_path):
     dense, model = randomise(build_head(**options)), randomise(build_head(moe, **options)).eval()
     torch.save({'state_dict': dense.state_dict()}, tmp_path / 'dense.pth')
     load_checkpoint(model, str(tmp_path / 'dense.pth'))
-    rois = torch.randn(30, C, SIZE, SIZE)
-    torch.testing.assert_close(model(rois), dense(rois), rtol=1e-5, atol=1e-5)
-
-    dense, model = dense.double(), model.double()
-    rois = rois.double().requires_grad_()
-    expected, outputs = dense(rois), model(rois)
-    cotangents = [torch.randn_like(y) for y in expected]
-    gradients = [
-        torch.autograd.grad(y, rois, cotangents, retain_graph=True) for y in (expected, outputs)
-    ]
-    torch.testing.assert_close(*gradients, rtol=1e-7, atol=1e-9)
-    torch.autograd.backward(expected, cotangents)
-    torch.autograd.backward(outputs, cotangents)
-    check_gradients(dense, model)
+    check_same(dense, model, torch.randn(30, C, SIZE, SIZE))
 
 
 def test_different_experts(randomise):
@@ -232,7 +176,7 @@ class TestDetector:
         dense, model = randomise(build_detector()), randomise(build_detector(moe))
         load_state_dict(model, dense.state_dict())
         dense, model = dense.double().train(), model.double().train()
-        images, samples = batch()
+        images, samples = two_images()
         expected, losses = (self.losses(m, images, samples) for m in (dense, model))
         assert {'loss_cls', 'loss_bbox', 'loss_rpn_cls'} <= set(losses)
         assert losses['loss_bbox'] > 0.01
@@ -245,7 +189,7 @@ class TestDetector:
     def test_copies_have_the_dense_detections(self, randomise):
         dense, model = randomise(build_detector()), randomise(build_detector(FOUR))
         load_state_dict(model, dense.state_dict())
-        images, samples = batch()
+        images, samples = two_images()
         with torch.no_grad():
             expected, found = (
                 m.double().eval()(images.double(), copy.deepcopy(samples), mode='predict')
@@ -264,7 +208,7 @@ class TestDetector:
         parameters = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.SGD(parameters, lr=0.1)
         before = copy.deepcopy(layer.state_dict())
-        losses = model.train()(*batch(), mode='loss')
+        losses = model.train()(*two_images(), mode='loss')
         losses['loss_moe'] = ImportanceLoss()(layer.routing)
         assert layer.routing.num_items == 2 * 32
         total, _ = model.parse_losses(losses)
@@ -275,20 +219,20 @@ class TestDetector:
             if 'noise' not in name:
                 assert not torch.equal(value, before[name]), name
         with torch.no_grad():
-            detections = model.eval()(*batch(), mode='predict')
+            detections = model.eval()(*two_images(), mode='predict')
         assert all(len(sample.pred_instances) > 0 for sample in detections)
 
     def test_no_proposals(self):
         """Neither from the RPN nor, in training, from objects."""
         model = build_detector(FOUR, min_bbox_size=1000)
-        losses = model.train()(*batch(boxes=False), mode='loss')
+        losses = model.train()(*two_images(boxes=False), mode='loss')
         assert model.roi_head.bbox_head.shared_fcs.routing.num_items == 0
         total, _ = model.parse_losses(losses)
         total.backward()
         for parameter in model.roi_head.bbox_head.shared_fcs.parameters():
             assert not parameter.grad.any()
         with torch.no_grad():
-            detections = model.eval()(*batch(), mode='predict')
+            detections = model.eval()(*two_images(), mode='predict')
         assert [len(sample.pred_instances) for sample in detections] == [0, 0]
 
 

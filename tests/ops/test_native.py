@@ -6,15 +6,14 @@ import re
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from running import ROOT
 
 import mmdet_moe
 from mmdet_moe.ops import build, native
 
-ROOT = Path(mmdet_moe.__file__).parents[1]
 LINE = 'PyTorch reference ops on cpu, slower than compiled ones'
 
 

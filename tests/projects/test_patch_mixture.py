@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from mmengine.config import Config
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import METRICS, MODELS, init_default_scope
+from running import logged
 
 from mmdet_moe import cli
 from mmdet_moe.cli import load_config, parse_options
@@ -143,11 +144,6 @@ SMALL = (
     'test_dataloader.dataset.num_samples=300',
     'test_dataloader.batch_size=70',
 )
-
-
-def logged(work_dir):
-    path = next(Path(work_dir).glob('*/vis_data/scalars.json'))
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 @pytest.mark.parametrize(

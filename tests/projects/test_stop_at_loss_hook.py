@@ -1,11 +1,11 @@
 """The last iteration is the one that the losses ask for, with its checkpoint and validation."""
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
 from mmengine.model import BaseModel
+from running import logged
 from torch import nn
 
 from mmdet_moe import cli
@@ -48,9 +48,7 @@ def test_last_iteration(options, losses, last, make_runner):
     work_dir = runner.work_dir
     with open(f'{work_dir}/last_checkpoint') as file:
         assert file.read().endswith(f'iter_{last}.pth')
-    with open(f'{runner.log_dir}/vis_data/scalars.json') as file:
-        lines = [json.loads(line) for line in file]
-    assert len([line for line in lines if 'sum' in line]) == 1  # the validation
+    assert sum('sum' in line for line in logged(runner.log_dir)) == 1  # the validation
 
 
 CONFIG = str(CONFIGS / 'mixture.py')
@@ -79,12 +77,7 @@ def test_a_stopped_run_that_is_resumed_stays_as_it_is(tmp_path, monkeypatch):
     assert 'iter_60.pth' not in before
     train('second', '--resume')
     assert checkpoints() == before
-    validations = [
-        line
-        for file in sorted(Path('run').glob('*/vis_data/scalars.json'))
-        for line in map(json.loads, file.read_text().splitlines())
-        if 'accuracy/top1' in line
-    ]
+    validations = [line for line in logged('run') if 'accuracy/top1' in line]
     assert len(validations) == 2
     assert validations[0]['accuracy/top1'] == validations[1]['accuracy/top1']
     # Unless the options have changed what to stop at.

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from running import logged
 
 from mmdet_moe import cli
 from mmdet_moe.errors import ConfigError
@@ -148,9 +149,7 @@ def test_a_training_is_that_of_the_tool(tmp_path, monkeypatch):
         for path in (Run(2, theory.MIXTURE, 7).folder(tmp_path), Path('tool'))
     ]
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
-    scalars = next(Path('tool').glob('*/vis_data/scalars.json')).read_text().splitlines()
-    lines = [json.loads(line) for line in scalars]
-    (validation,) = [line for line in lines if 'accuracy/top1' in line]
+    (validation,) = [line for line in logged('tool') if 'accuracy/top1' in line]
     assert result.accuracy == validation['accuracy/top1']
     assert result.test_entropy == validation['moe/dispatch_entropy']
     assert result.iterations == 4

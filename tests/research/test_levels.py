@@ -1,27 +1,19 @@
 """Objects by level, against an assignment by brute force."""
 
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from mmengine.config import Config
 from pycocotools.coco import COCO
+from running import CONFIGS
+from torchvision.ops import box_iou
 
-import mmdet_moe
 from mmdet_moe.cli import apply_data_root
 from research.levels import information_on_level, positives_per_level
 
-CONFIG = Path(mmdet_moe.__file__).parents[1] / 'configs' / 'demo' / 'retinanet_dense_digits.py'
-
-
-def overlap(anchor, box):
-    width = min(anchor[2], box[2]) - max(anchor[0], box[0])
-    height = min(anchor[3], box[3]) - max(anchor[1], box[1])
-    both = max(width, 0) * max(height, 0)
-    areas = [(b[2] - b[0]) * (b[3] - b[1]) for b in (anchor, box)]
-    return both / (sum(areas) - both)
+CONFIG = CONFIGS / 'demo' / 'retinanet_dense_digits.py'
 
 
 def test_positives_by_brute_force(digit_scenes_folder):
@@ -52,7 +44,8 @@ def test_positives_by_brute_force(digit_scenes_folder):
         for annotation in coco.imgToAnns[image]:
             x, y, w, h = (value * 192 / 128 for value in annotation['bbox'])
             boxes.append((x, y, x + w, y + h))
-        table = np.array([[overlap(anchor, box) for box in boxes] for _, anchor in anchors])
+        of_anchors = torch.tensor([anchor for _, anchor in anchors]).double()
+        table = box_iou(of_anchors, torch.tensor(boxes).double()).numpy()
         overlapping = table.max(axis=1) >= 0.5
         among_the_best = (table > table.max(axis=0) - 1e-5).any(axis=1)
         levels = np.array([level for level, _ in anchors])

@@ -15,6 +15,8 @@ import tiny_tools
 import torch
 from mmdet.models.detectors import SingleStageDetector
 from mmengine.registry import MODELS, init_default_scope
+from running import failure
+from synthetic import information_of
 from torch import nn
 
 from mmdet_moe import cli
@@ -184,18 +186,6 @@ def finished_classifier(classifier):
 
 def content(out):
     return (Path(out) / 'experts.json').read_bytes()
-
-
-def failure(capsys, function, *arguments, **kwargs):
-    """The one sentence that a run ends with."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as exit_:
-        function(*arguments, **kwargs)
-    assert exit_.value.code == 2
-    error = [line for line in capsys.readouterr().err.splitlines() if 'images/s' not in line]
-    error = [line for line in error if line.startswith('error: ')]
-    assert len(error) == 1
-    return error[0]
 
 
 def files_in(folder):
@@ -444,16 +434,6 @@ def bin_of(attribute, row, edges):
     return 3 * min(int(3 * y), 2) + min(int(3 * x), 2)
 
 
-def information(joint):
-    joint = joint / max(joint.sum(), 1e-12)
-    total = 0
-    for b in range(joint.shape[0]):
-        for e in range(joint.shape[1]):
-            if joint[b, e] > 0:
-                total += joint[b, e] * math.log(joint[b, e] / joint[b].sum() / joint[:, e].sum())
-    return total
-
-
 def test_statistics_are_those_of_loops_over_the_images(detector, finished):
     experts = json.loads(content(finished))
     rows, count = loops(detector)
@@ -480,7 +460,7 @@ def test_statistics_are_those_of_loops_over_the_images(detector, finished):
                 for row in mine:
                     counts[bin_of(attribute, row, table['edges'])] += row[2] * row[3]
                 np.testing.assert_allclose(table['counts'], counts, atol=1e-5)
-                assert table['mi'] == pytest.approx(information(counts), abs=1e-6)
+                assert table['mi'] == pytest.approx(information_of(counts), abs=1e-6)
                 assert table['num_units'] == units
                 assert table['num_images'] == len({row[0] for row in mine})
                 if 'level' not in table['given']:
@@ -491,7 +471,7 @@ def test_statistics_are_those_of_loops_over_the_images(detector, finished):
                     for row in mine:
                         if bin_of('level', row, None) == level:
                             counts[bin_of(attribute, row, table['edges'])] += row[2] * row[3]
-                    expected += counts.sum() * information(counts)
+                    expected += counts.sum() * information_of(counts)
                 expected /= sum(row[2] for row in mine)
                 assert table['given']['level']['mi'] == pytest.approx(expected, abs=1e-6)
 
@@ -645,7 +625,7 @@ def test_damaged_image_in_the_middle(damage, detector, tmp_path, capsys):
     if damage == 'missing':
         image.unlink()
     sentence = failure(capsys, detector, *arguments, options=[f'data_root={root}'])
-    assert sentence.startswith(f"error: cannot read the image '{image}': ")
+    assert sentence.startswith(f"cannot read the image '{image}': ")
     # Nothing before it is lost: the files of records end at the image.
     ends = [int(path.stem[9:]) for path in (out / 'records' / 'statistics').glob('*.npz')]
     assert max(ends) == 2
@@ -1129,7 +1109,7 @@ def test_classes_of_the_training(classifier, tmp_path, monkeypatch, capsys):
         (cli.run_test, [str(classifier.config), str(path)], 'test'),
     ):
         assert failure(capsys, tool, argv).startswith(
-            f"error: {field}_dataloader.dataset: class 1 is 'b', but 'aa' in the training of the "
+            f"{field}_dataloader.dataset: class 1 is 'b', but 'aa' in the training of the "
         )
     assert not (tmp_path / 'out').exists()
 

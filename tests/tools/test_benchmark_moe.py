@@ -1,19 +1,17 @@
 """The benchmark in miniature: no test looks at a time."""
 
-import importlib.util
 import json
 import math
 import shutil
 import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 from mmengine.config import Config
+from running import TOOLS, load_tool
 
-import mmdet_moe
 from research.benchmarks import conv, harness
 from research.benchmarks import ops as ops_suite
 from research.benchmarks.conv import ConvProblem, ConvShape
@@ -28,16 +26,11 @@ from research.benchmarks.harness import (
     WrongResult,
 )
 
-TOOL = Path(mmdet_moe.__file__).parents[1] / 'tools' / 'benchmark_moe.py'
-
 
 @pytest.fixture
 def tool(monkeypatch):
     """The tool as a module, whose --quick is smaller still."""
-    spec = importlib.util.spec_from_file_location('benchmark_moe', TOOL)
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, 'benchmark_moe', module)
-    spec.loader.exec_module(module)
+    module = load_tool('benchmark_moe')
     tiny = module.Sizes(
         rows=(64, 64),
         channels=16,
@@ -402,7 +395,7 @@ def test_mistakes_are_one_sentence(tool, arguments, sentence, capsys):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason='there is a GPU')
 def test_cuda_without_a_gpu_is_one_sentence():
-    command = [sys.executable, str(TOOL), 'ops', '--device', 'cuda']
+    command = [sys.executable, str(TOOLS / 'benchmark_moe.py'), 'ops', '--device', 'cuda']
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 2
     assert done.stderr == ('error: --device cuda: PyTorch finds no GPU here; use --device cpu\n')

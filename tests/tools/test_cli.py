@@ -1,6 +1,5 @@
 """The tools of the command line, on a tiny detector and a tiny data set."""
 
-import importlib.util
 import json
 import os
 import pickle
@@ -14,14 +13,15 @@ from types import SimpleNamespace
 import cv2
 import numpy as np
 import pytest
+import running
 import torch
 from mmcv import transforms
 from mmcv.transforms import Compose, LoadImageFromFile
 from mmengine.config import Config
 from mmengine.fileio import LocalBackend
 from mmengine.registry import Registry
+from running import ROOT, TOOLS, load_tool
 
-import mmdet_moe
 from mmdet_moe import cli
 from mmdet_moe.compat.distributed import check_launcher, init_cpu_group
 from mmdet_moe.engine.explain import explain
@@ -30,9 +30,6 @@ from mmdet_moe.engine.preflight import check_checkpoint
 from mmdet_moe.errors import ConfigError
 from research import runs
 from research.checks.interruptions import in_processes
-
-ROOT = Path(mmdet_moe.__file__).parents[1]
-TOOLS = ROOT / 'tools'
 
 DETECTOR = """
 default_scope = 'mmdet'
@@ -179,15 +176,8 @@ def trained(folder):
 
 
 def failure(capsys, run, *arguments):
-    """The sentence of a run that must fail as a user's mistake."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as exit_:
-        run([str(argument) for argument in arguments])
-    assert exit_.value.code == 2
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 1
-    assert lines[0].startswith('error: ')
-    return lines[0][len('error: ') :]
+    """As that of running.py, of a tool."""
+    return running.failure(capsys, run, [str(argument) for argument in arguments])
 
 
 # Whole runs -----------------------------------------------------------------------------------
@@ -691,10 +681,7 @@ def test_slurm_script_passes_its_arguments_on(tmp_path):
 
 
 def test_the_tools_find_the_checkout():
-    spec = importlib.util.spec_from_file_location('train_tool', TOOLS / 'train.py')
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    assert module.run_train is cli.run_train
+    assert load_tool('train').run_train is cli.run_train
 
 
 def test_nothing_to_draw_in(here, capsys):

@@ -1,24 +1,11 @@
 """``make demo`` in miniature, and what it has in common with ``tools/reproduce.py``."""
 
-import importlib.util
 import json
 import re
 import sys
-from pathlib import Path
 
 import pytest
-
-import mmdet_moe
-
-TOOLS = Path(mmdet_moe.__file__).parents[1] / 'tools'
-
-
-def load_tool(name):
-    spec = importlib.util.spec_from_file_location(name, TOOLS / f'{name}.py')
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
+from running import load_tool
 
 
 @pytest.mark.usefixtures('in_process', 'quick_analysis')

@@ -1,23 +1,19 @@
 """tools/list_layers.py on the toolboxes' own configs, made small."""
 
-import importlib.util
 from pathlib import Path
 
 import mmdet
 import mmpretrain
 import pytest
+from running import load_tool
 
-TOOL = Path(__file__).parents[2] / 'tools' / 'list_layers.py'
 MMDET, MMPRETRAIN = (Path(m.__path__[0]) / '.mim' / 'configs' for m in (mmdet, mmpretrain))
 SMALL = ['model.backbone.depth=18', 'model.backbone.base_channels=8']
 
 
 @pytest.fixture(scope='module')
 def main():
-    spec = importlib.util.spec_from_file_location('list_layers', TOOL)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main
+    return load_tool('list_layers').main
 
 
 def rows(capsys):

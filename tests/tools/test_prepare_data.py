@@ -1,4 +1,3 @@
-import importlib.util
 import json
 import os
 import subprocess
@@ -16,20 +15,17 @@ from miniature import (
 )
 from mmpretrain.datasets import CIFAR10, CIFAR100
 from PIL import Image
+from running import TOOLS, load_tool
 
 from mmdet_moe.datasets import class_folders, download, fashion_mnist, voc2007
 from mmdet_moe.models.backbones import efficientnet_lite
 
 ROOT = Path(__file__).parents[2]
-SCRIPT = ROOT / 'tools' / 'prepare_data.py'
 
 
 @pytest.fixture(scope='module')
 def main():
-    spec = importlib.util.spec_from_file_location('prepare_data', SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main
+    return load_tool('prepare_data').main
 
 
 def digit_scenes(out, *options):
@@ -54,7 +50,8 @@ def test_digit_scenes_prints_a_table(main, tmp_path, capsys):
 
 def test_an_error_is_one_sentence_and_status_2(tmp_path):
     environment = os.environ | {'PYTHONPATH': str(ROOT)}
-    command = [sys.executable, str(SCRIPT), *digit_scenes(tmp_path / 'data', '--size', '8')]
+    arguments = digit_scenes(tmp_path / 'data', '--size', '8')
+    command = [sys.executable, str(TOOLS / 'prepare_data.py'), *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert done.stdout == ''

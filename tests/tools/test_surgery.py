@@ -1,13 +1,13 @@
 """Upcycling, pruning and merging of a tiny classifier and a tiny detector, by the whole tools."""
 
-import importlib.util
 import re
 from functools import partial
 
 import numpy as np
 import pytest
 import torch
-from tiny_tools import CLASSIFIER, DETECTOR, ROOT, Tool, tiny_classifier
+from running import load_tool
+from tiny_tools import CLASSIFIER, DETECTOR, Tool, tiny_classifier
 
 from mmdet_moe import cli
 from mmdet_moe.analysis import measuring
@@ -452,9 +452,7 @@ def test_set_top_k():
 
 
 def test_the_table_of_costs(data, tmp_path, capsys):
-    spec = importlib.util.spec_from_file_location('get_flops', ROOT / 'tools' / 'get_flops.py')
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
+    tool = load_tool('get_flops')
     config = Classifier(tmp_path / 'tool', data).config
     tool.main([str(config), '--shape', '32', '32'])
     row = capsys.readouterr().out.split('head.fc')[1].splitlines()[0].split()

@@ -1,11 +1,11 @@
 """From the server to a trained classifier: what the tool prepares is what the training reads."""
 
-import importlib.util
 import json
 from pathlib import Path
 
 import pytest
 from miniature import expect_cifar, expect_fashion_mnist, pack, write_cifar100, write_fashion_mnist
+from running import failure, load_tool, logged
 
 from mmdet_moe import cli
 from mmdet_moe.datasets import download
@@ -43,17 +43,11 @@ model = dict(
     head=dict(type='LinearClsHead', num_classes={classes}, in_channels=64,
               loss=dict(type='CrossEntropyLoss')),
 )
-custom_hooks = [dict(type='mmdet_moe.ExpertUtilizationHook')]
+custom_hooks = [
+    dict(type='mmdet_moe.ExpertUtilizationHook'),
+    dict(type='mmdet_moe.BalancingLossHook', loss=dict(type='mmdet_moe.KLLoss')),
+]
 """
-
-
-@pytest.fixture
-def prepare_data():
-    path = Path(__file__).parents[2] / 'tools' / 'prepare_data.py'
-    spec = importlib.util.spec_from_file_location('prepare_data', path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main
 
 
 def serve_cifar100(server, folder, monkeypatch):
@@ -77,31 +71,33 @@ def serve_fashion_mnist(server, folder, monkeypatch):
         ('fashion-mnist', serve_fashion_mnist, dict(type='FashionMNIST', classes=10, channels=1)),
     ],
 )
-def test_download_and_train(
-    prepare_data, server, tmp_path, monkeypatch, capsys, command, serve, options
-):
+def test_download_and_train(server, tmp_path, monkeypatch, capsys, command, serve, options):
     serve(server, tmp_path / 'published', monkeypatch)
     monkeypatch.chdir(tmp_path)
     Path('classifier.py').write_text(CONFIG.format(**options))
     train = ['classifier.py', '--work-dir', 'run']
 
     # The message about the missing data names the command that brings them.
-    with pytest.raises(SystemExit):
-        cli.run_train(train)
+    message = failure(capsys, cli.run_train, train)
     fix = f'`tools/prepare_data.py {command} --out data`'
-    message = capsys.readouterr().err.splitlines()[-1]
     assert "train_dataloader.dataset.data_root: there is no folder 'data'" in message
     assert fix in message
     arguments = fix.strip('`').split()[1:]
-    assert prepare_data([*arguments, '--url-base', server.url]) == 0
+    assert load_tool('prepare_data').main([*arguments, '--url-base', server.url]) == 0
 
     cli.run_train(train)
-    path = next(Path('run').glob('*/vis_data/scalars.json'))
-    entries = [json.loads(line) for line in path.read_text().splitlines()]
-    assert len([entry for entry in entries if 'loss' in entry]) == 2
+    entries = logged('run')
+    losses = [entry for entry in entries if 'loss' in entry]
+    assert len(losses) == 2
+    for entry in losses:
+        assert entry['loss_moe_backbone_layer4'] >= 0
+        # The cross-entropy has no entry of its own next to the sum.
+        assert entry['loss'] > entry['loss_moe_backbone_layer4']
     [accuracy] = [entry['accuracy/top1'] for entry in entries if 'accuracy/top1' in entry]
     assert 0 <= accuracy <= 100
     # The hook counts the images of the validation: those of the test split.
     report = json.loads(Path('run/expert_utilization_val.json').read_text())
     num_test = 100 if command == 'cifar100' else 20
-    assert report['layers']['backbone.layer4']['num_items'] == num_test
+    layer = report['layers']['backbone.layer4']
+    assert layer['num_items'] == num_test
+    assert sum(layer['load']) == pytest.approx(1)

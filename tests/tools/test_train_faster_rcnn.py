@@ -7,11 +7,11 @@ import pytest
 import torch
 from mmdet.visualization import DetLocalVisualizer
 from mmengine.runner.checkpoint import _load_checkpoint as read_checkpoint
+from running import CONFIGS, logged
 
-import mmdet_moe
 from mmdet_moe import cli
 
-BASE = Path(mmdet_moe.__file__).parents[1] / 'configs' / '_base_'
+BASE = CONFIGS / '_base_'
 CONFIG = """
 _base_ = [
     '{base}/demo_runtime.py',
@@ -68,12 +68,7 @@ def run(tmp_path, digit_scenes_folder, monkeypatch):
 def test_trains_validates_and_reports(run, balancing):
     state = run('w', MOE, balancing)
     assert all(torch.isfinite(value.float()).all() for value in state.values())
-    lines = [
-        json.loads(line)
-        for file in Path('w').glob('*/vis_data/scalars.json')
-        for line in file.read_text().splitlines()
-    ]
-    losses = [line for line in lines if 'loss' in line]
+    losses = [line for line in logged('w') if 'loss' in line]
     assert len(losses) == 2
     for line in losses:
         soft = 'loss_moe_roi_head_bbox_head_shared_fcs' in line

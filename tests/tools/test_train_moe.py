@@ -13,12 +13,11 @@ import pytest
 import torch
 from mmdet.visualization import DetLocalVisualizer
 from mmengine.runner.checkpoint import _load_checkpoint as read_checkpoint
+from running import ROOT, failure, logged
 
-import mmdet_moe
 from mmdet_moe import cli
 from mmdet_moe.engine.expert_report import ExpertReportHook
 
-ROOT = Path(mmdet_moe.__file__).parents[1]
 DEMO = ROOT / 'configs' / 'demo'
 SMALL = (
     'train_dataloader.batch_size=2',
@@ -61,17 +60,6 @@ def run(tmp_path, digit_scenes_folder, monkeypatch):
     return train
 
 
-def failure(capsys, train, *arguments):
-    """The one sentence that a run ends with."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as exit_:
-        train(*arguments)
-    assert exit_.value.code == 2
-    error = capsys.readouterr().err.splitlines()
-    assert len(error) == 1
-    return error[0]
-
-
 @pytest.mark.parametrize(
     ('config', 'loss_expected'),
     [
@@ -84,11 +72,7 @@ def failure(capsys, train, *arguments):
 )
 def test_every_balancing_trains_validates_and_reports(run, config, loss_expected):
     run(config, 'w', 2, 'default_hooks.logger.interval=1', 'custom_hooks.0.interval=1')
-    lines = [
-        json.loads(line)
-        for file in Path('w').glob('*/vis_data/scalars.json')
-        for line in file.read_text().splitlines()
-    ]
+    lines = logged('w')
     losses = [line for line in lines if 'loss' in line]
     assert len(losses) == 2
     for line in losses:

@@ -7,15 +7,15 @@ import miniature
 import numpy as np
 import pytest
 from mmdet.visualization import DetLocalVisualizer
+from running import CONFIGS, logged
 
-import mmdet_moe
 from mmdet_moe import cli
 from mmdet_moe.analysis import command
 from mmdet_moe.analysis.command import run_analysis
 from mmdet_moe.analysis.report.figures import draw_figures
 from mmdet_moe.datasets.digit_scenes import generate
 
-CONFIG = Path(mmdet_moe.__file__).parents[1] / 'configs/demo/retinanet_moe_damex_two_scenes.py'
+CONFIG = CONFIGS / 'demo/retinanet_moe_damex_two_scenes.py'
 SMALL = (
     'train_dataloader.num_workers=0',
     'train_dataloader.persistent_workers=False',
@@ -66,8 +66,7 @@ def test_experts_follow_the_data_set(folders, monkeypatch):
     monkeypatch.setattr(command, 'write_figures', draw)
     DetLocalVisualizer._instance_dict.clear()
     cli.run_train([str(CONFIG), '--work-dir', 'run', '--cfg-options', *SMALL])
-    entries = next(Path('run').glob('*/vis_data/scalars.json')).read_text().splitlines()
-    log = [json.loads(line) for line in entries]
+    log = logged('run')
     assert any({'digits/coco/bbox_mAP', 'fashion/coco/bbox_mAP'} <= set(step) for step in log)
     for layer in LAYERS:
         key = 'loss_moe_' + layer.replace('.', '_')

@@ -3,13 +3,13 @@
 import copy
 import dataclasses
 import math
-from pathlib import Path
 
 import pytest
 import torch
 from mmengine.config import Config
 from mmengine.runner import Runner, load_checkpoint, save_checkpoint, set_random_seed
 from mmengine.runner.activation_checkpointing import turn_on_activation_checkpointing
+from running import CONFIGS
 from zoo_cases import (
     CASES,
     DETECTORS,
@@ -23,13 +23,12 @@ from zoo_cases import (
     with_experts,
 )
 
-import mmdet_moe
 from mmdet_moe import moe
 from mmdet_moe.engine.dry_run import dry_run
 from mmdet_moe.errors import ConfigError
 from mmdet_moe.moe.flops import counting
 
-CONFIGS = sorted((Path(mmdet_moe.__file__).parents[1] / 'configs' / 'zoo').glob('*.py'))
+ZOO = sorted((CONFIGS / 'zoo').glob('*.py'))
 
 
 def all_cases(test):
@@ -253,7 +252,7 @@ def test_an_iteration_of_the_runner(case, tmp_path):
     run_one_iteration(config, case, tmp_path)
 
 
-@pytest.mark.parametrize('path', CONFIGS, ids=lambda path: path.stem)
+@pytest.mark.parametrize('path', ZOO, ids=lambda path: path.stem)
 def test_a_config_of_the_zoo_takes_eight_lines_and_trains(path, tmp_path):
     text = path.read_text()
     # The tiny options of a model serve all of the shipped configs in its folder.

@@ -116,13 +116,13 @@ class ExpertUtilizationHook(Hook):
                 ', '.join(free),
             )
 
-    def after_train_iter(
-        self, runner: Runner, batch_idx: int, data_batch=None, outputs=None
+    def _after_iter(
+        self, runner: Runner, batch_idx: int, data_batch=None, outputs=None, mode: str = 'train'
     ) -> None:
-        """Accumulate; report at the interval."""
-        self._accumulate(runner, 'train', data_batch)
-        if self.every_n_train_iters(runner, self.interval):
-            self._report(runner, 'train', warn=runner.iter + 1 > self.warmup_iters)
+        """Of every loop: accumulate; in training report at the interval."""
+        self._accumulate(runner, mode, data_batch)
+        if mode == 'train' and self.every_n_train_iters(runner, self.interval):
+            self._report(runner, mode, warn=runner.iter + 1 > self.warmup_iters)
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Nothing is saved that a router made NaN of, also if a GPU has not told so yet."""
@@ -134,36 +134,10 @@ class ExpertUtilizationHook(Hook):
         if self._drawn_at != runner.iter:
             self._draw(runner)
 
-    def before_val_epoch(self, runner: Runner) -> None:
-        """Start anew."""
-        self._begin('val')
-
-    def after_val_iter(self, runner: Runner, batch_idx: int, data_batch=None, outputs=None) -> None:
-        """Accumulate."""
-        self._accumulate(runner, 'val', data_batch)
-
-    def after_val_epoch(self, runner: Runner, metrics=None) -> None:
-        """Report on the whole validation set."""
-        # Outside of a training nothing is warming up.
-        warn = not self._trains or runner.iter >= self.warmup_iters
-        self._report(runner, 'val', warn)
-        self._draw(runner)
-
-    def before_test_epoch(self, runner: Runner) -> None:
-        """Start anew."""
-        self._begin('test')
-
-    def after_test_iter(
-        self, runner: Runner, batch_idx: int, data_batch=None, outputs=None
-    ) -> None:
-        """Accumulate."""
-        self._accumulate(runner, 'test', data_batch)
-
-    def after_test_epoch(self, runner: Runner, metrics=None) -> None:
-        """Report on the whole test set."""
-        self._report(runner, 'test', warn=True)
-
-    def _begin(self, mode: str) -> None:
+    def _before_epoch(self, runner: Runner, mode: str = 'train') -> None:
+        """A validation and a test start anew."""
+        if mode == 'train':
+            return
         self._end()
         window = self._windows[mode] = {}
         for name, layer in self._dense.items():
@@ -172,6 +146,16 @@ class ExpertUtilizationHook(Hook):
                 window.setdefault(name, Utilization(routing.num_experts)).update(routing)
 
             self._handles.append(layer.observe(add))
+
+    def _after_epoch(self, runner: Runner, mode: str = 'train') -> None:
+        """A validation and a test report on the whole data set."""
+        if mode == 'train':
+            return
+        # Outside of a training nothing is warming up.
+        warn = mode == 'test' or not self._trains or runner.iter >= self.warmup_iters
+        self._report(runner, mode, warn)
+        if mode == 'val':
+            self._draw(runner)
 
     def _end(self) -> None:
         for handle in self._handles:

@@ -25,6 +25,7 @@ from tiny_models import (
     predict,
 )
 from torch import nn
+from torchvision.ops import box_iou
 
 from mmdet_moe.analysis.attribution import Tracer
 
@@ -130,13 +131,6 @@ def test_necks_of_faster_rcnn(make):
                         torch.testing.assert_close(found[d], expected, rtol=0, atol=1e-5)
 
 
-def iou(a, b):
-    width = max(0, min(a[2], b[2]) - max(a[0], b[0]))
-    height = max(0, min(a[3], b[3]) - max(a[1], b[1]))
-    areas = [(box[2] - box[0]) * (box[3] - box[1]) for box in (a, b)]
-    return width * height / (sum(areas) - width * height)
-
-
 def give_proposals(model, monkeypatch, boxes):
     """The RPN proposes these boxes, network px, for each image."""
     proposals = [
@@ -164,10 +158,9 @@ def test_objects_of_an_roi_head_are_those_of_its_assigner(make, monkeypatch):
         offset = 0
         for i, result in enumerate(results):
             boxes = torch.tensor(BOXES[i]).reshape(-1, 4)
-            network = gt_instances(i).bboxes.tolist()
+            rois = torch.tensor(proposals[i]).reshape(-1, 4)
             expected = []
-            for t, roi in enumerate(proposals[i]):
-                overlaps = [iou(roi, box) for box in network]
+            for t, overlaps in enumerate(box_iou(rois, gt_instances(i).bboxes).tolist()):
                 if overlaps and max(overlaps) >= 0.5:
                     expected.append((offset + t, overlaps.index(max(overlaps))))
             places, owner = tracer.object_places(i, result.metainfo, boxes)

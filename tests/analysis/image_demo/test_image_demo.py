@@ -16,6 +16,7 @@ from mmdet.apis import inference_detector
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 from PIL import Image
+from running import TOOLS
 from tiny_models import (
     ASSIGNER,
     FOUR,
@@ -26,7 +27,6 @@ from tiny_models import (
     build_faster,
 )
 
-import mmdet_moe
 from mmdet_moe.analysis.image_demo import command, drawing
 from mmdet_moe.analysis.image_demo.command import (
     ImageDemo,
@@ -50,7 +50,7 @@ from mmdet_moe.drawing import expert_colour, expert_colours, text_on, to_rgb
 from mmdet_moe.errors import ConfigError
 from mmdet_moe.moe import Routing, find_moe_layers
 
-TOOL = Path(mmdet_moe.__file__).parents[1] / 'tools' / 'image_demo.py'
+TOOL = TOOLS / 'image_demo.py'
 NAMES = ('cat', 'dog', 'a very long name of a class that nobody reads')
 RESIZE = dict(type='Resize', scale=(128, 96), keep_ratio=True)
 WIDTH, HEIGHT = 100, 52  # of the image; 128 × 67 for the network, padded to 128 × 96

@@ -6,7 +6,9 @@ import math
 
 import numpy as np
 import pytest
+from scipy.stats import entropy
 from sklearn.metrics import mutual_info_score
+from synthetic import information_of
 
 from mmdet_moe.analysis.statistics.association import Association
 from mmdet_moe.analysis.statistics.bins import (
@@ -20,22 +22,6 @@ from mmdet_moe.analysis.statistics.bins import (
     size_bins,
 )
 from mmdet_moe.analysis.statistics.inference import adjusted, resampled_images
-
-
-def information(table):
-    """By the definition, with loops."""
-    total = sum(map(sum, table))
-    mi = 0.0
-    for row in table:
-        for e, count in enumerate(row):
-            if count > 0:
-                column = sum(other[e] for other in table)
-                mi += count / total * math.log(count * total / (sum(row) * column))
-    return mi
-
-
-def entropy(counts):
-    return -sum(c / sum(counts) * math.log(c / sum(counts)) for c in counts if c > 0)
 
 
 def joint(entries, weights, num_bins):
@@ -76,7 +62,7 @@ def test_numbers_worked_out():
     # H(bin) + H(expert) - H(both), of the shares 0.5, 0.3125, 0.1875 and their sums.
     mi = math.log(2) + entropy([0.8125, 0.1875]) - entropy([0.5, 0.3125, 0.1875])
     assert found.mi == pytest.approx(mi)
-    assert found.mi == pytest.approx(information(TABLE))
+    assert found.mi == pytest.approx(information_of(TABLE))
     assert found.mi_max == pytest.approx(entropy([0.8125, 0.1875]))  # below log 2 of the bins
     assert (found.num_units, found.num_images) == (2, 2)
     assert result.given == {}
@@ -103,7 +89,7 @@ def test_loops_agree(batch):
     table = joint(entries, weights.tolist(), num_bins)
     np.testing.assert_allclose(result.counts, table, rtol=1e-6)
     assert result.counts.sum() == pytest.approx(sum(count for _, _, count in entries))
-    assert found.mi == pytest.approx(information(table), rel=1e-6)
+    assert found.mi == pytest.approx(information_of(table), rel=1e-6)
     assert found.num_units == len({unit for unit, _, _ in entries})
     for b, e in itertools.product(range(num_bins), range(num_experts)):
         assert result.expert_given_bin[b, e] == pytest.approx(table[b][e] / sum(table[b]), rel=1e-6)
@@ -145,7 +131,7 @@ def test_flips_approach_all_signs():
     of_cells = np.mean([np.abs(flipped) >= np.abs(seen) - 1e-6 for flipped, _ in every], axis=0)
     np.testing.assert_allclose(result.cells.p, of_cells, atol=0.04)
     # To second order the mutual information itself.
-    assert observed == pytest.approx(information(table.tolist()), rel=0.2)
+    assert observed == pytest.approx(information_of(table.tolist()), rel=0.2)
 
 
 def simulate(rng, num_images, alike, attribute, num_experts=4):
@@ -278,7 +264,7 @@ def test_intervals_cover(effect, alike, least):
     """The information of the distribution, which the plug-in estimate is above of."""
     table = np.full((5, 4), (1 - effect) / 4)
     table[np.arange(5), np.arange(5) % 4] += effect
-    truth, trials, covered = information(table.tolist()), 60, 0
+    truth, trials, covered = information_of(table.tolist()), 60, 0
     for trial in range(trials):
         rng = np.random.default_rng([trial, 7])
         association = Association(5, 4)

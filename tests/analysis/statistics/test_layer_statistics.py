@@ -5,13 +5,10 @@ import math
 
 import numpy as np
 import pytest
+from scipy.stats import entropy
 
 from mmdet_moe.analysis.records.contents import DecisionRecords
 from mmdet_moe.analysis.statistics.layer_statistics import LayerStatistics
-
-
-def entropy(p):
-    return -sum(x * math.log(x) for x in p if x > 0)
 
 
 def statistics_of(weights, level=None, image=None, position=None, **kwargs):

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
+from copies import gradients_of
 from torch import nn
 
 from mmdet_moe.errors import ConfigError, ReplacedAttributeError
@@ -160,26 +161,6 @@ def test_untrained_experts_are_the_dense_model(name):
     for a, b, c in zip(*(outputs_of(m, x) for m in (moe, other, copied)), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(a, c, rtol=1e-5, atol=1e-6)
-
-
-def gradients_of(moe, name):
-    """The gradients of all copies that a model with experts has of a dense parameter."""
-    parameters = dict(moe.named_parameters())
-    if name in parameters:
-        return [parameters[name].grad]
-    found = []
-    for path, layer in find_moe_layers(moe).items():
-        scope = path if not layer.siblings else path.rpartition('.')[0]
-        if scope and not name.startswith(scope + '.'):
-            continue
-        inner = name.removeprefix(f'{scope}.')
-        if isinstance(layer.experts, ModuleExperts):
-            held = [dict(expert.named_parameters()).get(inner) for expert in layer.experts]
-            found += [parameter.grad for parameter in held if parameter is not None]
-        elif inner in dict(layer.experts.named_parameters()):
-            found.append(layer.experts.get_parameter(inner).grad.sum(0))
-        found += [dict(m.named_parameters())[inner].grad for m in layer.shared or ()]
-    return found
 
 
 def test_one_routing_for_all_calls_of_a_forward_pass():
