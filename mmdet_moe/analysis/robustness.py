@@ -89,7 +89,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add_options(parser, 'so many images, evenly spread over the split (500)')
     parser.set_defaults(max_images=500)
     args = parser.parse_args(argv)
-    if args.out is None:
+    if args.out is None and '://' not in args.checkpoint:
         checkpoint = Path(args.checkpoint)
         name = f'attack_{args.attack}_{checkpoint.stem}_{args.split}.json'
         args.out = checkpoint.parent / name
@@ -151,8 +151,8 @@ def _check(args: argparse.Namespace) -> Attack:
             f'--eps={args.eps} must be a number or a fraction, such as 8/255'
         ) from None
     attack = Attack(args.attack, eps, args.steps)
-    if '://' in str(args.out):
-        raise ConfigError('--out: say where to; the checkpoint is an address')
+    if args.out is None:
+        raise ConfigError('--out: say where to, for the checkpoint is an address')
     check_folder(args.out.parent, '--out')
     if args.out.is_dir() or (args.out.exists() and not args.overwrite):
         raise ConfigError(f"--out: '{args.out}' exists; choose another name, or use --overwrite")
