@@ -18,7 +18,7 @@ last one (PGD), or one that is wrong at the end (AutoPGD).
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.util import find_spec
+from importlib.metadata import PackageNotFoundError, version
 
 import numpy as np
 import torch
@@ -59,11 +59,13 @@ class Attack:
             )
         if self.steps < 1:
             raise ConfigError(f'--steps={self.steps} must be at least 1')
-        if find_spec('art') is None:
+        try:
+            version('adversarial-robustness-toolbox')  # its module shares its name with others
+        except PackageNotFoundError:
             raise ConfigError(
                 'attacks need the Adversarial Robustness Toolbox, which is missing: pip install '
                 "'mmdet_moe[attacks]'"
-            )
+            ) from None
 
     def __call__(self, logits: Logits, x: Tensor, labels: Tensor, seed: int = 0) -> Tensor:
         """The attacked images.

@@ -164,11 +164,11 @@ def _batches(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """So many images, float32 (N, C, H, W) in [0, 1], and their classes, int64 (N,)."""
     size = min(data.loader_cfg.get('batch_size', 1), MAX_BATCH)
-    for batch in data.batches(step=len(data) // total, batch_size=size, num_workers=0):
+    order = [i * len(data) // total for i in range(total)]
+    for batch in data.batches(sampler=order, batch_size=size, num_workers=0):
         inputs = batch['inputs']
         if not isinstance(inputs, Tensor):
-            shapes = {tuple(image.shape) for image in inputs}
-            if len(shapes) > 1:
+            if len({image.shape for image in inputs}) > 1:
                 raise ConfigError(
                     'images of several sizes cannot be attacked together; set '
                     'val_dataloader.batch_size=1'
@@ -179,14 +179,13 @@ def _batches(
                 f'the data pipeline gives {inputs.dtype} instead of pixels in 0..255 (uint8), so '
                 'that eps has no unit; leave the normalisation to model.data_preprocessor'
             )
-        labels = [sample.gt_label for sample in batch['data_samples']]
-        if any(label.numel() != 1 for label in labels):
-            raise ConfigError('only images of one class each are attacked, and these have several')
-        count = min(len(inputs), total)
-        total -= count
-        yield inputs[:count].to(device).float() / 255, torch.cat(labels)[:count].to(device)
-        if not total:
-            return
+        labels = [sample.get('gt_label') for sample in batch['data_samples']]
+        if any(label is None or label.numel() != 1 for label in labels):
+            raise ConfigError(
+                'only images of one class each are attacked, and these have several, or none; take '
+                'another --split or data set'
+            )
+        yield inputs.to(device).float() / 255, torch.cat(labels).to(device)
 
 
 class Robustness:
@@ -245,10 +244,8 @@ class Robustness:
                 with decisions_held(layers, decisions[column]):
                     self._note('clean_image', name, column, self._right(x, labels))
             self._note('held', name, ATTACKED, self._right_if_held(layers, x, labels, seed))
-        for name, layer in self._layers.items():
-            if layer.num_experts > MANY_EXPERTS:
-                continue
-            for expert in range(layer.num_experts):
+            count = 0 if name == ALL else layers[name].num_experts
+            for expert in range(count if count <= MANY_EXPERTS else 0):
                 with applied(Intervention(name, 'only', expert), self._layers):
                     alone = {**seen, ATTACKED: self._attacked(x, labels, seed)}
                     for column, images in alone.items():
@@ -314,7 +311,8 @@ class Robustness:
             )
         with torch.no_grad():
             inputs = self.model.data_preprocessor({'inputs': 255 * x}, False)['inputs']
-            predicted = [int(sample.pred_label) for sample in self.model.predict(inputs)]
+            samples = self.model(inputs, mode='predict')
+        predicted = [int(sample.pred_label) for sample in samples]
         if predicted != logits.argmax(1).tolist():
             raise ConfigError(
                 f'{type(self.model.head).__name__} predicts other classes than those with the '

@@ -1,7 +1,7 @@
 """Attacks on the trained models of an experiment: does the routing change, is an expert robust?"""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from mmdet_moe.analysis.attacks import ATTACKS
@@ -110,7 +110,7 @@ def robustness_table(found: dict[str, dict[str, list[dict]]]) -> str:
     return table(columns, rows())
 
 
-def _cell(runs: Sequence[dict], what: str, column: str = 'attacked', of=max) -> str:
+def _cell(runs: Sequence[dict], what: str, column: str = 'attacked', of: Callable = max) -> str:
     """What some rows of each run say; ``of`` chooses among several."""
     values = [
         [row[column]['mean'] for row in run['rows'] if row['what'] == what and row[column]]

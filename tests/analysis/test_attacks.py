@@ -1,5 +1,7 @@
 """Attacks against closed forms and a search by hand."""
 
+from importlib.metadata import PackageNotFoundError
+
 import numpy as np
 import pytest
 import torch
@@ -136,6 +138,9 @@ def test_refused(arguments, message):
 
 
 def test_without_the_toolbox(monkeypatch):
-    monkeypatch.setattr(module, 'find_spec', lambda name: None)
+    def version(name):
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(module, 'version', version)
     with pytest.raises(ConfigError, match=r"missing: pip install 'mmdet_moe\[attacks\]'$"):
         Attack('pgd', EPS, 1)

@@ -2,6 +2,7 @@
 
 import json
 import re
+from itertools import groupby
 from pathlib import Path
 
 import pytest
@@ -125,7 +126,7 @@ def test_pixels_are_those_that_the_model_is_tested_on(classifier):
     robustness = Robustness(model, Attack('pgd', 0, 1))
     torch.testing.assert_close(robustness.logits(x).softmax(1), scores)
     few, _ = images(classifier, 7)  # evenly spread
-    assert torch.equal(few, x[: 7 * (IMAGES // 7) : IMAGES // 7])
+    assert torch.equal(few, x[[0, 3, 6, 10, 13, 17, 20]])
     assert MAX_BATCH <= 128  # the toolbox predicts as many at once
 
 
@@ -142,13 +143,18 @@ def test_other_models(tmp_path, capsys):
     factorised = tmp_path / 'factorised.py'
     text = FACTORISED.format(kind='CPMuMoE', experts=3, rank=4, activation='softmax')
     factorised.write_text(sparse.replace(SPARSE, text))
-    for path in (dense, factorised):
+    two = tmp_path / 'two.py'
+    stage = "dict(at='backbone.layer4', num_experts=2, top_k=1), "
+    two.write_text(sparse.replace('experts=[', f'experts=[{stage}'))
+    expected = {dense: [None], factorised: [None], two: [None, 'backbone.layer4', 'head.fc', 'all']}
+    for path, layers in expected.items():
         cfg = load_config(str(path))
         model = MODELS.build({**cfg.model, 'data_preprocessor': cfg.data_preprocessor})
         torch.save({'state_dict': model.state_dict()}, tmp_path / 'model.pth')
         arguments = argv((path, tmp_path / 'model.pth', None), tmp_path / f'{path.stem}.json')
-        result = attack_checkpoint(parse([*arguments, *options]))
-        assert [row['what'] for row in result['rows']] == ['model', 'loss']
+        rows = attack_checkpoint(parse([*arguments, *options]))['rows']
+        assert [name for name, _ in groupby(row['layer'] for row in rows)] == layers
+        assert [row['what'] for row in rows if row['layer'] is None] == ['model', 'loss']
         said = 'note: layer head.fc is left out: it chooses nobody' in capsys.readouterr().out
         assert said == (path == factorised)
 
@@ -160,10 +166,8 @@ class NoScores(nn.Module):
         self.data_preprocessor = model.data_preprocessor
 
     def forward(self, x, mode):
-        return self.change(self.model(x, mode=mode))
-
-    def predict(self, x):
-        return self.model.predict(x)
+        y = self.model(x, mode=mode)
+        return self.change(y) if mode == 'tensor' else y
 
 
 @pytest.mark.parametrize(
@@ -232,7 +236,9 @@ class Data:
         return 2
 
     def batches(self, **_):
-        samples = [DataSample().set_gt_label(self.label) for _ in range(2)]
+        samples = [DataSample() for _ in range(2)]
+        for sample in samples if self.label is not None else ():
+            sample.set_gt_label(self.label)
         yield {'inputs': self.inputs, 'data_samples': samples}
 
 
@@ -246,6 +252,7 @@ def pixels(*shape):
         (torch.zeros(2, 1, 4, 4), 1, r'gives torch.float32 instead of pixels in 0..255 \(uint8\)'),
         ([pixels(1, 4, 4), pixels(1, 5, 4)], 1, 'images of several sizes'),
         (pixels(2, 1, 4, 4), [0, 1], 'only images of one class each'),
+        (pixels(2, 1, 4, 4), None, 'only images of one class each'),
     ],
 )
 def test_data_that_cannot_be_attacked(inputs, label, message):
