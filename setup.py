@@ -142,6 +142,7 @@ setup(
         'mmpretrain': MMPRETRAIN,
         'all': MMDET + MMPRETRAIN,
         'cam': ['captum>=0.9'],  # class activation maps of single experts
+        'attacks': ['adversarial-robustness-toolbox>=1.20'],  # tools/attack_experts.py
         'onnx': ['onnx>=1.18', 'onnxscript>=0.5', 'onnxruntime>=1.20'],  # tools/export_onnx.py
         'docs': ['sphinx>=8.2', 'furo>=2025.7', 'myst-nb>=1.3', 'sphinx-copybutton>=0.5'],
         'demo': [*MMDET, 'scikit-learn>=1.5', 'scikit-image>=0.22'],

@@ -25,12 +25,15 @@ from research.experiments.domains_detector import DomainsDetectorExperiment
 from research.experiments.experiment import SEEDS, Experiment
 from research.experiments.mumoe import MuMoEExperiment
 from research.experiments.mumoe_editing import EditingExperiment
+from research.experiments.robust import RobustExperiment
 from research.experiments.scenes import DIGIT_SCENES, FASHION_SCENES, ScenesExperiment
 from research.experiments.sizes import METHODS, SizesExperiment
 from research.runs import REPOSITORY
 
 #: The data of the experiments with rotated images, by command.
 ROTATED = {'rotate': FASHION_MNIST, 'rotate-cifar10': CIFAR10}
+#: The experiments whose trained models are attacked, by command.
+ATTACKED = {'robust': 'cifar100', 'robust-fashion-mnist': 'fashion-mnist'}
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -70,6 +73,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         name: _add(commands, name, f'balancing methods of a ResNet-18 on {title}')
         for name, title in (('fashion-mnist', 'Fashion-MNIST'), ('cifar100', 'CIFAR-100'))
     }
+    for name, attacked in ATTACKED.items():
+        budgets[name] = TASKS[attacked].budgets
+        by_name[name] = _add(
+            commands, name, f'attacks on the trained models of `{attacked}`', data=attacked
+        )
+        by_name[name].set_defaults(work_dir=REPOSITORY / 'work_dirs' / 'reproduce' / attacked)
     cluster = commands.add_parser(
         'theory', help='the table of "Towards Understanding the MoE Layer", on generated clusters'
     )
@@ -152,6 +161,9 @@ def experiment(
     if args.command in TASKS:
         task = TASKS[args.command]
         return ClassificationExperiment(task, task.budgets[args.budget], *common)
+    if args.command in ATTACKED:
+        task = TASKS[ATTACKED[args.command]]
+        return RobustExperiment(task, task.budgets[args.budget], *common)
     if args.command in ROTATED:
         data_set = ROTATED[args.command]
         return rotate.RotateExperiment(data_set, rotate.BUDGETS[data_set][args.budget], *common)

@@ -7,10 +7,11 @@ what one expert contributes out of the sum and puts nothing in its place.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import cycle
 from typing import Any
 
 import torch
@@ -162,6 +163,48 @@ def applied(
                 return intervention(routing, router, generator)
 
             stack.callback(layer.router.register_forward_hook(change).remove)
+        yield
+
+
+@contextmanager
+def decisions_noted(layers: Mapping[str, MoELayer]) -> Iterator[dict[str, list[Routing]]]:
+    """Note what layers decide in the block, by layer and call."""
+    noted: dict[str, list[Routing]] = {name: [] for name in layers}
+    with ExitStack() as stack:
+        for name, layer in layers.items():
+            note = noted[name].append
+            stack.callback(layer.observe(lambda routing, _, note=note: note(routing)).remove)
+        yield noted
+
+
+@contextmanager
+def decisions_held(
+    layers: Mapping[str, MoELayer], decisions: Mapping[str, Sequence[Routing]]
+) -> Iterator[None]:
+    """Make layers decide in each pass of the block as they did in one before, call by call.
+
+    The weights are those of that pass, too, and constants: no gradient goes through the routers.
+
+    Args:
+        layers: By name.
+        decisions: Of one pass, as :func:`decisions_noted` gives them. A pass over another number of
+            items decides for itself.
+    """
+    with ExitStack() as stack:
+        for name, layer in layers.items():
+            # As many calls in each pass, which follow each other.
+            calls = cycle(decisions[name])
+
+            def hold(_: nn.Module, __: tuple, own: Routing, calls: Iterator = calls) -> Routing:
+                held = next(calls)
+                if held.num_items != own.num_items:
+                    return own
+                gates = None if held.gates is None else held.gates.detach()
+                return replace(
+                    own, expert_ids=held.expert_ids, weights=held.weights.detach(), gates=gates
+                )
+
+            stack.callback(layer.router.register_forward_hook(hold).remove)
         yield
 
 

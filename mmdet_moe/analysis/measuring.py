@@ -27,11 +27,16 @@ from mmdet_moe.moe.surgery.report import in_columns
 _PARTS = {'per_group': 'group', 'per_superclass': 'super-class', 'per_class': 'class'}
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """The options of every tool that changes a model and measures it."""
+def add_options(parser: argparse.ArgumentParser, images: str = 'the first N images only') -> None:
+    """The options of every tool that changes a model and measures it.
+
+    Args:
+        parser: Of the tool.
+        images: What ``--max-images`` means.
+    """
     parser.add_argument('--overwrite', action='store_true', help='replace what is there')
     parser.add_argument('--split', choices=SPLITS, default='val', help='which images (val)')
-    parser.add_argument('--max-images', type=int, metavar='N', help='the first N images only')
+    parser.add_argument('--max-images', type=int, metavar='N', help=images)
     parser.add_argument('--device', help='cpu, cuda, cuda:1, … (default: a GPU if there is one)')
     add_cfg_options(parser)
 

@@ -12,6 +12,8 @@ from mmdet_moe.analysis.interventions import (
     MANY_EXPERTS,
     Intervention,
     applied,
+    decisions_held,
+    decisions_noted,
     experts_remembered,
     interventions_on,
 )
@@ -556,3 +558,32 @@ def test_sparse_and_factorised_layers_together(randomise):
     with experts_remembered(model, layers):
         for y, reference in zip(run(), expected, strict=True):
             torch.testing.assert_close(y, reference)
+
+
+@pytest.mark.parametrize('granularity', GRANULARITIES)
+@pytest.mark.parametrize('kind', [GAPRouter, Gated])
+def test_decisions_of_another_pass(granularity, kind, randomise):
+    """Two calls with several maps each, held in two passes one after the other."""
+    layer = build(granularity, 'over_chosen', randomise, kind=kind)
+    layers = {'it': layer}
+    given = [[torch.randn(2, C, 4, 4).double(), torch.randn(2, C, 4, 4).double()] for _ in range(4)]
+    with decisions_noted(layers) as noted:
+        for maps in given[:2]:
+            layer(maps)
+    own = layer(given[2])
+    with decisions_held(layers, noted):
+        for _ in range(2):
+            for maps, routing in zip(given[2:], noted['it'], strict=True):
+                factors = torch.zeros_like(routing.logits)
+                factors.scatter_(1, routing.expert_ids, routing.factors)
+                found = layer(maps)
+                for y, wanted in zip(found, dense(layer, maps, factors), strict=True):
+                    torch.testing.assert_close(y, wanted)
+        other = [x[:1] for x in given[2]]  # fewer images: it decides for itself
+        held = layer(other)
+    for y, wanted in zip(held, own, strict=True):
+        torch.testing.assert_close(y, wanted[:1])
+    with decisions_held(layers, noted):
+        x = torch.randn(2, C, 4, 4).double().requires_grad_()
+        layer([x, x])[0].sum().backward()
+        assert all(p.grad is None or not p.grad.any() for p in layer.router.parameters())
