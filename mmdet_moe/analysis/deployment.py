@@ -20,6 +20,13 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 
 from mmdet_moe.analysis.data import SPLITS, AnalysisData
+from mmdet_moe.analysis.decoding import (
+    OUTPUTS,
+    check_decoding,
+    detections,
+    difference,
+    predicted,
+)
 from mmdet_moe.analysis.models import load_model
 from mmdet_moe.cli import check_folder, fail, load_config, set_loader_defaults
 from mmdet_moe.engine.explain import in_one_line
@@ -41,7 +48,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         description='Write a trained model to an ONNX file, with every expert in it, and check it '
         'against PyTorch on images of the data set. It takes pixels (0 to 255) in the order of the '
         "config's loader and gives what the network gives: class scores of a classifier, the maps "
-        'of the head of a detector. Exit status 1: the file computes something else.'
+        'of the head of a detector, or its boxes. Exit status 1: the file computes something else.'
     )
     parser.add_argument('config', help='config file')
     parser.add_argument('checkpoint', help='checkpoint file')
@@ -49,6 +56,12 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument('--overwrite', action='store_true', help='replace what is there')
     parser.add_argument(
         '--dynamic', action='store_true', help='batches and images of any size, not of one'
+    )
+    parser.add_argument(
+        '--boxes',
+        action='store_true',
+        help='a detector of one stage ends in boxes, scores and labels, after the NMS of the '
+        'config, for one image at a time',
     )
     parser.add_argument(
         '--size',
@@ -107,15 +120,24 @@ class Network(nn.Module):
 
     def outputs(self, images: Tensor) -> Any:
         """The outputs in the structure that the model gives them."""
+        images = self.prepared(images)
+        if not hasattr(self.model, 'roi_head'):
+            return self.model(images, mode='tensor')
+        features = tuple(self.model.extract_feat(images))
+        return features, *self.model.rpn_head(features)
+
+    def prepared(self, images: Tensor) -> Tensor:
+        """Normalised, and in the order of channels that the model wants."""
         before = self.model.data_preprocessor
         if swaps_channels(before):
             images = images.flip(1)
         if getattr(before, '_enable_normalize', False):
             images = (images - before.mean) / before.std
-        if not hasattr(self.model, 'roi_head'):
-            return self.model(images, mode='tensor')
-        features = tuple(self.model.extract_feat(images))
-        return features, *self.model.rpn_head(features)
+        return images
+
+    def expected(self, images: Tensor) -> tuple[Tensor, ...]:
+        """What an exported file has to give."""
+        return self(images)
 
     def names(self, outputs: Any) -> list[str]:
         """What each of the outputs is called: after the arguments of what decodes them."""
@@ -135,6 +157,22 @@ class Network(nn.Module):
         return names
 
 
+class Detector(Network):
+    """A detector of one stage up to its boxes, for one image."""
+
+    def outputs(self, images: Tensor) -> tuple[Tensor, ...]:
+        """As :data:`~mmdet_moe.analysis.decoding.OUTPUTS`."""
+        return detections(self.model.bbox_head, super().outputs(images), images.shape[2:])
+
+    def expected(self, images: Tensor) -> tuple[Tensor, ...]:
+        """What the toolbox itself predicts."""
+        return predicted(self.model, self.prepared(images))
+
+    def names(self, outputs: Any) -> list[str]:
+        """Of boxes, scores and labels."""
+        return OUTPUTS
+
+
 class SecondStage(nn.Module):
     """The box head of a detector of two stages, from the features of regions to their outputs.
 
@@ -150,6 +188,10 @@ class SecondStage(nn.Module):
     def forward(self, regions: Tensor) -> tuple[Tensor, ...]:
         """(R, C, h, w), as the detector's RoI extractor gives them."""
         return tuple(leaf for leaf in self.head(self.shared(regions)) if leaf is not None)
+
+    def expected(self, regions: Tensor) -> tuple[Tensor, ...]:
+        """What an exported file has to give."""
+        return self(regions)
 
 
 def swaps_channels(preprocessor: nn.Module) -> bool:
@@ -173,7 +215,7 @@ class Part:
         inputs: From images to what this part is given.
     """
 
-    network: nn.Module
+    network: Network | SecondStage
     path: Path
     input: str
     outputs: list[str]
@@ -213,7 +255,7 @@ def export_model(args: argparse.Namespace) -> bool:
         for part in parts:
             _write(part, part.inputs(example), _about(model, meta, args, size))
             print(f'{part.path}: {part.input} -> {", ".join(part.outputs)}')
-        batches = list(_batches(images[: args.verify], size, args.dynamic))
+        batches = list(_batches(images[: args.verify], size, parts[0].dims))
         equal = _verify(model, parts, batches) if batches else True
         if args.time and batches:
             print(_times(parts, batches))
@@ -266,7 +308,9 @@ def _images(data: AnalysisData) -> Iterator[Tensor]:
 
 
 def _parts(model: nn.Module, args: argparse.Namespace, size: tuple[int, int]) -> list[Part]:
-    network = Network(model).eval()
+    if args.boxes:
+        check_decoding(model)
+    network = (Detector if args.boxes else Network)(model).eval()
     try:
         outputs = network.outputs(torch.zeros(1, 3, *size))
     except Exception as error:
@@ -277,6 +321,8 @@ def _parts(model: nn.Module, args: argparse.Namespace, size: tuple[int, int]) ->
         ) from error
     names = network.names(outputs)
     free = {0: 'batch', 2: 'height', 3: 'width'} if args.dynamic else {}
+    if args.boxes:  # as many boxes as an image has cannot be stacked
+        free.pop(0, None)
     parts = [Part(network, args.out, 'images', names, free, lambda images: images)]
     if not hasattr(model, 'roi_head'):
         return parts
@@ -356,20 +402,26 @@ def _about(
         'config': Path(args.config).name,
         'mmdet_moe': __version__,
     }
+    if args.boxes:
+        about['outputs'] = (
+            'boxes (n, 4) float32: x1 y1 x2 y2 in pixels of the input, filling included; scores '
+            '(n,) float32, falling; labels (n,) int64: numbers of classes'
+        )
+        about['test_cfg'] = dict(model.bbox_head.test_cfg)
     return {key: v if isinstance(v, str) else json.dumps(v) for key, v in about.items()}
 
 
-def _batches(images: list[Tensor], size: tuple[int, int], dynamic: bool) -> Iterator[Tensor]:
+def _batches(images: list[Tensor], size: tuple[int, int], free: dict[int, str]) -> Iterator[Tensor]:
     """The images as the file takes them: cut, or filled up with 0, to its size.
 
-    If any size will do, every second one is a batch of two of another size.
+    If its dimensions are free, every second one is of another size, in a batch of two.
     """
     for i, image in enumerate(images):
         height, width = size
         batch = [image]
-        if dynamic and i % 2 == 0:  # the first too, as it may be the only one
+        if free and i % 2 == 0:  # the first too, as it may be the only one
             height, width = max(height - 32, 32), max(width - 64, 32)
-            batch = [image, images[i - 1]]
+            batch = [image, images[i - 1]] if 0 in free else batch
         filled = [_canvas(image, height, width) for image in batch]
         yield torch.stack(filled)
 
@@ -406,14 +458,9 @@ def _verify(model: nn.Module, parts: list[Part], batches: list[Tensor]) -> bool:
         run = _runtime(part)
         for batch in batches:
             inputs = part.inputs(batch)
-            expected = part.network(inputs)
-            for name, y, found in zip(part.outputs, expected, run(inputs), strict=True):
-                difference = float('inf')  # another shape, or no number
-                if found.shape == y.shape:
-                    relative = (found - y).abs() / y.abs().clamp(min=1)
-                    difference = relative.nan_to_num(nan=difference).max().item()
-                if difference >= largest:
-                    largest, worst = difference, name
+            for name, found in _differences(part, part.network.expected(inputs), run(inputs)):
+                if found >= largest:
+                    largest, worst = found, name
     for handle in observed:
         handle.remove()
     equal = largest <= TOLERANCE
@@ -424,6 +471,21 @@ def _verify(model: nn.Module, parts: list[Part], batches: list[Tensor]) -> bool:
         f'images chose: {experts or "all, in proportion"}'
     )
     return equal
+
+
+def _differences(
+    part: Part, expected: Sequence[Tensor], found: list[Tensor]
+) -> Iterator[tuple[str, float]]:
+    if isinstance(part.network, Detector):
+        head = part.network.model.bbox_head
+        yield 'detections', difference(head, tuple(expected), found, TOLERANCE)
+        return
+    for name, y, z in zip(part.outputs, expected, found, strict=True):
+        largest = float('inf')  # another shape, or no number
+        if z.shape == y.shape:
+            relative = (z - y).abs() / y.abs().clamp(min=1)
+            largest = relative.nan_to_num(nan=largest).max().item()
+        yield name, largest
 
 
 def _note(used: dict[str, Tensor], name: str, routing: Routing, _: Any) -> None:
@@ -442,7 +504,7 @@ def _times(parts: list[Part], batches: list[Tensor]) -> str:
             seconds: dict[str, list[float]] = {'PyTorch': [], 'onnxruntime': []}
             for batch in batches:
                 inputs = part.inputs(batch)
-                for name, compute in (('PyTorch', part.network), ('onnxruntime', run)):
+                for name, compute in (('PyTorch', part.network.expected), ('onnxruntime', run)):
                     compute(inputs)
                     start = time.process_time()
                     compute(inputs)
