@@ -7,6 +7,7 @@ which counts them; and the clipping, which wants a size that is a number.
 """
 
 import sys
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 
 from mmdet_moe.analysis.attribution.dense import PriorOrigins, YOLOXOrigins
 from mmdet_moe.analysis.attribution.places import implements, replaced
+from mmdet_moe.analysis.deployment import TOLERANCE, Network
 from mmdet_moe.errors import ConfigError
 
 #: The outputs, in this order: (n, 4) x1 y1 x2 y2 in pixels of the input, (n,), (n,) int64.
@@ -27,34 +29,54 @@ OUTPUTS = ['boxes', 'scores', 'labels']
 _NMS = {'type', 'iou_threshold', 'class_agnostic', 'split_thr'}
 
 
-def check_decoding(model: nn.Module) -> None:
-    """Refuse a model of whose predictions :func:`detections` would give others.
+class Detector(Network):
+    """A detector of one stage up to its boxes, for one image.
+
+    Args:
+        model: The detector.
 
     Raises:
-        ConfigError: For what is no detector of one stage with the toolbox's usual decoding, and for
-            another NMS than the plain one.
+        ConfigError: For what does not decode as the toolbox's heads usually do, and for another NMS
+            than the plain one.
     """
-    if not (PriorOrigins.fits(model) or YOLOXOrigins.fits(model)):
-        head = getattr(model, 'bbox_head', None)
-        decoder = f', with its {type(head).__name__},' if head is not None else ''
-        raise ConfigError(
-            f'--boxes is for detectors of one stage that decode as RetinaNet, FCOS, ATSS, GFL, '
-            f'YOLOX, RTMDet and SSD do, which {type(model).__name__}{decoder} does not; export it '
-            'without --boxes'
-        )
-    nms = dict(model.bbox_head.test_cfg.nms)
-    if nms.get('type', 'nms') != 'nms' or 'iou_threshold' not in nms or set(nms) - _NMS:
-        raise ConfigError(
-            f'--boxes knows the plain NMS, not model.test_cfg.nms={nms}; set it to '
-            "dict(type='nms', iou_threshold=0.5), or export without --boxes"
-        )
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        _check(model)
+
+    def outputs(self, images: Tensor) -> tuple[Tensor, ...]:
+        """As :data:`OUTPUTS`; ``images`` is one, (1, C, H, W)."""
+        return detections(self.model.bbox_head, super().outputs(images), images.shape[2:])
+
+    def names(self, outputs: Any) -> list[str]:
+        """Of boxes, scores and labels."""
+        return OUTPUTS
+
+    def expected(self, inputs: Tensor) -> tuple[Tensor, ...]:
+        """What the toolbox itself predicts."""
+        sample = DetDataSample(metainfo={'img_shape': tuple(inputs.shape[2:])})
+        features = self.model.extract_feat(self.prepared(inputs))
+        (found,) = self.model.bbox_head.predict(features, [sample], rescale=False)
+        return get_box_tensor(found.bboxes), found.scores, found.labels
+
+    def differences(self, expected: Sequence[Tensor], found: Sequence[Tensor]) -> Iterator[float]:
+        """One number; see :func:`difference`."""
+        yield difference(self.model.bbox_head, expected, found, TOLERANCE)
+
+    def about(self) -> dict[str, Any]:
+        """What the outputs are, and how the boxes were chosen."""
+        return {
+            'outputs': 'boxes (n, 4) float32: x1 y1 x2 y2 in pixels of the input, filling included;'
+            ' scores (n,) float32, falling; labels (n,) int64: numbers of classes',
+            'test_cfg': dict(self.model.bbox_head.test_cfg),
+        }
 
 
 def detections(head: nn.Module, outputs: tuple, size: tuple[int, int]) -> tuple[Tensor, ...]:
     """What a head detects in one image, in a form that any exporter of PyTorch can write down.
 
     Args:
-        head: The head of a detector that :func:`check_decoding` lets through.
+        head: That of a detector as :class:`Detector` takes it.
         outputs: What it gives for an image.
         size: Height and width of the image that the network was given.
 
@@ -92,20 +114,8 @@ def detections(head: nn.Module, outputs: tuple, size: tuple[int, int]) -> tuple[
     return boxes[kept], scores[kept], labels[kept]
 
 
-def predicted(model: nn.Module, images: Tensor) -> tuple[Tensor, ...]:
-    """The same by the toolbox itself.
-
-    Args:
-        model: The detector.
-        images: (1, C, H, W), as its data preprocessor leaves them.
-    """
-    sample = DetDataSample(metainfo={'img_shape': tuple(images.shape[2:])})
-    (found,) = model.bbox_head.predict(model.extract_feat(images), [sample], rescale=False)
-    return get_box_tensor(found.bboxes), found.scores, found.labels
-
-
 def difference(
-    head: nn.Module, expected: tuple[Tensor, ...], found: list[Tensor], tolerance: float
+    head: nn.Module, expected: Sequence[Tensor], found: Sequence[Tensor], tolerance: float
 ) -> float:
     """How much two lists of detections differ at most, relative where numbers are larger than 1.
 
@@ -141,6 +151,23 @@ def difference(
             largest, nearest.nan_to_num(nan=float('inf'), posinf=float('inf')).max().item()
         )
     return largest
+
+
+def _check(model: nn.Module) -> None:
+    if not (PriorOrigins.fits(model) or YOLOXOrigins.fits(model)):
+        head = getattr(model, 'bbox_head', None)
+        decoder = f', with its {type(head).__name__},' if head is not None else ''
+        raise ConfigError(
+            f'--boxes is for detectors of one stage that decode as RetinaNet, FCOS, ATSS, GFL, '
+            f'YOLOX, RTMDet and SSD do, which {type(model).__name__}{decoder} does not; export it '
+            'without --boxes'
+        )
+    nms = dict(model.bbox_head.test_cfg.nms)
+    if nms.get('type', 'nms') != 'nms' or 'iou_threshold' not in nms or set(nms) - _NMS:
+        raise ConfigError(
+            f'--boxes knows the plain NMS, not model.test_cfg.nms={nms}; set it to '
+            "dict(type='nms', iou_threshold=0.5), or export without --boxes"
+        )
 
 
 def _best(scores: Tensor, score_thr: float, topk: int, results: dict) -> tuple:

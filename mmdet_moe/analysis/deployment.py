@@ -20,14 +20,7 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 
 from mmdet_moe.analysis.data import SPLITS, AnalysisData
-from mmdet_moe.analysis.decoding import (
-    OUTPUTS,
-    check_decoding,
-    detections,
-    difference,
-    predicted,
-)
-from mmdet_moe.analysis.models import load_model
+from mmdet_moe.analysis.models import load_model, task_of
 from mmdet_moe.cli import check_folder, fail, load_config, set_loader_defaults
 from mmdet_moe.engine.explain import in_one_line
 from mmdet_moe.engine.options import add_cfg_options
@@ -103,7 +96,28 @@ def run_export(argv: Sequence[str] | None = None) -> None:
         raise SystemExit(1)
 
 
-class Network(nn.Module):
+class Exported(nn.Module):
+    """What one file computes: from one tensor to several."""
+
+    def expected(self, inputs: Tensor) -> tuple[Tensor, ...]:
+        """What the file has to give."""
+        return self(inputs)
+
+    def differences(self, expected: Sequence[Tensor], found: Sequence[Tensor]) -> Iterator[float]:
+        """How far each output is off at most, relative where it is larger than 1."""
+        for y, z in zip(expected, found, strict=True):
+            if z.shape != y.shape:
+                yield float('inf')
+            else:
+                relative = (z - y).abs() / y.abs().clamp(min=1)
+                yield relative.nan_to_num(nan=float('inf')).max().item()
+
+    def about(self) -> dict[str, Any]:
+        """What the file's metadata say beside what all say."""
+        return {}
+
+
+class Network(Exported):
     """What a runtime needs of a model: from pixels to the outputs of its network, as a flat tuple.
 
     Args:
@@ -135,10 +149,6 @@ class Network(nn.Module):
             images = (images - before.mean) / before.std
         return images
 
-    def expected(self, images: Tensor) -> tuple[Tensor, ...]:
-        """What an exported file has to give."""
-        return self(images)
-
     def names(self, outputs: Any) -> list[str]:
         """What each of the outputs is called: after the arguments of what decodes them."""
         head = getattr(self.model, 'bbox_head', getattr(self.model, 'rpn_head', None))
@@ -157,23 +167,7 @@ class Network(nn.Module):
         return names
 
 
-class Detector(Network):
-    """A detector of one stage up to its boxes, for one image."""
-
-    def outputs(self, images: Tensor) -> tuple[Tensor, ...]:
-        """As :data:`~mmdet_moe.analysis.decoding.OUTPUTS`."""
-        return detections(self.model.bbox_head, super().outputs(images), images.shape[2:])
-
-    def expected(self, images: Tensor) -> tuple[Tensor, ...]:
-        """What the toolbox itself predicts."""
-        return predicted(self.model, self.prepared(images))
-
-    def names(self, outputs: Any) -> list[str]:
-        """Of boxes, scores and labels."""
-        return OUTPUTS
-
-
-class SecondStage(nn.Module):
+class SecondStage(Exported):
     """The box head of a detector of two stages, from the features of regions to their outputs.
 
     Args:
@@ -188,10 +182,6 @@ class SecondStage(nn.Module):
     def forward(self, regions: Tensor) -> tuple[Tensor, ...]:
         """(R, C, h, w), as the detector's RoI extractor gives them."""
         return tuple(leaf for leaf in self.head(self.shared(regions)) if leaf is not None)
-
-    def expected(self, regions: Tensor) -> tuple[Tensor, ...]:
-        """What an exported file has to give."""
-        return self(regions)
 
 
 def swaps_channels(preprocessor: nn.Module) -> bool:
@@ -215,7 +205,7 @@ class Part:
         inputs: From images to what this part is given.
     """
 
-    network: Network | SecondStage
+    network: Exported
     path: Path
     input: str
     outputs: list[str]
@@ -253,7 +243,7 @@ def export_model(args: argparse.Namespace) -> bool:
         parts = _parts(model, args, size)
         example = torch.zeros(1, 3, *size)
         for part in parts:
-            _write(part, part.inputs(example), _about(model, meta, args, size))
+            _write(part, part.inputs(example), _about(part.network, model, meta, args, size))
             print(f'{part.path}: {part.input} -> {", ".join(part.outputs)}')
         batches = list(_batches(images[: args.verify], size, parts[0].dims))
         equal = _verify(model, parts, batches) if batches else True
@@ -307,10 +297,18 @@ def _images(data: AnalysisData) -> Iterator[Tensor]:
             found += 1
 
 
+def _network(model: nn.Module, boxes: bool) -> Network:
+    if not boxes:
+        return Network(model)
+    if task_of(model) != 'detection':
+        raise ConfigError(f'--boxes is for detectors, and {type(model).__name__} is none; omit it')
+    from mmdet_moe.analysis.decoding import Detector  # needs MMDetection
+
+    return Detector(model)
+
+
 def _parts(model: nn.Module, args: argparse.Namespace, size: tuple[int, int]) -> list[Part]:
-    if args.boxes:
-        check_decoding(model)
-    network = (Detector if args.boxes else Network)(model).eval()
+    network = _network(model, args.boxes).eval()
     try:
         outputs = network.outputs(torch.zeros(1, 3, *size))
     except Exception as error:
@@ -383,7 +381,11 @@ def _write(part: Part, example: Tensor, about: dict[str, str]) -> None:
 
 
 def _about(
-    model: nn.Module, meta: dict, args: argparse.Namespace, size: tuple[int, int]
+    network: Exported,
+    model: nn.Module,
+    meta: dict,
+    args: argparse.Namespace,
+    size: tuple[int, int],
 ) -> dict[str, str]:
     """What a user of the file has to know, as ONNX keeps it: texts by name."""
     before = model.data_preprocessor
@@ -401,13 +403,8 @@ def _about(
         'classes': (meta.get('dataset_meta') or {}).get('classes'),
         'config': Path(args.config).name,
         'mmdet_moe': __version__,
+        **network.about(),
     }
-    if args.boxes:
-        about['outputs'] = (
-            'boxes (n, 4) float32: x1 y1 x2 y2 in pixels of the input, filling included; scores '
-            '(n,) float32, falling; labels (n,) int64: numbers of classes'
-        )
-        about['test_cfg'] = dict(model.bbox_head.test_cfg)
     return {key: v if isinstance(v, str) else json.dumps(v) for key, v in about.items()}
 
 
@@ -458,9 +455,10 @@ def _verify(model: nn.Module, parts: list[Part], batches: list[Tensor]) -> bool:
         run = _runtime(part)
         for batch in batches:
             inputs = part.inputs(batch)
-            for name, found in _differences(part, part.network.expected(inputs), run(inputs)):
-                if found >= largest:
-                    largest, worst = found, name
+            differences = part.network.differences(part.network.expected(inputs), run(inputs))
+            for name, difference in zip(part.outputs, differences, strict=False):
+                if difference >= largest:
+                    largest, worst = difference, name
     for handle in observed:
         handle.remove()
     equal = largest <= TOLERANCE
@@ -471,21 +469,6 @@ def _verify(model: nn.Module, parts: list[Part], batches: list[Tensor]) -> bool:
         f'images chose: {experts or "all, in proportion"}'
     )
     return equal
-
-
-def _differences(
-    part: Part, expected: Sequence[Tensor], found: list[Tensor]
-) -> Iterator[tuple[str, float]]:
-    if isinstance(part.network, Detector):
-        head = part.network.model.bbox_head
-        yield 'detections', difference(head, tuple(expected), found, TOLERANCE)
-        return
-    for name, y, z in zip(part.outputs, expected, found, strict=True):
-        largest = float('inf')  # another shape, or no number
-        if z.shape == y.shape:
-            relative = (z - y).abs() / y.abs().clamp(min=1)
-            largest = relative.nan_to_num(nan=largest).max().item()
-        yield name, largest
 
 
 def _note(used: dict[str, Tensor], name: str, routing: Routing, _: Any) -> None:
