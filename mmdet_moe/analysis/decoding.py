@@ -131,7 +131,7 @@ def difference(
     Returns:
         Infinity if a detection has no partner of its class.
     """
-    cut = head.test_cfg.score_thr
+    cut = head.test_cfg.get('score_thr', 0)
     most = head.test_cfg.get('max_per_img')
     for boxes, scores, _ in (expected, found):
         if len(boxes) == most:
@@ -162,7 +162,7 @@ def _check(model: nn.Module) -> None:
             f'YOLOX, RTMDet and SSD do, which {type(model).__name__}{decoder} does not; export it '
             'without --boxes'
         )
-    nms = dict(model.bbox_head.test_cfg.nms)
+    nms = dict((model.bbox_head.test_cfg or {}).get('nms') or {})
     if nms.get('type', 'nms') != 'nms' or 'iou_threshold' not in nms or set(nms) - _NMS:
         raise ConfigError(
             f'--boxes knows the plain NMS, not model.test_cfg.nms={nms}; set it to '
