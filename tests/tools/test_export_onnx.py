@@ -191,8 +191,10 @@ def test_size_and_files():
     """The size is that of the model's own batches; even one image tests another size."""
     assert deployment._filled_up((50, 64), SimpleNamespace(pad_size_divisor=32)) == [64, 64]
     assert deployment._filled_up((50, 64), torch.nn.Identity()) == [50, 64]
-    (batch,) = deployment._batches([torch.ones(3, 64, 64)], (64, 128), True)
-    assert batch.shape == (2, 3, 32, 64)
+    for free, number in (((0, 2, 3), 2), ((2, 3), 1)):
+        free = dict.fromkeys(free, 'any')
+        (batch,) = deployment._batches([torch.ones(3, 64, 64)], (64, 128), free)
+        assert batch.shape == (number, 3, 32, 64)
 
 
 def test_without_the_packages(monkeypatch, capsys):
