@@ -73,7 +73,7 @@ class Detector(Network):
 
 
 def detections(head: nn.Module, outputs: tuple, size: tuple[int, int]) -> tuple[Tensor, ...]:
-    """What a head detects in one image, in a form that any exporter of PyTorch can write down.
+    """What a head detects in one image, in a form that exports.
 
     Args:
         head: That of a detector as :class:`Detector` takes it.
