@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 
 from mmdet_moe.analysis.data import SPLITS, AnalysisData
-from mmdet_moe.analysis.models import load_model
+from mmdet_moe.analysis.models import load_model, task_of
 from mmdet_moe.cli import check_folder, fail, load_config, set_loader_defaults
 from mmdet_moe.engine.explain import in_one_line
 from mmdet_moe.engine.options import add_cfg_options
@@ -41,7 +41,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         description='Write a trained model to an ONNX file, with every expert in it, and check it '
         'against PyTorch on images of the data set. It takes pixels (0 to 255) in the order of the '
         "config's loader and gives what the network gives: class scores of a classifier, the maps "
-        'of the head of a detector. Exit status 1: the file computes something else.'
+        'of the head of a detector, or its boxes. Exit status 1: the file computes something else.'
     )
     parser.add_argument('config', help='config file')
     parser.add_argument('checkpoint', help='checkpoint file')
@@ -49,6 +49,12 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument('--overwrite', action='store_true', help='replace what is there')
     parser.add_argument(
         '--dynamic', action='store_true', help='batches and images of any size, not of one'
+    )
+    parser.add_argument(
+        '--boxes',
+        action='store_true',
+        help='a detector of one stage ends in boxes, scores and labels, after the NMS of the '
+        'config, for one image at a time',
     )
     parser.add_argument(
         '--size',
@@ -90,7 +96,28 @@ def run_export(argv: Sequence[str] | None = None) -> None:
         raise SystemExit(1)
 
 
-class Network(nn.Module):
+class Exported(nn.Module):
+    """What one file computes: from one tensor to several."""
+
+    def expected(self, inputs: Tensor) -> tuple[Tensor, ...]:
+        """What the file has to give."""
+        return self(inputs)
+
+    def differences(self, expected: Sequence[Tensor], found: Sequence[Tensor]) -> Iterator[float]:
+        """How far each output is off at most, relative where it is larger than 1."""
+        for y, z in zip(expected, found, strict=True):
+            if z.shape != y.shape:
+                yield float('inf')
+            else:
+                relative = (z - y).abs() / y.abs().clamp(min=1)
+                yield relative.nan_to_num(nan=float('inf')).max().item()
+
+    def about(self) -> dict[str, Any]:
+        """What the file's metadata say beside what all say."""
+        return {}
+
+
+class Network(Exported):
     """What a runtime needs of a model: from pixels to the outputs of its network, as a flat tuple.
 
     Args:
@@ -107,15 +134,20 @@ class Network(nn.Module):
 
     def outputs(self, images: Tensor) -> Any:
         """The outputs in the structure that the model gives them."""
+        images = self.prepared(images)
+        if not hasattr(self.model, 'roi_head'):
+            return self.model(images, mode='tensor')
+        features = tuple(self.model.extract_feat(images))
+        return features, *self.model.rpn_head(features)
+
+    def prepared(self, images: Tensor) -> Tensor:
+        """Normalised, and in the order of channels that the model wants."""
         before = self.model.data_preprocessor
         if swaps_channels(before):
             images = images.flip(1)
         if getattr(before, '_enable_normalize', False):
             images = (images - before.mean) / before.std
-        if not hasattr(self.model, 'roi_head'):
-            return self.model(images, mode='tensor')
-        features = tuple(self.model.extract_feat(images))
-        return features, *self.model.rpn_head(features)
+        return images
 
     def names(self, outputs: Any) -> list[str]:
         """What each of the outputs is called: after the arguments of what decodes them."""
@@ -135,7 +167,7 @@ class Network(nn.Module):
         return names
 
 
-class SecondStage(nn.Module):
+class SecondStage(Exported):
     """The box head of a detector of two stages, from the features of regions to their outputs.
 
     Args:
@@ -173,7 +205,7 @@ class Part:
         inputs: From images to what this part is given.
     """
 
-    network: nn.Module
+    network: Exported
     path: Path
     input: str
     outputs: list[str]
@@ -211,9 +243,9 @@ def export_model(args: argparse.Namespace) -> bool:
         parts = _parts(model, args, size)
         example = torch.zeros(1, 3, *size)
         for part in parts:
-            _write(part, part.inputs(example), _about(model, meta, args, size))
+            _write(part, part.inputs(example), _about(part.network, model, meta, args, size))
             print(f'{part.path}: {part.input} -> {", ".join(part.outputs)}')
-        batches = list(_batches(images[: args.verify], size, args.dynamic))
+        batches = list(_batches(images[: args.verify], size, parts[0].dims))
         equal = _verify(model, parts, batches) if batches else True
         if args.time and batches:
             print(_times(parts, batches))
@@ -265,8 +297,18 @@ def _images(data: AnalysisData) -> Iterator[Tensor]:
             found += 1
 
 
+def _network(model: nn.Module, boxes: bool) -> Network:
+    if not boxes:
+        return Network(model)
+    if task_of(model) != 'detection':
+        raise ConfigError(f'--boxes is for detectors, and {type(model).__name__} is none; omit it')
+    from mmdet_moe.analysis.decoding import Detector  # needs MMDetection
+
+    return Detector(model)
+
+
 def _parts(model: nn.Module, args: argparse.Namespace, size: tuple[int, int]) -> list[Part]:
-    network = Network(model).eval()
+    network = _network(model, args.boxes).eval()
     try:
         outputs = network.outputs(torch.zeros(1, 3, *size))
     except Exception as error:
@@ -277,6 +319,8 @@ def _parts(model: nn.Module, args: argparse.Namespace, size: tuple[int, int]) ->
         ) from error
     names = network.names(outputs)
     free = {0: 'batch', 2: 'height', 3: 'width'} if args.dynamic else {}
+    if args.boxes:  # as many boxes as an image has cannot be stacked
+        free.pop(0, None)
     parts = [Part(network, args.out, 'images', names, free, lambda images: images)]
     if not hasattr(model, 'roi_head'):
         return parts
@@ -337,7 +381,11 @@ def _write(part: Part, example: Tensor, about: dict[str, str]) -> None:
 
 
 def _about(
-    model: nn.Module, meta: dict, args: argparse.Namespace, size: tuple[int, int]
+    network: Exported,
+    model: nn.Module,
+    meta: dict,
+    args: argparse.Namespace,
+    size: tuple[int, int],
 ) -> dict[str, str]:
     """What a user of the file has to know, as ONNX keeps it: texts by name."""
     before = model.data_preprocessor
@@ -355,21 +403,22 @@ def _about(
         'classes': (meta.get('dataset_meta') or {}).get('classes'),
         'config': Path(args.config).name,
         'mmdet_moe': __version__,
+        **network.about(),
     }
     return {key: v if isinstance(v, str) else json.dumps(v) for key, v in about.items()}
 
 
-def _batches(images: list[Tensor], size: tuple[int, int], dynamic: bool) -> Iterator[Tensor]:
+def _batches(images: list[Tensor], size: tuple[int, int], free: dict[int, str]) -> Iterator[Tensor]:
     """The images as the file takes them: cut, or filled up with 0, to its size.
 
-    If any size will do, every second one is a batch of two of another size.
+    If its dimensions are free, every second one is of another size, in a batch of two.
     """
     for i, image in enumerate(images):
         height, width = size
         batch = [image]
-        if dynamic and i % 2 == 0:  # the first too, as it may be the only one
+        if free and i % 2 == 0:  # the first too, as it may be the only one
             height, width = max(height - 32, 32), max(width - 64, 32)
-            batch = [image, images[i - 1]]
+            batch = [image, images[i - 1]] if 0 in free else batch
         filled = [_canvas(image, height, width) for image in batch]
         yield torch.stack(filled)
 
@@ -406,12 +455,8 @@ def _verify(model: nn.Module, parts: list[Part], batches: list[Tensor]) -> bool:
         run = _runtime(part)
         for batch in batches:
             inputs = part.inputs(batch)
-            expected = part.network(inputs)
-            for name, y, found in zip(part.outputs, expected, run(inputs), strict=True):
-                difference = float('inf')  # another shape, or no number
-                if found.shape == y.shape:
-                    relative = (found - y).abs() / y.abs().clamp(min=1)
-                    difference = relative.nan_to_num(nan=difference).max().item()
+            differences = part.network.differences(part.network.expected(inputs), run(inputs))
+            for name, difference in zip(part.outputs, differences, strict=False):
                 if difference >= largest:
                     largest, worst = difference, name
     for handle in observed:
@@ -442,7 +487,7 @@ def _times(parts: list[Part], batches: list[Tensor]) -> str:
             seconds: dict[str, list[float]] = {'PyTorch': [], 'onnxruntime': []}
             for batch in batches:
                 inputs = part.inputs(batch)
-                for name, compute in (('PyTorch', part.network), ('onnxruntime', run)):
+                for name, compute in (('PyTorch', part.network.expected), ('onnxruntime', run)):
                     compute(inputs)
                     start = time.process_time()
                     compute(inputs)

@@ -148,6 +148,18 @@ def test_any_size(head, capsys):
     assert 'onnxruntime equals PyTorch on 4 images' in capsys.readouterr().out
 
 
+@pytest.mark.sweep(keep=0)  # takes long
+def test_boxes(head, capsys):
+    """The file says of itself how the boxes were chosen; what it gives is tested with the heads."""
+    assert export_model(parse(head.argv('--verify', '2', '--boxes')))
+    printed = capsys.readouterr().out
+    assert 'model.onnx: images -> boxes, scores, labels' in printed
+    assert 'onnxruntime equals PyTorch on 2 images: largest difference' in printed
+    about = {p.key: p.value for p in onnx.load(head.folder / 'model.onnx').metadata_props}
+    assert about['outputs'].startswith('boxes (n, 4) float32: x1 y1 x2 y2 in pixels')
+    assert json.loads(about['test_cfg'])['nms'] == {'type': 'nms', 'iou_threshold': 0.5}
+
+
 @pytest.mark.parametrize(
     ('argv', 'message'),
     [
@@ -179,8 +191,10 @@ def test_size_and_files():
     """The size is that of the model's own batches; even one image tests another size."""
     assert deployment._filled_up((50, 64), SimpleNamespace(pad_size_divisor=32)) == [64, 64]
     assert deployment._filled_up((50, 64), torch.nn.Identity()) == [50, 64]
-    (batch,) = deployment._batches([torch.ones(3, 64, 64)], (64, 128), True)
-    assert batch.shape == (2, 3, 32, 64)
+    for free, number in (((0, 2, 3), 2), ((2, 3), 1)):
+        free = dict.fromkeys(free, 'any')
+        (batch,) = deployment._batches([torch.ones(3, 64, 64)], (64, 128), free)
+        assert batch.shape == (number, 3, 32, 64)
 
 
 def test_without_the_packages(monkeypatch, capsys):
