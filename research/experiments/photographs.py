@@ -50,7 +50,12 @@ _VOC = (
     Method('hard', 'retinanet_lite0_moe_hard_voc2007'),
     Method('no balancing', 'retinanet_lite0_moe_unbalanced_voc2007'),
     # As dear as the dense one: one whole expert, or two narrow ones.
-    Method('soft, k = 1', _SOFT, ('model.bbox_head.top_k=1',)),
+    Method(
+        'soft, k = 1',
+        _SOFT,
+        # Otherwise the one weight would scale what the layer gives.
+        ('model.bbox_head.top_k=1', 'model.bbox_head.router.softmax=straight_through'),
+    ),
     Method('soft, narrow', 'retinanet_lite0_moe_equal_voc2007'),
 )
 VOC = Photographs(name='voc', methods=_VOC, pictured=_VOC[2:])
