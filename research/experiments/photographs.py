@@ -15,14 +15,11 @@ from mmdet_moe.cli import load_config, parse_options
 from mmdet_moe.engine.preflight import check_config
 from mmdet_moe.errors import ConfigError
 from research.experiments.budget import MIXED_PRECISION, NO_WORKERS
-from research.experiments.domains_detector import neck_and_head_flops
+from research.experiments.domains_detector import SIDE, WIDTH, neck_and_head_flops
 from research.experiments.experiment import CONFIGS, Method
 from research.experiments.scenes import Task
 from research.experiments.sizes import MeasuredExperiment, markdown_table, plot
 from research.runs import mean_std
-
-#: Longer side of the images in px, to which they are padded.
-SIDE = 320
 
 
 @dataclass(frozen=True)
@@ -45,7 +42,7 @@ _SOFT = 'retinanet_lite0_moe_soft_voc2007'
 _VOC = (
     Method('dense', _DENSE),
     # As dear as two of the experts.
-    Method('dense, 96 channels', _DENSE, ('model.bbox_head.feat_channels=96',)),
+    Method('dense, 48 channels', _DENSE, ('model.bbox_head.feat_channels=48',)),
     Method('soft', _SOFT),
     Method('hard', 'retinanet_lite0_moe_hard_voc2007'),
     Method('no balancing', 'retinanet_lite0_moe_unbalanced_voc2007'),
@@ -198,7 +195,7 @@ class PhotographsExperiment(MeasuredExperiment):
 
 
 def config_text(base: str, classes: Sequence[str], cache: str) -> str:
-    """A config with a frozen backbone and one anchor for each place and ratio.
+    """A config with a frozen backbone, a narrow neck and head, and one anchor a place and ratio.
 
     Args:
         base: Name of the config of which it is made, below ``configs/``.
@@ -208,12 +205,17 @@ def config_text(base: str, classes: Sequence[str], cache: str) -> str:
     # So that the padding, and with it the cache, does not depend on the batch.
     pad = {'type': 'BatchFixedSizePad', 'size': (SIDE, SIDE)}
     head: dict[str, Any] = {
+        **dict.fromkeys(('in_channels', 'feat_channels'), WIDTH),
         'anchor_generator': {'octave_base_scale': 5, 'scales_per_octave': 1},
         **({'num_classes': len(classes)} if classes else {}),
     }
     text = f"""# Written by `tools/reproduce.py`.
 _base_ = {str(CONFIGS / f'{base}.py')!r}
-model = dict(data_preprocessor=dict(batch_augments=[{pad!r}]), bbox_head={head!r})
+model = dict(
+    data_preprocessor=dict(batch_augments=[{pad!r}]),
+    neck=dict(out_channels={WIDTH}),
+    bbox_head={head!r},
+)
 model['backbone'] = dict(
     _delete_=True, type='mmdet_moe.Frozen', module={{{{_base_.model.backbone}}}}, cache={cache!r}
 )
