@@ -48,7 +48,7 @@ _VOC = (
     Method('no balancing', 'retinanet_lite0_moe_unbalanced_voc2007'),
     # As dear as the dense one: one whole expert, or two narrow ones.
     Method(
-        'soft, k = 1',
+        'soft, one expert',
         _SOFT,
         # Otherwise the one weight would scale what the layer gives.
         ('model.bbox_head.top_k=1', 'model.bbox_head.router.softmax=straight_through'),
