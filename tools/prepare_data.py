@@ -19,6 +19,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 from mmdet_moe.datasets import (
     class_folders,
     coco_check,
+    coco_part,
     digit_scenes,
     download,
     fashion_mnist,
@@ -46,6 +47,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help='whose images to get; the annotations of both always come (both)',
     )
     _add_download_options(coco, download.COCO_URL_BASE)
+
+    _add_coco_part(commands)
 
     for name, title in (('cifar10', 'CIFAR-10 (170 MB)'), ('cifar100', 'CIFAR-100 (169 MB)')):
         cifar = commands.add_parser(name, help=f'download {title}')
@@ -117,6 +120,22 @@ def _add_digit_scenes(commands: argparse._SubParsersAction) -> None:
     scenes.add_argument(
         '--overwrite', action='store_true', help='replace a data set of other parameters'
     )
+
+
+def _add_coco_part(commands: argparse._SubParsersAction) -> None:
+    part = commands.add_parser('coco-part', help='some images and classes of COCO 2017')
+    part.set_defaults(run=run_coco_part)
+    part.add_argument('--source', default='data/coco', help='its folder (%(default)s)')
+    part.add_argument('--out', required=True, help='folder to write')
+    part.add_argument(
+        '--ids',
+        nargs=2,
+        required=True,
+        help='two text files with names of images ("000000000139"), to train and to validate with',
+        metavar='FILE',
+    )
+    part.add_argument('--classes', nargs='+', required=True, help='their names', metavar='NAME')
+    _add_size(part)
 
 
 def _add_fashion_mnist(commands: argparse._SubParsersAction) -> None:
@@ -255,6 +274,13 @@ def run_coco(args: argparse.Namespace) -> None:
     """Download COCO."""
     unpacked = download.prepare_coco(args.out, args.splits, args.url_base, args.remove_archives)
     _report(args, unpacked)
+
+
+def run_coco_part(args: argparse.Namespace) -> None:
+    """Write some images and classes of COCO as a data set of their own."""
+    _check_size(args.size)
+    made = coco_part.prepare_coco_part(args.out, args.source, args.ids, args.classes, args.size)
+    _report_folder(args, made)
 
 
 def run_cifar(args: argparse.Namespace) -> None:

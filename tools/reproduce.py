@@ -25,6 +25,8 @@ from research.experiments.domains_detector import DomainsDetectorExperiment
 from research.experiments.experiment import SEEDS, Experiment
 from research.experiments.mumoe import MuMoEExperiment
 from research.experiments.mumoe_editing import EditingExperiment
+from research.experiments.photographs import TASKS as PHOTOGRAPHS
+from research.experiments.photographs import PhotographsExperiment
 from research.experiments.robust import RobustExperiment
 from research.experiments.scenes import DIGIT_SCENES, FASHION_SCENES, ScenesExperiment
 from research.experiments.sizes import METHODS, SizesExperiment
@@ -122,6 +124,13 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
             help='folder of Fashion-MNIST (by default FASHION_MNIST_ROOT, or data/fashion-mnist)',
         )
     _add(commands, 'domains-detector', 'one detector for unlike data sets: which experts win?')
+    for name, (data, what) in {
+        'voc': ('voc2007', 'balancing methods of a RetinaNet on photographs of 20 classes'),
+        'persons': ('persons', 'do experts know the size of persons beyond the level?'),
+    }.items():
+        _add(commands, name, what, data=data).add_argument(
+            '--epochs', type=int, help=f'of every training ({PHOTOGRAPHS[name].epochs})'
+        )
     for command, choices in budgets.items():
         texts = '; '.join(f'{name}: {budget.text}' for name, budget in choices.items())
         by_name[command].add_argument('--budget', choices=tuple(choices), default='cpu', help=texts)
@@ -171,6 +180,8 @@ def experiment(
         return DomainsExperiment(*common, args.fashion_mnist, TRUNKS[args.command])
     if args.command == 'domains-detector':
         return DomainsDetectorExperiment(*common)
+    if args.command in PHOTOGRAPHS:
+        return PhotographsExperiment(PHOTOGRAPHS[args.command], *common, epochs=args.epochs)
     if args.command == 'mumoe':
         return MuMoEExperiment(*common)
     if args.command == 'mumoe-editing':

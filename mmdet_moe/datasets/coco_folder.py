@@ -187,6 +187,19 @@ def read_text(file: Path) -> str:
         return file.read_text(encoding='utf-8-sig')
 
 
+def read_ids(file: Path) -> list[str]:
+    """The ids of a file of ``--ids``, each once, in its order.
+
+    Raises:
+        ConfigError: There is no such file, or it lists nothing.
+    """
+    if not file.is_file():
+        raise ConfigError(f'--ids: there is no file {file}')
+    if not (ids := read_text(file).split()):
+        raise ConfigError(f'--ids: {file} lists no image')
+    return list(dict.fromkeys(ids))
+
+
 def _store(item: Labelled, target: Path, size: int | None) -> tuple[int, int]:
     if Path(item.name).is_absolute() or '..' in Path(item.name).parts:
         raise ConfigError(f'{item.file}: {item.name!r} leads out of the data set; rename the image')

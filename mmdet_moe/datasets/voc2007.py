@@ -20,7 +20,7 @@ from mmdet_moe.datasets.coco_folder import (
     already_there,
     digest,
     image_size,
-    read_text,
+    read_ids,
     write_folder,
 )
 from mmdet_moe.datasets.download import Archive, prepare
@@ -78,7 +78,7 @@ def prepare_voc2007(
         ConfigError: The download fails, or something in the source or ``ids`` is missing or
             damaged.
     """
-    listed = [_read_ids(Path(file)) for file in ids]
+    listed = [read_ids(Path(file)) for file in ids]
     made_of = {'data': 'voc2007', 'ids': [digest(some) for some in listed], 'size': size}
     if not skip_missing and (counts := already_there(out, made_of)) is not None:
         return 'already there', counts
@@ -128,14 +128,6 @@ def read_annotation(file: str | Path) -> tuple[tuple[int, int], list[Box]]:
 
 
 _CORNERS = ('xmin', 'ymin', 'xmax', 'ymax')
-
-
-def _read_ids(file: Path) -> list[str]:
-    if not file.is_file():
-        raise ConfigError(f'--ids: there is no file {file}')
-    if not (ids := read_text(file).split()):
-        raise ConfigError(f'--ids: {file} lists no image')
-    return list(dict.fromkeys(ids))
 
 
 def _find(source: Path) -> Path:

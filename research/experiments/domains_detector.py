@@ -179,12 +179,7 @@ class DomainsDetectorExperiment(Experiment):
         """Active FLOPs of neck and head for one image."""
         if name not in self._flops:
             cfg = Config.fromfile(f'{self.methods(name)[0].config}.py')
-            del cfg.model.backbone.cache  # what is read costs no FLOPs
-            with DefaultScope.overwrite_default_scope(cfg.default_scope):
-                model = build_model(cfg)
-            image = torch.randn(1, 3, SIDE, SIDE)
-            # The frozen backbone is the same in all, and most of the whole.
-            self._flops[name] = count_flops(model, image) - count_flops(model.backbone, image)
+            self._flops[name] = neck_and_head_flops(cfg)
         return self._flops[name]
 
 
@@ -202,6 +197,20 @@ def _classes_and_images(data: Path) -> tuple[dict[str, list[str]], dict[str, int
             '`voc2007` write them'
         )
     return classes, images
+
+
+def neck_and_head_flops(cfg: Config) -> int:
+    """Active FLOPs for one image of a detector without its frozen, cached backbone.
+
+    Args:
+        cfg: Loses the cache, as what is read costs no FLOPs.
+    """
+    del cfg.model.backbone.cache
+    with DefaultScope.overwrite_default_scope(cfg.default_scope):
+        model = build_model(cfg)
+    image = torch.randn(1, 3, SIDE, SIDE)
+    # The frozen backbone is the same in all, and most of the whole.
+    return count_flops(model, image) - count_flops(model.backbone, image)
 
 
 def config_text(

@@ -1,6 +1,6 @@
-"""Balancing methods of the demo's RetinaNet, on generated scenes.
+"""Balancing methods of a RetinaNet, and the demo's on generated scenes.
 
-Every seed has its own pretrained dense model, from which all of its methods start.
+There every seed has its own pretrained dense model, from which all of its methods start.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -33,25 +33,34 @@ from research.runs import RunResult, latest_checkpoint, mean_std
 
 
 @dataclass(frozen=True)
-class Scenes:
-    """What is trained on which scenes.
+class Task:
+    """What is trained.
 
     Attributes:
         name: Of the markers and the picture in docs/results.md.
-        sprites: What the scenes show, see :mod:`mmdet_moe.datasets.sprites`.
-        pretraining: The common start of all methods.
         methods: Rows of the main table, the dense model first.
         pictured: The methods of the picture.
+        pretraining: The common start of all methods, if there is one.
         decision_weights: Rows of the second table, if there is one; the last one is the run of
             ``methods[1]``.
     """
 
     name: str
-    sprites: str
-    pretraining: Method
     methods: tuple[Method, ...]
     pictured: tuple[Method, ...]
+    pretraining: Method | None = None
     decision_weights: tuple[Method, ...] = ()
+
+
+@dataclass(frozen=True)
+class Scenes(Task):
+    """A task on generated scenes.
+
+    Attributes:
+        sprites: What the scenes show, see :mod:`mmdet_moe.datasets.sprites`.
+    """
+
+    sprites: str = 'digits'
 
 
 _DIGITS = (
@@ -94,7 +103,74 @@ FASHION_SCENES = Scenes(
 )
 
 
-class ScenesExperiment(Experiment):
+class DetectorExperiment(Experiment):
+    """All methods of a task, with the tables of detectors.
+
+    Args:
+        task: What is trained.
+        *args, **kwargs: As for :class:`Experiment`.
+    """
+
+    def __init__(self, task: Task, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self.task = task
+
+    def prepare(self) -> None:
+        """Make the data, or see whether they are there."""
+
+    def run(self, table_only: bool = False) -> None:
+        self.prepare()
+        self.check([*self.pretraining, *self._unique_methods()])
+        if not table_only:
+            self.train(self.pretraining)
+            self.train(self._unique_methods())
+            self.analyse(self.task.methods[1:])
+        self.write()
+
+    @property
+    def pretraining(self) -> list[Method]:
+        """What every seed begins with, if anything."""
+        return [] if self.task.pretraining is None else [self.task.pretraining]
+
+    def _unique_methods(self) -> list[Method]:
+        return [*self.task.methods, *self.task.decision_weights[:-1]]
+
+    def run_dir(self, method: Method, seed: int) -> Path:
+        if self.task.decision_weights and method == self.task.decision_weights[-1]:
+            method = self.task.methods[1]
+        return super().run_dir(method, seed)
+
+    def options(self, method: Method, seed: int) -> list[str]:
+        options = super().options(method, seed)
+        if self.task.pretraining not in (None, method):
+            pretrained = latest_checkpoint(self.run_dir(self.task.pretraining, seed))
+            options.append(f'load_from={pretrained}')
+        return options
+
+    def write(self) -> None:
+        task = self.task
+        cfg = Config.fromfile(CONFIGS / f'{task.methods[0].config}.py')
+        apply_data_root(cfg, str(self.data))
+        objects = positives_per_level(cfg)
+        rows = {task.name: task.methods}
+        if task.decision_weights:
+            rows['decision-weights'] = task.decision_weights
+        results = {
+            marker: {method.name: self.results(method) for method in methods}
+            for marker, methods in rows.items()
+        }
+        tables = {marker: markdown_table(runs, objects) for marker, runs in results.items()}
+        found = {method.name: self.analyses(method) for method in task.methods[1:]}
+        tables[f'{task.name}-specialisation'] = specialisation_table(found)
+        pictures = {}
+        if all(found[method.name] for method in task.pictured):
+            first = {method.name: found[method.name][0] for method in task.pictured}
+            pictures[f'{task.name}-specialisation.png'] = partial(plot_specialisation, first)
+        runs = [*found.values(), *(runs for group in results.values() for runs in group.values())]
+        self.publish(all(len(r) == len(self.seeds) for r in runs), tables, pictures)
+
+
+class ScenesExperiment(DetectorExperiment):
     """All methods on one kind of scenes.
 
     Args:
@@ -104,11 +180,11 @@ class ScenesExperiment(Experiment):
     """
 
     def __init__(self, scenes: Scenes, *args, source: Path | None = None, **kwargs) -> None:
-        super().__init__(*args, **kwargs)
+        super().__init__(scenes, *args, **kwargs)
         self.scenes = scenes
         self.source = source
 
-    def run(self, table_only: bool = False) -> None:
+    def prepare(self) -> None:
         digit_scenes.generate(
             self.data,
             num_train=1000,
@@ -118,49 +194,6 @@ class ScenesExperiment(Experiment):
             sprites=self.scenes.sprites,
             source=self.source,
         )
-        self.check([self.scenes.pretraining, *self._unique_methods()])
-        if not table_only:
-            self.train([self.scenes.pretraining])
-            self.train(self._unique_methods())
-            self.analyse(self.scenes.methods[1:])
-        self.write()
-
-    def _unique_methods(self) -> list[Method]:
-        return [*self.scenes.methods, *self.scenes.decision_weights[:-1]]
-
-    def run_dir(self, method: Method, seed: int) -> Path:
-        if self.scenes.decision_weights and method == self.scenes.decision_weights[-1]:
-            method = self.scenes.methods[1]
-        return super().run_dir(method, seed)
-
-    def options(self, method: Method, seed: int) -> list[str]:
-        options = super().options(method, seed)
-        if method != self.scenes.pretraining:
-            pretrained = latest_checkpoint(self.run_dir(self.scenes.pretraining, seed))
-            options.append(f'load_from={pretrained}')
-        return options
-
-    def write(self) -> None:
-        scenes = self.scenes
-        cfg = Config.fromfile(CONFIGS / f'{scenes.methods[0].config}.py')
-        apply_data_root(cfg, str(self.data))
-        objects = positives_per_level(cfg)
-        rows = {scenes.name: scenes.methods}
-        if scenes.decision_weights:
-            rows['decision-weights'] = scenes.decision_weights
-        results = {
-            marker: {method.name: self.results(method) for method in methods}
-            for marker, methods in rows.items()
-        }
-        tables = {marker: markdown_table(runs, objects) for marker, runs in results.items()}
-        found = {method.name: self.analyses(method) for method in scenes.methods[1:]}
-        tables[f'{scenes.name}-specialisation'] = specialisation_table(found)
-        pictures = {}
-        if all(found[method.name] for method in scenes.pictured):
-            first = {method.name: found[method.name][0] for method in scenes.pictured}
-            pictures[f'{scenes.name}-specialisation.png'] = partial(plot_specialisation, first)
-        runs = [*found.values(), *(runs for group in results.values() for runs in group.values())]
-        self.publish(all(len(r) == len(self.seeds) for r in runs), tables, pictures)
 
 
 def markdown_table(results: dict[str, list[RunResult]], objects: Tensor) -> str:

@@ -21,7 +21,7 @@ from mmdet_moe.datasets import digit_scenes
 from mmdet_moe.errors import ConfigError
 from research.experiments.experiment import Method
 from research.experiments.markdown import NOTHING, mean_and_std, table
-from research.experiments.scenes import DIGIT_SCENES, ScenesExperiment
+from research.experiments.scenes import DIGIT_SCENES, DetectorExperiment
 from research.runs import mean_std, run_process
 from research.size_information import FILE
 
@@ -55,7 +55,54 @@ METHODS = (
 QUICK = 'pixel: both'
 
 
-class SizesExperiment(ScenesExperiment):
+class MeasuredExperiment(DetectorExperiment):
+    """Base class: each run is measured by :mod:`research.size_information`.
+
+    Attributes:
+        methods: Those that are trained.
+    """
+
+    methods: Sequence[Method]
+
+    def train_and_measure(self) -> None:
+        """Train and measure what is missing, after the pretraining.
+
+        Raises:
+            ConfigError: If a run fails.
+        """
+        self.train(self.pretraining)
+        runs = [run for run in self._runs(self.methods) if not self._is_done(*run)]
+        self._in_parallel(runs, lambda run: self._train_and_measure(*run), 'runs')
+
+    def _is_done(self, method: Method, seed: int) -> bool:
+        measured = method is self.task.methods[0] or (self.run_dir(method, seed) / FILE).exists()
+        return measured and self._result(method, seed) is not None
+
+    def _train_and_measure(self, method: Method, seed: int) -> None:
+        if self._result(method, seed) is None:
+            self._train_one(method, seed)
+        folder = self.run_dir(method, seed)
+        if method is not self.task.methods[0]:
+            with (folder / 'output.log').open('a') as log:
+                run_process(['-m', 'research.size_information'], [str(folder)], 1, log)
+
+    def found(self) -> dict[str, list[dict]]:
+        """Figures of the finished runs, by method: ``seed``, ``metrics`` and ``layers``."""
+        found = {}
+        for method in self.methods:
+            runs = []
+            for seed in self.seeds:
+                if self._is_done(method, seed):
+                    path = self.run_dir(method, seed) / FILE
+                    measured = json.loads(path.read_text()) if path.exists() else {}
+                    metrics = self._result(method, seed).metrics
+                    runs.append({'seed': seed, 'metrics': metrics, **measured})
+            if runs:
+                found[method.name] = runs
+        return found
+
+
+class SizesExperiment(MeasuredExperiment):
     """All methods, and what their experts have to do with the sizes of the objects.
 
     Args:
@@ -82,11 +129,9 @@ class SizesExperiment(ScenesExperiment):
     def run(self, table_only: bool = False) -> None:
         images, val = (40, 16) if self.quick else (1000, 200)
         digit_scenes.generate(self.data, num_train=images, num_val=val, size=256, seed=0)
-        self.check([self.scenes.pretraining, *self.methods])
+        self.check([*self.pretraining, *self.methods])
         if not table_only:
-            self.train([self.scenes.pretraining])
-            runs = [run for run in self._runs(self.methods) if not self._is_done(*run)]
-            self._in_parallel(runs, lambda run: self._train_and_measure(*run), 'runs')
+            self.train_and_measure()
         self.write()
 
     def options(self, method: Method, seed: int) -> list[str]:
@@ -94,18 +139,6 @@ class SizesExperiment(ScenesExperiment):
         if self.quick:
             options += ['train_cfg.max_iters=10', 'train_cfg.val_interval=10']
         return options
-
-    def _is_done(self, method: Method, seed: int) -> bool:
-        measured = method is METHODS[0] or (self.run_dir(method, seed) / FILE).exists()
-        return measured and self._result(method, seed) is not None
-
-    def _train_and_measure(self, method: Method, seed: int) -> None:
-        if self._result(method, seed) is None:
-            self._train_one(method, seed)
-        folder = self.run_dir(method, seed)
-        if method is not METHODS[0]:
-            with (folder / 'output.log').open('a') as log:
-                run_process(['-m', 'research.size_information'], [str(folder)], 1, log)
 
     def write(self) -> None:
         found = self.found()
@@ -117,21 +150,6 @@ class SizesExperiment(ScenesExperiment):
         if any('layers' in run for runs in found.values() for run in runs):
             pictures[f'{NAME}.png'] = partial(plot, found)
         self.publish(complete, {NAME: markdown_table(found)}, pictures)
-
-    def found(self) -> dict[str, list[dict]]:
-        """Figures of the finished runs, by method: ``seed``, ``metrics`` and ``layers``."""
-        found = {}
-        for method in self.methods:
-            runs = []
-            for seed in self.seeds:
-                if self._is_done(method, seed):
-                    path = self.run_dir(method, seed) / FILE
-                    measured = json.loads(path.read_text()) if path.exists() else {}
-                    metrics = self._result(method, seed).metrics
-                    runs.append({'seed': seed, 'metrics': metrics, **measured})
-            if runs:
-                found[method.name] = runs
-        return found
 
 
 def markdown_table(found: dict[str, list[dict]]) -> str:
