@@ -158,7 +158,7 @@ def _check(model: nn.Module) -> None:
         head = getattr(model, 'bbox_head', None)
         decoder = f', with its {type(head).__name__},' if head is not None else ''
         raise ConfigError(
-            f'--boxes is for detectors of one stage that decode as RetinaNet, FCOS, ATSS, GFL, '
+            '--boxes is for detectors of one stage that decode as RetinaNet, FCOS, ATSS, GFL, TOOD, '
             f'YOLOX, RTMDet and SSD do, which {type(model).__name__}{decoder} does not; export it '
             'without --boxes'
         )
