@@ -158,9 +158,9 @@ def _check(model: nn.Module) -> None:
         head = getattr(model, 'bbox_head', None)
         decoder = f', with its {type(head).__name__},' if head is not None else ''
         raise ConfigError(
-            f'--boxes is for detectors of one stage that decode as RetinaNet, FCOS, ATSS, GFL, '
-            f'YOLOX, RTMDet and SSD do, which {type(model).__name__}{decoder} does not; export it '
-            'without --boxes'
+            '--boxes is for detectors of one stage that decode as RetinaNet, FCOS, ATSS, GFL, '
+            f'TOOD, YOLOX, RTMDet and SSD do, which {type(model).__name__}{decoder} does not; '
+            'export it without --boxes'
         )
     nms = dict((model.bbox_head.test_cfg or {}).get('nms') or {})
     if nms.get('type', 'nms') != 'nms' or 'iou_threshold' not in nms or set(nms) - _NMS:
