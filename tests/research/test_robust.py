@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from mmdet_moe.analysis.files import write_file
 from mmdet_moe.analysis.robustness import parse
 from mmdet_moe.errors import ConfigError
 from research.experiments import experiment as experiment_module
@@ -55,7 +56,8 @@ def experiment(tmp_path, monkeypatch):
         called.append(args)
         robust = {'pgd': 0.2, 'apgd': 0.1}[args.attack] + (0.1 if 'seed1' in str(args.out) else 0)
         is_soft = SOFT.key in str(args.out)
-        args.out.write_text(json.dumps(content(robust, 0.4 if is_soft else None)))
+        # Whole or not at all, as the tool does: the tables are read while it writes.
+        write_file(args.out, json.dumps(content(robust, 0.4 if is_soft else None)).encode())
 
     monkeypatch.setattr(module, 'run_process', run_process)
     for method in (DENSE, SOFT):
