@@ -206,9 +206,10 @@ def neck_and_head_flops(cfg: Config) -> int:
         cfg: Loses the cache, as what is read costs no FLOPs.
     """
     del cfg.model.backbone.cache
-    with DefaultScope.overwrite_default_scope(cfg.default_scope):
-        model = build_model(cfg)
-    image = torch.randn(1, 3, SIDE, SIDE)
+    # Where pixels are routed, weights and image decide about the cost.
+    with DefaultScope.overwrite_default_scope(cfg.default_scope), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model, image = build_model(cfg), torch.randn(1, 3, SIDE, SIDE)
     # The frozen backbone is the same in all, and most of the whole.
     return count_flops(model, image) - count_flops(model.backbone, image)
 
