@@ -271,7 +271,12 @@ class Experiment(ABC):
         runs = self._runs(methods)
         todo = [run for run in runs if self._result(*run) is None]
         recorded = len(runs) - len(todo) - sum(self._here(*run) is not None for run in runs)
-        note = f', {recorded} of them by the records in {self._records_file}' if recorded else ''
+        note = (
+            f', {recorded} of them by the records in {self._records_file} (move it away to train '
+            'them again)'
+            if recorded
+            else ''
+        )
         print(f'{len(runs) - len(todo)} of {len(runs)} runs are finished{note}.', flush=True)
         self._train_here(todo)
 
