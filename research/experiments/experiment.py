@@ -79,6 +79,9 @@ class Experiment(ABC):
         ConfigError: For seeds or jobs out of range.
     """
 
+    #: Of ``tools/analyze_experts.py``.
+    analysis_options: Sequence[str] = ()
+
     def __init__(self, data: Path, work_dir: Path, seeds: Sequence[int], jobs: int) -> None:
         check_amounts(seeds, jobs)
         # Trainings run from the checkout, wherever the tool was called.
@@ -185,7 +188,7 @@ class Experiment(ABC):
 
         def analyse_one(work_dir: Path) -> None:
             with (work_dir / 'output.log').open('a') as log:
-                analyse(work_dir, threads=1, output=log)
+                analyse(work_dir, threads=1, output=log, options=self.analysis_options)
 
         self._in_parallel(todo, analyse_one, 'analyses')
 
