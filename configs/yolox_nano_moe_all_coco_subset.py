@@ -1,11 +1,12 @@
 # A trained YOLOX-nano becomes sparse by path: backbone, neck and head. One of 4 experts counts in
-# full, so that the model starts with the dense one's outputs and costs what it does.
+# full, so that the model starts with the dense one's outputs and costs what it does. Routers start
+# as clusters: with the usual start most of these layers send nearly all images to one expert.
 _base_ = [
     './_base_/models/yolox_nano.py',
     './_base_/datasets/coco_subset.py',
     './_base_/schedules/yolox_adamw.py',
     './_base_/default_runtime.py',
-    './_base_/balancing/soft_importance.py',
+    './_base_/balancing/clustered.py',
 ]
 one = dict(num_experts=4, top_k=1)
 backbone_experts = [dict(at='backbone.stage4', **one)]
@@ -15,5 +16,5 @@ model = dict(
     type='mmdet_moe.WithExperts',
     of='YOLOX',
     experts=[*backbone_experts, *neck_experts, *head_experts],
-    router=dict(softmax='straight_through', **_base_.router),
+    router=_base_.router,
 )

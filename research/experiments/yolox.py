@@ -37,7 +37,7 @@ YOLOX = Photographs(
         Method('backbone, neck and head', _CONFIG.format('moe_all')),
     ),
     pictured=(),
-    epochs=3,
+    epochs=4,
 )
 
 
@@ -89,9 +89,13 @@ class YoloxExperiment(PhotographsExperiment):
 
     def _evaluate_start(self, method: Method) -> None:
         config, file = CONFIGS / f'{method.config}.py', self._start_file(method)
+        file.parent.mkdir(parents=True, exist_ok=True)
         options = [f'data_root={self.data}', 'test_dataloader.num_workers=0']
         options.append('test_dataloader.persistent_workers=False')
-        with scratch_folder(file.parent / 'start') as scratch, (scratch / 'log').open('w') as log:
+        with (
+            (file.parent / 'output.log').open('a') as log,
+            scratch_folder(file.parent / 'start') as scratch,
+        ):
             weights = load_config(str(config)).load_from
             metrics = evaluate(config, weights, scratch, options, threads=1, output=log)
         write_file(file, json.dumps(metrics).encode())
@@ -155,7 +159,7 @@ def markdown_table(
 
 
 #: What the objects have, by its name in ``experts.json``, and as the table calls it.
-_ATTRIBUTES = {'class': 'class', 'size_coco': 'size', 'level': 'level'}
+_ATTRIBUTES = {'class': 'class', 'size_coco': 'size'}
 
 
 def specialisation_table(found: Mapping[str, Sequence[dict]]) -> str:

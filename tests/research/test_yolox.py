@@ -55,7 +55,7 @@ def test_specialisation_by_hand():
         return {'layers': {'neck': {'associations': {'objects': {'class': found}}}}}
 
     (row,) = cells_of(specialisation_table({'neck': [run(0.5, 0.001), run(0.3, 0.02)], 'all': []}))
-    assert row == ['neck', '`neck`', '2', '0.40', '0.25', '0.020', *['–'] * 6]
+    assert row == ['neck', '`neck`', '2', '0.40', '0.25', '0.020', *['–'] * 3]
 
 
 @pytest.fixture
@@ -103,7 +103,7 @@ def test_command(tmp_path):
     common = ['--data', str(tmp_path), '--work-dir', str(tmp_path / 'runs'), '--seeds', '3']
     made = experiment(parse_args(['yolox', *common]))
     assert made.is_default
-    assert 'train_cfg.max_epochs=3' in made.options(made.methods[0], 3)
+    assert 'train_cfg.max_epochs=4' in made.options(made.methods[0], 3)
     assert not experiment(parse_args(['yolox', *common, '--epochs', '1'])).is_default
     with pytest.raises(ConfigError, match=r"--data: there is no '.*train\.json'"):
         made.run()
