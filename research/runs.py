@@ -88,8 +88,41 @@ def train(
     _run_tool('train.py', arguments, threads, output)
 
 
+def evaluate(
+    config: Path,
+    checkpoint: str,
+    work_dir: Path,
+    options: Sequence[str] = (),
+    threads: int | None = None,
+    output: TextIO | None = None,
+) -> dict[str, float]:
+    """Test a detector with the weights of a file, in a process of its own.
+
+    Args:
+        config: Config file.
+        checkpoint: File of weights.
+        work_dir: Where the log goes, which must be empty.
+        options, threads, output: As in :func:`train`.
+
+    Returns:
+        By the names of :data:`COCO_METRICS`.
+
+    Raises:
+        ConfigError: If the test fails.
+    """
+    arguments = [str(config), checkpoint, '--work-dir', str(work_dir)]
+    if options:
+        arguments += ['--cfg-options', *options]
+    _run_tool('test.py', arguments, threads, output)
+    (log,) = work_dir.glob('*/*.json')
+    return _metrics(json.loads(log.read_text()))
+
+
 def analyse(
-    work_dir: Path, threads: int | None = None, output: TextIO | None = None
+    work_dir: Path,
+    threads: int | None = None,
+    output: TextIO | None = None,
+    options: Sequence[str] = (),
 ) -> tuple[Path, dict]:
     """Look at the experts of a finished run in a process of its own, or find that it was done.
 
@@ -97,6 +130,7 @@ def analyse(
         work_dir: Where the run lives; the results go to its folder ``experts``.
         threads: As in :func:`train`.
         output: As in :func:`train`.
+        options: Further ones of ``tools/analyze_experts.py``.
 
     Returns:
         The folder of the results, and the content of their ``experts.json``.
@@ -109,7 +143,7 @@ def analyse(
     if not result.exists():
         (config,) = work_dir.glob('*.py')
         checkpoint = latest_checkpoint(work_dir)
-        arguments = [str(config), str(checkpoint), '--out', str(out)]
+        arguments = [str(config), str(checkpoint), '--out', str(out), *options]
         _run_tool('analyze_experts.py', arguments, threads, output)
     return out, json.loads(result.read_text())
 

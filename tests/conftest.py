@@ -128,9 +128,9 @@ def in_process(request, monkeypatch):
     In processes of their own, each would import the toolboxes for ten seconds.
     """
     from mmdet_moe.analysis.command import run_analysis
-    from mmdet_moe.cli import run_train
+    from mmdet_moe.cli import run_test, run_train
 
-    tools = {'train.py': run_train, 'analyze_experts.py': run_analysis}
+    tools = {'train.py': run_train, 'test.py': run_test, 'analyze_experts.py': run_analysis}
 
     def run_tool(tool, arguments, threads, output):
         with redirect_stdout(output or sys.stdout), pytest.MonkeyPatch.context() as patch:

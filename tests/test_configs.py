@@ -18,9 +18,9 @@ COCO = sorted(CONFIGS.glob('*_coco.py'))
 VOC = sorted(CONFIGS.glob('*_voc2007.py'))
 DEMO = sorted((CONFIGS / 'demo').glob('*.py'))
 #: Other files of tests look at these: test_*_configs.py.
-CLASSIFIERS = [
+OTHERS = [
     path
-    for kind in ('resnet18', 'mlp_mixer', 'moe_rotate', 'efficientnet_lite0')
+    for kind in ('resnet18', 'mlp_mixer', 'moe_rotate', 'efficientnet_lite0', 'yolox')
     for path in CONFIGS.glob(f'{kind}_*.py')
 ]
 
@@ -82,7 +82,7 @@ def test_config_is_what_its_name_says(path):
 
 
 def test_every_config_is_looked_at():
-    assert {*COCO, *VOC, *CLASSIFIERS} == set(CONFIGS.glob('*.py'))
+    assert {*COCO, *VOC, *OTHERS} == set(CONFIGS.glob('*.py'))
 
 
 def test_base_line_swaps_the_balancing():

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Prepare what the configs run on: digit scenes, COCO, VOC, CIFAR, Fashion-MNIST, and a backbone.
+"""Prepare what the configs run on: digit scenes, COCO, VOC, CIFAR, Fashion-MNIST, and weights.
 
 Each command fills one folder, by default the one where the configs look, verifies what it puts
 there and says "already there" when there is nothing to do. `yolo` takes your own data, and `check`
@@ -80,6 +80,20 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="the package's .pth file (by default that of the installed package)",
         metavar='FILE',
     )
+    yolox = commands.add_parser(
+        'yolox-nano',
+        help="the authors' weights of YOLOX-nano (COCO) in MMDetection's layout, with batch "
+        'normalisation folded into the convolutions',
+    )
+    yolox.set_defaults(run=run_yolox_nano)
+    yolox.add_argument('--out', default='data', help='folder for yolox-nano.pth (%(default)s)')
+    yolox.add_argument(
+        '--source',
+        required=True,
+        help='yolox_nano.pth of github.com/Megvii-BaseDetection/YOLOX (release 0.1.1rc0), or a '
+        "checkpoint of MMDetection's yolox_nano",
+        metavar='FILE',
+    )
     return parser.parse_args(argv)
 
 
@@ -134,7 +148,7 @@ def _add_coco_part(commands: argparse._SubParsersAction) -> None:
         help='two text files with names of images ("000000000139"), to train and to validate with',
         metavar='FILE',
     )
-    part.add_argument('--classes', nargs='+', required=True, help='their names', metavar='NAME')
+    part.add_argument('--classes', nargs='+', default=[], help='their names (all)', metavar='NAME')
     _add_size(part)
 
 
@@ -390,6 +404,13 @@ def run_efficientnet_lite0(args: argparse.Namespace) -> None:
 
     file = efficientnet_lite.prepare_lite0(args.out, args.source)
     print(f'{file}: written')
+
+
+def run_yolox_nano(args: argparse.Namespace) -> None:
+    """Write the weights of YOLOX-nano as `configs/yolox_nano_*.py` load them."""
+    from mmdet_moe.models import yolox_nano  # MMDetection is slow to import
+
+    print(f'{yolox_nano.prepare_yolox_nano(args.out, args.source)}: written')
 
 
 def _report(args: argparse.Namespace, unpacked: Sequence[str]) -> None:

@@ -32,6 +32,7 @@ from research.experiments.photographs import PhotographsExperiment
 from research.experiments.robust import RobustExperiment
 from research.experiments.scenes import DIGIT_SCENES, FASHION_SCENES, ScenesExperiment
 from research.experiments.sizes import METHODS, SizesExperiment
+from research.experiments.yolox import YOLOX, YoloxExperiment
 from research.runs import REPOSITORY
 
 #: The data of the experiments with rotated images, by command.
@@ -129,9 +130,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     for name, (data, what) in {
         'voc': ('voc2007', 'balancing methods of a RetinaNet on photographs of 20 classes'),
         'persons': ('persons', 'do experts know the size of persons beyond the level?'),
+        'yolox': ('coco-subset', 'a trained YOLOX-nano becomes sparse: what do its experts learn?'),
     }.items():
+        epochs = {**PHOTOGRAPHS, YOLOX.name: YOLOX}[name].epochs
         _add(commands, name, what, data=data).add_argument(
-            '--epochs', type=int, help=f'of every training ({PHOTOGRAPHS[name].epochs})'
+            '--epochs', type=int, help=f'of every training ({epochs})'
         )
     for command, choices in budgets.items():
         texts = '; '.join(f'{name}: {budget.text}' for name, budget in choices.items())
@@ -184,6 +187,8 @@ def experiment(
         return DomainsDetectorExperiment(*common)
     if args.command in PHOTOGRAPHS:
         return PhotographsExperiment(PHOTOGRAPHS[args.command], *common, epochs=args.epochs)
+    if args.command == YOLOX.name:
+        return YoloxExperiment(*common, epochs=args.epochs)
     if args.command == 'mumoe':
         return MuMoEExperiment(*common)
     if args.command == 'mumoe-editing':

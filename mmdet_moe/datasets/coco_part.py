@@ -38,7 +38,7 @@ def prepare_coco_part(
             both of its splits; a split whose annotations are not there is passed over.
         ids: Text files with the name of an image ('000000000139') a line, of those to train and of
             those to validate with.
-        classes: Names of the classes, in the order of their new ids.
+        classes: Names of the classes, in the order of their new ids; all of COCO's if empty.
         size: Longer side of every image in px; None to keep the images as they are.
 
     Returns:
@@ -63,20 +63,21 @@ def prepare_coco_part(
     }
     if (counts := already_there(out, made_of)) is not None:
         return 'already there', counts
-    found = _read(Path(source), set().union(*splits.values()), classes)
+    found, names = _read(Path(source), set().union(*splits.values()), classes)
     if missing := sorted(set().union(*splits.values()) - set(found)):
         raise ConfigError(
             f'--ids: {missing[0]} ({len(missing)} in all) is not in the annotations of {source}; '
             'get both splits by `tools/prepare_data.py coco`'
         )
     label = partial(_labelled, found)
-    return 'written', write_folder(out, splits, label, list(classes), made_of, size)
+    return 'written', write_folder(out, splits, label, names, made_of, size)
 
 
 def _read(
     source: Path, wanted: set[str], classes: Sequence[str]
-) -> dict[str, tuple[Path, list[Box]]]:
-    """By its name, the file of each image that is wanted, and its objects."""
+) -> tuple[dict[str, tuple[Path, list[Box]]], list[str]]:
+    """By its name, the file of each image that is wanted, and its objects; the classes."""
+    names = list(classes)
     found: dict[str, tuple[Path, list[Box]]] = {}
     files = {split: source / 'annotations' / f'instances_{split}.json' for split in _SPLITS}
     if not any(file.is_file() for file in files.values()):
@@ -87,9 +88,10 @@ def _read(
         with explained(f'{file} is not JSON'):
             content, _ = read_coco(str(file))
         numbers = {category['name']: category['id'] for category in content['categories']}
-        if unknown := [name for name in classes if name not in numbers]:
+        names = names or list(numbers)
+        if unknown := [name for name in names if name not in numbers]:
             raise ConfigError(f'--classes: {file} has no class {unknown[0]!r}')
-        labels = {numbers[name]: label for label, name in enumerate(classes)}
+        labels = {numbers[name]: label for label, name in enumerate(names)}
         of_image: dict[object, list[Box]] = {}
         for image in content['images']:
             name = Path(image['file_name'])
@@ -102,7 +104,7 @@ def _read(
                 corners = (x, y, x + width, y + height)
                 box = Box(labels[entry['category_id']], corners, bool(entry.get('iscrowd')))
                 of_image[entry['image_id']].append(box)
-    return found
+    return found, names
 
 
 def _labelled(found: dict[str, tuple[Path, list[Box]]], name: str) -> Labelled:

@@ -90,6 +90,7 @@ class Experiment(ABC):
             are recorded, and a recorded one counts as finished where it is not on the disk.
         files: By name below a run's folder, what tables and pictures read of its JSON files, as
             of :func:`~research.experiments.records.pick`.
+        analysis_options: Of ``tools/analyze_experts.py``.
 
     Raises:
         ConfigError: For seeds or jobs out of range.
@@ -97,6 +98,7 @@ class Experiment(ABC):
 
     is_default = True
     files: Mapping[str, Sequence[str]] = {}
+    analysis_options: Sequence[str] = ()
 
     def __init__(self, data: Path, work_dir: Path, seeds: Sequence[int], jobs: int) -> None:
         check_amounts(seeds, jobs)
@@ -336,7 +338,7 @@ class Experiment(ABC):
         def analyse_one(run: Run) -> None:
             work_dir = self.run_dir(*run)
             with (work_dir / 'output.log').open('a') as log:
-                analyse(work_dir, threads=1, output=log)
+                analyse(work_dir, threads=1, output=log, options=self.analysis_options)
 
         self._in_parallel(todo, analyse_one, 'analyses')
 

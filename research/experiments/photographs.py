@@ -86,6 +86,9 @@ TASKS = {task.name: task for task in (VOC, PERSONS)}
 class PhotographsExperiment(MeasuredExperiment):
     """All methods of a task on photographs.
 
+    Attributes:
+        measured: Of what the FLOPs are told.
+
     Args:
         task: What is trained.
         *args: As for :class:`~research.experiments.experiment.Experiment`; each number of epochs
@@ -95,6 +98,8 @@ class PhotographsExperiment(MeasuredExperiment):
     Raises:
         ConfigError: For fewer epochs than 1.
     """
+
+    measured = 'neck and head'
 
     def __init__(self, task: Photographs, *args, epochs: int | None = None) -> None:
         super().__init__(task, *args)
@@ -185,7 +190,7 @@ class PhotographsExperiment(MeasuredExperiment):
                 seconds = mean_std([run.seconds_per_iteration for run in runs])[0]
                 flops = self._flops[method.name] / 1e6
                 costs.append(f'{method.name} {flops:.0f} MFLOPs, {seconds:.2f} s')
-        text = f'{self.headline}. Cost of neck and head for an image, and time of an iteration: '
+        text = f'{self.headline}. Cost of {self.measured} for an image, and time of an iteration: '
         tables = {**tables, name: f'{text}{"; ".join(costs)}.\n\n{tables[name]}'}
         if self.sizes:
             found = self.found()

@@ -63,6 +63,13 @@ def test_ids_come_of_both_splits_with_one_class(coco):
     assert prepare(coco)[0] == 'already there'
 
 
+def test_all_classes(coco):
+    prepare(coco, classes=[])
+    val = json.loads((coco.parent / 'out/val.json').read_text())
+    assert val['categories'] == [{'id': 1, 'name': 'person'}, {'id': 2, 'name': 'cat'}]
+    assert [box['category_id'] for box in val['annotations']] == [1, 2]
+
+
 @pytest.mark.parametrize(
     ('change', 'message'),
     [

@@ -18,6 +18,7 @@ from PIL import Image
 from running import TOOLS, load_tool
 
 from mmdet_moe.datasets import class_folders, download, fashion_mnist, voc2007
+from mmdet_moe.models import yolox_nano
 from mmdet_moe.models.backbones import efficientnet_lite
 
 ROOT = Path(__file__).parents[2]
@@ -224,6 +225,17 @@ def test_efficientnet_lite0(main, tmp_path, capsys, monkeypatch):
     assert main(['efficientnet-lite0']) == 0
     assert main(['efficientnet-lite0', '--out', str(tmp_path), '--source', 'x.pth']) == 0
     assert calls == [('data', None), (str(tmp_path), 'x.pth')]
+    assert capsys.readouterr().out == 'the file: written\n' * 2
+
+
+def test_yolox_nano(main, tmp_path, capsys, monkeypatch):
+    calls = []
+    monkeypatch.setattr(
+        yolox_nano, 'prepare_yolox_nano', lambda *args: calls.append(args) or 'the file'
+    )
+    assert main(['yolox-nano', '--source', 'x.pth']) == 0
+    assert main(['yolox-nano', '--out', str(tmp_path), '--source', 'x.pth']) == 0
+    assert calls == [('data', 'x.pth'), (str(tmp_path), 'x.pth')]
     assert capsys.readouterr().out == 'the file: written\n' * 2
 
 

@@ -1,0 +1,3 @@
+# Experts in the backbone alone.
+_base_ = './yolox_nano_moe_all_coco_subset.py'
+model = dict(experts=_base_.backbone_experts)
