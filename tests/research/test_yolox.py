@@ -50,12 +50,21 @@ def test_table_by_hand():
 
 
 def test_specialisation_by_hand():
-    def run(mi, p):
-        found = {'mi': mi, 'chance': 0.25, 'p_adjusted': p}
-        return {'layers': {'neck': {'associations': {'objects': {'class': found}}}}}
+    def run(mi, p, counts=((4, 2), (1, 3))):
+        found = {'mi': mi, 'chance': 0.25, 'p_adjusted': p, 'counts': counts}
+        # All on one level, which says nothing of the level; the size is not there at all.
+        level = {**found, 'counts': [[5, 5], [0, 0]]}
+        # Nothing may come of the objects, which have no level.
+        objects = {'class': {**found, 'mi': 9}}
+        detections = {'class': found, 'level': level}
+        associations = {'objects': objects, 'detections': detections}
+        return {'layers': {'neck': {'associations': associations}}}
 
     (row,) = cells_of(specialisation_table({'neck': [run(0.5, 0.001), run(0.3, 0.02)], 'all': []}))
-    assert row == ['neck', '`neck`', '2', '0.40', '0.25', '0.020', *['–'] * 3]
+    assert row == ['neck', '`neck`', '2', '10', '0.40', '0.25', '0.020', *['–'] * 6]
+    # No detections are no measurement of 0.
+    (row,) = cells_of(specialisation_table({'neck': [run(0, 1, [[0, 0], [0, 0]])]}))
+    assert row[3:] == ['0', *['–'] * 9]
 
 
 @pytest.fixture
