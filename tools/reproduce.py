@@ -3,7 +3,9 @@
 
 Every experiment trains several methods with several seeds and looks at the experts of each run. It
 resumes where it stopped. Tables and pictures go to docs/ when all runs of the default seeds are
-there, and before that to the folder ``tables`` of the work directory.
+there, and before that to the folder ``tables`` of the work directory. What finished runs of the
+default seeds and settings measured is kept in research/records/: they count as finished without
+their work directory, too.
 """
 
 import argparse

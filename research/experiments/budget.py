@@ -3,12 +3,11 @@
 from dataclasses import dataclass
 
 import torch
-from mmengine.config import Config
 from mmengine.device import get_device
 from mmengine.registry import DefaultScope
 
 from mmdet_moe.analysis.models import build_model
-from mmdet_moe.cli import load_config
+from mmdet_moe.cli import load_config, parse_options
 from mmdet_moe.engine.preflight import check_config
 from mmdet_moe.errors import ConfigError
 from mmdet_moe.moe.flops import count_flops
@@ -105,10 +104,10 @@ class BudgetedExperiment(Experiment):
         return [*super().options(method, seed), *self.budget.options]
 
     def active_flops(self, method: Method) -> int:
-        """FLOPs of one image, with the experts that it is sent to, of a method that has runs."""
+        """FLOPs of one image, with the experts that it is sent to, of a method."""
         if method not in self._flops:
-            folders = (self.run_dir(method, seed) for seed in self.seeds)
-            cfg = Config.fromfile(next(path for folder in folders for path in folder.glob('*.py')))
+            options = self._all_options(method, self.seeds[0])
+            cfg = load_config(str(CONFIGS / f'{method.config}.py'), parse_options(options))
             with DefaultScope.overwrite_default_scope(cfg.default_scope):
                 model = build_model(cfg)
             channels, side = len(cfg.data_preprocessor.mean), self.data_set.side

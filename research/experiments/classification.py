@@ -1,6 +1,6 @@
 """Balancing methods of a ResNet-18 with a mixture of narrow stages, on images of classes."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -13,7 +13,7 @@ from research.experiments.budget import (
     BudgetedExperiment,
     DataSet,
 )
-from research.experiments.experiment import Method, changed_by, dead_experts
+from research.experiments.experiment import EXPERTS, Method, changed_by, dead_experts
 from research.experiments.markdown import (
     NOTHING,
     mean_and_std,
@@ -158,6 +158,22 @@ class ClassificationExperiment(BudgetedExperiment):
         super().__init__(task.data_set, *args, **kwargs)
         self.task = task
 
+    @property
+    def name(self) -> str:
+        return f'{self.data_set.name}-{self.budget.name}'
+
+    @property
+    def files(self) -> Mapping[str, Sequence[str]]:
+        found = 'layers/*/associations/objects/'
+        pictured = f'{found}{self.task.pictured}/'
+        kept = (
+            *('metrics/accuracy', 'interventions/metrics/accuracy'),
+            *('interventions/layer', 'interventions/kind'),
+            *(f'{found}{of}/{figure}' for of in ATTRIBUTES for figure in ('mi', 'p_adjusted')),
+            *(f'{pictured}bins', f'{pictured}expert_given_bin'),
+        )
+        return {EXPERTS: kept}
+
     def run(self, table_only: bool = False) -> None:
         dense, *experts = self.task.methods
         self.check(self.task.methods)
@@ -181,17 +197,16 @@ class ClassificationExperiment(BudgetedExperiment):
             f'{self.budget.headline}\n\n{accuracy_table(results, flops)}\n\n'
             f'{specialisation_table(found)}'
         )
-        name = f'{self.data_set.name}-{self.budget.name}'
         pictures = {}
         if all(found.values()):
             first = {method: runs[0] for method, runs in found.items()}
-            pictures[f'{name}-specialisation.png'] = partial(
+            pictures[f'{self.name}-specialisation.png'] = partial(
                 plot_class_specialisation, first, attribute=self.task.pictured
             )
         complete = all(
             len(runs) == len(self.seeds) for runs in (*results.values(), *found.values())
         )
-        self.publish(complete, {name: text}, pictures)
+        self.publish(complete, {self.name: text}, pictures)
 
 
 def accuracy_table(results: dict[str, list[RunResult]], flops: dict[str, int]) -> str:

@@ -29,7 +29,7 @@ from research.experiments.budget import MIXED_PRECISION, NO_WORKERS
 from research.experiments.domains import plot_gains
 from research.experiments.experiment import CONFIGS, Experiment, Method, dead_experts, folder_name
 from research.experiments.markdown import NOTHING, mean_and_std, mean_per_layer, table
-from research.runs import RunResult, latest_checkpoint, mean_std
+from research.runs import RunResult, mean_std
 
 NAME = 'domains-detector'
 #: Channels of the neck and of both subnets; edge of the images in px.
@@ -91,6 +91,8 @@ class DomainsDetectorExperiment(Experiment):
         ConfigError: If there are not at least two such folders.
     """
 
+    name = NAME
+
     def __init__(
         self,
         data: Path,
@@ -101,8 +103,12 @@ class DomainsDetectorExperiment(Experiment):
         super().__init__(data, *args)
         self.iterations, self.start_iterations = iterations, start_iterations
         self.start = Method(START, str(self.work_dir / 'configs' / START))
-        self.classes, images = _classes_and_images(self.data)
+        self.classes, images = self.of_data(
+            'classes and images', lambda: _classes_and_images(self.data)
+        )
         self.names = tuple(self.classes)
+        lengths = (iterations, start_iterations)
+        self.is_default = self.names == PUBLISHED and lengths == (ITERATIONS, START_ITERATIONS)
         self.shares = {name: of_set / sum(images.values()) for name, of_set in images.items()}
         self._flops: dict[str, int] = {}
 
@@ -111,12 +117,12 @@ class DomainsDetectorExperiment(Experiment):
         for name in HEADS:
             for method in self.methods(name):
                 self._write_config(name, method)
-                check_config(load_config(method.config + '.py'))
+                if not table_only:
+                    check_config(load_config(method.config + '.py'))
             self.flops(name)  # before there are trainings, which it would disturb in one process
         methods = [method for name in HEADS for method in self.methods(name)]
         self.check([self.start, *methods])
         if not table_only:
-            self.train([self.start])
             self.train(methods)
         self.write()
 
@@ -127,10 +133,11 @@ class DomainsDetectorExperiment(Experiment):
         return [Method(key, str(folder / folder_name(key))) for key in keys]
 
     def options(self, method: Method, seed: int) -> list[str]:
-        options = [f'randomness.seed={seed}', MIXED_PRECISION, *NO_WORKERS]
-        if method != self.start:
-            options.append(f'load_from={latest_checkpoint(self.run_dir(self.start, seed))}')
-        return options
+        start = self.start_options(method, seed)
+        return [f'randomness.seed={seed}', MIXED_PRECISION, *NO_WORKERS, *start]
+
+    def start_of(self, method: Method) -> Method | None:
+        return None if method == self.start else self.start
 
     def _write_config(self, name: str, method: Method) -> None:
         """The config of a training: a file that ``tools/train.py`` runs, too."""
@@ -167,7 +174,7 @@ class DomainsDetectorExperiment(Experiment):
             pictures[f'{NAME}.png'] = partial(
                 plot_gains, gains, 'AP above the dense head of equal cost (bars: mean, dots: seeds)'
             )
-        self.publish(complete and self.names == PUBLISHED, {NAME: text}, pictures)
+        self.publish(complete, {NAME: text}, pictures)
 
     def found(self, name: str) -> dict[int, list[RunResult]]:
         """The finished trainings of a row by seed; those for each data set in their order."""
@@ -206,9 +213,10 @@ def neck_and_head_flops(cfg: Config) -> int:
         cfg: Loses the cache, as what is read costs no FLOPs.
     """
     del cfg.model.backbone.cache
-    with DefaultScope.overwrite_default_scope(cfg.default_scope):
-        model = build_model(cfg)
-    image = torch.randn(1, 3, SIDE, SIDE)
+    # Where pixels are routed, weights and image decide about the cost.
+    with DefaultScope.overwrite_default_scope(cfg.default_scope), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model, image = build_model(cfg), torch.randn(1, 3, SIDE, SIDE)
     # The frozen backbone is the same in all, and most of the whole.
     return count_flops(model, image) - count_flops(model.backbone, image)
 

@@ -1,27 +1,33 @@
-"""Many trainings with several seeds, side by side, that resume where they stopped."""
+"""Many trainings with several seeds, side by side, that resume where they stopped.
+
+What finished runs measured is kept in :mod:`~research.experiments.records`.
+"""
 
 import json
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from mmdet_moe.analysis.files import EXPERTS_FILE, write_file
 from mmdet_moe.errors import ConfigError
 from mmdet_moe.moe import UtilizationReport
 from mmdet_moe.moe.utilization import DEAD_SHARE
+from research.experiments import records
 from research.experiments.markdown import replace_between_markers
-from research.experiments.settings import check_settings
-from research.runs import REPOSITORY, RunResult, analyse, collect, train
+from research.experiments.settings import check_settings, fingerprint
+from research.runs import REPOSITORY, RunResult, analyse, collect, latest_checkpoint, train
 
 CONFIGS = REPOSITORY / 'configs'
 RESULTS = REPOSITORY / 'docs' / 'results.md'
 PICTURES = REPOSITORY / 'docs' / 'images'
 #: The seeds behind docs/results.md.
 SEEDS = (0, 1, 2)
+#: What the analysis of a run leaves in its folder.
+EXPERTS = f'experts/{EXPERTS_FILE}'
 Item = TypeVar('Item')
 
 
@@ -66,6 +72,10 @@ class Method:
         return folder_name(self.name)
 
 
+#: A method and a seed.
+Run = tuple[Method, int]
+
+
 class Experiment(ABC):
     """Base class: methods × seeds, trained by ``tools/train.py`` in processes of their own.
 
@@ -75,11 +85,19 @@ class Experiment(ABC):
         seeds: One run of each method for each of them, all different.
         jobs: Runs at a time, one thread each, at least 1.
 
+    Attributes:
+        is_default: Whether its settings are those of docs/results.md: if so, runs of :data:`SEEDS`
+            are recorded, and a recorded one counts as finished where it is not on the disk.
+        files: By name below a run's folder, what tables and pictures read of its JSON files, as
+            of :func:`~research.experiments.records.pick`.
+        analysis_options: Of ``tools/analyze_experts.py``.
+
     Raises:
         ConfigError: For seeds or jobs out of range.
     """
 
-    #: Of ``tools/analyze_experts.py``.
+    is_default = True
+    files: Mapping[str, Sequence[str]] = {}
     analysis_options: Sequence[str] = ()
 
     def __init__(self, data: Path, work_dir: Path, seeds: Sequence[int], jobs: int) -> None:
@@ -89,7 +107,17 @@ class Experiment(ABC):
         self.seeds = list(seeds)
         self.jobs = jobs
         self.written: Path | None = None
-        self._finished: dict[Path, RunResult] = {}
+        self._finished: dict[Run, RunResult] = {}
+        self._kept: dict[Run, dict[str, Any]] = {}
+        self._of_data: dict[str, Any] = {}
+        self._recorded: dict[Run, dict[str, Any] | None] = {}
+        self._fingerprints: dict[Run, str] = {}
+        self._trained: set[Run] = set()
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """Of its records: another one for each budget."""
 
     @abstractmethod
     def run(self, table_only: bool = False) -> None:
@@ -106,22 +134,38 @@ class Experiment(ABC):
     def publish(
         self, complete: bool, tables: dict[str, str], pictures: dict[str, Callable[[Path], None]]
     ) -> None:
-        """Put tables and pictures into docs/ if all runs of :data:`SEEDS` are there.
+        """Put tables and pictures into docs/ if all runs of :data:`SEEDS` are there; record them.
 
         Args:
             complete: Whether all runs are there, for each of the seeds.
             tables, pictures: As of :func:`publish`.
         """
-        complete = complete and self.seeds == list(SEEDS)
+        if self.is_default:
+            self._write_records()
+        complete = complete and self.is_default and self.seeds == list(SEEDS)
         self.written = publish(complete, self.work_dir, tables, pictures)
 
     def options(self, method: Method, seed: int) -> list[str]:
         """``--cfg-options`` of a run, before those of its method."""
         return [f'data_root={self.data}', f'randomness.seed={seed}']
 
+    def start_of(self, method: Method) -> Method | None:
+        """The method from whose last checkpoint, of the same seed, another one starts, if any."""
+        return None
+
+    def start_options(self, method: Method, seed: int) -> list[str]:
+        """``--cfg-options`` that let a run begin with its start's checkpoint."""
+        if (start := self.start_of(method)) is None:
+            return []
+        return [f'load_from={latest_checkpoint(self.run_dir(start, seed))}']
+
+    def run_of(self, method: Method) -> Method:
+        """The method whose runs are those of another one: that one itself."""
+        return method
+
     def run_dir(self, method: Method, seed: int) -> Path:
         """Where a run lives."""
-        return self.work_dir / method.key / f'seed{seed}'
+        return self.work_dir / self.run_of(method).key / f'seed{seed}'
 
     def results(self, method: Method) -> list[RunResult]:
         """The finished runs of a method."""
@@ -129,27 +173,126 @@ class Experiment(ABC):
         return [result for result in found if result is not None]
 
     def _result(self, method: Method, seed: int) -> RunResult | None:
+        if (here := self._here(method, seed)) is not None:
+            return here
+        record = self._record_of(method, seed)
+        return None if record is None else RunResult(**record['result'])
+
+    def _here(self, method: Method, seed: int) -> RunResult | None:
+        """A finished run that is on the disk, with all that it left behind."""
         # Read once: the tables are written after every run, and reading one builds its model.
-        folder = self.run_dir(method, seed)
-        if folder not in self._finished and (result := collect(folder)) is not None:
-            self._finished[folder] = result
-        return self._finished.get(folder)
+        run = (self.run_of(method), seed)
+        if run not in self._finished and (result := collect(self.run_dir(*run))) is not None:
+            self._finished[run] = result
+        return self._finished.get(run)
+
+    def read(self, method: Method, seed: int, file: str) -> Any:
+        """What tables and pictures read of a file of a run, see :attr:`files`; None without it."""
+        run, path = (self.run_of(method), seed), self.run_dir(method, seed) / file
+        if path.exists():
+            kept = self._kept.setdefault(run, {})
+            kept[file] = records.pick(json.loads(path.read_text()), self.files[file])
+            return kept[file]
+        # A run that is here has not been analysed yet, whatever another one of its kind was.
+        record = None if self._here(*run) is not None else self._record_of(*run)
+        return None if record is None else record['files'].get(file)
 
     def analyses(self, method: Method) -> list[dict]:
-        """Contents of the ``experts.json`` of a method's runs, as far as they are there."""
-        paths = (self.run_dir(method, seed) / 'experts' / EXPERTS_FILE for seed in self.seeds)
-        return [json.loads(path.read_text()) for path in paths if path.exists()]
+        """What is read of the ``experts.json`` of a method's runs, as far as they are there."""
+        found = (self.read(method, seed, EXPERTS) for seed in self.seeds)
+        return [experts for experts in found if experts is not None]
+
+    def of_data(self, name: str, read: Callable[[], Any]) -> Any:
+        """What tables say of the data set, as plain JSON; as recorded where there is no data set.
+
+        Args:
+            name: Of what is said.
+            read: Reads it from the data set.
+        """
+        if not self.data.is_dir() and name in (recorded := self.records()['data']):
+            return recorded[name]
+        if name not in self._of_data:
+            self._of_data[name] = read()
+        return self._of_data[name]
+
+    @property
+    def _records_file(self) -> Path:
+        return records.RECORDS / f'{self.name}.json'
+
+    def records(self) -> dict[str, dict[str, Any]]:
+        """What :func:`~research.experiments.records.read_records` says of it."""
+        return records.read_records(self._records_file)
+
+    def _record_of(self, method: Method, seed: int) -> dict[str, Any] | None:
+        """The record of a run with the settings of now."""
+        run = (self.run_of(method), seed)
+        if run not in self._recorded:
+            record = self.records()['runs'].get(self._name_of(run)) if self.is_default else None
+            if record is not None and record['settings'] != self._fingerprint(*run):
+                print(
+                    f'{self._name_of(run)} in {self._records_file} is not used: it is of a run '
+                    'with other settings.',
+                    flush=True,
+                )
+                record = None
+            self._recorded[run] = record
+        return self._recorded[run]
+
+    def _name_of(self, run: Run) -> str:
+        return self.run_dir(*run).relative_to(self.work_dir).as_posix()
+
+    def _fingerprint(self, method: Method, seed: int) -> str:
+        if (method, seed) not in self._fingerprints:
+            start = self.start_of(method)
+            before = '' if start is None else self._fingerprint(start, seed)
+            config, options = CONFIGS / f'{method.config}.py', self._all_options(method, seed)
+            self._fingerprints[method, seed] = fingerprint(config, options, before)
+        return self._fingerprints[method, seed]
+
+    def _write_records(self) -> None:
+        """Record the runs that are on the disk, with what the tables have read of them."""
+        runs = {}
+        for run, result in list(self._finished.items()):  # trainings beside this add to it
+            if run[1] in SEEDS:
+                on = {'trained_on': {**records.machine(), 'threads': 1, 'jobs': self.jobs}}
+                runs[self._name_of(run)] = {
+                    'settings': self._fingerprint(*run),
+                    'result': asdict(result),
+                    'files': self._kept.get(run, {}),
+                    **(on if run in self._trained else {'recorded_on': records.machine()}),
+                }
+        if runs:
+            records.add_records(self._records_file, runs, self._of_data)
 
     def train(self, methods: Iterable[Method]) -> None:
-        """Train those runs of some methods that are not finished.
+        """Train those runs of some methods that are not finished, and before what they start from.
 
         Raises:
             ConfigError: If a run fails.
         """
         runs = self._runs(methods)
         todo = [run for run in runs if self._result(*run) is None]
-        print(f'{len(runs) - len(todo)} of {len(runs)} runs are finished.', flush=True)
+        recorded = len(runs) - len(todo) - sum(self._here(*run) is not None for run in runs)
+        note = (
+            f', {recorded} of them by the records in {self._records_file} (move it away to train '
+            'them again)'
+            if recorded
+            else ''
+        )
+        print(f'{len(runs) - len(todo)} of {len(runs)} runs are finished{note}.', flush=True)
+        self._train_here(todo)
+
+    def _train_here(self, runs: Iterable[Run]) -> None:
+        """Train the runs that are not on the disk, recorded or not."""
+        todo = [run for run in runs if self._here(*run) is None]
+        self._train_starts(todo)
         self._in_parallel(todo, lambda run: self._train_one(*run), 'runs')
+
+    def _train_starts(self, runs: Iterable[Run]) -> None:
+        """Train what some runs start from, where it is not on the disk."""
+        starts = [(start, seed) for m, seed in runs if (start := self.start_of(m)) is not None]
+        if starts:
+            self._train_here(dict.fromkeys(starts))
 
     def check(self, methods: Iterable[Method]) -> None:
         """Refuse runs of some methods that were begun with other settings.
@@ -161,32 +304,39 @@ class Experiment(ABC):
             options = self._all_options(method, seed)
             check_settings(self.run_dir(method, seed), CONFIGS / f'{method.config}.py', options)
 
-    def _runs(self, methods: Iterable[Method]) -> list[tuple[Method, int]]:
+    def _runs(self, methods: Iterable[Method]) -> list[Run]:
         return [(method, seed) for seed in self.seeds for method in methods]
 
     def _all_options(self, method: Method, seed: int) -> list[str]:
         return [*self.options(method, seed), *method.options]
 
     def _train_one(self, method: Method, seed: int) -> None:
-        work_dir = self.run_dir(method, seed)
+        work_dir, start = self.run_dir(method, seed), self.start_of(method)
+        if start is not None and latest_checkpoint(self.run_dir(start, seed)) is None:
+            raise ConfigError(
+                f'{self.run_dir(start, seed)} holds no checkpoint for {method.name} to start '
+                'from; move it away, so that it is trained again'
+            )
         work_dir.mkdir(parents=True, exist_ok=True)
+        self._trained.add((method, seed))  # before it is there, and may be recorded
         log = work_dir / 'output.log'
         with log.open('a') as output:
             options = self._all_options(method, seed)
             train(CONFIGS / f'{method.config}.py', work_dir, options, threads=1, output=output)
-        if self._result(method, seed) is None:
+        if self._here(method, seed) is None:
             raise ConfigError(f'{work_dir} did not finish; see {log}')
 
     def analyse(self, methods: Iterable[Method]) -> None:
-        """Look at the experts of all runs of some methods.
+        """Look at the experts of all runs of some methods, trained again if only recorded.
 
         Raises:
-            ConfigError: If an analysis fails.
+            ConfigError: If a run or an analysis fails.
         """
-        folders = [self.run_dir(*run) for run in self._runs(methods)]
-        todo = [folder for folder in folders if not (folder / 'experts' / EXPERTS_FILE).exists()]
+        todo = [run for run in self._runs(methods) if self.read(*run, EXPERTS) is None]
+        self._train_here(todo)
 
-        def analyse_one(work_dir: Path) -> None:
+        def analyse_one(run: Run) -> None:
+            work_dir = self.run_dir(*run)
             with (work_dir / 'output.log').open('a') as log:
                 analyse(work_dir, threads=1, output=log, options=self.analysis_options)
 

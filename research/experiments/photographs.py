@@ -131,14 +131,17 @@ class PhotographsExperiment(MeasuredExperiment):
             made.append(replace(method, config=str(file)))
         return tuple(made)
 
-    def prepare(self) -> None:
+    def prepare(self, check: bool = True) -> None:
         """State the budget, write the configs, and see whether the data are there.
+
+        Args:
+            check: Without it the last is left out.
 
         Raises:
             ConfigError: If they are not.
         """
         print(f'{self.headline}.', flush=True)
-        if not (self.data / 'train.json').is_file():
+        if check and not (self.data / 'train.json').is_file():
             raise ConfigError(
                 f"--data: there is no '{self.data / 'train.json'}'; docs/data.md says how "
                 'tools/prepare_data.py makes it'
@@ -149,12 +152,13 @@ class PhotographsExperiment(MeasuredExperiment):
             if not path.exists() or path.read_text() != text:
                 write_file(path, text.encode())
             options = parse_options([f'data_root={self.data}', *method.options])
-            check_config(load_config(str(path), options))
+            if check:
+                check_config(load_config(str(path), options))
             # Before there are trainings, which it would disturb in one process.
             self._flops[method.name] = neck_and_head_flops(load_config(str(path), options))
 
     def run(self, table_only: bool = False) -> None:
-        self.prepare()
+        self.prepare(check=not table_only or not self.records()['data'])
         self.check([*self.pretraining, *self.methods])
         if not table_only:
             if self.sizes:
@@ -196,7 +200,7 @@ class PhotographsExperiment(MeasuredExperiment):
             tables[f'{name}-sizes'] = markdown_table(found)
             if any('layers' in run for runs in found.values() for run in runs):
                 pictures = {**pictures, f'{name}-sizes.png': partial(plot, found)}
-        super().publish(complete and self.is_default, tables, pictures)
+        super().publish(complete, tables, pictures)
 
 
 def config_text(base: str, classes: Sequence[str], cache: str) -> str:

@@ -1,6 +1,5 @@
 """Attacks on the trained models of an experiment: does the routing change, is an expert robust?"""
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -13,19 +12,32 @@ from research.runs import REPOSITORY, latest_checkpoint, run_process
 EPS = ('1/255', '8/255')
 STEPS = 20
 IMAGES = 500
+_COLUMNS = ('clean', 'noise', 'attacked')
+
+
+def _result_file(attack: str, eps: str) -> str:
+    return f'attack_{attack}_{eps.replace("/", "-")}.json'
 
 
 class RobustExperiment(ClassificationExperiment):
     """All finished runs of a :class:`ClassificationExperiment` under attack; trains nothing.
 
+    What is recorded stands in the records of those runs.
+
     Args:
         *args, **kwargs: As of the experiment whose runs they are.
     """
 
+    files = {
+        _result_file(attack, eps): ['rows/what', *(f'rows/{of}/mean' for of in _COLUMNS)]
+        for attack in ATTACKS
+        for eps in EPS
+    }
+
     def run(self, table_only: bool = False) -> None:
         self.check(self.task.methods)
         runs = self._runs(self.task.methods)
-        finished = [self.run_dir(*run) for run in runs if self._result(*run) is not None]
+        finished = [run for run in runs if self._result(*run) is not None]
         if not finished:
             raise ConfigError(
                 f'--work-dir: {self.work_dir} holds no finished run; train them first with '
@@ -33,12 +45,15 @@ class RobustExperiment(ClassificationExperiment):
             )
         print(f'{len(finished)} of {len(runs)} runs are finished and attacked.', flush=True)
         if not table_only:
-            every = [
-                _result_file(f, attack, e) for f in finished for attack in ATTACKS for e in EPS
+            # What is only recorded has no model to attack.
+            here = [run for run in finished if self._here(*run) is not None]
+            todo = [
+                self.run_dir(*run) / file
+                for run in here
+                for file in self.files
+                if self.read(*run, file) is None
             ]
-            self._in_parallel(
-                [path for path in every if not path.exists()], self._attack, 'attacks'
-            )
+            self._in_parallel(todo, self._attack, 'attacks')
         self.write()
 
     def _attack(self, result: Path) -> None:
@@ -60,9 +75,9 @@ class RobustExperiment(ClassificationExperiment):
             found = {
                 method.name: {
                     attack: [
-                        json.loads(path.read_text())
+                        result
                         for seed in self.seeds
-                        if (path := _result_file(self.run_dir(method, seed), attack, eps)).exists()
+                        if (result := self.read(method, seed, _result_file(attack, eps)))
                     ]
                     for attack in ATTACKS
                 }
@@ -71,12 +86,7 @@ class RobustExperiment(ClassificationExperiment):
             numbers = [len(runs) for attacks in found.values() for runs in attacks.values()]
             complete &= set(numbers) == {len(self.seeds)}
             parts.append(f'eps = {eps}:\n\n{robustness_table(found)}')
-        name = f'robust-{self.data_set.name}-{self.budget.name}'
-        self.publish(complete, {name: '\n\n'.join(parts)}, {})
-
-
-def _result_file(folder: Path, attack: str, eps: str) -> Path:
-    return folder / f'attack_{attack}_{eps.replace("/", "-")}.json'
+        self.publish(complete, {f'robust-{self.name}': '\n\n'.join(parts)}, {})
 
 
 def robustness_table(found: dict[str, dict[str, list[dict]]]) -> str:
@@ -98,7 +108,7 @@ def robustness_table(found: dict[str, dict[str, list[dict]]]) -> str:
             if not pgd:
                 continue
             cells = [name, str(len(pgd))]
-            cells += [_cell(pgd, 'model', column) for column in ('clean', 'noise', 'attacked')]
+            cells += [_cell(pgd, 'model', column) for column in _COLUMNS]
             cells += [_cell(auto, 'model'), _cell(pgd, 'alone', of=max)]
             cells += [_cell(pgd, 'alone', of=min), _cell(auto, 'alone', of=max)]
             cells += [_cell(pgd, 'changed', 'noise')]

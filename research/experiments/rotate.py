@@ -101,6 +101,11 @@ class RotateExperiment(BudgetedExperiment):
         super().__init__(*args, **kwargs)
         self.methods = methods_of(self.data_set)
 
+    @property
+    def name(self) -> str:
+        name = 'rotate' if self.data_set == FASHION_MNIST else f'rotate-{self.data_set.name}'
+        return f'{name}-{self.budget.name}'
+
     def run(self, table_only: bool = False) -> None:
         self.check(self.methods)
         if not table_only:
@@ -113,8 +118,7 @@ class RotateExperiment(BudgetedExperiment):
         flops = {m.name: self.active_flops(m) for m in self.methods if results[m.name]}
         text = f'{self.budget.headline}\n\n{markdown_table(results, flops)}'
         complete = all(len(runs) == len(self.seeds) for runs in results.values())
-        name = 'rotate' if self.data_set == FASHION_MNIST else f'rotate-{self.data_set.name}'
-        self.publish(complete, {f'{name}-{self.budget.name}': text}, {})
+        self.publish(complete, {self.name: text}, {})
 
 
 def markdown_table(results: dict[str, list[RunResult]], flops: dict[str, int]) -> str:

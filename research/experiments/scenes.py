@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import torch
 from mmengine.config import Config
 from torch import Tensor
 
@@ -16,6 +17,7 @@ from mmdet_moe.cli import apply_data_root
 from mmdet_moe.datasets import digit_scenes
 from research.experiments.experiment import (
     CONFIGS,
+    EXPERTS,
     Experiment,
     Method,
     changed_by,
@@ -29,7 +31,7 @@ from research.experiments.markdown import (
 )
 from research.levels import information_on_level, positives_per_level
 from research.plots import plot_specialisation
-from research.runs import RunResult, latest_checkpoint, mean_std
+from research.runs import RunResult, mean_std
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,7 @@ FASHION_SCENES = Scenes(
     methods=_FASHION,
     pictured=_FASHION[1:],
 )
+_FOUND = 'layers/*/associations'
 
 
 class DetectorExperiment(Experiment):
@@ -111,18 +114,37 @@ class DetectorExperiment(Experiment):
         *args, **kwargs: As for :class:`Experiment`.
     """
 
+    files = {
+        EXPERTS: (
+            *('metrics/AP', 'interventions/metrics/AP'),
+            *('interventions/layer', 'interventions/kind'),
+            *(
+                f'{_FOUND}/objects/{of}'
+                for of in ('size_coco/mi', 'size_coco/p_adjusted', 'class/mi')
+            ),
+            *(f'{_FOUND}/detections/size_coco/{of}' for of in ('mi', 'p_adjusted')),
+            *(f'{_FOUND}/objects/size/{of}' for of in ('mi', 'edges', 'expert_given_bin')),
+            *(f'{_FOUND}/objects/size/given/level/{of}' for of in ('mi', 'interval', 'p_adjusted')),
+        )
+    }
+
     def __init__(self, task: Task, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
         self.task = task
+
+    @property
+    def name(self) -> str:
+        return self.task.name
 
     def prepare(self) -> None:
         """Make the data, or see whether they are there."""
 
     def run(self, table_only: bool = False) -> None:
-        self.prepare()
+        # What tables say of the data may be recorded, too.
+        if not table_only or not self.records()['data']:
+            self.prepare()
         self.check([*self.pretraining, *self._unique_methods()])
         if not table_only:
-            self.train(self.pretraining)
             self.train(self._unique_methods())
             self.analyse(self.task.methods[1:])
         self.write()
@@ -135,23 +157,24 @@ class DetectorExperiment(Experiment):
     def _unique_methods(self) -> list[Method]:
         return [*self.task.methods, *self.task.decision_weights[:-1]]
 
-    def run_dir(self, method: Method, seed: int) -> Path:
-        if self.task.decision_weights and method == self.task.decision_weights[-1]:
-            method = self.task.methods[1]
-        return super().run_dir(method, seed)
+    def run_of(self, method: Method) -> Method:
+        weights = self.task.decision_weights
+        return self.task.methods[1] if weights and method == weights[-1] else method
+
+    def start_of(self, method: Method) -> Method | None:
+        return None if method == self.task.pretraining else self.task.pretraining
 
     def options(self, method: Method, seed: int) -> list[str]:
-        options = super().options(method, seed)
-        if self.task.pretraining not in (None, method):
-            pretrained = latest_checkpoint(self.run_dir(self.task.pretraining, seed))
-            options.append(f'load_from={pretrained}')
-        return options
+        return [*super().options(method, seed), *self.start_options(method, seed)]
+
+    def _positives(self) -> list[float]:
+        cfg = Config.fromfile(CONFIGS / f'{self.task.methods[0].config}.py')
+        apply_data_root(cfg, str(self.data))
+        return positives_per_level(cfg).tolist()
 
     def write(self) -> None:
         task = self.task
-        cfg = Config.fromfile(CONFIGS / f'{task.methods[0].config}.py')
-        apply_data_root(cfg, str(self.data))
-        objects = positives_per_level(cfg)
+        objects = torch.tensor(self.of_data('positive anchors by level', self._positives))
         rows = {task.name: task.methods}
         if task.decision_weights:
             rows['decision-weights'] = task.decision_weights

@@ -1,5 +1,7 @@
 """Whether a run on the disk was made with the settings that are asked for now."""
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from mmdet_moe.moe.routers import FORMER_SOFTMAX
 #: depend on.
 _PLACES = {
     *('work_dir', 'launcher', 'resume', 'load_from', 'experiment_name'),
-    *('max_keep_ckpts', 'pin_memory', 'loss_scale'),
+    *('max_keep_ckpts', 'pin_memory', 'loss_scale', 'cache'),
 }
 #: Mixed precision as a config asks for it, and as it is on a CPU.
 _MIXED_PRECISION = {'AmpOptimWrapper', 'CpuAmpOptimWrapper'}
@@ -51,18 +53,48 @@ def difference(found: Config, wanted: Config) -> str | None:
         found: Of a run, as MMEngine has stored it.
         wanted: As the tools would start it now.
     """
-    return _difference(found.to_dict(), wanted.to_dict(), '')
+    return _difference(_settings(found.to_dict()), _settings(wanted.to_dict()), '')
+
+
+def fingerprint(config: Path, options: Sequence[str], start: str = '') -> str:
+    """Of the settings of a run, the same on every machine and wherever data and weights lie.
+
+    Args:
+        config: Config file.
+        options: ``key=value`` pairs for ``--cfg-options``.
+        start: Fingerprint of the run from whose checkpoint it starts, if any.
+
+    Raises:
+        ConfigError: For a config that cannot be read.
+    """
+    cfg = load_config(str(config), parse_options(options))
+    set_loader_defaults(cfg)
+    if 'data_root' in cfg:
+        apply_data_root(cfg, 'data')
+    text = json.dumps([_settings(cfg.to_dict()), start], sort_keys=True, default=repr)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _settings(value: Any) -> Any:
+    """A config without places; of an absolute path, and of weights, the name alone stays."""
+    if isinstance(value, Mapping):
+        return {str(k): _settings(of) for k, of in value.items() if k not in _PLACES}
+    if isinstance(value, (list, tuple)):
+        return [_settings(of) for of in value]
+    if isinstance(value, str) and (Path(value).is_absolute() or value.endswith('.pth')):
+        return Path(value).name
+    return value
 
 
 def _difference(found: Any, wanted: Any, field: str) -> str | None:
     if isinstance(found, Mapping) and isinstance(wanted, Mapping):
-        for key in sorted({*found, *wanted}.difference(_PLACES), key=str):
-            name = f'{field}.{key}' if field else str(key)
+        for key in sorted({*found, *wanted}):
+            name = f'{field}.{key}' if field else key
             values = found.get(key, _MISSING), wanted.get(key, _MISSING)
             if (text := _difference(*values, name)) is not None:
                 return text
         return None
-    if isinstance(found, (list, tuple)) and isinstance(wanted, (list, tuple)):
+    if isinstance(found, list) and isinstance(wanted, list):
         if len(found) == len(wanted):
             pairs = enumerate(zip(found, wanted, strict=True))
             return next(

@@ -63,23 +63,32 @@ class MeasuredExperiment(DetectorExperiment):
     """
 
     methods: Sequence[Method]
+    files = {
+        **DetectorExperiment.files,
+        FILE: (
+            *(f'layers/*/trained/{of}' for of in ('level', 'by_level_and_size')),
+            *(f'layers/*/trained/size/{of}' for of in ('mi', 'given_level', 'chance', 'p_value')),
+            *(f'layers/*/trained/{of}/given_level' for of in ('class', 'position')),
+            'layers/*/random/size/given_level',
+        ),
+    }
 
     def train_and_measure(self) -> None:
-        """Train and measure what is missing, after the pretraining.
+        """Train and measure what is missing, after what it starts from.
 
         Raises:
             ConfigError: If a run fails.
         """
-        self.train(self.pretraining)
         runs = [run for run in self._runs(self.methods) if not self._is_done(*run)]
+        self._train_starts(runs)
         self._in_parallel(runs, lambda run: self._train_and_measure(*run), 'runs')
 
     def _is_done(self, method: Method, seed: int) -> bool:
-        measured = method is self.task.methods[0] or (self.run_dir(method, seed) / FILE).exists()
+        measured = method is self.task.methods[0] or self.read(method, seed, FILE) is not None
         return measured and self._result(method, seed) is not None
 
     def _train_and_measure(self, method: Method, seed: int) -> None:
-        if self._result(method, seed) is None:
+        if self._here(method, seed) is None:
             self._train_one(method, seed)
         folder = self.run_dir(method, seed)
         if method is not self.task.methods[0]:
@@ -93,8 +102,7 @@ class MeasuredExperiment(DetectorExperiment):
             runs = []
             for seed in self.seeds:
                 if self._is_done(method, seed):
-                    path = self.run_dir(method, seed) / FILE
-                    measured = json.loads(path.read_text()) if path.exists() else {}
+                    measured = self.read(method, seed, FILE) or {}
                     metrics = self._result(method, seed).metrics
                     runs.append({'seed': seed, 'metrics': metrics, **measured})
             if runs:
@@ -119,7 +127,7 @@ class SizesExperiment(MeasuredExperiment):
             raise ConfigError(
                 f'--methods {unknown[0]!r} is unknown; choose from {", ".join(map(repr, known))}'
             )
-        self.quick = quick
+        self.quick, self.is_default = quick, not quick
         if quick:
             self.work_dir /= 'quick'
             self.data = self.work_dir / 'data'
@@ -127,10 +135,10 @@ class SizesExperiment(MeasuredExperiment):
         self.methods = [m for m in METHODS if not methods or m.name in methods]
 
     def run(self, table_only: bool = False) -> None:
-        images, val = (40, 16) if self.quick else (1000, 200)
-        digit_scenes.generate(self.data, num_train=images, num_val=val, size=256, seed=0)
         self.check([*self.pretraining, *self.methods])
         if not table_only:
+            images, val = (40, 16) if self.quick else (1000, 200)
+            digit_scenes.generate(self.data, num_train=images, num_val=val, size=256, seed=0)
             self.train_and_measure()
         self.write()
 
@@ -142,10 +150,9 @@ class SizesExperiment(MeasuredExperiment):
 
     def write(self) -> None:
         found = self.found()
+        self.work_dir.mkdir(parents=True, exist_ok=True)
         write_file(self.work_dir / SUMMARY, json.dumps(found, indent=1).encode())
-        complete = not self.quick and all(
-            len(found.get(method.name, ())) == len(self.seeds) for method in METHODS
-        )
+        complete = all(len(found.get(method.name, ())) == len(self.seeds) for method in METHODS)
         pictures = {}
         if any('layers' in run for runs in found.values() for run in runs):
             pictures[f'{NAME}.png'] = partial(plot, found)

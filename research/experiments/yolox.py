@@ -10,7 +10,6 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 from mmengine.registry import DefaultScope
 
@@ -20,7 +19,7 @@ from mmdet_moe.cli import load_config, parse_options
 from mmdet_moe.engine.preflight import check_config
 from mmdet_moe.files import scratch_folder
 from mmdet_moe.moe.flops import count_flops
-from research.experiments.experiment import CONFIGS, Method, dead_experts
+from research.experiments.experiment import CONFIGS, EXPERTS, Method, dead_experts
 from research.experiments.markdown import NOTHING, mean_and_std, mean_per_layer, table
 from research.experiments.photographs import Photographs, PhotographsExperiment
 from research.runs import COCO_METRICS, RunResult, evaluate, mean_std
@@ -41,6 +40,9 @@ YOLOX = Photographs(
     epochs=4,
 )
 
+#: What the detections have, by its name in ``experts.json``, and as the table calls it.
+_ATTRIBUTES = {'class': 'class', 'size_coco': 'size', 'level': 'level'}
+
 
 class YoloxExperiment(PhotographsExperiment):
     """All places of the experts.
@@ -52,6 +54,13 @@ class YoloxExperiment(PhotographsExperiment):
     #: They would take longer than the training: a hundred evaluations of the model with 11 layers.
     analysis_options = ('--no-interventions',)
     measured = 'the whole model'
+    files = {
+        EXPERTS: [
+            f'layers/*/associations/detections/{of}/{figure}'
+            for of in _ATTRIBUTES
+            for figure in ('mi', 'chance', 'p_adjusted', 'mi_max', 'num_images')
+        ]
+    }
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(YOLOX, *args, **kwargs)
@@ -63,13 +72,14 @@ class YoloxExperiment(PhotographsExperiment):
         """The same methods, which have configs."""
         return tuple(methods)
 
-    def prepare(self) -> None:
-        super().prepare()
+    def prepare(self, check: bool = True) -> None:
+        super().prepare(check)
         for method in self.methods:
             cfg = load_config(
                 str(CONFIGS / f'{method.config}.py'), parse_options([f'data_root={self.data}'])
             )
-            check_config(cfg)
+            if check:
+                check_config(cfg)
             with DefaultScope.overwrite_default_scope(cfg.default_scope):
                 model = build_model(cfg)
             # Before there are trainings, which it would disturb in one process.
@@ -85,8 +95,10 @@ class YoloxExperiment(PhotographsExperiment):
 
     def _start(self, method: Method) -> dict[str, float] | None:
         """Metrics before the training, with the weights that all begin with."""
-        file = self._start_file(method)
-        return json.loads(file.read_text()) if file.exists() else None
+        name, file = f'{method.name}, before', self._start_file(method)
+        if file.exists():
+            return self.of_data(name, lambda: json.loads(file.read_text()))
+        return self.records()['data'].get(name) if self.is_default else None
 
     def _evaluate_start(self, method: Method) -> None:
         config, file = CONFIGS / f'{method.config}.py', self._start_file(method)
@@ -159,10 +171,6 @@ def markdown_table(
     return table(columns, rows())
 
 
-#: What the detections have, by its name in ``experts.json``, and as the table calls it.
-_ATTRIBUTES = {'class': 'class', 'size_coco': 'size', 'level': 'level'}
-
-
 def specialisation_table(found: Mapping[str, Sequence[dict]]) -> str:
     """Means over the seeds, one row per layer.
 
@@ -172,7 +180,7 @@ def specialisation_table(found: Mapping[str, Sequence[dict]]) -> str:
     Args:
         found: Contents of ``experts.json`` by method.
     """
-    columns = ['method', 'layer', 'seeds', 'detections']
+    columns = ['method', 'layer', 'seeds', 'images']
     for name in _ATTRIBUTES.values():
         columns += [name, 'by chance', 'largest p']
 
@@ -180,7 +188,7 @@ def specialisation_table(found: Mapping[str, Sequence[dict]]) -> str:
         for name, runs in found.items():
             for layer in runs[0]['layers'] if runs else ():
                 of_runs = [run['layers'][layer]['associations']['detections'] for run in runs]
-                seen = mean_std([float(np.sum(of['class']['counts'])) for of in of_runs])[0]
+                seen = mean_std([of['class']['num_images'] for of in of_runs])[0]
                 cells = [name, f'`{layer}`', str(len(runs)), f'{seen:.0f}']
                 for attribute in _ATTRIBUTES:
                     cells += _information([of.get(attribute) for of in of_runs])
@@ -190,8 +198,8 @@ def specialisation_table(found: Mapping[str, Sequence[dict]]) -> str:
 
 
 def _information(of_runs: Sequence[dict | None]) -> list[str]:
-    """Three cells; nothing where a run has seen less than two bins, which is no measurement."""
-    known = [of for of in of_runs if of and np.count_nonzero(np.sum(of['counts'], axis=1)) > 1]
+    """Three cells; dashes where nothing could be found: no detection, one level, one expert."""
+    known = [of for of in of_runs if of and of['mi_max'] > 0]
     if len(known) < len(of_runs):
         return [NOTHING] * 3
     mi, chance = (mean_std([of[key] for of in known])[0] for key in ('mi', 'chance'))

@@ -1,5 +1,6 @@
 """Experiments with classifiers: their tables, and all of one in miniature."""
 
+import json
 import math
 import re
 from dataclasses import replace
@@ -23,6 +24,7 @@ from research.experiments.classification import (
     accuracy_table,
     specialisation_table,
 )
+from research.experiments.experiment import EXPERTS
 from research.runs import RunResult
 
 
@@ -133,7 +135,7 @@ def test_experiment(tmp_path, monkeypatch, capsys):
     assert 'Budget `tiny`: very small.' in lines
     dense, soft = ([cells(x) for x in lines if x.startswith(f'| {m.name} ')] for m in methods)
     assert [len(dense), len(soft)] == [1, 2]
-    (found,) = experiment.analyses(methods[1])
+    found = json.loads((experiment.run_dir(methods[1], 3) / EXPERTS).read_text())
     # The 40 test images, with the accuracy that the training has measured.
     assert found['run']['num_images'] == 40
     (trained,) = experiment.results(methods[1])

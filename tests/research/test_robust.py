@@ -47,7 +47,7 @@ def experiment(tmp_path, monkeypatch):
     budget = Budget('tiny', 'very small')
     found = RobustExperiment(TASK, budget, tmp_path / 'data', tmp_path / 'runs', [0, 1], 1)
     monkeypatch.setattr(found, 'check', lambda methods: None)
-    monkeypatch.setattr(found, '_result', lambda m, seed: None if m == UNTRAINED else 'there')
+    monkeypatch.setattr(found, '_here', lambda m, seed: None if m == UNTRAINED else 'there')
     called = []
 
     def run_process(program, arguments, threads, output):
@@ -99,7 +99,7 @@ def test_experiment(experiment, tmp_path):
 
 def test_nothing_is_trained(experiment, monkeypatch):
     found = experiment[0]
-    monkeypatch.setattr(found, '_result', lambda *run: None)
+    monkeypatch.setattr(found, '_here', lambda *run: None)
     with pytest.raises(
         ConfigError, match=r'no finished run; .*reproduce.py cifar100 --budget tiny'
     ):

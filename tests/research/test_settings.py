@@ -8,13 +8,15 @@ from research.experiments import settings
 from research.experiments.settings import check_settings, difference
 
 FOUND = {
-    'work_dir': 'a', 'resume': True, 'load_from': 'x', 'launcher': 'none',
+    'work_dir': 'a', 'resume': True, 'load_from': 'x', 'launcher': 'none', 'cache': '/here',
+    'data_root': '/there/joint',
     'model': {'depth': 18, 'stages': (1, 2)}, 'hooks': [{'type': 'A'}, {'type': 'B', 'k': 1}],
 }  # fmt: skip
 
 
 def test_places_do_not_matter():
     wanted = {**FOUND, 'work_dir': 'b', 'resume': False, 'load_from': None}
+    wanted |= {'cache': '/elsewhere', 'data_root': '/moved/joint'}
     del wanted['launcher']
     assert difference(Config(FOUND), Config(wanted)) is None
 
@@ -38,7 +40,7 @@ def test_a_list_is_a_tuple():
 @pytest.mark.parametrize(('change', 'text'), [
     ({'model': {'depth': 34, 'stages': (1, 2)}}, 'model.depth: 18 there, 34 now'),
     ({'model': {'depth': 18, 'stages': (1, 3)}}, 'model.stages[1]: 2 there, 3 now'),
-    ({'model': {'depth': 18, 'stages': (1,)}}, 'model.stages: (1, 2) there, (1,) now'),
+    ({'model': {'depth': 18, 'stages': (1,)}}, 'model.stages: [1, 2] there, [1] now'),
     ({'hooks': [{'type': 'A'}, {'type': 'B', 'k': 2}]}, 'hooks[1].k: 1 there, 2 now'),
     ({'hooks': [{'type': 'A'}, {'type': 'B'}]}, 'hooks[1].k: 1 there, nothing now'),
     ({'seed': 0}, 'seed: nothing there, 0 now'),

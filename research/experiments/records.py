@@ -1,0 +1,112 @@
+"""What finished runs measured, kept in the repository when their folders are gone.
+
+One JSON file for each experiment and budget. A run's record has its figures, those parts of its
+analyses that tables and pictures read, a fingerprint of its settings
+(:func:`~research.experiments.settings.fingerprint`), and the machine.
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock
+from mmengine.device import get_device
+
+from mmdet_moe.analysis.files import write_file
+from mmdet_moe.errors import ConfigError
+from research.benchmarks.environment import environment
+from research.runs import REPOSITORY
+
+RECORDS = REPOSITORY / 'research' / 'records'
+
+
+def pick(content: Any, wanted: Sequence[str]) -> Any:
+    """Some parts of the content of a JSON file.
+
+    Args:
+        content: Dicts, lists and plain values.
+        wanted: Keys on the way to each part, ``'a/b/c'``; ``*`` is every key, and the items of a
+            list are taken without a key.
+    """
+    if isinstance(content, list):
+        return [pick(item, wanted) for item in content]
+    if not isinstance(content, Mapping):
+        return content
+    kept = {}
+    for key, value in content.items():
+        parts = (path.partition('/') for path in wanted)
+        if rest := [tail for head, _, tail in parts if head in (key, '*')]:
+            kept[key] = value if '' in rest else pick(value, rest)
+    return kept
+
+
+def read_records(path: Path) -> dict[str, dict[str, Any]]:
+    """The content of a file of records, empty for none.
+
+    Returns:
+        ``'runs'``: by folder below the work directory, ``'settings'``, ``'result'`` (the fields of
+        :class:`~research.runs.RunResult`), ``'files'`` (what is kept of a run's files, by name),
+        and ``'trained_on'``, or ``'recorded_on'`` of a run that was found in its work directory.
+        ``'data'``: what the tables say of the data set.
+
+    Raises:
+        ConfigError: It is no JSON.
+    """
+    if not path.exists():
+        return {'data': {}, 'runs': {}}
+    try:
+        return json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ConfigError(
+            f"'{path}' is no JSON ({error}); mend it, or get it back with `git checkout`"
+        ) from error
+
+
+def add_records(path: Path, runs: Mapping[str, dict], data: Mapping[str, Any]) -> None:
+    """Write records into a file, which other processes may do at the same time.
+
+    Of a run that is recorded already, with the same settings and figures, the machine stays, and
+    what is kept of other files: they may come from another machine.
+
+    Args:
+        path: Of the file.
+        runs, data: As :func:`read_records` returns them.
+
+    Raises:
+        ConfigError: The file cannot be read or written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.with_name(f'.{path.name}.lock')):
+        content = read_records(path)
+        before = _text(content)
+        content['data'].update(data)
+        for name, new in runs.items():
+            old = content['runs'].get(name, {})
+            if all(_text(old.get(key)) == _text(new[key]) for key in ('settings', 'result')):
+                old['files'].update(new['files'])
+            else:
+                content['runs'][name] = new
+        content['runs'] = dict(sorted(content['runs'].items()))
+        if (text := _text(content)) != before:
+            write_file(path, text.encode())
+
+
+def _text(content: Any) -> str:
+    """JSON with a line for each field and each list of plain values, so that a diff is readable.
+
+    Keys stay in their order: that of the layers is the one of the tables.
+    """
+    text = json.dumps(content, indent=1)
+    return re.sub(r'\[\n[^][{}]*\n *\]', lambda found: ' '.join(found[0].split()), text) + '\n'
+
+
+@cache
+def machine() -> dict[str, Any]:
+    """What the times of a run, and in the last digits its figures, depend on."""
+    found = environment(torch.device(get_device()))
+    versions = ', '.join(f'{name} {version}' for name, version in found['versions'].items())
+    return {key: found[key] for key in ('commit', 'cpu', 'device')} | {'versions': versions}
