@@ -40,8 +40,8 @@ YOLOX = Photographs(
     epochs=4,
 )
 
-#: What the objects have, by its name in ``experts.json``, and as the table calls it.
-_ATTRIBUTES = {'class': 'class', 'size_coco': 'size'}
+#: What the detections have, by its name in ``experts.json``, and as the table calls it.
+_ATTRIBUTES = {'class': 'class', 'size_coco': 'size', 'level': 'level'}
 
 
 class YoloxExperiment(PhotographsExperiment):
@@ -56,9 +56,9 @@ class YoloxExperiment(PhotographsExperiment):
     measured = 'the whole model'
     files = {
         EXPERTS: [
-            f'layers/*/associations/objects/{of}/{figure}'
+            f'layers/*/associations/detections/{of}/{figure}'
             for of in _ATTRIBUTES
-            for figure in ('mi', 'chance', 'p_adjusted')
+            for figure in ('mi', 'chance', 'p_adjusted', 'mi_max', 'num_images')
         ]
     }
 
@@ -174,27 +174,33 @@ def markdown_table(
 def specialisation_table(found: Mapping[str, Sequence[dict]]) -> str:
     """Means over the seeds, one row per layer.
 
+    It is about detections: YOLOX assigns objects by what it predicts, so that an object has no
+    level, and layers that work on one level have nothing to do with any object.
+
     Args:
         found: Contents of ``experts.json`` by method.
     """
-    columns = ['method', 'layer', 'seeds']
+    columns = ['method', 'layer', 'seeds', 'images']
     for name in _ATTRIBUTES.values():
         columns += [name, 'by chance', 'largest p']
 
-    def cells(runs: Sequence[dict], layer: str, attribute: str) -> list[str]:
-        of_runs = [run['layers'][layer]['associations']['objects'].get(attribute) for run in runs]
-        if None in of_runs:
-            return [NOTHING] * 3
-        mi, chance = (mean_std([of[key] for of in of_runs])[0] for key in ('mi', 'chance'))
-        return [f'{mi:.2f}', f'{chance:.2f}', f'{max(of["p_adjusted"] for of in of_runs):.3f}']
+    def rows() -> Iterator[list[str]]:
+        for name, runs in found.items():
+            for layer in runs[0]['layers'] if runs else ():
+                of_runs = [run['layers'][layer]['associations']['detections'] for run in runs]
+                seen = mean_std([of['class']['num_images'] for of in of_runs])[0]
+                cells = [name, f'`{layer}`', str(len(runs)), f'{seen:.0f}']
+                for attribute in _ATTRIBUTES:
+                    cells += _information([of.get(attribute) for of in of_runs])
+                yield cells
 
-    return table(
-        columns,
-        (
-            [name, f'`{layer}`', str(len(runs))]
-            + [cell for attribute in _ATTRIBUTES for cell in cells(runs, layer, attribute)]
-            for name, runs in found.items()
-            if runs
-            for layer in runs[0]['layers']
-        ),
-    )
+    return table(columns, rows())
+
+
+def _information(of_runs: Sequence[dict | None]) -> list[str]:
+    """Three cells; dashes where nothing could be found: no detection, one level, one expert."""
+    known = [of for of in of_runs if of and of['mi_max'] > 0]
+    if len(known) < len(of_runs):
+        return [NOTHING] * 3
+    mi, chance = (mean_std([of[key] for of in known])[0] for key in ('mi', 'chance'))
+    return [f'{mi:.2f}', f'{chance:.2f}', f'{max(of["p_adjusted"] for of in known):.3f}']

@@ -50,12 +50,21 @@ def test_table_by_hand():
 
 
 def test_specialisation_by_hand():
-    def run(mi, p):
-        found = {'mi': mi, 'chance': 0.25, 'p_adjusted': p}
-        return {'layers': {'neck': {'associations': {'objects': {'class': found}}}}}
+    def run(mi, p, images=10, mi_max=1.2):
+        found = {
+            'mi': mi, 'chance': 0.25, 'p_adjusted': p, 'mi_max': mi_max, 'num_images': images
+        }  # fmt: skip
+        # A layer on one level: nothing can be known of that. Its size is not there at all.
+        detections = {'class': found, 'level': {**found, 'mi_max': 0}}
+        # Nothing may come of the objects, which have no level.
+        associations = {'objects': {'class': {**found, 'mi': 9}}, 'detections': detections}
+        return {'layers': {'neck': {'associations': associations}}}
 
     (row,) = cells_of(specialisation_table({'neck': [run(0.5, 0.001), run(0.3, 0.02)], 'all': []}))
-    assert row == ['neck', '`neck`', '2', '0.40', '0.25', '0.020', *['–'] * 3]
+    assert row == ['neck', '`neck`', '2', '10', '0.40', '0.25', '0.020', *['–'] * 6]
+    # No detections are no measurement of 0.
+    (row,) = cells_of(specialisation_table({'neck': [run(0, 1, images=0, mi_max=0)]}))
+    assert row[3:] == ['0', *['–'] * 9]
 
 
 @pytest.fixture
@@ -93,6 +102,9 @@ def test_in_miniature(tmp_path, data, monkeypatch):
     assert dense[2] == backbone[2] != '–'  # before the training
     (layer,) = cells_of((made.written / 'yolox-specialisation.md').read_text())
     assert layer[:3] == ['backbone', '`backbone.stage4`', '1']
+    # What is kept of a run for later is enough for the table.
+    (kept,) = made.analyses(made.methods[1])
+    assert set(kept['layers']['backbone.stage4']['associations']) == {'detections'}
     start = made.work_dir / 'backbone/start.json'
     changed = start.stat().st_mtime_ns
     made.run()
