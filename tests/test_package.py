@@ -78,7 +78,8 @@ def places(tmp_path_factory):
         (file,) = built.iterdir()
         if kind == 'sdist':
             shutil.unpack_archive(file, built)
-            next(built.glob('mmdet_moe-*/')).rename(tmp_path / 'source')
+            (folder,) = (path for path in built.iterdir() if path.is_dir())
+            folder.rename(tmp_path / 'source')
             continue
         with zipfile.ZipFile(file) as archive:
             archive.extractall(tmp_path / kind)

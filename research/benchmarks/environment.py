@@ -41,12 +41,12 @@ def environment(device: torch.device) -> dict[str, Any]:
 @cache
 def _versions() -> dict[str, str]:
     """Of the packages that are installed, whatever distribution they come from."""
-    distributions = importlib.metadata.packages_distributions()
-    return {
-        name: importlib.metadata.version(distributions[name][0])
-        for name in PACKAGES
-        if name in distributions
-    }
+    distributions, versions = importlib.metadata.packages_distributions(), {}
+    for name in PACKAGES:
+        # Python 3.10 does not know the packages of every distribution.
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(distributions.get(name, [name])[0])
+    return versions
 
 
 def _cpu_name() -> str:
