@@ -44,8 +44,9 @@ def _versions() -> dict[str, str]:
     distributions, versions = importlib.metadata.packages_distributions(), {}
     for name in PACKAGES:
         # Python 3.10 does not know the packages of every distribution.
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[name] = importlib.metadata.version(distributions.get(name, [name])[0])
+        for distribution in distributions.get(name, (f'onedl-{name}', name)):
+            with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+                versions.setdefault(name, importlib.metadata.version(distribution))
     return versions
 
 
