@@ -145,7 +145,7 @@ def disk(monkeypatch):
         trained.append('/'.join(work_dir.parts[-2:]))
         write_run(work_dir, ('reg', 'cls'))
 
-    def analyse(work_dir, threads, output):
+    def analyse(work_dir, threads, output, options):
         assert (work_dir / 'last_checkpoint').exists()
         write(work_dir / 'experts' / 'experts.json', experts_of(work_dir, ('reg', 'cls')))
 
