@@ -9,6 +9,7 @@ from dataclasses import asdict, replace
 import pytest
 import torch
 
+from mmdet_moe.analysis.files import write_file
 from mmdet_moe.errors import ConfigError
 from mmdet_moe.moe import UtilizationReport
 from research.experiments import domains_detector, photographs
@@ -163,7 +164,7 @@ def disk(monkeypatch):
 
 def write(path, content):
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content))
+    write_file(path, json.dumps(content).encode())  # read at the same time
 
 
 def write_run(folder, layers):
