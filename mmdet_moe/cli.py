@@ -101,7 +101,7 @@ def _parse_train(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         '--amp',
         action='store_true',
-        help='mixed precision: float16 on a GPU; on a CPU bfloat16 and --channels-last',
+        help='mixed precision, float16 on a GPU and bfloat16 on a CPU, with --channels-last',
     )
     parser.add_argument(
         '--channels-last',
@@ -517,8 +517,9 @@ def _prepare_training(args: argparse.Namespace) -> Runner:
         _set_resume(cfg, args.resume)
     _check(cfg, 'train')
     runner = _build_runner(cfg)
-    # In bfloat16 on a CPU every convolution is faster so.
-    if args.channels_last or (cfg.get('optim_wrapper') or {}).get('type') == 'CpuAmpOptimWrapper':
+    # In mixed precision every convolution is faster so, on a GPU as on a CPU.
+    precision = (cfg.get('optim_wrapper') or {}).get('type')
+    if args.channels_last or precision in ('AmpOptimWrapper', 'CpuAmpOptimWrapper'):
         runner.register_hook(ChannelsLastHook())
     runner.register_hook(ExactResumeHook())
     runner.register_hook(ResumedScheduleHook())

@@ -135,6 +135,12 @@ TASKS = {
                 8,
                 _CIFAR_SCHEDULE,
             ),
+            'half': _budget(
+                'half',
+                f'half of the width (32 to 256 channels), {_CIFAR_TEXT}',
+                32,
+                _CIFAR_SCHEDULE,
+            ),
             'gpu': Budget(
                 'gpu',
                 'the configs as they are: full width (64 to 512 channels), 50,000 training images, '
