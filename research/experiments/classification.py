@@ -86,7 +86,7 @@ _CIFAR_SCHEDULE = (
     MIXED_PRECISION,
 )
 _CIFAR_TEXT = (
-    'all 50,000 training images, 25 epochs in batches of 128 (9,775 iterations) in mixed '
+    'all 50,000 training images, 25 epochs in batches of {} iterations) in mixed '
     'precision, the rate divided by 10 after epochs 14 and 21, as the paper does after 100 and 150 '
     'of 180; experts so wide that two cost what the dense stage does; all 10,000 test images'
 )
@@ -125,21 +125,21 @@ TASKS = {
         {
             'cpu': _budget(
                 'cpu',
-                f'a quarter of the width (16 to 128 channels), {_CIFAR_TEXT}',
+                f'a quarter of the width (16 to 128 channels), {_CIFAR_TEXT.format("128 (9,775")}',
                 16,
                 _CIFAR_SCHEDULE,
             ),
             'short': _budget(
                 'short',
-                f'an eighth of the width (8 to 64 channels), {_CIFAR_TEXT}',
+                f'an eighth of the width (8 to 64 channels), {_CIFAR_TEXT.format("128 (9,775")}',
                 8,
                 _CIFAR_SCHEDULE,
             ),
             'half': _budget(
                 'half',
-                f'half of the width (32 to 256 channels), {_CIFAR_TEXT}',
+                f'half of the width (32 to 256 channels), {_CIFAR_TEXT.format("256 (4,900")}',
                 32,
-                _CIFAR_SCHEDULE,
+                (*_CIFAR_SCHEDULE, 'train_dataloader.batch_size=256'),
             ),
             'gpu': Budget(
                 'gpu',
