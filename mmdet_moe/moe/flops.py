@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from mmdet_moe.moe.experts import ConvExperts
+from mmdet_moe.moe.experts import ConvExperts, ModuleExperts
 
 
 def count_flops(module: nn.Module, *args: Any, **kwargs: Any) -> int:
@@ -34,12 +34,14 @@ def counting(model: nn.Module) -> Iterator['FlopCounter']:
     count as k, also where mixing their kernels first makes one of them.
     """
     modes = {part: part.training for part in model.modules()}
-    impls = {part: part.impl for part in modes if isinstance(part, ConvExperts)}
+    # Without mixed kernels, and without the margins of sheets.
+    plain = {ConvExperts: 'subbatches', ModuleExperts: 'levels'}
+    impls = {part: part.impl for part in modes if isinstance(part, tuple(plain))}
     trainable = [p for p in model.parameters() if p.requires_grad]
     model.eval()
     try:
         for experts in impls:
-            experts.impl = 'subbatches'
+            experts.impl = next(impl for kind, impl in plain.items() if isinstance(experts, kind))
         # PyTorch's counter hooks into gradients, and fails where a parameter is an input.
         for parameter in trainable:
             parameter.requires_grad_(False)
