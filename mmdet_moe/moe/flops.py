@@ -35,13 +35,12 @@ def counting(model: nn.Module) -> Iterator['FlopCounter']:
     """
     modes = {part: part.training for part in model.modules()}
     # Without mixed kernels, and without the margins of sheets.
-    plain = {ConvExperts: 'subbatches', ModuleExperts: 'levels'}
-    impls = {part: part.impl for part in modes if isinstance(part, tuple(plain))}
+    impls = {m: 'subbatches' for m in modes if isinstance(m, ConvExperts)}
+    impls |= {m: 'levels' for m in modes if isinstance(m, ModuleExperts)}
     trainable = [p for p in model.parameters() if p.requires_grad]
     model.eval()
     try:
-        for experts in impls:
-            experts.impl = next(impl for kind, impl in plain.items() if isinstance(experts, kind))
+        impls = _exchanged(impls)
         # PyTorch's counter hooks into gradients, and fails where a parameter is an input.
         for parameter in trainable:
             parameter.requires_grad_(False)
@@ -52,8 +51,15 @@ def counting(model: nn.Module) -> Iterator['FlopCounter']:
             parameter.requires_grad_(True)
         for part, training in modes.items():
             part.training = training
-        for experts, impl in impls.items():
-            experts.impl = impl
+        _exchanged(impls)
+
+
+def _exchanged(impls: dict[Any, str]) -> dict[Any, str]:
+    """Set how experts compute; how they did before."""
+    before = {experts: experts.impl for experts in impls}
+    for experts, impl in impls.items():
+        experts.impl = impl
+    return before
 
 
 class FlopCounter(FlopCounterMode):

@@ -195,6 +195,7 @@ def test_items_lie_apart(levels, margin):
     assert len(packing.corners) == len(expanded)
     painted = torch.zeros(packing.height + margin, width + margin, dtype=torch.int64)
     for (y, x), (h, w) in zip(packing.corners, expanded, strict=True):
-        assert y + h <= packing.height and x + w <= width
+        assert y + h <= packing.height
+        assert x + w <= width
         painted[y : y + h + margin, x : x + w + margin] += 1
     assert packing.height == 0 or painted.max() == 1

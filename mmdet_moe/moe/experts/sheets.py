@@ -11,12 +11,11 @@ The items are put there and taken back pixel by pixel, by the ops of :mod:`mmdet
 """
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import accumulate, islice, pairwise
-from typing import Any
+from itertools import accumulate, chain, islice, pairwise
 
 import torch
 from torch import Tensor, nn
@@ -82,7 +81,7 @@ def pack(counts: Sequence[int], sizes: Sequence[Size], width: int, margin: int) 
                 rows[row][2] += fit * step
                 left -= fit
             row += 1
-    return Packing(_rounded(below - margin) if rows else 0, sum(corners, []))
+    return Packing(_rounded(below - margin) if rows else 0, [*chain.from_iterable(corners)])
 
 
 def _rounded(height: int) -> int:
@@ -164,7 +163,7 @@ class Sheets:
         others.scatter_(0, place, torch.arange(num_rows, device=device))
         return torch.cat([of_items, others[:-1].view(-1, top_k)]), ~free
 
-    def through(self, experts: Sequence[Callable[[Tensor], Any]]) -> list[Tensor]:
+    def through(self, experts: Iterable[nn.Module]) -> list[Tensor]:
         """What the experts make of the items: of each level (T_l, C', h_l, w_l)."""
         pixels = [x.permute(0, 2, 3, 1).flatten(0, 2) for x in self._items]
         num_pixels = sum(map(len, pixels))
@@ -247,9 +246,9 @@ def margin_of(expert: nn.Module, in_channels: int) -> int | None:
     """
     margin = max(
         (
-            d * (k - 1) // 2
-            for m in _convolutions(expert)
-            for d, k in zip(m.dilation, m.kernel_size)
+            dilation * (size - 1) // 2
+            for conv in _convolutions(expert)
+            for dilation, size in zip(conv.dilation, conv.kernel_size, strict=True)
         ),
         default=0,
     )
