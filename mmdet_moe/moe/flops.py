@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from mmdet_moe.moe.experts import ConvExperts
+from mmdet_moe.moe.experts import ConvExperts, ModuleExperts
 
 
 def count_flops(module: nn.Module, *args: Any, **kwargs: Any) -> int:
@@ -34,12 +34,13 @@ def counting(model: nn.Module) -> Iterator['FlopCounter']:
     count as k, also where mixing their kernels first makes one of them.
     """
     modes = {part: part.training for part in model.modules()}
-    impls = {part: part.impl for part in modes if isinstance(part, ConvExperts)}
+    # Without mixed kernels, and without the margins of sheets.
+    impls = {m: 'subbatches' for m in modes if isinstance(m, ConvExperts)}
+    impls |= {m: 'levels' for m in modes if isinstance(m, ModuleExperts)}
     trainable = [p for p in model.parameters() if p.requires_grad]
     model.eval()
     try:
-        for experts in impls:
-            experts.impl = 'subbatches'
+        impls = _exchanged(impls)
         # PyTorch's counter hooks into gradients, and fails where a parameter is an input.
         for parameter in trainable:
             parameter.requires_grad_(False)
@@ -50,8 +51,15 @@ def counting(model: nn.Module) -> Iterator['FlopCounter']:
             parameter.requires_grad_(True)
         for part, training in modes.items():
             part.training = training
-        for experts, impl in impls.items():
-            experts.impl = impl
+        _exchanged(impls)
+
+
+def _exchanged(impls: dict[Any, str]) -> dict[Any, str]:
+    """Set how experts compute; how they did before."""
+    before = {experts: experts.impl for experts in impls}
+    for experts, impl in impls.items():
+        experts.impl = impl
+    return before
 
 
 class FlopCounter(FlopCounterMode):

@@ -1,7 +1,7 @@
 """The MoE layer: a router that routes, experts that compute, glued by dispatch and combine."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -297,16 +297,23 @@ class MoELayer(ExpertLayer):
         if not exports:
             is_finite = self._check_finite(routing)
             self._remember(routing, maps, items)
-        dispatchers: Iterable[Dispatcher]
+        sorting = None
         if dense:
             dispatchers = self._dense_dispatchers(routing)
         else:
-            dispatchers = self._dispatchers(routing, is_finite)
+            dispatchers, sorting = self._dispatchers(routing, is_finite)
+        joined: Sequence[Any] | None = None
+        # The analysis may stand in for what computes a level.
+        if sorting and len(maps) > 1 and not (args or kwargs or 'run_experts' in vars(self)):
+            crops = [p.crop(m) for m, p in zip(maps, items, strict=True)]
+            joined = self.experts.join_levels(sorting, dispatchers, crops)
         used: set[int] = set()
         outputs = [
-            self._mix(m, p, dispatcher, used, args, kwargs)
-            for m, p, dispatcher in zip(maps, items, dispatchers, strict=True)
+            self._mix(m, p, dispatcher, used, args, kwargs, joined and joined[level])
+            for level, (m, p, dispatcher) in enumerate(zip(maps, items, dispatchers, strict=True))
         ]
+        if is_finite is not None and (sorting is None or sorting.watched):
+            self._look_later(is_finite)
         if torch.is_grad_enabled() and not dense:
             outputs[0] = self._keep_in_graph(outputs[0], used)
         if self.batch_dim:
@@ -382,9 +389,13 @@ class MoELayer(ExpertLayer):
         used: set[int],
         args: tuple,
         kwargs: dict,
+        output: Any = None,
     ) -> Any:
-        """Steps 3 to 5 for one map, and what stands beside the mixture."""
-        if self.whole_maps:
+        """Steps 3 to 5 for one map, unless their output is there, and what stands beside it."""
+        if output is not None:
+            y, rebuild = unpack(output)
+            y = items.place(y)
+        elif self.whole_maps:
             y, rebuild = self._mix_maps(x, items, dispatcher, args, kwargs)
         else:
             others = (args, kwargs)
@@ -515,29 +526,29 @@ class MoELayer(ExpertLayer):
             parts = list(zip(routing.expert_ids.split(sizes), factors.split(sizes), strict=True))
         return [EveryExpert(*part, self.num_experts) for part in parts]
 
-    def _dispatchers(self, routing: Routing, is_finite: Tensor | None) -> Iterator[Dispatcher]:
-        """One for each map; all of them are sorted together."""
+    def _dispatchers(
+        self, routing: Routing, is_finite: Tensor | None
+    ) -> tuple[list[Dispatcher], Sorting | None]:
+        """One for each map; all of them are sorted together, unless nothing has to be."""
+        levels = range(len(routing.items_per_level))
         if self.num_experts == 1 and routing.is_plain:
-            for level in range(len(routing.items_per_level)):
-                yield Dispatcher.to_one(*routing.level(level))
-        else:
-            factors, sizes = routing.kept_factors, routing.items_per_level
-            sorting = Sorting(
-                routing.expert_ids,
-                factors,
-                self.num_experts,
-                sizes,
-                routing.level_ids if len(sizes) > 1 else None,
-            )
-            if is_finite is not None:
-                tell = partial(self._refuse_unless, self._training_iteration())
-                sorting.watched = (is_finite, tell)
-            for level, first in enumerate(accumulate(sizes[:-1], initial=0)):
-                yield Dispatcher(*routing.level(level), self.num_experts, sorting, level, first)
-            if sorting.watched is None:
-                return
+            return [Dispatcher.to_one(*routing.level(level)) for level in levels], None
+        factors, sizes = routing.kept_factors, routing.items_per_level
+        sorting = Sorting(
+            routing.expert_ids,
+            factors,
+            self.num_experts,
+            sizes,
+            routing.level_ids if len(sizes) > 1 else None,
+        )
         if is_finite is not None:
-            self._look_later(is_finite)
+            tell = partial(self._refuse_unless, self._training_iteration())
+            sorting.watched = (is_finite, tell)
+        firsts = accumulate(sizes[:-1], initial=0)
+        return [
+            Dispatcher(*routing.level(level), self.num_experts, sorting, level, first)
+            for level, first in zip(levels, firsts, strict=True)
+        ], sorting
 
     def _check_finite(self, routing: Routing) -> Tensor | None:
         """Raise if the decision is not finite; on a GPU, a flag that says it there.

@@ -32,6 +32,8 @@ from research.runs import REPOSITORY
 
 STRIDES = (8, 16, 32, 64, 128)
 MOE, DENSE = 'MoE', 'dense'
+#: The same model whose experts compute one pyramid level after the other.
+BY_LEVEL = 'MoE, level by level'
 #: Images, and their height and width in px.
 GPU_BATCHES = ((2, 800), (16, 800))
 
@@ -127,12 +129,14 @@ def _compare_iterations(
         with _autocast(bench):
             return model.loss(batch['inputs'], batch['data_samples'])
 
-    def iteration_of(model: nn.Module) -> Callable[[], Results]:
+    def iteration_of(model: nn.Module, impl: str = 'auto') -> Callable[[], Results]:
         # With so small a rate the model is the same after hundreds of iterations.
         optimizer = torch.optim.SGD(model.parameters(), lr=1e-6, momentum=0.9, weight_decay=1e-4)
         layers = find_moe_layers(model)
 
         def iteration() -> Results:
+            for layer in layers.values():
+                layer.experts.impl = impl
             losses = losses_of(model)
             results = {name: sum(value).detach() for name, value in losses.items()}
             for name, layer in layers.items():
@@ -148,11 +152,12 @@ def _compare_iterations(
     with torch.no_grad():
         expected = {name: sum(value) for name, value in losses_of(models[DENSE]).items()}
     iterations = {name: iteration_of(model) for name, model in models.items()}
+    iterations[BY_LEVEL] = iteration_of(models[MOE], 'levels')
     what = (
         f'{len(batch["inputs"])} images of {"×".join(map(str, batch["inputs"].shape[-2:]))}, '
         f'{layout}'
     )
-    notes = dict.fromkeys(models, '')
+    notes = dict.fromkeys(iterations, '')
     if bench.device.type == 'cuda':
         notes = {
             name: f'the host waits {len(waits(run))} times' for name, run in iterations.items()
@@ -160,7 +165,7 @@ def _compare_iterations(
     comparison = bench.compare(
         f'training iteration (loss, gradients, SGD step), {what}',
         [
-            Alternative(name, run, expected if name == MOE else None, note=notes[name])
+            Alternative(name, run, expected if name in (MOE, BY_LEVEL) else None, note=notes[name])
             for name, run in iterations.items()
         ],
         baseline=baseline,

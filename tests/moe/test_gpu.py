@@ -21,6 +21,13 @@ def subnet():
     )
 
 
+def plain_subnet():
+    """Without normalisation: all levels are computed together."""
+    return nn.Sequential(
+        nn.Conv2d(C, C, 3, padding=1), nn.ReLU(), nn.Conv2d(C, 12, 5, padding=4, dilation=2)
+    )
+
+
 def convs(impl):
     return ConvExperts(C, 12, 3, E, padding=1, impl=impl)
 
@@ -31,6 +38,7 @@ def moe(expert, **options):
 
 LAYERS = {
     'subnets': lambda: moe(subnet()),
+    'subnets on sheets': lambda: moe(plain_subnet()),
     'subnets of a residual layer': lambda: moe(subnet(), shortcut=nn.Conv2d(C, 12, 1)),
     'subnets with a capacity': lambda: moe(subnet(), capacity_factor=0.75),
     'convolutions': lambda: moe(convs('auto')),
@@ -95,6 +103,7 @@ def test_equals_the_cpu(name, monkeypatch):
     ('name', 'most'),
     [
         ('subnets', 1),  # the bounds of the experts' rows, for all levels together
+        ('subnets on sheets', 1),
         ('hard constraint', 1),
         ('normalised levels', 1),
         ('whole maps', 1),

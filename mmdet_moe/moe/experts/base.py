@@ -1,13 +1,14 @@
 """What an MoE layer needs of its experts, of whatever kind they are."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
 import torch
 from mmengine.model import BaseModule, initialize
 from torch import Tensor, nn
 
 from mmdet_moe.errors import ConfigError
-from mmdet_moe.moe.dispatcher import Dispatcher
+from mmdet_moe.moe.dispatcher import Dispatcher, Sorting
 
 
 class Experts(nn.Module, ABC):
@@ -45,6 +46,21 @@ class Experts(nn.Module, ABC):
         Returns:
             (T, ...).
         """
+
+    def join_levels(
+        self, sorting: Sorting, dispatchers: Sequence[Dispatcher], items: Sequence[Tensor]
+    ) -> list[Tensor] | None:
+        """As :meth:`forward` of all levels of a pyramid at once, where experts of this kind can.
+
+        Args:
+            sorting: The routes of all levels.
+            dispatchers: Of each level.
+            items: Of each level, (T_l, ...).
+
+        Returns:
+            Of each level, (T_l, ...); None to be called for each level by itself.
+        """
+        return None
 
     def entered(self, dispatcher: Dispatcher) -> set[int]:
         """The experts that are evaluated: those with items."""

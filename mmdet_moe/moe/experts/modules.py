@@ -2,16 +2,18 @@
 
 import copy
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
+import torch
 from mmengine.model import ModuleList
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from mmdet_moe.moe.dispatcher import Dispatcher
+from mmdet_moe.moe.dispatcher import Dispatcher, Sorting
 from mmdet_moe.moe.distributed import is_distributed, is_sharded
+from mmdet_moe.moe.experts import sheets
 from mmdet_moe.moe.experts.base import Experts
 from mmdet_moe.moe.receptive_field import receptive_field
 
@@ -29,6 +31,11 @@ class ModuleExperts(ModuleList, Experts):
 
     def __init__(self, modules: Iterable[nn.Module], **kwargs: Any) -> None:
         super().__init__(modules, **kwargs)
+        #: How several levels are computed: ``'levels'`` (one after the other), ``'sheets'``
+        #: (together), or ``'auto'`` (what is faster).
+        self.impl = 'auto'
+        # On sheets, by what the experts are; None for such as cannot compute any.
+        self._margins: dict[tuple, int | None] = {}
         for module in self.modules():
             # Once: it may have been in a list of experts before, or be in a layer inside of one.
             if isinstance(module, _BatchNorm) and not hasattr(module, 'rests'):
@@ -58,6 +65,32 @@ class ModuleExperts(ModuleList, Experts):
             more, named = tree_unflatten(list(own), spec)
             calls.append(lambda x, f=expert, a=more, k=named: f(x, *a, **k))
         return dispatcher.through(x_T, calls, entered)
+
+    def join_levels(
+        self, sorting: Sorting, dispatchers: Sequence[Dispatcher], items: Sequence[Tensor]
+    ) -> list[Tensor] | None:
+        """On one sheet per expert, see :mod:`~mmdet_moe.moe.experts.sheets`.
+
+        Not for experts that cannot compute one, batch norm in training, and within
+        ``torch.compile``.
+        """
+        if (
+            self.impl == 'levels'
+            or (self.impl == 'auto' and not sheets.pay(items))
+            or any(x.dim() != 4 for x in items)
+            or torch.compiler.is_compiling()
+            or any(isinstance(m, _BatchNorm) and m.training for m in self.modules())
+            or (is_distributed() and is_sharded(self))
+            or not sorting.bounds[-1]
+        ):
+            return None
+        kind, *others = map(sheets.signature, self)
+        if kind not in self._margins:
+            self._margins[kind] = sheets.margin_of(self[0], items[0].shape[1])
+        margin = self._margins[kind]
+        if margin is None or any(other != kind for other in others):
+            return None
+        return sheets.Sheets(sorting, dispatchers, items, margin).through(self)
 
     def entered(self, dispatcher: Dispatcher) -> set[int]:
         """All where ``fully_shard`` cut one: ranks then wait for each other in each of them."""
