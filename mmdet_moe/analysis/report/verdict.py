@@ -299,7 +299,11 @@ def _no_evidence(layer: dict, found: list[Entry], run: dict) -> str:
 def _compared(found: list[Entry], run: dict) -> Iterator[str]:
     """All numbers, by themselves and given others."""
     for source, attribute, association in sorted(found, key=lambda e: -_above_chance(e[2])):
-        text = f'{_name(attribute)} ({_things_of(source, run)}): {_numbers(association, full=True)}'
+        what = f'{_name(attribute)} ({_things_of(source, run)})'
+        if association['mi_max'] == 0:
+            yield f'{what}: nothing to tell, for all have the same, or all go to one expert.'
+            continue
+        text = f'{what}: {_numbers(association, full=True)}'
         for name, one in association['given'].items():
             text += f'; given the {_name(name)}: {_numbers(one)}'
         if (control := association['control']) is not None:
@@ -359,7 +363,7 @@ def _numbers(one: dict, full: bool = False) -> str:
     low, high = one['interval']
     digits = 3 if max(one['mi'], high) >= 0.01 else 4
     text = f'{one["mi"]:.{digits}f} nats'
-    if full and one['mi_max'] > 0:
+    if full:
         text += f', {_percent(one["mi"] / one["mi_max"])} of the possible {one["mi_max"]:.2f}'
     text += f', {low:.{digits}f} to {high:.{digits}f}'
     if full:

@@ -146,6 +146,14 @@ def test_a_terminal_shows_the_lines_of_each_layer():
     assert len(list(spoken(entries, verbose=True))) > len(short)
 
 
+def test_what_all_have_alike_gets_no_number():
+    """Objects of a map of one level: that tells nothing, and 0 nats would be a finding."""
+    level = association(mi=0, chance=0, p=1, mi_max=0, bins=('level 0',))
+    text = said(layer(associations={'objects': {'class': association(), 'level': level}}))
+    assert 'pyramid level (objects): nothing to tell, for all have the same' in text
+    assert '0.0000' not in text
+
+
 def test_by_the_level_and_nothing_of_size_beyond_it():
     """What explains the most leads, even if another explains as much; then what is left of that."""
     given = {'level': numbers(0.0001, 0.0001, 0.3, (0, 0.0004))}
