@@ -303,8 +303,8 @@ class MoELayer(ExpertLayer):
         else:
             dispatchers, sorting = self._dispatchers(routing, is_finite)
         joined: Sequence[Any] | None = None
-        # The analysis may stand in for what computes a level.
-        if sorting and len(maps) > 1 and not (args or kwargs or 'run_experts' in vars(self)):
+        # What belongs to single items, or stands in for what computes them, goes level by level.
+        if sorting and self._may_join_levels(maps) and not (args or kwargs):
             crops = [p.crop(m) for m, p in zip(maps, items, strict=True)]
             joined = self.experts.join_levels(sorting, dispatchers, crops)
         used: set[int] = set()
@@ -319,6 +319,15 @@ class MoELayer(ExpertLayer):
         if self.batch_dim:
             outputs = [_transposed(y) for y in outputs]
         return outputs[0] if single else outputs
+
+    def _may_join_levels(self, maps: list[Tensor]) -> bool:
+        return (
+            len(maps) > 1
+            and self.granularity in ('image', 'patch')
+            and not self.whole_maps
+            and 'run_experts' not in vars(self)  # the analysis replaces it for a while
+            and self.experts.joins_levels(maps)
+        )
 
     def _remember(self, routing: Routing, maps: list[Tensor], items: list[Items]) -> None:
         if self.training and self.capacity_factor is not None:

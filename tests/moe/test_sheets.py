@@ -159,6 +159,27 @@ def test_outputs_may_be_changed_in_place():
     torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.parametrize('mode', [torch.inference_mode, torch.no_grad])
+def test_first_called_without_gradients(mode):
+    layer = layer_of(subnet()).eval()
+    with mode():
+        layer.experts.impl = 'sheets'
+        found = layer(maps_of())
+        layer.experts.impl = 'levels'
+        expected = layer(maps_of())
+    assert list(layer.experts._margins.values()) == [4]
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize('options', [
+    {'granularity': 'pixel'}, {'granularity': 'pixel', 'whole_maps': True},
+    {'granularity': 'patch', 'grid_size': 2, 'whole_maps': True},
+])  # fmt: skip
+def test_pixels_and_whole_maps_need_no_sheets(options):
+    expert = nn.Conv2d(4, 3, 1) if options == {'granularity': 'pixel'} else subnet()
+    assert not assert_same(layer_of(subnet(expert), **options), maps_of())
+
+
 def test_one_map_and_a_stand_in_are_left_alone():
     layer = layer_of(subnet())
     layer.experts.impl = 'sheets'

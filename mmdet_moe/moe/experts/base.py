@@ -47,6 +47,10 @@ class Experts(nn.Module, ABC):
             (T, ...).
         """
 
+    def joins_levels(self, maps: Sequence[Tensor]) -> bool:
+        """Whether to try :meth:`join_levels` for the levels of a pyramid."""
+        return False
+
     def join_levels(
         self, sorting: Sorting, dispatchers: Sequence[Dispatcher], items: Sequence[Tensor]
     ) -> list[Tensor] | None:

@@ -66,6 +66,12 @@ class ModuleExperts(ModuleList, Experts):
             calls.append(lambda x, f=expert, a=more, k=named: f(x, *a, **k))
         return dispatcher.through(x_T, calls, entered)
 
+    def joins_levels(self, maps: Sequence[Tensor]) -> bool:
+        """On a GPU, where starting many small operations takes longer than sheets' margins."""
+        if self.impl == 'auto':
+            return maps[0].is_cuda
+        return self.impl == 'sheets'
+
     def join_levels(
         self, sorting: Sorting, dispatchers: Sequence[Dispatcher], items: Sequence[Tensor]
     ) -> list[Tensor] | None:
@@ -75,9 +81,7 @@ class ModuleExperts(ModuleList, Experts):
         ``torch.compile``.
         """
         if (
-            self.impl == 'levels'
-            or (self.impl == 'auto' and not sheets.pay(items))
-            or any(x.dim() != 4 for x in items)
+            any(x.dim() != 4 for x in items)
             or torch.compiler.is_compiling()
             or any(isinstance(m, _BatchNorm) and m.training for m in self.modules())
             or (is_distributed() and is_sharded(self))

@@ -89,11 +89,6 @@ def _rounded(height: int) -> int:
     return -(-height // step) * step if step else height
 
 
-def pay(items: Sequence[Tensor]) -> bool:
-    """Whether sheets are expected to be faster than one level after the other."""
-    return items[0].is_cuda
-
-
 class Sheets:
     """The items of all levels on one sheet per expert, and back.
 
@@ -230,6 +225,8 @@ def _convolutions(expert: nn.Module) -> list[nn.Conv2d]:
     return [m for m in expert.modules() if isinstance(m, nn.Conv2d) and max(m.kernel_size) > 1]
 
 
+@torch.inference_mode(False)
+@torch.enable_grad()
 def margin_of(expert: nn.Module, in_channels: int) -> int | None:
     """How far apart the items of an expert have to lie on a sheet.
 
@@ -288,11 +285,10 @@ def _computed(
 ) -> list[Tensor]:
     """Outputs, and the gradients of inputs and parameters of a function of the outputs."""
     wanted = [*items, *(p for p in module.parameters() if p.requires_grad)]
-    with torch.enable_grad(), torch.inference_mode(False):
-        for x in items:
-            x.requires_grad_()
-        outputs = compute()
-        torch.stack([y.sin().sum() for y in outputs]).sum().backward(inputs=wanted)
+    for x in items:
+        x.requires_grad_()
+    outputs = compute()
+    torch.stack([y.sin().sum() for y in outputs]).sum().backward(inputs=wanted)
     gradients = [torch.zeros_like(x) if x.grad is None else x.grad for x in wanted]
     for x in wanted:
         x.grad = None
