@@ -6,12 +6,14 @@ import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TextIO
 
 from mmengine.config import Config
+from mmengine.logging import MMLogger
 from mmengine.registry import MODELS, DefaultScope
 
 from mmdet_moe.analysis.files import EXPERTS_FILE
@@ -248,3 +250,15 @@ def mean_std(values: Sequence[float]) -> tuple[float, float]:
     """Mean and unbiased standard deviation; the latter is NaN for one value."""
     mean = statistics.fmean(values)
     return mean, statistics.stdev(values) if len(values) > 1 else math.nan
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without what MMEngine's logger says of its own accord."""
+    logger = MMLogger.get_current_instance()
+    level = logger.level
+    logger.setLevel('WARNING')
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

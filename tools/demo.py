@@ -6,13 +6,14 @@ file output.log of each, and with ``--verbose`` to the terminal.
 """
 
 import argparse
+import io
 import re
 import shutil
 import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import TextIO
 
@@ -37,6 +38,7 @@ from research.runs import (
     analyse,
     collect,
     latest_checkpoint,
+    quiet,
     train,
 )
 
@@ -69,7 +71,7 @@ def main() -> None:
     args = parser.parse_args()
     # Trainings run from the checkout, wherever the tool was called.
     args.data, args.work_dir = args.data.resolve(), args.work_dir.resolve()
-    with exit_on_user_error():
+    with exit_on_user_error(), quiet():
         run_demo(args)
 
 
@@ -176,7 +178,8 @@ def draw_detections(work_dir: Path, images: list[Path]) -> list[np.ndarray]:
     from mmdet.registry import VISUALIZERS
 
     (config,) = work_dir.glob('*.py')
-    model = init_detector(str(config), str(latest_checkpoint(work_dir)), device='cpu')
+    with redirect_stdout(io.StringIO()):  # where the checkpoint is read from
+        model = init_detector(str(config), str(latest_checkpoint(work_dir)), device='cpu')
     visualizer = VISUALIZERS.build(
         {**model.cfg.visualizer, 'name': 'overview', 'vis_backends': None}
     )

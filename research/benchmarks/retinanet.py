@@ -1,17 +1,15 @@
 """The MoE RetinaNet against dense ones: a training iteration, and the head alone."""
 
 import bisect
-import contextlib
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from mmdet.registry import MODELS as DETECTORS
 from mmdet.structures import DetDataSample
 from mmengine.config import Config, ConfigDict
-from mmengine.logging import MMLogger
 from mmengine.registry import DefaultScope
 from mmengine.structures import InstanceData
 from torch import Tensor, nn
@@ -28,7 +26,7 @@ from research.benchmarks.harness import (
     Results,
     waits,
 )
-from research.runs import REPOSITORY
+from research.runs import REPOSITORY, quiet
 
 STRIDES = (8, 16, 32, 64, 128)
 MOE, DENSE = 'MoE', 'dense'
@@ -195,21 +193,9 @@ def _build_detector(cfg: ConfigDict) -> nn.Module:
     cfg.backbone.init_cfg = None  # no pretrained weights: nothing to download
     with DefaultScope.overwrite_default_scope('mmdet'):
         model = DETECTORS.build(cfg)
-        with _quiet():
+        with quiet():
             model.init_weights()
     return model.train()
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without MMEngine's report on the origin of every parameter."""
-    logger = MMLogger.get_current_instance()
-    level = logger.level
-    logger.setLevel('WARNING')
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
 
 
 def _batch(model: nn.Module, size: int, images: int = 2) -> dict[str, Any]:

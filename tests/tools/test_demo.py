@@ -44,6 +44,8 @@ def test_demo_trains_both_models_and_then_reuses_them(tmp_path, monkeypatch, cap
     for output in (first, second):
         assert 'OneDL' not in output.out + output.err
         assert 'deprecated' not in output.out + output.err
+        assert 'INFO' not in output.out + output.err
+        assert 'Loads checkpoint' not in output.out + output.err
 
 
 @pytest.mark.parametrize('arguments', [['demo'], ['reproduce', 'digit-scenes']], ids=lambda a: a[0])
