@@ -4,8 +4,9 @@ Each way's time is a sum of a few terms with one coefficient each, in millisecon
 coefficients come from a non-negative least-squares fit of relative errors to 129 layers on 2 cores
 (3×3 and 1×1 kernels, 32 to 256 channels, 4×4 to 64×64 pixels, 2 to 64 items, k = 1 to 4, E = 4 to
 32, float32), but for those of mixing and its gradient, which were set by hand after that code had
-changed. Another machine scales all of them alike, roughly; only their ratios decide.
-``tools/benchmark_moe.py auto`` measures how good the decisions are.
+changed. Those of bfloat16 are fitted to 60 such layers (E = 8) on one core with AMX. Another
+machine scales all of them alike, roughly; only their ratios decide. ``tools/benchmark_moe.py auto``
+measures how good the decisions are.
 """
 
 import math
@@ -21,30 +22,58 @@ if TYPE_CHECKING:
     from mmdet_moe.moe.experts.conv import ConvExperts
 
 #: Milliseconds: (forward, forward and backward).
-_COSTS = {
-    'subbatches': {
-        'call': (0.054, 0.50),
-        'expert': (0.059, 0.17),  # that has items
-        'gflop': (3.3, 9.1),
-        'expert_kernel': (0.37, 1.4),  # million numbers in the kernels of those experts
-        'route_pixel': (0.86, 3.4),  # million numbers in the outputs of all routes
+_COSTS: dict[torch.dtype, dict[str, dict[str, tuple[float, float]]]] = {
+    torch.float32: {
+        'subbatches': {
+            'call': (0.054, 0.50),
+            'expert': (0.059, 0.17),  # that has items
+            'gflop': (3.3, 9.1),
+            'expert_kernel': (0.37, 1.4),  # million numbers in the kernels of those experts
+            'route_pixel': (0.86, 3.4),  # million numbers in the outputs of all routes
+        },
+        'grouped': {
+            'call': (0.14, 0.53),
+            'item': (0.003, 0.004),
+            'gflop': (3.4, 10.8),
+            'item_kernel': (0.51, 1.6),  # million numbers in the mixed kernels of all items
+            'mixing': (0.1, 0.1),  # times k
+            'unmixing': (0.0, 0.11),  # times E: million multiplications of a matrix product
+            'item_pixel': (0.55, 1.5),  # million numbers in the outputs of all items
+        },
+        'views': {
+            'call': (0.092, 0.36),
+            'item': (0.022, 0.078),
+            'gflop': (4.2, 13.2),
+            'item_kernel': (0.22, 0.93),
+            'mixing': (0.11, 0.48),  # times k
+            'item_pixel': (0.95, 2.6),
+        },
     },
-    'grouped': {
-        'call': (0.14, 0.53),
-        'item': (0.003, 0.004),
-        'gflop': (3.4, 10.8),
-        'item_kernel': (0.51, 1.6),  # million numbers in the mixed kernels of all items
-        'mixing': (0.1, 0.1),  # times k
-        'unmixing': (0.0, 0.11),  # times E: million multiplications of a matrix product
-        'item_pixel': (0.55, 1.5),  # million numbers in the outputs of all items
-    },
-    'views': {
-        'call': (0.092, 0.36),
-        'item': (0.022, 0.078),
-        'gflop': (4.2, 13.2),
-        'item_kernel': (0.22, 0.93),
-        'mixing': (0.11, 0.48),  # times k
-        'item_pixel': (0.95, 2.6),
+    torch.bfloat16: {
+        'subbatches': {
+            'call': (0.18, 1.2),
+            'expert': (0.17, 0.38),
+            'gflop': (2.3, 4.1),
+            'expert_kernel': (0.42, 5.2),
+            'route_pixel': (3.3, 8.5),
+        },
+        'grouped': {
+            'call': (0.33, 1.3),
+            'item': (0.0041, 0.0032),
+            'gflop': (0.72, 2.2),
+            'item_kernel': (0.3, 0.0),
+            'mixing': (0.69, 0.95),
+            'item_pixel': (4.6, 12.0),
+            'unmixing': (0.0, 0.41),
+        },
+        'views': {
+            'call': (0.26, 0.98),
+            'item': (0.14, 0.45),
+            'gflop': (1.8, 9.6),
+            'item_kernel': (0.024, 1.4),
+            'mixing': (0.88, 16.0),
+            'item_pixel': (2.6, 6.1),
+        },
     },
 }
 #: The mixed kernels of all items have to be in memory at once, until the backward pass.
@@ -74,8 +103,16 @@ def cheapest(experts: 'ConvExperts', x_T: Tensor, dispatcher: Dispatcher) -> str
         len(dispatcher.used_experts()),
         tuple(experts.weight.shape[1:]),
         experts.weight.element_size(),
+        _computed_in(x_T.dtype),
         math.prod(experts.output_size(x_T.shape[2:])),
     )
+
+
+def _computed_in(dtype: torch.dtype) -> torch.dtype:
+    """Of the two that have been measured, the one that is closer to what a CPU computes in."""
+    if torch.is_autocast_enabled('cpu'):
+        dtype = torch.get_autocast_dtype('cpu')
+    return torch.bfloat16 if dtype in (torch.bfloat16, torch.float16) else torch.float32
 
 
 @lru_cache(maxsize=1024)  # a model repeats its few shapes, and this takes as long as it saves
@@ -88,6 +125,7 @@ def _cheapest(
     used: int,
     kernel_shape: tuple[int, ...],
     kernel_bytes: int,
+    dtype: torch.dtype,
     pixels: int,
 ) -> str:
     kernel = math.prod(kernel_shape) / 1e6
@@ -113,7 +151,7 @@ def _cheapest(
         'views': mixed,
     }
     costs = {
-        way: sum(_COSTS[way][name][trains] * amount for name, amount in of_way.items())
+        way: sum(_COSTS[dtype][way][name][trains] * amount for name, amount in of_way.items())
         for way, of_way in amounts.items()
     }
     if num_items * 1e6 * kernel * kernel_bytes > MOST_MIXED_BYTES:
