@@ -41,8 +41,8 @@ _DENSE = 'retinanet_lite0_dense_voc2007'
 _SOFT = 'retinanet_lite0_moe_soft_voc2007'
 _VOC = (
     Method('dense', _DENSE),
-    # As dear as two of the experts.
-    Method('dense, 48 channels', _DENSE, ('model.bbox_head.feat_channels=48',)),
+    # As dear as two of the experts: 528 MFLOPs of 540, at 320×320 pixels.
+    Method('dense, 52 channels', _DENSE, ('model.bbox_head.feat_channels=52',)),
     Method('soft', _SOFT),
     Method('hard', 'retinanet_lite0_moe_hard_voc2007'),
     Method('no balancing', 'retinanet_lite0_moe_unbalanced_voc2007'),
@@ -55,7 +55,7 @@ _VOC = (
     ),
     Method('soft, narrow', 'retinanet_lite0_moe_equal_voc2007'),
 )
-VOC = Photographs(name='voc', methods=_VOC, pictured=_VOC[2:])
+VOC = Photographs(name='voc', methods=_VOC, pictured=_VOC[2:], num_dense=2)
 
 _PIXEL = ('model.bbox_head.granularity=pixel', 'model.bbox_head.whole_maps=True')
 _NORMALISED = ('model.bbox_head.router.normalise_levels=5',)
@@ -165,7 +165,7 @@ class PhotographsExperiment(MeasuredExperiment):
                 self.train_and_measure()
             else:
                 self.train(self.methods)
-            self.analyse(self.methods[1:])
+            self.analyse(self.task.sparse)
         self.write()
 
     def options(self, method: Method, seed: int) -> list[str]:

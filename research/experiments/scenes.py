@@ -45,6 +45,7 @@ class Task:
         pretraining: The common start of all methods, if there is one.
         decision_weights: Rows of the second table, if there is one; the last one is the run of
             ``methods[1]``.
+        num_dense: How many of the methods, from the first on, have no experts.
     """
 
     name: str
@@ -52,6 +53,12 @@ class Task:
     pictured: tuple[Method, ...]
     pretraining: Method | None = None
     decision_weights: tuple[Method, ...] = ()
+    num_dense: int = 1
+
+    @property
+    def sparse(self) -> tuple[Method, ...]:
+        """The methods that have experts, which are analysed."""
+        return self.methods[self.num_dense :]
 
 
 @dataclass(frozen=True)
@@ -146,7 +153,7 @@ class DetectorExperiment(Experiment):
         self.check([*self.pretraining, *self._unique_methods()])
         if not table_only:
             self.train(self._unique_methods())
-            self.analyse(self.task.methods[1:])
+            self.analyse(self.task.sparse)
         self.write()
 
     @property
@@ -183,7 +190,7 @@ class DetectorExperiment(Experiment):
             for marker, methods in rows.items()
         }
         tables = {marker: markdown_table(runs, objects) for marker, runs in results.items()}
-        found = {method.name: self.analyses(method) for method in task.methods[1:]}
+        found = {method.name: self.analyses(method) for method in task.sparse}
         tables[f'{task.name}-specialisation'] = specialisation_table(found)
         pictures = {}
         if all(found[method.name] for method in task.pictured):

@@ -120,7 +120,7 @@ class YoloxExperiment(PhotographsExperiment):
             for method in self.methods
             if (start := self._start(method)) is not None
         }
-        found = {method.name: self.analyses(method) for method in self.methods[1:]}
+        found = {method.name: self.analyses(method) for method in self.task.sparse}
         runs = [*results.values(), *found.values()]
         complete = len(starts) == len(results) and all(len(r) == len(self.seeds) for r in runs)
         name = self.task.name

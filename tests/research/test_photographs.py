@@ -48,16 +48,19 @@ def test_voc_in_miniature(tmp_path, data, monkeypatch):
     weights = tmp_path / 'weights.pth'
     torch.save(EfficientNetLite0().state_dict(), weights)
     monkeypatch.setenv('EFFICIENTNET_LITE0', str(weights))
-    task = replace(VOC, methods=(VOC.methods[0], VOC.methods[2]), pictured=VOC.methods[2:3])
+    task = replace(VOC, methods=VOC.methods[:3], pictured=VOC.methods[2:3])
     made = PhotographsExperiment(task, data, tmp_path / 'runs', [0], 1, epochs=1)
     made.run()
     table = (made.written / 'voc.md').read_text()
     assert table.startswith('1 epochs, 16 images an iteration')
     costs = [int(flops) for flops in re.findall(r'(\d+) MFLOPs', table)]
     # Two experts instead of one subnet; the neck stays what it is.
-    assert 1.5 < costs[1] / costs[0] < 2
-    assert table.count('\n| ') == 4  # two lines of the head
-    assert (made.written / 'voc-specialisation.md').exists()
+    assert 1.5 < costs[2] / costs[0] < 2
+    assert costs[1] / costs[2] == pytest.approx(1, abs=0.05)
+    assert table.count('\n| ') == 5  # two lines of the head
+    specialisation = (made.written / 'voc-specialisation.md').read_text()
+    assert '| soft |' in specialisation
+    assert 'dense' not in specialisation
     assert list((tmp_path / 'runs/features').rglob('*.pt'))
     made.run(table_only=True)
 
@@ -71,6 +74,7 @@ def test_every_method_has_a_config_that_takes_its_options(task, tmp_path):
         assert cfg.model.backbone.type == 'mmdet_moe.Frozen'
         assert cfg.model.backbone.module.type == 'mmdet_moe.EfficientNetLite0'
         head, dataset = cfg.model.bbox_head, cfg.train_dataloader.dataset
+        assert (head.type == 'mmdet_moe.MoERetinaHead') == (method in task.sparse)
         assert head.num_classes == len(dataset.metainfo.classes)
         assert head.anchor_generator.scales_per_octave == 1
         if task is PERSONS:
