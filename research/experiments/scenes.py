@@ -3,8 +3,8 @@
 There every seed has its own pretrained dense model, from which all of its methods start.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -43,6 +43,7 @@ class Task:
         methods: Rows of the main table, the dense model first.
         pictured: The methods of the picture.
         pretraining: The common start of all methods, if there is one.
+        starts: Another start than the common one, by the names of methods.
         decision_weights: Rows of the second table, if there is one; the last one is the run of
             ``methods[1]``.
         num_dense: How many of the methods, from the first on, have no experts.
@@ -52,6 +53,7 @@ class Task:
     methods: tuple[Method, ...]
     pictured: tuple[Method, ...]
     pretraining: Method | None = None
+    starts: Mapping[str, Method] = field(default_factory=dict)
     decision_weights: tuple[Method, ...] = ()
     num_dense: int = 1
 
@@ -159,7 +161,8 @@ class DetectorExperiment(Experiment):
     @property
     def pretraining(self) -> list[Method]:
         """What every seed begins with, if anything."""
-        return [] if self.task.pretraining is None else [self.task.pretraining]
+        common = [] if self.task.pretraining is None else [self.task.pretraining]
+        return [*common, *self.task.starts.values()]
 
     def _unique_methods(self) -> list[Method]:
         return [*self.task.methods, *self.task.decision_weights[:-1]]
@@ -169,7 +172,9 @@ class DetectorExperiment(Experiment):
         return self.task.methods[1] if weights and method == weights[-1] else method
 
     def start_of(self, method: Method) -> Method | None:
-        return None if method == self.task.pretraining else self.task.pretraining
+        if method in self.pretraining:
+            return None
+        return self.task.starts.get(method.name, self.task.pretraining)
 
     def options(self, method: Method, seed: int) -> list[str]:
         return [*super().options(method, seed), *self.start_options(method, seed)]

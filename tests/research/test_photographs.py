@@ -3,6 +3,7 @@
 import json
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -52,7 +53,7 @@ def test_voc_in_miniature(tmp_path, data, monkeypatch):
     made = PhotographsExperiment(task, data, tmp_path / 'runs', [0], 1, epochs=1)
     made.run()
     table = (made.written / 'voc.md').read_text()
-    assert table.startswith('1 epochs, 16 images an iteration')
+    assert table.startswith('1 epochs after as many of a dense model, 16 images an iteration')
     costs = [int(flops) for flops in re.findall(r'(\d+) MFLOPs', table)]
     # Two experts instead of one subnet; the neck stays what it is.
     assert 1.5 < costs[2] / costs[0] < 2
@@ -62,12 +63,20 @@ def test_voc_in_miniature(tmp_path, data, monkeypatch):
     assert '| soft |' in specialisation
     assert 'dense' not in specialisation
     assert list((tmp_path / 'runs/features').rglob('*.pt'))
+    starts = {}
+    for method in made.methods:
+        (config,) = made.run_dir(method, 0).glob('*.py')
+        starts[method.name] = Path(load_config(str(config)).load_from).parents[1].name
+    assert starts == {
+        'dense': 'pretraining', 'dense, 52 channels': 'pretraining_52_channels',
+        'soft': 'pretraining',
+    }  # fmt: skip
     made.run(table_only=True)
 
 
 @pytest.mark.parametrize('task', TASKS.values(), ids=TASKS)
 def test_every_method_has_a_config_that_takes_its_options(task, tmp_path):
-    for method in task.methods:
+    for method in (*task.methods, task.pretraining, *task.starts.values()):
         path = tmp_path / f'{method.key}.py'
         path.write_text(config_text(method.config, task.classes, str(tmp_path / 'maps')))
         cfg = load_config(str(path), parse_options([f'data_root={tmp_path}', *method.options]))
@@ -87,7 +96,7 @@ def test_commands(tmp_path):
     common = ['--data', str(tmp_path), '--work-dir', str(tmp_path / 'runs'), '--seeds', '3']
     voc = experiment(parse_args(['voc', *common]))
     assert voc.is_default
-    assert 'train_cfg.max_epochs=24' in voc.options(voc.methods[0], 3)
+    assert 'train_cfg.max_epochs=12' in voc.options(voc.methods[0], 3)
     persons = experiment(parse_args(['persons', *common, '--epochs', '2']))
     assert not persons.is_default
     assert persons.run_dir(persons.methods[0], 3) == tmp_path / 'runs/2_epochs/dense/seed3'
