@@ -152,13 +152,13 @@ def _compare_iterations(
     with torch.no_grad():
         expected = {name: sum(value) for name, value in losses_of(models[DENSE]).items()}
     iterations = {name: iteration_of(model) for name, model in models.items()}
-    iterations[BY_LEVEL] = iteration_of(models[MOE], 'levels')
     what = (
         f'{len(batch["inputs"])} images of {"×".join(map(str, batch["inputs"].shape[-2:]))}, '
         f'{layout}'
     )
     notes = dict.fromkeys(iterations, '')
-    if bench.device.type == 'cuda':
+    if bench.device.type == 'cuda':  # a CPU goes level by level anyway
+        iterations[BY_LEVEL] = iteration_of(models[MOE], 'levels')
         # A router's decisions change the sizes of what experts compute, and cuDNN plans each new
         # size once: what a training soon has behind it.
         for run in (iterations[MOE], iterations[BY_LEVEL]):

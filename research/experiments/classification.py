@@ -85,11 +85,17 @@ _CIFAR_SCHEDULE = (
     'param_scheduler.milestones=[14,21]',
     MIXED_PRECISION,
 )
-_CIFAR_TEXT = (
-    'all 50,000 training images, 25 epochs in batches of {} iterations) in mixed '
-    'precision, the rate divided by 10 after epochs 14 and 21, as the paper does after 100 and 150 '
-    'of 180; experts so wide that two cost what the dense stage does; all 10,000 test images'
-)
+
+
+def _cifar_text(width: str, batch: int, iterations: int) -> str:
+    return (
+        f'{width}, all 50,000 training images, 25 epochs in batches of {batch} ({iterations:,} '
+        'iterations) in mixed precision, the rate divided by 10 after epochs 14 and 21, as the '
+        'paper does after 100 and 150 of 180; experts so wide that two cost what the dense stage '
+        'does; all 10,000 test images'
+    )
+
+
 TASKS = {
     FASHION_MNIST.name: Task(
         FASHION_MNIST,
@@ -125,19 +131,19 @@ TASKS = {
         {
             'cpu': _budget(
                 'cpu',
-                f'a quarter of the width (16 to 128 channels), {_CIFAR_TEXT.format("128 (9,775")}',
+                _cifar_text('a quarter of the width (16 to 128 channels)', 128, 9775),
                 16,
                 _CIFAR_SCHEDULE,
             ),
             'short': _budget(
                 'short',
-                f'an eighth of the width (8 to 64 channels), {_CIFAR_TEXT.format("128 (9,775")}',
+                _cifar_text('an eighth of the width (8 to 64 channels)', 128, 9775),
                 8,
                 _CIFAR_SCHEDULE,
             ),
             'half': _budget(
                 'half',
-                f'half of the width (32 to 256 channels), {_CIFAR_TEXT.format("256 (4,900")}',
+                _cifar_text('half of the width (32 to 256 channels)', 256, 4900),
                 32,
                 (*_CIFAR_SCHEDULE, 'train_dataloader.batch_size=256'),
             ),
