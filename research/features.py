@@ -13,7 +13,6 @@ from mmengine.config import Config
 from mmengine.dataset import BaseDataset
 from mmengine.registry import DATASETS, init_default_scope
 from torch import Tensor
-from tqdm import tqdm
 
 from mmdet_moe.analysis.files import write_file
 from mmdet_moe.analysis.models import build_model
@@ -21,6 +20,7 @@ from mmdet_moe.compat.malloc import keep_large_blocks
 from mmdet_moe.datasets.download import md5_of
 from mmdet_moe.engine.preflight import check_config
 from mmdet_moe.errors import ConfigError
+from mmdet_moe.progress import progress_bar
 
 #: Images in one file, and in one batch, which stays in a core's cache.
 CHUNK, BATCH = 1000, 25
@@ -88,7 +88,7 @@ class FeatureCache:
         folder.mkdir(parents=True, exist_ok=True)
         chunks, labels = [], _labels(dataset, indices)
         starts = range(0, len(indices), CHUNK)
-        for start in tqdm(starts, desc=f'features {folder.name}', unit='chunk', mininterval=10):
+        for start in progress_bar(starts, desc=f'features {folder.name}', unit='chunk'):
             path = folder / f'{start:06d}.npy'
             if not path.exists():
                 content = BytesIO()

@@ -30,9 +30,7 @@ def failure(capsys, run, *arguments, **named):
     with pytest.raises(SystemExit) as exit_:
         run(*arguments, **named)
     assert exit_.value.code == 2
-    bars = ('images/s', 'it/s]', '| 0/')  # of progress
-    lines = capsys.readouterr().err.splitlines()
-    (line,) = [line for line in lines if line and not any(bar in line for bar in bars)]
+    (line,) = filter(None, capsys.readouterr().err.splitlines())
     assert line.startswith('error: ')
     return line.removeprefix('error: ')
 

@@ -8,7 +8,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 #: A room may import those above it, and none beside or below it.
 ROOMS = (
-    ('errors', 'files', 'version'),
+    ('errors', 'files', 'progress', 'version'),
     ('compat',),
     ('__main__', 'checks', 'drawing', 'registry'),
     ('ops',),

@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from mmengine.config import Config
-from tqdm import tqdm
 
 from mmdet_moe.analysis.attribution import KNOWN_HEADS
 from mmdet_moe.analysis.data import SPLITS, AnalysisData
@@ -40,6 +39,7 @@ from mmdet_moe.cli import check_folder, fail, load_config, set_loader_defaults
 from mmdet_moe.engine.options import add_cfg_options
 from mmdet_moe.engine.preflight import check_config, check_trained_classes
 from mmdet_moe.errors import ConfigError
+from mmdet_moe.progress import progress_bar
 
 _INTERRUPTED = 130
 
@@ -293,7 +293,7 @@ def _digest(content: bytes | object) -> str:
 
 @contextmanager
 def _bar(name: str, total: int) -> Iterator[Callable[[int], None]]:
-    with tqdm(total=total, desc=name, unit=' images', mininterval=0.5) as bar:
+    with progress_bar(total=total, desc=name, unit=' images') as bar:
         started = False
 
         def progress(images: int) -> None:

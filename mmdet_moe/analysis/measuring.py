@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from mmengine.config import Config
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from mmdet_moe.analysis.data import SPLITS, AnalysisData
 from mmdet_moe.analysis.files import write_file
@@ -22,6 +21,7 @@ from mmdet_moe.engine.options import add_cfg_options
 from mmdet_moe.engine.preflight import check_config, check_trained_classes
 from mmdet_moe.errors import ConfigError
 from mmdet_moe.moe.surgery.report import in_columns
+from mmdet_moe.progress import progress_bar
 
 #: Parts of the metrics that are tables of their own.
 _PARTS = {'per_group': 'group', 'per_superclass': 'super-class', 'per_class': 'class'}
@@ -126,8 +126,8 @@ def predict(model: nn.Module, data: AnalysisData, name: str = 'images') -> BoxRe
         name: What the progress bar is called.
     """
     parts: list[BoxRecords | np.ndarray] = []
-    done = 0  # the bar does not count where TQDM_DISABLE switches it off
-    with tqdm(total=len(data), desc=name, unit=' images', mininterval=0.5) as bar:
+    done = 0  # a bar that is not shown does not count
+    with progress_bar(total=len(data), desc=name, unit=' images') as bar:
         for batch in data.batches():
             results = model.test_step(batch)
             parts.append(predictions_of(range(done, done + len(results)), results))

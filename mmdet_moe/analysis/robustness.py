@@ -22,7 +22,6 @@ import torch
 from mmpretrain.models.classifiers import BaseClassifier
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from tqdm import tqdm
 
 from mmdet_moe.analysis.attacks import ATTACKS, MAX_BATCH, Attack, noisy
 from mmdet_moe.analysis.data import AnalysisData
@@ -42,6 +41,7 @@ from mmdet_moe.moe import MoELayer
 from mmdet_moe.moe.expert_layer import find_expert_layers
 from mmdet_moe.moe.routing import Routing
 from mmdet_moe.moe.surgery.report import in_columns
+from mmdet_moe.progress import progress_bar
 
 CLEAN, NOISE, ATTACKED = COLUMNS = ('clean', 'noise', 'attacked')
 #: The rows of the table, for the model and for each layer.
@@ -119,9 +119,11 @@ def attack_checkpoint(args: argparse.Namespace) -> dict:
     data = images_of(args, cfg, meta)
     total = min(wanted, len(data))
     found = Robustness(model, attack)
-    with tqdm(total=total, desc=ATTACKS[attack.kind], unit=' images', mininterval=0.5) as bar:
+    done = 0  # a bar that is not shown does not count
+    with progress_bar(total=total, desc=ATTACKS[attack.kind], unit=' images') as bar:
         for x, labels in _batches(data, total, next(model.parameters()).device):
-            found.add(x, labels, seed=bar.n)
+            found.add(x, labels, seed=done)
+            done += len(x)
             bar.update(len(x))
     result = {
         'config': Path(args.config).stem,

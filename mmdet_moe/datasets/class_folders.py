@@ -17,11 +17,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 from torchvision.datasets import CIFAR10, CIFAR100
-from tqdm import tqdm
 
 from mmdet_moe.datasets.download import CIFAR, is_unpacked, md5_of
 from mmdet_moe.errors import ConfigError
 from mmdet_moe.files import scratch_folder
+from mmdet_moe.progress import progress_bar
 
 #: Name of the note: checksums by file, as JSON.
 NOTE = 'made_from_class_folders.json'
@@ -175,7 +175,7 @@ def _files(published: Published, source: Path, split: str) -> list[Path]:
 def _read(files: Sequence[Path], split: str) -> np.ndarray:
     """Images as rows of 3 · 32 · 32 uint8: all of red, then green, then blue."""
     images = np.empty((len(files), 3 * SIZE * SIZE), np.uint8)
-    for row, path in enumerate(tqdm(files, desc=f'read {split}', unit='image', leave=False)):
+    for row, path in enumerate(progress_bar(files, desc=f'read {split}', unit='image')):
         try:
             with Image.open(path) as image:
                 if image.format not in LOSSLESS:

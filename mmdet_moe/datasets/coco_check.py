@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from PIL import Image, ImageDraw
-from tqdm import tqdm
 
 from mmdet_moe.compat.coco import boxes_of
 from mmdet_moe.datasets.coco_file import (
@@ -26,6 +25,7 @@ from mmdet_moe.datasets.coco_file import (
 )
 from mmdet_moe.datasets.coco_folder import oriented_size, upright
 from mmdet_moe.errors import ConfigError
+from mmdet_moe.progress import progress_bar
 
 #: So many images are on the contact sheet, in so many columns, each in a tile of so many px with a
 #: line of text above it.
@@ -188,7 +188,7 @@ def _look_at_images(
     part: Part, coco: CocoFile, digests: dict[str, dict[str, list]], wrong: dict[str, list]
 ) -> None:
     wrong['images are listed twice'] += _repeated(name for name, _ in coco.images.values())
-    for name, size in tqdm(coco.images.values(), desc=part.name, unit='image', leave=False):
+    for name, size in progress_bar(coco.images.values(), desc=part.name, unit='image'):
         path = part.images / name
         if not path.is_file():
             wrong['images do not exist'].append(str(path))

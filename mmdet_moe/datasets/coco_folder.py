@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import TypeVar
 
 from PIL import Image, ImageOps
-from tqdm import tqdm
 
 from mmdet_moe.datasets.coco_file import count_objects
 from mmdet_moe.errors import ConfigError, explained
 from mmdet_moe.files import scratch_folder
+from mmdet_moe.progress import progress_bar
 
 T = TypeVar('T')
 #: What a folder was made of, as JSON.
@@ -137,7 +137,7 @@ def write_folder(
             if not listed:
                 raise ConfigError(f'there is no image for the split {split!r}')
             images, annotations = [], []
-            for item in map(label, tqdm(listed, desc=split, unit='image', leave=False)):
+            for item in map(label, progress_bar(listed, desc=split, unit='image')):
                 image_id += 1
                 width, height = _store(item, scratch / 'images' / item.name, size)
                 images.append(

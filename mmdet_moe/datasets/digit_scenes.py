@@ -28,12 +28,12 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-from tqdm import tqdm
 
 from mmdet_moe.datasets.coco_file import count_objects
 from mmdet_moe.datasets.sprites import SpriteSet, digest, load_sprites
 from mmdet_moe.errors import ConfigError
 from mmdet_moe.files import scratch_folder
+from mmdet_moe.progress import progress_bar
 
 # Raise it whenever the same parameters would give other images or annotations.
 GENERATOR_VERSION = 1
@@ -275,7 +275,7 @@ def _write_split(
     (folder / f'{split}2017').mkdir()
     (folder / 'annotations').mkdir(exist_ok=True)
     images, annotations = [], []
-    for index in tqdm(range(count), desc=f'{split}2017', unit='image', mininterval=0.5):
+    for index in progress_bar(range(count), desc=f'{split}2017', unit='image'):
         image, placements = render_scene(seed, split, index, size, sprites, photos, objects)
         image_id = index + 1
         name = f'{image_id:012d}.jpg'

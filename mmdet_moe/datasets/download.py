@@ -29,6 +29,7 @@ from tqdm import tqdm
 
 from mmdet_moe.errors import ConfigError
 from mmdet_moe.files import scratch_folder
+from mmdet_moe.progress import progress_bar
 
 
 @dataclass(frozen=True)
@@ -271,7 +272,7 @@ def fetch(archive: Archive, out: Path, url_base: str) -> Path:
 def md5_of(path: str | Path, progress: bool = True) -> str:
     """MD5 of a file, in hexadecimal, with a progress bar if asked for."""
     path, md5 = Path(path), hashlib.md5(usedforsecurity=False)
-    bar = _byte_bar(f'verify {path.name}', _size(path), disable=not progress)
+    bar = _byte_bar(f'verify {path.name}', _size(path), hidden=not progress)
     with path.open('rb') as file, bar:
         while chunk := file.read(_CHUNK_BYTES):
             md5.update(chunk)
@@ -287,9 +288,9 @@ def _size(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
 
 
-def _byte_bar(description: str, total: int, initial: int = 0, disable: bool = False) -> tqdm:
+def _byte_bar(description: str, total: int, initial: int = 0, hidden: bool = False) -> tqdm:
     size = dict(total=total, initial=initial, unit='B', unit_scale=True, unit_divisor=1000)
-    return tqdm(desc=description, leave=False, disable=disable, **size)
+    return progress_bar(desc=description, hidden=hidden, **size)
 
 
 def _download(url: str, part: Path, num_bytes: int) -> None:
@@ -392,7 +393,7 @@ def _unpack_into(folder: Path, file: Path) -> None:
         # No owners and special bits; Python has it since 3.12, and in the later patches before.
         archive.extraction_filter = getattr(tarfile, 'data_filter', None)
         members = archive.infolist() if is_zip else archive
-        for member in tqdm(members, desc=f'unpack {file.name}', unit='file', leave=False):
+        for member in progress_bar(members, desc=f'unpack {file.name}', unit='file'):
             name = member.filename if is_zip else member.name
             path = PurePosixPath(name)
             if path.is_absolute() or '..' in path.parts or '\\' in name or ':' in name:

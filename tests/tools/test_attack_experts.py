@@ -92,6 +92,20 @@ def test_tool(classifier, tmp_path, capsys):
         attack_checkpoint(parse(argv(classifier, out)))
 
 
+def test_each_batch_has_random_numbers_of_its_own(classifier, tmp_path, monkeypatch):
+    """Whether a progress bar counts or, where no terminal is, does not."""
+    add, seeds = Robustness.add, []
+
+    def noted(self, x, labels, seed=0):
+        seeds.append((len(x), seed))
+        add(self, x, labels, seed)
+
+    monkeypatch.setattr(Robustness, 'add', noted)
+    small = ('--steps', '1', '--cfg-options', 'val_dataloader.batch_size=8')
+    attack_checkpoint(parse(argv(classifier, tmp_path / 'attack.json', *small)))
+    assert seeds == [(8, 0), (8, 8), (8, 16)]
+
+
 def test_without_room_nothing_changes(classifier):
     """Held and other routings are then the model's own; and in the whole range nothing is left."""
     x, labels = images(classifier)

@@ -1,17 +1,13 @@
 """Upcycling, pruning and merging of a tiny classifier and a tiny detector, by the whole tools."""
 
 import re
-from functools import partial
 
-import numpy as np
 import pytest
 import torch
 from running import load_tool
 from tiny_tools import CLASSIFIER, DETECTOR, Tool, tiny_classifier
 
 from mmdet_moe import cli
-from mmdet_moe.analysis import measuring
-from mmdet_moe.analysis.data import AnalysisData
 from mmdet_moe.analysis.models import load_model
 from mmdet_moe.analysis.surgery import merge, prune, upcycle
 from mmdet_moe.errors import ConfigError
@@ -249,18 +245,6 @@ def test_pruned_detector(detector, tmp_path):
         detector.run(
             prune.prune_checkpoint, prune.parse, tmp_path / 'no', *more, '--layer', HEADS[0]
         )
-
-
-def test_without_a_progress_bar(detector, monkeypatch):
-    """TQDM_DISABLE=1 makes a bar that does not count, and no other metrics."""
-    options = dict(option.split('=') for option in detector.options[1:])
-    model, _ = loaded(detector.config, detector.checkpoint, options)
-    data = AnalysisData(cli.load_config(str(detector.config), options), 'val', 3)
-    found = measuring.predict(model, data)
-    monkeypatch.setattr(measuring, 'tqdm', partial(measuring.tqdm, disable=True))
-    other = measuring.predict(model, data)
-    assert set(other.image) == {0, 1, 2}
-    assert all(np.array_equal(value, getattr(other, name)) for name, value in vars(found).items())
 
 
 def test_effect_of_removal(data, tmp_path, capsys):

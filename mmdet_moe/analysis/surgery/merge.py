@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
-from tqdm import trange
 
 from mmdet_moe.analysis.data import AnalysisData
 from mmdet_moe.analysis.measuring import images_of, load_trained, predict
@@ -31,6 +30,7 @@ from mmdet_moe.moe import MoELayer, MuMoE, find_expert_layers
 from mmdet_moe.moe.dispatcher import unpack
 from mmdet_moe.moe.surgery.merging import dense_prefix, merged_entries
 from mmdet_moe.moe.surgery.siblings import Chain
+from mmdet_moe.progress import progress_bar
 
 #: Options of --how distill alone, and what they are by default.
 _DISTILLING = {'iterations': 500, 'lr': 1e-4, 'seed': 0}
@@ -238,7 +238,7 @@ def distill(
         parameters = [p for s in students.values() for p in s.parameters()]
         optimizer = torch.optim.Adam(parameters, lr)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, iterations)
-        bar = trange(iterations, desc='distilling', unit=' batches', mininterval=0.5)
+        bar = progress_bar(range(iterations), desc='distilling', unit=' batches')
         for iteration in bar:
             if iteration > 0:
                 _show(model, next(batches), calls)
