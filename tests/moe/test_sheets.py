@@ -59,7 +59,7 @@ def assert_same(layer, maps, layout=torch.contiguous_format):
         found = computed(layer, 'sheets', maps, layout)
     for a, b in zip(itertools.chain(*expected), itertools.chain(*found), strict=True):
         torch.testing.assert_close(b, a, rtol=1e-10, atol=1e-10)
-    return [s for s in used if len(s.heights) > 1]  # one is that of the trial
+    return [s for s in used if len(s.heights) > 1]  # the others are those of the trials
 
 
 @pytest.mark.parametrize('layout', [torch.contiguous_format, torch.channels_last])
@@ -108,6 +108,13 @@ class FirstOfATuple(Residual):
         return (super().forward(x),)
 
 
+class DropPath(nn.Module):
+    """Leaves one of a thousand items out."""
+
+    def forward(self, x):
+        return x * (torch.rand(len(x), 1, 1, 1) > 1e-3)
+
+
 @pytest.mark.parametrize('expert', [
     subnet(nn.Conv2d(4, 8, 3, padding=1), nn.GroupNorm(2, 8)),
     subnet(nn.Conv2d(4, 4, 3, padding=1), nn.InstanceNorm2d(4)),
@@ -117,6 +124,9 @@ class FirstOfATuple(Residual):
     subnet(nn.Conv2d(4, 4, 3)),
     subnet(nn.Conv2d(4, 4, 3, padding=1, stride=2)),
     subnet(nn.ConvTranspose2d(4, 4, 3, padding=1)),
+    subnet(nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)),
+    subnet(nn.Conv2d(4, 4, 3, padding=1), nn.Dropout2d(0.5)),
+    subnet(nn.Conv2d(4, 4, 3, padding=1), DropPath()),
     Checkpointed(),
     FirstOfATuple(),
 ], ids=str)  # fmt: skip
@@ -126,7 +136,8 @@ def test_what_cannot_lie_on_sheets(expert):
 
 @pytest.mark.parametrize(('expert', 'margin'), [
     (subnet(), 4), (subnet(nn.Conv2d(4, 4, 1)), 0), (subnet(nn.Conv2d(4, 4, 3, padding='same')), 1),
-    (subnet(nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4), nn.Dropout(0.5)), 1),
+    (subnet(nn.Conv2d(4, 4, 3, padding=1), nn.Dropout(0.5)), 1),
+    (subnet(nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4), nn.Dropout2d(0.5)).eval(), 1),
 ])  # fmt: skip
 def test_the_margin(expert, margin):
     assert sheets.margin_of(expert, 4) == margin
@@ -142,10 +153,34 @@ def test_what_falls_back_to_levels():
         expert[1] = nn.GroupNorm(2, 4).double()
     assert not assert_same(layer, maps_of())
 
+
+
+@pytest.mark.parametrize(('change', 'used'), [
+    ({'padding_mode': 'reflect'}, False),
+    ({'kernel_size': 1, 'padding': 0}, True),
+    ({'kernel_size': 5, 'padding': 2}, True),
+])  # fmt: skip
+def test_experts_that_differ(change, used):
+    """Each is tried by itself, the widest margin is everybody's."""
     layer = layer_of(subnet())
     assert assert_same(layer, maps_of())
-    layer.experts[2][0] = nn.Conv2d(4, 8, 1).double()
-    assert not assert_same(layer, maps_of())
+    other = nn.Conv2d(4, 8, **{'kernel_size': 3, 'padding': 1, **change})
+    layer.experts[2][0] = other.double()
+    assert bool(assert_same(layer, maps_of(((9, 12), (5, 6), (4, 4))))) == used
+
+
+def test_an_item_has_random_numbers_of_its_own():
+    """Dropout of whole channels would drop those of all items on a sheet, or of none."""
+    layer = layer_of(subnet(nn.Conv2d(4, 64, 1), nn.Dropout2d(0.5)), num_experts=2, top_k=1)
+    layer.experts.impl = 'sheets'
+    state = torch.get_rng_state()
+    sheets.margin_of(layer.experts[0], 4)
+    assert torch.equal(torch.get_rng_state(), state)
+    outputs = layer(maps_of(images=6))
+    dropped = torch.cat([(y == 0).flatten(2).all(2) for y in outputs])
+    assert len({tuple(row) for row in dropped.tolist()}) == len(dropped) == 24
+    layer.eval()
+    assert assert_same(layer, maps_of())
 
 
 def test_outputs_may_be_changed_in_place():

@@ -88,11 +88,12 @@ class ModuleExperts(ModuleList, Experts):
             or not sorting.bounds[-1]
         ):
             return None
-        kind, *others = map(sheets.signature, self)
-        if kind not in self._margins:
-            self._margins[kind] = sheets.margin_of(self[0], items[0].shape[1])
-        margin = self._margins[kind]
-        if margin is None or any(other != kind for other in others):
+        kinds = tuple(map(sheets.signature, self))
+        if kinds not in self._margins:
+            found = (sheets.margin_of(expert, items[0].shape[1]) for expert in self)
+            margins = [margin for margin in found if margin is not None]
+            self._margins[kinds] = max(margins) if len(margins) == len(self) else None
+        if (margin := self._margins[kinds]) is None:
             return None
         return sheets.Sheets(sorting, dispatchers, items, margin).through(self)
 

@@ -19,8 +19,6 @@ from itertools import accumulate, chain, islice, pairwise
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.dropout import _DropoutNd
 
 from mmdet_moe import ops
 from mmdet_moe.moe.dispatcher import Dispatcher, Sorting
@@ -214,11 +212,9 @@ def _margins_of_zeros(expert: nn.Module, is_item: Tensor, sheet: Tensor) -> Iter
 
 
 def signature(expert: nn.Module) -> tuple:
-    """What decides about :func:`margin_of`: two experts with the same one are alike."""
-    return tuple(
-        (type(m), *(getattr(m, name, None) for name in ('kernel_size', 'dilation', 'padding')))
-        for m in expert.modules()
-    )
+    """What decides about :func:`margin_of`: while it stays, the answer does."""
+    names = ('kernel_size', 'dilation', 'padding', 'padding_mode', 'training')
+    return tuple((type(m), *(getattr(m, name, None) for name in names)) for m in expert.modules())
 
 
 def _convolutions(expert: nn.Module) -> list[nn.Conv2d]:
@@ -231,7 +227,8 @@ def margin_of(expert: nn.Module, in_channels: int) -> int | None:
     """How far apart the items of an expert have to lie on a sheet.
 
     An expert may be any module, so it is tried: maps of two sizes on a sheet against each by
-    itself, outputs and gradients, in double precision, with batch norm and dropout in eval mode.
+    itself, outputs and gradients, in double precision, in its present mode. Dropout of single
+    values is left out of it, as it is the same on a sheet.
 
     Args:
         expert: From (N, C, H, W) to (N, C', H, W).
@@ -239,7 +236,8 @@ def margin_of(expert: nn.Module, in_channels: int) -> int | None:
 
     Returns:
         In pixels; None for an expert that cannot compute sheets: it changes the size of a map, has
-        group normalisation or pooling, or something else than a convolution sees more than a pixel.
+        group normalisation or pooling, draws random numbers (one for a whole item would be one for
+        the sheet), or something else than a convolution sees more than a pixel.
     """
     margin = max(
         (
@@ -252,15 +250,13 @@ def margin_of(expert: nn.Module, in_channels: int) -> int | None:
     generator = torch.Generator().manual_seed(0)
     try:
         probe = copy.deepcopy(expert).cpu().double()
-        probe.train()  # not in a chain: MMPretrain's returns None
         for module in probe.modules():
-            if isinstance(module, (_BatchNorm, _DropoutNd)):
+            if isinstance(module, nn.Dropout):
                 module.eval()
         items = [
             torch.randn(n, in_channels, *size, dtype=torch.double, generator=generator)
             for n, size in ((1, (5, 7)), (2, (3, 3)))
         ]
-        alone = _computed(items, lambda: [probe(x) for x in items], probe)
         ids = torch.zeros(3, 1, dtype=torch.int64)
         weights = torch.ones(3, 1, dtype=torch.double)
         sorting = Sorting(ids, weights, 1, (1, 2), torch.tensor([0, 1, 1]))
@@ -268,6 +264,11 @@ def margin_of(expert: nn.Module, in_channels: int) -> int | None:
             Dispatcher(ids[:1], weights[:1], 1, sorting),
             Dispatcher(ids[1:], weights[1:], 1, sorting, level=1, first_item=1),
         ]
+        with torch.random.fork_rng(devices=[]):
+            before = torch.get_rng_state()
+            alone = _computed(items, lambda: [probe(x) for x in items], probe)
+            if not torch.equal(torch.get_rng_state(), before):
+                return None
         on_sheet = _computed(
             items, lambda: Sheets(sorting, dispatchers, items, margin).through([probe]), probe
         )
