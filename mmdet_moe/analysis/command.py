@@ -279,7 +279,7 @@ def prepare(args: argparse.Namespace, cfg: Config, compared: Sequence[str] = ())
     plan = {
         'checkpoint': _digest(Path(args.checkpoint).read_bytes()),
         'model': _digest(cfg.model),
-        'data': _digest(data.loader_cfg.dataset),
+        'data': _digest([data.loader_cfg.dataset, data.digest()]),
         'split': args.split,
     }
     return Study(model, data, args.out / 'records', plan, args.score_thr, args.overwrite)

@@ -1,5 +1,7 @@
 """A data set as the analysis sees it: objects, images and names, in any of the toolboxes."""
 
+import hashlib
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -8,6 +10,7 @@ from typing import Any
 import numpy as np
 from mmcv.transforms import LoadImageFromFile
 from mmengine.config import Config, ConfigDict
+from mmengine.dataset import ClassBalancedDataset, RepeatDataset
 from mmengine.registry import DATASETS
 from mmengine.runner import Runner
 
@@ -40,8 +43,8 @@ class AnalysisData:
         max_images: Use the first so many.
 
     Raises:
-        ConfigError: If the config does not describe that split, or it has no images, as generated
-            patches have none.
+        ConfigError: If the config does not describe that split, it repeats images, or it has none,
+            as generated patches have none.
     """
 
     def __init__(self, cfg: Config, split: str, max_images: int | None = None) -> None:
@@ -52,6 +55,12 @@ class AnalysisData:
                 f'{split}_dataloader.dataset: {type(self.dataset).__name__} has no images for an '
                 'analysis to show; use a data set of images'
             )
+        for part in _parts(self.dataset):
+            if isinstance(part, RepeatDataset | ClassBalancedDataset):
+                raise ConfigError(
+                    f'{split}_dataloader.dataset: {type(part).__name__} repeats images, and each '
+                    'copy would count as an image of its own; give the data set inside of it'
+                )
         if hasattr(self.dataset, 'full_init'):
             self.dataset.full_init()
         wrap_readers(self.dataset, set())
@@ -112,8 +121,7 @@ class AnalysisData:
 
     @property
     def _coco_file(self) -> str | None:
-        is_coco = hasattr(self.dataset, 'COCOAPI') and hasattr(self.dataset, 'cat_ids')
-        return self.dataset.ann_file if is_coco else None
+        return _coco_file(self.dataset)
 
     def batches(self, first: int = 0, step: int = 1, **options: Any) -> Iterator[dict]:
         """The batches from an image on, in order.
@@ -168,23 +176,37 @@ class AnalysisData:
         """The hidden cluster of a classifier's image, where there are any."""
         return int(self.info(index)['cluster'])
 
+    def digest(self) -> str:
+        """Another one if an image is another file, or something else is known of it."""
+        seen = hashlib.sha256()
+        for index in range(len(self.dataset)):
+            info = self.info(index)
+            seen.update(json.dumps([self.path(index), str(info.get('gt_label'))]).encode())
+            if 'instances' in info:
+                objects = self.objects(index)
+                for part in (objects.boxes, objects.labels, objects.areas, objects.crowd):
+                    seen.update(part.tobytes())
+        return seen.hexdigest()[:16]
+
     @cached_property
-    def _annotations(self) -> dict[int, list[dict]] | None:
-        """COCO's own annotations by image id: unlike MMDetection's data infos, with their areas."""
-        if self._coco_file is None:
-            return None
-        coco = self.dataset.COCOAPI(self._coco_file)
-        return coco.imgToAnns
+    def _annotations(self) -> dict[int, dict[int, list[dict]]]:
+        """By the :func:`id` of each data set of COCO's, its own annotations by image id: unlike
+        MMDetection's data infos, with their areas.
+        """
+        return {
+            id(part): part.COCOAPI(file).imgToAnns
+            for part in _parts(self.dataset)
+            if (file := _coco_file(part)) is not None
+        }
 
     def objects(self, index: int) -> Objects:
         """The ground truth of an image, crowds included."""
-        info = self.info(index)
-        if self._annotations is not None:
-            to_label = self.dataset.cat2label
-            found = [
+        info, (part, to_label) = self.info(index), _part_of(self.dataset, index)
+        if (annotations := self._annotations.get(id(part))) is not None:
+            found = [  # those marked to be ignored, too, as COCO's evaluation does
                 (a['bbox'], to_label[a['category_id']], a['area'], a.get('iscrowd', 0))
-                for a in self._annotations.get(info['img_id'], [])
-                if a['category_id'] in to_label and not a.get('ignore', 0)
+                for a in annotations.get(info['img_id'], [])
+                if a['category_id'] in to_label
             ]
             boxes = np.array([f[0] for f in found], np.float32).reshape(-1, 4)
             boxes[:, 2:] += boxes[:, :2]
@@ -202,6 +224,36 @@ class AnalysisData:
             np.array([f[2] for f in found], np.float32),
             np.array([f[3] for f in found], bool),
         )
+
+
+def _coco_file(dataset: Any) -> str | None:
+    is_coco = hasattr(dataset, 'COCOAPI') and hasattr(dataset, 'cat_ids')
+    return dataset.ann_file if is_coco else None
+
+
+def _parts(dataset: Any) -> Iterator[Any]:
+    """A data set; of joined ones, at any depth, each."""
+    if hasattr(dataset, 'cumulative_sizes'):
+        for part in dataset.datasets:
+            yield from _parts(part)
+    else:
+        yield dataset
+
+
+def _part_of(dataset: Any, index: int) -> tuple[Any, dict[int, int]]:
+    """Of :func:`_parts`, the one that an image comes from, and its labels by COCO's category."""
+    joined = None  # by name, by the first that does so
+    while (ends := getattr(dataset, 'cumulative_sizes', None)) is not None:
+        if joined is None and getattr(dataset, 'joins_classes', False):
+            joined = dataset.metainfo['classes']
+        number = int(np.searchsorted(ends, index, side='right'))
+        index -= ends[number - 1] if number else 0
+        dataset = dataset.datasets[number]
+    labels = getattr(dataset, 'cat2label', {})
+    if joined is not None:
+        names = dataset.metainfo['classes']
+        labels = {category: joined.index(names[label]) for category, label in labels.items()}
+    return dataset, labels
 
 
 def loader_of(cfg: Config, split: str) -> ConfigDict:

@@ -110,10 +110,11 @@ def test_objects(split, root):
         [10.5, 20.25, 40.5, 60.25],
         [0, 0, 64, 64],
         [100, 100, 128, 128],
+        [50, 50, 70, 70],  # to be ignored, which COCO's evaluation does not
     ]
-    assert first.labels.tolist() == [3, 7, 0]
-    assert first.areas.tolist() == [600, 2048, 392]
-    assert first.crowd.tolist() == [False, True, False]
+    assert first.labels.tolist() == [3, 7, 0, 1]
+    assert first.areas.tolist() == [600, 2048, 392, 200]
+    assert first.crowd.tolist() == [False, True, False, False]
     assert (first.boxes.dtype, first.labels.dtype) == (np.float32, np.int64)
     second = data.objects(1)
     assert second.boxes.shape == (0, 4)
@@ -149,7 +150,50 @@ def test_several_training_sets(root, joined):
         assert np.array_equal(data.image(index), one.image(index % len(one)))
         inputs = data.dataset[index]['inputs'].numpy()
         assert np.array_equal(inputs[::-1].transpose(1, 2, 0), data.image(index))
-        assert np.array_equal(data.objects(index).boxes, one.objects(index % len(one)).boxes)
+        expected = one.objects(index % len(one))
+        for name, value in vars(data.objects(index)).items():
+            assert np.array_equal(value, getattr(expected, name)), name
+
+
+def test_joined_classes_and_areas(root):
+    """By name, at any depth; areas are those of the annotations, not of the boxes."""
+    cfg = config(root)
+    own = cfg.val_dataloader.pop('dataset')
+    pipeline = own.pop('pipeline')
+    other = copy.deepcopy(own)
+    other.metainfo = dict(classes=('3', '7'))
+    joint = dict(type='mmdet_moe.JointDataset', pipeline=pipeline, test_mode=True)
+    inner = dict(joint, datasets=[other, own])
+    cfg.val_dataloader.dataset = dict(joint, datasets=[inner, own])
+    data = AnalysisData(cfg, 'val')
+    assert data.classes == ['3', '7', '0', '1', '2', '4', '5', '6', '8', '9']
+    for index, labels, areas in (
+        (0, [0, 1], [600, 2048]),
+        (8, [0, 1, 2, 3], [600, 2048, 392, 200]),
+        (16, [0, 1, 2, 3], [600, 2048, 392, 200]),
+    ):
+        assert data.objects(index).labels.tolist() == labels
+        assert data.objects(index).areas.tolist() == areas
+
+
+@pytest.mark.parametrize('inside', [False, True])
+def test_repeated_images_are_refused(root, inside):
+    cfg = config(root)
+    repeated = dict(type='RepeatDataset', times=3, dataset=cfg.val_dataloader.pop('dataset'))
+    joined = dict(type='ConcatDataset', datasets=[repeated])
+    cfg.val_dataloader.dataset = joined if inside else repeated
+    with pytest.raises(ConfigError, match=r'val_dataloader\.dataset: RepeatDataset repeats images'):
+        AnalysisData(cfg, 'val')
+
+
+def test_the_digest_is_of_what_is_known_of_the_images(root):
+    digest = AnalysisData(config(root), 'val', 2).digest()
+    assert digest == AnalysisData(config(root), 'val').digest()
+    path = root / 'annotations' / 'instances_val2017.json'
+    content = json.loads(path.read_text())
+    content['annotations'][-1]['area'] += 1
+    path.write_text(json.dumps(content))
+    assert AnalysisData(config(root), 'val').digest() != digest
 
 
 def test_an_unreadable_image_is_named(root):
@@ -178,7 +222,7 @@ def test_first_images(root):
 def test_subset_of_the_images(root):
     data = AnalysisData(config(root, indices=[4, 0]), 'val')
     assert len(data) == 2
-    assert data.objects(1).labels.tolist() == [3, 7, 0]
+    assert data.objects(1).labels.tolist() == [3, 7, 0, 1]
 
 
 def test_missing_splits(root):

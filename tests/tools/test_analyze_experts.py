@@ -260,6 +260,8 @@ def check_schema(experts, task):
         assert set(metrics) == {*names, 'per_class'}
         assert list(metrics['per_class']) == run['classes']
     assert set(experts['metrics_interval']) == names
+    for ends in filter(None, experts['metrics_interval'].values()):
+        assert 0 <= ends[0] <= ends[1] <= 1
     for intervention in experts['interventions']:
         for name, known in intervention['difference'].items():
             change = intervention['metrics'][name] - experts['metrics'][name]

@@ -30,7 +30,8 @@ def likeness(experts: dict) -> list[str]:
         cka = mean_between(outputs['cka'])
         numbers = f'cosine {cosine:.2f}' + ('' if cka is None else f', CKA {cka:.2f}')
         numbers = f'what two experts make of the same inputs has in the mean {numbers}'
-        alike = cosine >= NEAR_COPIES
+        # Alike in what differs from place to place, too, which a common mean would hide.
+        alike = cosine >= NEAR_COPIES and (cka is None or cka >= NEAR_COPIES)
         sentences.append(f'{name}: {"near copies: " if alike else ""}{numbers}.')
     for other in experts.get('stability') or []:
         sentences += _stability(other)
@@ -41,7 +42,10 @@ def _stability(other: dict) -> Iterator[str]:
     for name, shares in other['layers'].items():
         renumbered = ''
         if shares['changed_relabelled'] < shares['changed'] - 0.005:
-            renumbered = f'; {_percent(shares["changed_relabelled"])} with experts renumbered'
+            renumbered = (
+                f'; with experts renumbered {_percent(shares["changed_relabelled"])}, '
+                f'{_percent(shares["changed_relabelled_by_chance"])} by chance'
+            )
         yield (
             f'{name}: against {other["run"]}, {_percent(shares["changed"])} of '
             f'{shares["num_decisions"]:,} decisions have another main expert '

@@ -55,7 +55,7 @@ _INFORMATION = (
 _LIKENESS = (('weights', 'cosine'), ('outputs', 'cosine'), ('outputs', 'cka'))
 _STABILITY = (
     *('num_decisions', 'changed', 'changed_by_chance', 'changed_relabelled'),
-    *('overlap', 'weight_in_common'),
+    *('changed_relabelled_by_chance', 'overlap', 'weight_in_common'),
 )
 _INTERVAL = ('low', 'high')  # 95 %, of the information, or of the change of a metric
 _FLOW = ('num_units', 'mi', 'chance', 'p_value')

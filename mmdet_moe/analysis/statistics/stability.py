@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 #: What two analyses have to have in common.
 _COMMON = {'model': 'config', 'data': 'data set', 'split': 'split', 'format': 'version of records'}
 _Decisions = tuple[np.ndarray, np.ndarray]
+#: What independent decisions would have in common is the mean of so many.
+DRAWS = 100
 
 
 class Stability:
@@ -57,7 +59,10 @@ class Stability:
 
         ``changed``: of the decisions, another expert has the most weight. ``changed_by_chance``: it
         would be, if both chose as often as they do, but independently. ``changed_relabelled``: if
-        the experts of one are renumbered as suits best, which is what counts for two trainings.
+        the experts of one are renumbered as suits best, which is what counts for two trainings, and
+        ``changed_relabelled_by_chance``: the mean of that over :data:`DRAWS` draws of as many
+        decisions, independent of each other. Decisions of one image that are alike leave more room
+        to luck than that.
         ``overlap``: mean of the chosen experts that both have in common, divided by those that any
         of them has. ``weight_in_common``: mean of ``sum_e min(w_e, w'_e)``.
         """
@@ -65,15 +70,22 @@ class Stability:
         if total == 0:
             return None
         together = self._together / total
-        best = together[linear_sum_assignment(together, maximize=True)].sum()
+        apart = np.outer(together.sum(1), together.sum(0))
+        draws = np.random.default_rng(0).multinomial(int(total), apart.ravel(), DRAWS)
+        by_chance = [_renumbered(draw.reshape(apart.shape) / total) for draw in draws]
         return {
             'num_decisions': int(total),
             'changed': float(1 - np.trace(together)),
-            'changed_by_chance': float(1 - together.sum(0) @ together.sum(1)),
-            'changed_relabelled': float(1 - best),
+            'changed_by_chance': float(1 - np.trace(apart)),
+            'changed_relabelled': _renumbered(together),
+            'changed_relabelled_by_chance': float(np.mean(by_chance)),
             'overlap': float(self._overlap / total),
             'weight_in_common': float(self._common / total),
         }
+
+
+def _renumbered(together: np.ndarray) -> float:
+    return float(1 - together[linear_sum_assignment(together, maximize=True)].sum())
 
 
 def stability_to(study: 'Study', folder: Path) -> dict:

@@ -144,11 +144,15 @@ def metrics_of(study: Study, resamples: int = 999) -> dict:
         'metrics_interval': {
             name: None
             if (value := before.metrics[name]) is None
-            else interval(of_name, value, len(study.data))
+            else _within_0_and_1(interval(of_name, value, len(study.data)))
             for name, of_name in values.items()
         },
         'interventions': interventions,
     }
+
+
+def _within_0_and_1(ends: list[float] | None) -> list[float] | None:
+    return None if ends is None else [min(max(end, 0.0), 1.0) for end in ends]
 
 
 def _changed(study: Study) -> Iterator[BoxRecords | np.ndarray]:

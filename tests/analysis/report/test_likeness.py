@@ -45,11 +45,16 @@ def test_sentences():
     assert likeness(content) == [
         f'{LAYER}: what two experts make of the same inputs has in the mean cosine 0.50, CKA 0.30.'
     ]
-    (sentence,) = likeness(made(cosine=0.98))
+    (sentence,) = likeness(made(cosine=0.98, cka=0.97))
     assert 'near copies: what two' in sentence
+    (sentence,) = likeness(made(cosine=0.98, cka=0.01))  # a mean in common, and nothing else
+    assert 'near copies' not in sentence
     content['layers'][LAYER]['similarity'] = {'reason': 'there is one expert alone'}
     assert likeness(content) == []
-    shares = {'num_decisions': 1200, 'changed': 0.25, 'changed_by_chance': 0.75}
+    shares = {
+        'num_decisions': 1200, 'changed': 0.25, 'changed_by_chance': 0.75,
+        'changed_relabelled_by_chance': 0.7,
+    }  # fmt: skip
     content['stability'] = [
         {'run': 'a', 'reason': None, 'layers': {LAYER: {**shares, 'changed_relabelled': 0.25}}},
         {'run': 'b', 'reason': None, 'layers': {LAYER: {**shares, 'changed_relabelled': 0.1}}},
@@ -60,7 +65,7 @@ def test_sentences():
         f'{LAYER}: against a, 25.0 % of 1,200 decisions have another main expert (75.0 % by '
         'chance).'
     )
-    assert two.endswith('(75.0 % by chance; 10.0 % with experts renumbered).')
+    assert two.endswith('(75.0 % by chance; with experts renumbered 10.0 %, 70.0 % by chance).')
     assert three == 'Decisions are not compared with those of c: it is of another split.'
 
 

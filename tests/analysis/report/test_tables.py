@@ -216,6 +216,7 @@ def test_controls_similarity_and_stability(tmp_path):
     experts['layers']['b']['similarity'] = {'reason': 'there is one expert alone'}
     shares = {'num_decisions': 9, 'changed': 0.25, 'changed_by_chance': 0.5, 'overlap': 0.75}
     shares |= {'changed_relabelled': 0.125, 'weight_in_common': 0.625}
+    shares['changed_relabelled_by_chance'] = 0.4
     experts['stability'] = [
         {'run': 'soft', 'reason': None, 'layers': {'a': shares}},
         {'run': 'hard', 'reason': 'it is of another split', 'layers': {}},

@@ -37,6 +37,25 @@ def test_renumbered_experts():
     assert found['overlap'] == 1
 
 
+@pytest.mark.parametrize(('experts', 'decisions'), [(4, 2000), (16, 60)])
+def test_renumbered_by_chance(experts, decisions):
+    """Independent decisions, uneven or few: renumbering makes them look alike, by so much."""
+    load = np.array([0.7] + [0.3 / (experts - 1)] * (experts - 1))
+    rng = np.random.default_rng(1)
+    found = []
+    for _ in range(30):
+        stability = Stability(experts)
+        stability.add(*(np.eye(experts)[rng.choice(experts, decisions, p=load)] for _ in range(2)))
+        found.append(stability.as_dict())
+    mean = {
+        key: np.mean([shares[key] for shares in found])
+        for key in ('changed', 'changed_by_chance', 'changed_relabelled')
+    }
+    by_chance = np.mean([shares['changed_relabelled_by_chance'] for shares in found])
+    assert mean['changed_relabelled'] < mean['changed_by_chance'] - 0.001
+    assert by_chance == pytest.approx(mean['changed_relabelled'], abs=0.015)
+
+
 def test_the_same_and_nothing():
     stability = Stability(3)
     assert stability.as_dict() is None
