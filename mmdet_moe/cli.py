@@ -8,10 +8,12 @@ status 2; ``MMDET_MOE_TRACEBACK=1`` shows where it came from.
 import argparse
 import copy
 import gc
+import inspect
 import os
 import os.path as osp
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from difflib import get_close_matches
 from numbers import Real
 from pathlib import Path
 from typing import Any
@@ -63,6 +65,12 @@ __all__ = [
 
 TRACEBACK_VARIABLE = 'MMDET_MOE_TRACEBACK'
 EXIT_STATUS = 2
+#: What the tools read of a config, whether it has it or not.
+_RUNNER_KEYS = {
+    *inspect.signature(Runner.__init__).parameters,
+    *('auto_scale_lr', 'broadcast_buffers', 'compile', 'custom_imports', 'find_unused_parameters'),
+    *('model_wrapper_cfg', 'runner_type', 'sync_bn', 'tta_model', 'tta_pipeline', 'tta_dataloader'),
+} - {'self'}
 _SCOPES = ('mmdet', 'mmpretrain')
 _AUTO_RESUME = 'auto'
 
@@ -197,17 +205,38 @@ def apply_data_root(cfg: Config, new_root: str) -> None:
     _moved(cfg._cfg_dict, old_root.rstrip('/'), new_root.rstrip('/') or '/')
 
 
-def _routers(node: Any, field: str) -> Iterator[str]:
-    """The fields of a model that hold the config of a router."""
+def _copies(name: str, node: Any, field: str) -> Iterator[str]:
+    """The fields of a model that hold the config of a router, or of experts."""
     if isinstance(node, Mapping):
         for key, value in node.items():
-            if key == 'router' and isinstance(value, Mapping):
+            if key == name and isinstance(value, (Mapping, list, tuple)):
                 yield f'{field}.{key}'
             else:
-                yield from _routers(value, f'{field}.{key}')
+                yield from _copies(name, value, f'{field}.{key}')
     elif isinstance(node, (list, tuple)):
         for index, item in enumerate(node):
-            yield from _routers(item, f'{field}.{index}')
+            yield from _copies(name, item, f'{field}.{index}')
+
+
+def _check_options(cfg: Config, options: Mapping[str, Any]) -> None:
+    """Refuse overrides that nobody would read."""
+    for option in options:
+        key = option.partition('.')[0]
+        if key in ('router', 'experts'):
+            places = list(_copies(key, cfg.get('model'), 'model'))
+            there = (
+                f'the config has copied `{key}` into its model already; set it there, '
+                f'{places[0]}{option.removeprefix(key)}=...'
+                if places
+                else f'the model of this config has no {key}; use the config of an MoE model'
+            )
+            raise ConfigError(f'--cfg-options {option}: {there}')
+        if key not in cfg and key not in _RUNNER_KEYS:
+            near = get_close_matches(key, [*cfg, *_RUNNER_KEYS], 1)
+            raise ConfigError(
+                f'--cfg-options {option}: the config has no `{key}`, so nobody would read it'
+                f'{f"; did you mean `{near[0]}`?" if near else "; check its name"}'
+            )
 
 
 def load_config(path: str, options: Mapping[str, Any] | None = None) -> Config:
@@ -230,15 +259,7 @@ def load_config(path: str, options: Mapping[str, Any] | None = None) -> Config:
     options = dict(options or {})
     if 'data_root' in options:
         apply_data_root(cfg, options.pop('data_root'))
-    if routed := [key for key in options if key.split('.')[0] == 'router']:
-        places = list(_routers(cfg.get('model'), 'model'))
-        there = (
-            f'the config has copied `router` into its model already; set it there, {places[0]}'
-            f'{routed[0].removeprefix("router")}=...'
-            if places
-            else 'the model of this config has no router; use the config of a mixture of experts'
-        )
-        raise ConfigError(f'--cfg-options {routed[0]}: {there}')
+    _check_options(cfg, options)
     try:
         cfg.merge_from_dict(options)
     except (KeyError, TypeError, IndexError) as error:

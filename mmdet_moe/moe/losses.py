@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from mmdet_moe.checks import check_number
 from mmdet_moe.errors import ConfigError
 from mmdet_moe.moe.distributed import global_sum
 from mmdet_moe.moe.metrics import coefficient_of_variation_squared, entropy, shares
@@ -30,7 +31,8 @@ class BalancingLoss(nn.Module, ABC):
             have a level of its own. Default: the decisions of all levels are pooled.
 
     Raises:
-        ConfigError: For a negative weight, which would reward imbalance, and an unknown ``within``.
+        ConfigError: For a weight that is no finite number of at least 0 (below, it would reward
+            imbalance), and an unknown ``within``.
     """
 
     #: Whether the loss keeps all experts in use by itself.
@@ -40,8 +42,7 @@ class BalancingLoss(nn.Module, ABC):
 
     def __init__(self, weight: float, within: str | None = None) -> None:
         super().__init__()
-        if weight < 0:
-            raise ConfigError(f'{type(self).__name__}: weight={weight} must not be negative')
+        check_number(type(self).__name__, 'weight', weight, least=0)
         if within not in (None, 'level'):
             raise ConfigError(
                 f"{type(self).__name__}: within={within!r} is unknown; use 'level' or None"

@@ -298,8 +298,10 @@ def test_weight(make):
     routing = routing_of(torch.randn(8, 4), 2)
     assert make(0.25)(routing).item() == pytest.approx(0.25 * make(1.0)(routing).item())
     assert make(0.0)(routing).item() == 0
-    with pytest.raises(ConfigError, match=f'{make.__name__}: weight=-1 must not be negative'):
-        make(-1)
+    for weight in (-1, float('nan'), '0.5', True):
+        message = f'{make.__name__}: weight={weight!r} must be a finite number of at least 0'
+        with pytest.raises(ConfigError, match=message):
+            make(weight)
 
 
 def test_unknown_entropy_is_refused():

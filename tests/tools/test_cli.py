@@ -617,7 +617,7 @@ def test_no_worker_is_kept_where_there_is_none(scope):
         ('retinanet_moe_soft_coco', 'set it there, model.bbox_head.router.noise=...'),
         ('faster_rcnn_moe_soft_coco', 'set it there, model.roi_head.bbox_head.router.noise=...'),
         ('moe_rotate_resnet18_cifar10', 'set it there, model.router.noise=...'),
-        ('resnet18_moe_dense_cifar100', 'use the config of a mixture of experts'),
+        ('resnet18_moe_dense_cifar100', 'use the config of an MoE model'),
     ],
 )
 def test_where_the_router_is(name, advice):
@@ -692,3 +692,25 @@ def test_nothing_to_draw_in(here, capsys):
         '--show and --show-dir need images to draw in, which test_dataloader.dataset, '
         'ClusterPatches, has not'
     )
+
+
+def test_where_the_experts_are():
+    name, option = 'zoo/dino_r50_decoder', 'experts.0.num_experts'
+    with pytest.raises(ConfigError, match=r'set it there, model\.experts\.0\.num_experts=\.\.\.'):
+        cli.load_config(str(ROOT / 'configs' / f'{name}.py'), {option: 4})
+    cfg = cli.load_config(str(ROOT / 'configs' / f'{name}.py'), {f'model.{option}': 4})
+    assert cfg.model.experts[0].num_experts == 4
+
+
+@pytest.mark.parametrize(('option', 'hint'), [
+    ('optim_wraper.optimizer.lr', 'did you mean `optim_wrapper`?'),
+    ('nonsense', 'check its name'),
+])  # fmt: skip
+def test_options_that_nobody_would_read(option, hint):
+    path = str(ROOT / 'configs' / 'retinanet_moe_soft_coco.py')
+    with pytest.raises(ConfigError) as error:
+        cli.load_config(path, {option: 1})
+    key = option.partition('.')[0]
+    assert str(error.value).startswith(f'--cfg-options {option}: the config has no `{key}`, so ')
+    assert str(error.value).endswith(hint)
+    assert cli.load_config(path, {'find_unused_parameters': True}).find_unused_parameters

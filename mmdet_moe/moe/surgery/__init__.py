@@ -15,6 +15,7 @@ import torch
 from mmengine.logging import print_log
 from torch import nn
 
+from mmdet_moe.checks import check_flag, check_integer, check_number
 from mmdet_moe.errors import ConfigError
 from mmdet_moe.moe.expert_layer import ExpertLayer
 from mmdet_moe.moe.expert_parallel import keep_from_ddp
@@ -38,6 +39,13 @@ __all__ = ['Entry', 'Report', 'Site', 'add_experts', 'install', 'report_of']
 EQUAL = 'equal'
 #: Attributes of a model that was changed.
 _LAYERS, _INIT = '_moe_layers', 'init_weights'
+
+
+#: Fields of an :class:`Entry` that are integers, and their least values.
+_LEAST = {
+    **dict.fromkeys(('num_experts', 'top_k', 'grid_size', 'expert_parallel'), 1),
+    **dict.fromkeys(('shared', 'batch_dim'), 0),
+}
 
 
 @dataclass(frozen=True)
@@ -138,7 +146,18 @@ def _listed(experts: Any) -> list[Any]:
     if isinstance(experts, Mapping):
         if 'at' in experts and isinstance(experts['at'], str):
             return [experts]
+        for path, options in experts.items():
+            if not isinstance(options, Mapping):
+                raise ConfigError(
+                    f'experts: {path!r} is given {options!r}; give a dict of options, such as '
+                    'dict(num_experts=4)'
+                )
         return [{'at': path, **options} for path, options in experts.items()]
+    if not isinstance(experts, Sequence) or isinstance(experts, str):
+        raise ConfigError(
+            f"experts={experts!r} must be a list, such as [dict(at='backbone.layer4')], or a dict "
+            'of options by path'
+        )
     return list(experts)
 
 
@@ -159,13 +178,21 @@ def _entry(given: Mapping | Entry, router: dict | None) -> Entry | FactorisedEnt
     if options['router'] is None:
         options['router'] = router
     entry = Entry(**options)
-    if not isinstance(entry.shared, int) or isinstance(entry.shared, bool) or entry.shared < 0:
-        raise ConfigError(f'experts: shared={entry.shared!r} must be an integer of at least 0')
-    width = entry.width
-    if width not in (None, EQUAL) and not (
-        isinstance(width, (int, float)) and not isinstance(width, bool) and width > 0
-    ):
-        raise ConfigError(f"experts: width={width!r} must be None, a factor above 0, or '{EQUAL}'")
+    owner = f'experts: at={entry.at!r}'
+    if not isinstance(entry.at, str):
+        raise ConfigError(f'{owner} must be a path of the model, such as "backbone.layer4"')
+    for field, least in _LEAST.items():
+        check_integer(owner, field, getattr(entry, field), least)
+    if entry.in_channels is not None:
+        check_integer(owner, 'in_channels', entry.in_channels, 1)
+    check_number(owner, 'upcycle_noise', entry.upcycle_noise, least=0)
+    if entry.capacity_factor is not None:
+        check_number(owner, 'capacity_factor', entry.capacity_factor, above=0)
+    if entry.width not in (None, EQUAL):
+        check_number(f"{owner}: None, '{EQUAL}' or a factor", 'width', entry.width, above=0)
+    check_flag(owner, 'residual', entry.residual)
+    if entry.name is not None and not (isinstance(entry.name, str) and entry.name.isidentifier()):
+        raise ConfigError(f'{owner}: name={entry.name!r} must be a name without dots')
     return entry
 
 

@@ -391,8 +391,20 @@ class Shares(nn.Module):
         (Head, {'cls': {'name': 'x'}}, "name='x' is for siblings"),
         (Head, {'{cls_convs,cls}': {'name': 'reg'}}, "name='reg' is taken"),
         (Head, {'cls': {'top_k': 5}}, '"cls": top_k=5 must lie between'),
-        (Head, {'cls': {'shared': -1}}, 'shared=-1'),
-        (Head, {'cls': {'width': 'wide'}}, "width='wide'"),
+        *(
+            (Head, {'cls': {field: value}}, f"experts: at='cls'.*: {field}={value!r} must be")
+            for field, value in (
+                ('shared', -1), ('width', 'wide'), ('width', float('nan')), ('num_experts', '4'),
+                ('num_experts', 4.0), ('top_k', True), ('grid_size', '4'), ('in_channels', '16'),
+                ('in_channels', -4), ('upcycle_noise', float('nan')), ('capacity_factor', True),
+                ('residual', 'no'), ('name', 'x.y'),
+            )
+        ),
+        (Head, None, 'experts=None must be a list'),
+        (Head, 4, 'experts=4 must be a list'),
+        (Head, 'cls', "experts='cls' must be a list"),
+        (Head, {'cls': None}, "'cls' is given None; give a dict of options"),
+        (Head, [{'at': ['cls']}], 'must be a path of the model'),
         (Head, {'cls': {'width': 0.5}}, '"cls": .*nothing inside'),
         (Head, {'cls_convs': {'impl': 'views'}}, 'is for plain convolutions'),
         (lambda: nn.Sequential(nn.ReLU()), {'0': {}}, 'has no weights'),
