@@ -25,31 +25,48 @@ class TestedCheckpointHook(Hook):
         """Compare them.
 
         Raises:
-            ConfigError: The numbers of the classes do not mean the same, or weights are missing.
+            ConfigError: The numbers of the classes do not mean the same, weights are missing, or a
+                training would go on with another model.
         """
         tested = getattr(runner._test_loop, 'dataloader', None)
+        model, state = unwrapped_model(runner), checkpoint.get('state_dict', checkpoint)
+        state = {key.removeprefix('module.'): state[key] for key in state}
         if tested is None and not runner._resume:
+            if lost := lost_experts(model, state):
+                note(
+                    f'load_from: the checkpoint has experts in {", ".join(lost)}, where the model '
+                    'has none: what they learned is left out'
+                )
             return
         field = 'train_dataloader.dataset' if tested is None else 'test_dataloader.dataset'
         loader = runner.train_dataloader if tested is None else tested
         metainfo = getattr(loader.dataset, 'metainfo', None)
         check_trained_classes(checkpoint.get('meta') or {}, metainfo, field)
-        model, state = unwrapped_model(runner), checkpoint.get('state_dict', checkpoint)
         if isinstance(model, BaseTTAModel):
             model = model.module
-        check_weights(model, {key.removeprefix('module.'): state[key] for key in state})
+        check_weights(model, state, resumed=tested is None)
 
 
-def check_weights(model: nn.Module, state: dict[str, Any]) -> list[str]:
+def lost_experts(model: nn.Module, state: dict[str, Any]) -> list[str]:
+    """The layers of experts in a checkpoint that are none in the model."""
+    there, wanted = (
+        dict.fromkeys(key.partition('.experts.')[0] for key in keys if '.experts.' in key)
+        for keys in (state, model.state_dict())
+    )
+    return [name for name in there if name not in wanted]
+
+
+def check_weights(model: nn.Module, state: dict[str, Any], resumed: bool = False) -> list[str]:
     """Load the weights, all of them.
 
-    Routers alone may be missing, because those of a dense checkpoint choose among equal experts.
+    Routers alone may be missing, because those of a dense checkpoint choose among equal experts;
+    but not where a training is resumed, whose optimizer would have no state for them.
 
     Returns:
         The names of those that the model has no place for.
 
     Raises:
-        ConfigError: A weight is missing, or has another shape.
+        ConfigError: A weight is missing, or has another shape; or, if resumed, is not the model's.
     """
     fix = 'give the config that the checkpoint was trained with'
     try:
@@ -62,6 +79,12 @@ def check_weights(model: nn.Module, state: dict[str, Any]) -> list[str]:
         raise ConfigError(
             f"checkpoint: it lacks {len(others)} of the model's {len(model.state_dict())} tensors, "
             f"such as '{others[0]}'; {fix}"
+        )
+    if resumed and (missing or unexpected):
+        what = f"it lacks '{missing[0]}'" if missing else f"the model has no '{unexpected[0]}'"
+        raise ConfigError(
+            f'--resume: the checkpoint is of another model, {what}; {fix}, or begin a new '
+            'training from its weights with --cfg-options load_from=FILE'
         )
     if missing:
         note(

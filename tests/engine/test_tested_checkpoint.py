@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from mmdet_moe.engine.tested_checkpoint import check_weights
+from mmdet_moe.engine.tested_checkpoint import check_weights, lost_experts
 from mmdet_moe.errors import ConfigError
 from mmdet_moe.moe import add_experts
 
@@ -22,6 +22,25 @@ def test_a_dense_checkpoint_in_a_model_with_experts(capsys):
     x = torch.randn(5, 3)
     torch.testing.assert_close(model(x), before(x))
     assert 'note: the checkpoint is of a dense model' in capsys.readouterr().out
+
+
+def test_a_training_goes_on_with_the_same_model():
+    before, model = dense(), dense()
+    add_experts(model, {'a': {'granularity': 'token'}})
+    check_weights(model, model.state_dict(), resumed=True)
+    with pytest.raises(ConfigError, match=r"^--resume: .* it lacks 'a\.router\..*load_from=FILE$"):
+        check_weights(model, before.state_dict(), resumed=True)
+    more = {**before.state_dict(), 'a.constraint.bias': torch.zeros(4)}
+    with pytest.raises(ConfigError, match=r"the model has no 'a\.constraint\.bias'"):
+        check_weights(before, more, resumed=True)
+
+
+def test_experts_that_the_model_does_not_have():
+    at_a, at_b = dense(), dense()
+    add_experts(at_a, {'a': {'granularity': 'token'}})
+    add_experts(at_b, {'b': {'granularity': 'token'}})
+    assert lost_experts(at_b, at_a.state_dict()) == ['a']
+    assert lost_experts(at_a, at_a.state_dict()) == lost_experts(at_a, dense().state_dict()) == []
 
 
 def test_what_is_missing(capsys):
