@@ -26,10 +26,10 @@ class Images(Items):
         if x.dim() == 4:
             return PatchGrid(tuple(x.shape[-2:]))
         if x.dim() not in (2, 3) or x.shape[-1] != layer.router.in_channels:
-            raise ValueError(
+            raise ConfigError(
                 f'MoE layer "{layer.name}" with granularity=\'image\' takes inputs (N, C, H, W), '
                 f'(N, L, C) or (N, C) with C = in_channels = {layer.router.in_channels}, got '
-                f'{tuple(x.shape)}'
+                f'{tuple(x.shape)}; set in_channels, or choose another granularity or path'
             )
         if layer.router.needs_maps:
             raise ConfigError(

@@ -317,9 +317,9 @@ def check_map(layer: 'MoELayer', x: Tensor) -> None:
         ValueError: Naming the layer and the shape.
     """
     if x.dim() != 4:
-        raise ValueError(
+        raise ConfigError(
             f'MoE layer "{layer.name}" with granularity={layer.granularity!r} takes inputs '
-            f'(N, C, H, W), got {tuple(x.shape)}'
+            f'(N, C, H, W), got {tuple(x.shape)}; choose another granularity or path'
         )
 
 

@@ -144,8 +144,9 @@ def test_pattern_that_matches_nothing(make_runner, toy_model):
 
 
 def test_refused_configs():
-    with pytest.raises(ConfigError, match='loss is empty'):
-        BalancingLossHook([])
+    for nothing in ([], None):
+        with pytest.raises(ConfigError, match='loss is empty'):
+            BalancingLossHook(nothing)
     with pytest.raises(ConfigError, match='GAPRouter is no balancing loss'):
         BalancingLossHook(
             {'type': 'mmdet_moe.GAPRouter', 'in_channels': 1, 'num_experts': 2, 'top_k': 1}

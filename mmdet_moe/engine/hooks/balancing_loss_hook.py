@@ -37,7 +37,7 @@ class BalancingLossHook(Hook):
     """
 
     def __init__(self, loss: dict | Sequence[dict], layers: str | Sequence[str] = '*') -> None:
-        configs = [loss] if isinstance(loss, dict) else list(loss)
+        configs = [loss] if isinstance(loss, dict) else list(loss or ())
         if not configs:
             raise ConfigError('BalancingLossHook: loss is empty; give a loss or remove the hook')
         self.losses = [MODELS.build(config) for config in configs]

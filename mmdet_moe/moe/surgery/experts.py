@@ -111,7 +111,8 @@ def make_shortcut(module: nn.Module, in_channels: int) -> nn.Module:
         The identity, or a strided 1×1 convolution and a normalisation like the module's own.
 
     Raises:
-        ConfigError: If the module does not compute a map from a map.
+        ConfigError: If the module does not compute a map from a map, or one of a size that no stride
+            gives.
     """
     side = 64
     try:
@@ -124,6 +125,11 @@ def make_shortcut(module: nn.Module, in_channels: int) -> nn.Module:
             f'residual=True needs a module that makes one map of one map, but '
             f'{type(module).__name__} did not: {error}'
         ) from error
+    if -(-side // stride) != shape[2]:
+        raise ConfigError(
+            f'residual=True: the module makes {shape[2]} pixels of {side}, which no shortcut does; '
+            'choose one whose convolutions are padded'
+        )
     if out_channels == in_channels and stride == 1:
         return nn.Identity()
     return nn.Sequential(

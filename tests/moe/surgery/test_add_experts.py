@@ -400,6 +400,7 @@ class Shares(nn.Module):
                 ('residual', 'no'), ('name', 'x.y'),
             )
         ),
+        (lambda: nn.Sequential(nn.Conv2d(2, 2, 3)), {'0': {'residual': True}}, '62 pixels of 64'),
         (Head, None, 'experts=None must be a list'),
         (Head, 4, 'experts=4 must be a list'),
         (Head, 'cls', "experts='cls' must be a list"),
