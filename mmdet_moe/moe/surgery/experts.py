@@ -111,8 +111,8 @@ def make_shortcut(module: nn.Module, in_channels: int) -> nn.Module:
         The identity, or a strided 1×1 convolution and a normalisation like the module's own.
 
     Raises:
-        ConfigError: If the module does not compute a map from a map, or one of a size that no stride
-            gives.
+        ConfigError: If the module does not compute a map from a map, or makes it of a size that no
+            stride gives.
     """
     side = 64
     try:
