@@ -82,7 +82,7 @@ class ExactResumeHook(Hook):
         if self._resumed is None:
             return
         model = unwrapped_model(runner)
-        for name, seen in self._resumed.get('seen', {}).items():
+        for name, seen in self._resumed.get('waiting_items', {}).items():
             model.get_submodule(name)._seen = seen
         parameters = dict(model.named_parameters())
         for name, gradient in self._resumed['gradients'].items():
@@ -140,7 +140,7 @@ class ExactResumeHook(Hook):
         return {
             'random': all_gather_object(random_state),
             'gradients': gradients,
-            'seen': {
+            'waiting_items': {
                 name: module._seen
                 for name, module in model.named_modules()
                 if isinstance(module, KMeansStart) and module._seen

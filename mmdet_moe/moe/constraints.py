@@ -164,7 +164,8 @@ class MeanImportanceConstraint(_HardConstraint):
     def __init__(self, num_experts: int, threshold: float = 0.3) -> None:
         super().__init__(num_experts, threshold)
         self.register_buffer('mean_importance', torch.zeros(num_experts))
-        self.register_buffer('num_batches', torch.zeros((), dtype=torch.int64))
+        # No integer: averages of weights (MMEngine's EMA) leave these at the first iteration's.
+        self.register_buffer('num_batches', torch.zeros(()))
 
     def usage(self) -> Tensor:
         return self.mean_importance
@@ -176,7 +177,7 @@ class MeanImportanceConstraint(_HardConstraint):
     def update(self, routing: Routing) -> None:
         importance = global_sum(routing.importance(balancing=True).float())
         total = importance.sum()
-        counts = (total > 0).to(torch.int64)  # a batch that counts nothing is no batch
+        counts = (total > 0).float()  # a batch that counts nothing is no batch
         self.num_batches += counts
         share = importance / total.clamp(min=_TINY)
         step = counts / self.num_batches.clamp(min=1)

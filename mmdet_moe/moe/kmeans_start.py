@@ -14,6 +14,8 @@ ITEMS_PER_EXPERT = 64
 #: More than these say no more.
 MAX_ITEMS = 16384
 
+Normalise = Callable[[Tensor], Tensor]
+
 
 class KMeansStart(nn.Module):
     """Sets a linear layer so that each expert is chosen for one cluster of the first items.
@@ -21,13 +23,15 @@ class KMeansStart(nn.Module):
     The features of the first batches of the training are kept until there are
     :data:`ITEMS_PER_EXPERT` for each expert, then clustered (k-means on standardised features, by
     scikit-learn), once: a resumed run, or one that loads a trained router, does not do it again. On
-    several GPUs those of the first one count. What is not finite is left out.
+    several GPUs those of the first one count. What is not finite is left out. They are kept as they
+    are and normalised when they are clustered, all of them by the statistics of that moment.
 
     Args:
         num_experts: E.
 
     Attributes:
-        done: bool (), whether it has been done.
+        done: float32 (), 0 until it has been done. No truth value, because averages of weights
+            (MMEngine's EMA) leave these as they were in the first iteration.
         waits: Whether it may still have to be done.
         in_pass: Whether several calls make one pass of the model; it is then done before the next
             one, so that all levels of a head count, and none is computed with two routers.
@@ -47,46 +51,61 @@ class KMeansStart(nn.Module):
                 "init='kmeans' needs scikit-learn; run pip install scikit-learn"
             ) from None
         self.num_experts = num_experts
-        self.register_buffer('done', torch.zeros((), dtype=torch.bool))
+        self.register_buffer('done', torch.zeros(()))
         self.waits, self.in_pass = True, False
         self._seen: list[Tensor] = []
 
-    def forward(self, fc: nn.Linear, features: Tensor) -> None:
+    def forward(self, fc: nn.Linear, rows: Tensor, normalise: Normalise) -> None:
         """Look at the items of one training batch, and set the layer once there are enough.
 
         Only as long as it :attr:`waits`.
 
         Args:
             fc: From F features to E logits, with a bias.
-            features: (items, F).
+            rows: (items, F'), at least float32, whatever ``normalise`` takes.
+            normalise: Makes the layer's features (items, F) of rows, at the present moment.
 
         Raises:
             ConfigError: If fewer than E of the items differ.
         """
-        _uncompiled(self._look)(fc, features)
+        _uncompiled(self._look)(fc, rows, normalise)
 
-    def set_if_ready(self, fc: nn.Linear) -> None:
+    def set_if_ready(self, fc: nn.Linear, normalise: Normalise) -> None:
         """Set the layer if there are enough items. Called on all ranks alike.
 
         Raises:
             ConfigError: If fewer than E of the items differ.
         """
-        _uncompiled(self._set_if_ready)(fc)
+        _uncompiled(self._set_if_ready)(fc, normalise)
+
+    def forget(self) -> None:
+        """Weights have been loaded: whether they are :attr:`done` is asked again."""
+        self.waits, self._seen = True, []
+
+    def _still_waits(self) -> bool:
+        if self.waits and self.done:  # loaded; not asked for ever, as the answer waits for a GPU
+            self.waits, self._seen = False, []
+        return self.waits
 
     @torch.no_grad()
-    def _look(self, fc: nn.Linear, features: Tensor) -> None:
-        if self.done:  # loaded; asked once, as the answer waits for a GPU
-            self.waits = False
+    def _look(self, fc: nn.Linear, rows: Tensor, normalise: Normalise) -> None:
+        if not self._still_waits():
             return
-        features = _some(features.detach()).cpu()
-        self._seen.append(features[features.isfinite().all(1)])
+        rows = _some(rows.detach()).cpu()
+        self._seen.append(rows[rows.isfinite().all(1)])
         if not self.in_pass:
-            self._set_if_ready(fc)
+            self._set_if_ready(fc, normalise)
 
     @torch.no_grad()
-    def _set_if_ready(self, fc: nn.Linear) -> None:
-        ready = sum(map(len, self._seen)) >= ITEMS_PER_EXPERT * self.num_experts
-        items = _some(torch.cat(self._seen)).double().numpy() if ready else np.empty((0, 0))
+    def _set_if_ready(self, fc: nn.Linear, normalise: Normalise) -> None:
+        if not self._still_waits():
+            return
+        enough = ITEMS_PER_EXPERT * self.num_experts
+        items = np.empty((0, 0))
+        if sum(map(len, self._seen)) >= enough:
+            features = normalise(_some(torch.cat(self._seen)).double())
+            items = features[features.isfinite().all(1)].numpy()  # the statistics may be NaN
+        ready = len(items) >= min(enough, MAX_ITEMS)
         num_different = len(np.unique(items, axis=0)) if ready else 0
         # The first rank's answer, so that all of them go on, or none does.
         told = torch.tensor([ready, len(items), num_different], device=fc.weight.device)
@@ -105,7 +124,7 @@ class KMeansStart(nn.Module):
             fc.weight.copy_(torch.from_numpy(weight))
             fc.bias.copy_(torch.from_numpy(bias))
         from_first_rank_([fc.weight, fc.bias])
-        self.done.fill_(True)
+        self.done.fill_(1)
 
 
 def _uncompiled(function: Callable[..., None]) -> Callable[..., None]:

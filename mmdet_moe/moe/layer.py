@@ -240,6 +240,7 @@ class MoELayer(ExpertLayer):
     def end(self) -> None:
         """It ends: what all calls decided together is told to the constraint."""
         self._latest.is_open = False
+        self.router.end()
         self._update_constraint()
 
     def forward(

@@ -198,6 +198,9 @@ class Router(nn.Module, ABC):
     def begin(self) -> None:
         """A pass of the model begins, in which the layer may be called several times."""
 
+    def end(self) -> None:
+        """It ends."""
+
     def choose(self, logits: Tensor, training: bool) -> tuple[Tensor, Tensor]:
         """The k best experts of every item and their weights.
 
@@ -278,17 +281,23 @@ class LevelNorm(KeepsPrecision):
     """Normalises each pyramid level to mean 0 and variance 1 of every channel over its items.
 
     By running statistics, at inference as in training: the decision for an item depends on no other
-    one, and is the same in both. Training moves them towards those of the batch (of all ranks),
-    which the first batch of a level sets. They get no gradient.
+    one, and is the same in both. They get no gradient. A pass of the model, between :meth:`begin`
+    and :meth:`end`, counts as one batch of all of its calls (and of all ranks), and goes by what
+    earlier ones left, as it does when an activation checkpoint computes it again; so does a call by
+    itself. The first ``1 / momentum`` batches count alike, and go by their own first call, too.
+
+    The variance is that of all items together, as in a mixture of the batch and the past: a batch
+    whose mean is elsewhere widens it. That of a first batch of a single item stays 1.
 
     Args:
         num_levels: L.
         features: Channels F.
-        momentum: What a batch counts against the past.
+        momentum: What a batch counts against the past, after the first ones.
 
     Attributes:
         mean, variance: float32 (L, F).
-        batches: int64 (L,), how many batches a level has seen.
+        batches: float32 (L,), how many batches a level has seen. No integer, because averages of
+            weights (MMEngine's EMA) leave integers as they were in the first iteration.
     """
 
     mean: Tensor
@@ -300,31 +309,73 @@ class LevelNorm(KeepsPrecision):
         self.momentum = momentum
         self.register_buffer('mean', torch.zeros(num_levels, features))
         self.register_buffer('variance', torch.ones(num_levels, features))
-        self.register_buffer('batches', torch.zeros(num_levels, dtype=torch.int64))
+        self.register_buffer('batches', torch.zeros(num_levels))
+        self._in_pass = False
+        # By level: sums of this pass, and the mean and variance that the latest one went by.
+        self._seen: dict[int, Tensor] = {}
+        self._went_by: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def begin(self) -> None:
+        """A pass of the model begins, in which a level may come in several calls."""
+        self.end()  # should an error have ended the one before
+        self._in_pass = True
+
+    def end(self) -> None:
+        """It ends: what its calls have seen counts as one batch."""
+        self._in_pass = False
+        for level, sums in self._seen.items():
+            mean, variance = self._moved(level, sums)
+            self.mean[level], self.variance[level] = mean, variance
+            self.batches[level] += sums[0, 0] > 0
+        self._seen = {}
 
     def forward(self, features: Tensor, level: int) -> Tensor:
         """(items, F) of one level, at least float32, to the same."""
         if self.training and not in_backward():
-            self._update(features.detach(), level)
-        scale = (self.variance[level] + 1e-5).rsqrt()
-        return (features - self.mean[level].to(features.dtype)) * scale.to(features.dtype)
+            self._see(features.detach(), level)
+        known = self.mean[level], self.variance[level]
+        mean, variance = self._went_by.get(level, known) if self.training else known
+        return _standardised(features, mean, variance)
+
+    def of_rows(self, rows: Tensor) -> Tensor:
+        """(items, F + 1), the last column being the level, to (items, F), as at inference."""
+        levels = rows[:, -1].long()
+        mean, variance = self.mean.to(rows)[levels], self.variance.to(rows)[levels]
+        return _standardised(rows[:, :-1], mean, variance)
 
     @torch.no_grad()
-    def _update(self, features: Tensor, level: int) -> None:
+    def _see(self, features: Tensor, level: int) -> None:
         # Around the mean so far, as the difference of two large squares would be mostly rounding.
-        centre = self.mean[level].to(features.dtype, copy=True)
-        features = features - centre
-        sums = torch.stack([features.sum(0), (features**2).sum(0)])
-        count = features.new_full((), len(features))
-        global_sum_([sums, count])
-        # Without asking how many there are, which would wait for a GPU.
-        mean, square = sums / count.clamp(min=1)
-        has_items = count > 0
-        momentum = torch.where(self.batches[level] > 0, self.momentum, 1.0) * has_items
-        self.batches[level] += has_items
-        self.mean[level].lerp_((centre + mean).to(self.mean), momentum.to(self.mean))
-        variance = (square - mean**2).clamp(min=0).to(self.variance)
-        self.variance[level].lerp_(variance, momentum.to(self.variance))
+        features = features - self.mean[level].to(features.dtype)
+        count = features.new_full((features.shape[1],), len(features))
+        sums = torch.stack([count, features.sum(0), (features**2).sum(0)])
+        global_sum_([sums])
+        if level in self._seen:
+            self._seen[level] = self._seen[level] + sums
+            return
+        # Without asking how many there were, which would wait for a GPU.
+        is_early = self.batches[level] * self.momentum < 1
+        moved, known = self._moved(level, sums), (self.mean[level], self.variance[level])
+        mean, variance = (torch.where(is_early, *pair) for pair in zip(moved, known, strict=True))
+        self._went_by[level] = mean, variance
+        self._seen[level] = sums
+        if not self._in_pass:
+            self.end()
+
+    def _moved(self, level: int, sums: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and variance with a batch of which these sums (3, F) have been seen."""
+        count, batches = sums[0, 0], self.batches[level]
+        step, square = sums[1:] / count.clamp(min=1)
+        share = (1 / (batches + 1)).clamp(min=self.momentum).to(sums) * (count > 0)
+        mean, variance = self.mean[level].to(sums), self.variance[level].to(sums)
+        # Of a mixture: (1 - share) · (variance + share · step²) + share · that within the batch.
+        moved = (1 - share) * variance + share * (square - share * step**2).clamp(min=0)
+        moved = torch.where((batches == 0) & (count == 1), variance, moved)
+        return (mean + share * step).to(self.mean), moved.to(self.variance)
+
+
+def _standardised(x: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
+    return (x - mean.to(x.dtype)) * (variance + 1e-5).rsqrt().to(x.dtype)
 
 
 class _PooledRouter(Router):
@@ -370,16 +421,27 @@ class _PooledRouter(Router):
         return linear(self.fc, self.features(x, items))
 
     def begin(self) -> None:
+        if self.norm is None:
+            return
+        self.norm.begin()
         if self.start is not None and self.start.waits and self.training:
             self.start.in_pass = True
-            self.start.set_if_ready(self.fc)
+            self.start.set_if_ready(self.fc, self.norm.of_rows)
+
+    def end(self) -> None:
+        if self.norm is not None:
+            self.norm.end()
+        if self.start is not None:
+            self.start.in_pass = False
 
     def logits_of_levels(self, maps: list[Tensor], items: Sequence[Items]) -> list[Tensor]:
-        features = [self.features(m, p) for m, p in zip(maps, items, strict=True)]
-        features = self.normalised(features)
-        start = self.start
-        if start is not None and start.waits and self.training and not in_backward():
-            start(self.fc, _cat(features))
+        raw = [self.features(m, p) for m, p in zip(maps, items, strict=True)]
+        features = self.normalised(raw)
+        start, norm = self.start, self.norm
+        if start and norm and start.waits and self.training and not in_backward():
+            levels = range(len(raw)) if self._num_levels else [0] * len(raw)
+            rows = [F.pad(f.detach(), (0, 1), value=n) for f, n in zip(raw, levels, strict=True)]
+            start(self.fc, _cat(rows), norm.of_rows)
             # A later call of the same pass may set the weights that this one's gradient needs.
             weight, bias = self.fc.weight.clone(), self.fc.bias.clone()
             return [F.linear(f, weight.to(f.dtype), bias.to(f.dtype)) for f in features]
@@ -408,6 +470,7 @@ class _PooledRouter(Router):
             state_dict.pop(done, None)
         elif f'{prefix}fc.weight' in state_dict:  # trained, even if from another start
             state_dict.setdefault(done, torch.ones_like(self.start.done))
+            self.start.forget()
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _build_fc(self, features: int) -> RouterLinear:

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from mmengine.model import ExponentialMovingAverage
 from torch import nn
 
 from mmdet_moe.errors import ConfigError
@@ -97,6 +98,19 @@ def test_mean_importance_is_the_running_mean():
         assert constraint.mean_importance.tolist() == pytest.approx(mean, abs=1e-6)
         assert constraint.masked().tolist() == masked
     assert constraint.num_batches.item() == 3
+
+
+def test_averages_of_weights_count_the_batches():
+    """MMEngine's EMA leaves integers as they were in the first iteration."""
+    constraint = MeanImportanceConstraint(2)
+    average = ExponentialMovingAverage(constraint, momentum=0.5, update_buffers=True)
+    for _ in range(3):
+        constraint.update(routing_with([[0, 1]], [[0.5, 0.5]], 2))
+        average.update_parameters(constraint)
+    assert average.module.num_batches.item() == 0.25 * 1 + 0.25 * 2 + 0.5 * 3
+    old = {'mean_importance': torch.ones(2), 'num_batches': torch.tensor(7)}
+    constraint.load_state_dict(old)
+    assert constraint.num_batches.item() == 7
 
 
 def test_bias_balancing_over_two_batches():

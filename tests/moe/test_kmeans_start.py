@@ -5,6 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
+from mmengine.model import ExponentialMovingAverage
 from sklearn.metrics import adjusted_rand_score
 
 from mmdet_moe.errors import ConfigError, NonFiniteRouterError
@@ -198,6 +199,68 @@ def test_a_trained_router_of_another_start_stays():
     assert torch.equal(router.fc.weight, normal.fc.weight)
     normal.load_state_dict(router.state_dict())
     router_of().load_state_dict(router_of().state_dict())
+
+
+@pytest.mark.parametrize('done', [True, torch.tensor(True)])
+def test_a_trained_router_that_is_loaded_while_items_wait_stays(done):
+    """Also from a checkpoint of earlier versions, with a truth value and integers."""
+    trained, router = router_of(), router_of()
+    trained(items_of_three_kinds(300)[0])
+    state = trained.state_dict()
+    if done is not True:
+        state['start.done'], state['norm.batches'] = done, torch.tensor([1])
+    router.begin()
+    router(items_of_three_kinds(300, seed=1)[0])
+    router.end()
+    router.load_state_dict(state)
+    for _ in range(2):
+        router.begin()
+        router(items_of_three_kinds(300, seed=1)[0])
+        router.end()
+    assert torch.equal(router.fc.weight, trained.fc.weight)
+    assert not router.start.waits
+
+
+def test_averaged_weights_of_a_trained_router_stay():
+    """Those of MMEngine's EMA with ``update_buffers``, as YOLOX and RTMDet have it."""
+    router = router_of(normalise_levels=1)
+    average = ExponentialMovingAverage(router, momentum=0.1, update_buffers=True)
+    for seed in range(8):
+        router([items_of_three_kinds(60, seed)[0]])
+        average.update_parameters(router)
+    assert 0 < average.module.start.done < 1
+    assert average.module.norm.batches == pytest.approx(
+        sum(0.1 * 0.9 ** (8 - n) * n for n in range(2, 9)) + 0.9**7
+    )
+    loaded = router_of(normalise_levels=1)
+    loaded.load_state_dict(average.module.state_dict())
+    for seed in range(8):
+        loaded([items_of_three_kinds(60, seed)[0]])
+    assert torch.equal(loaded.fc.weight, average.module.fc.weight)
+
+
+def test_a_router_that_was_over_starts_again_with_weights_that_were_not():
+    router = router_of()
+    router(items_of_three_kinds(300)[0])
+    router.load_state_dict(router_of().state_dict())
+    before = router.fc.weight.clone()
+    router(items_of_three_kinds(300)[0])
+    assert router.start.done
+    assert not torch.equal(router.fc.weight, before)
+
+
+def test_the_first_batches_are_normalised_alike():
+    """Each is of one kind; by the statistics of its time it would lie around 0, as the others."""
+    router = router_of()
+    x, kinds = items_of_three_kinds(600)
+    batches = [x[kinds == n % E][8 * (n // E) :][:8] for n in range(24)]  # 192 items are enough
+    for batch in batches:
+        router(batch)
+    assert router.start.done
+    x, kinds = items_of_three_kinds(200, seed=1)
+    for _ in range(2):
+        router(x)  # the running statistics of all kinds
+    assert adjusted_rand_score(kinds, router.eval()(x).expert_ids[:, 0]) == 1
 
 
 def test_a_start_that_was_not_over_goes_on_after_loading():

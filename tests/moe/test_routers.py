@@ -326,18 +326,83 @@ class TestNormalisedLevels:
     def maps(images=5):
         return [torch.randn(images, 4, 3, 3).double() * s + m for s, m in ((2, 10), (0.1, -7))]
 
+    @staticmethod
+    def mixed(old, new, share):
+        """Mean and variance of items of which this share is new, the others old."""
+        mean = (1 - share) * old[0] + share * new[0]
+        square = (1 - share) * (old[1] + old[0] ** 2) + share * (new[1] + new[0] ** 2)
+        return mean, square - mean**2
+
     def test_running_statistics_by_hand(self):
+        """The first ten batches count alike, and at once; later ones a tenth, and afterwards."""
         router = self.router()
-        batches = [self.maps(), self.maps()]
-        for batch in batches:
-            logits = router(batch).logits
+        batches = [self.maps() for _ in range(14)]
+        logits = [router(batch).logits for batch in batches]
         for level in range(2):
-            first, second = (batch[level].mean((2, 3)) for batch in batches)
-            mean = 0.9 * first.mean(0) + 0.1 * second.mean(0)
-            variance = 0.9 * first.var(0, correction=0) + 0.1 * second.var(0, correction=0)
-            features = (second - mean) / (variance + 1e-5).sqrt()
-            expected = features @ router.fc.weight.T + router.fc.bias
-            torch.testing.assert_close(logits[5 * level :][:5], expected, rtol=1e-5, atol=1e-5)
+            seen = [batch[level].mean((2, 3)) for batch in batches]
+            known = None
+            for number, (features, of_batch) in enumerate(zip(seen, logits, strict=True)):
+                if number < 10:
+                    together = torch.cat(seen[: number + 1])
+                    known = together.mean(0), together.var(0, correction=0)
+                mean, variance = known
+                expected = router.fc((features - mean) / (variance + 1e-5).sqrt())
+                found = of_batch[5 * level :][:5]
+                torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+                if number >= 10:
+                    of_this = features.mean(0), features.var(0, correction=0)
+                    known = self.mixed(known, of_this, 0.1)
+            found = router.norm.mean[level], router.norm.variance[level]
+            torch.testing.assert_close(found, known, rtol=1e-6, atol=1e-9)
+
+    @pytest.mark.parametrize('num_items', [1, 2, 8])
+    def test_variance_is_that_of_all_items(self, num_items):
+        """Also where a batch has hardly any of its own."""
+        torch.manual_seed(0)
+        norm = routers.LevelNorm(1, 300)
+        for _ in range(200):
+            norm(5 + 3 * torch.randn(num_items, 300), 0)
+        items = norm.eval()(5 + 3 * torch.randn(1000, 300), 0)
+        # Somewhat larger: the running statistics have an error of their own.
+        assert 0.95 < items.var(0).mean() < 1.25
+        assert items.mean().abs() < 0.05
+
+    def test_a_first_item_tells_no_variance(self):
+        norm = routers.LevelNorm(1, 2)
+        x = torch.tensor([[1.0, 70.0], [4.0, 70.0]])
+        assert norm(x[:1], 0).tolist() == [[0, 0]]
+        assert norm.variance.tolist() == [[1, 1]]
+        norm(x[1:], 0)
+        assert norm.mean.tolist() == [[2.5, 70]]
+        # Of 1 + 1.5² and 0 + 1.5², half and half; where both are equal, of 1 and 0.
+        assert norm.variance.tolist() == [[2.75, 0.5]]
+
+    def test_calls_of_a_pass_are_one_batch(self):
+        """They go by what was known before, as inference does, and count together in the end."""
+        norm = routers.LevelNorm(1, 4)
+        for _ in range(10):
+            norm(torch.randn(6, 4), 0)
+        before = norm.mean[0].double(), norm.variance[0].double()
+        parts = [torch.randn(n, 4).double() + shift for n, shift in ((3, 0), (7, 50), (1, -9))]
+        norm.begin()
+        found = torch.cat([norm(part, 0) for part in parts])
+        assert norm.batches.tolist() == [10]
+        items = torch.cat(parts)
+        torch.testing.assert_close(found, (items - before[0]) / (before[1] + 1e-5).sqrt())
+        norm.end()
+        after = self.mixed(before, (items.mean(0), items.var(0, correction=0)), 0.1)
+        for of_norm, expected in zip((norm.mean, norm.variance), after, strict=True):
+            torch.testing.assert_close(of_norm[0].double(), expected, rtol=1e-5, atol=1e-5)
+        assert norm.batches.tolist() == [11]
+
+    def test_a_pass_that_an_error_ended(self):
+        norm = routers.LevelNorm(1, 4)
+        norm.begin()
+        norm(torch.randn(6, 4), 0)
+        norm.begin()
+        assert norm.batches.tolist() == [1]
+        norm.end()
+        assert norm.batches.tolist() == [1]
 
     def test_a_small_spread_around_a_large_mean(self):
         """In float32, where the difference of two squares would be off by a tenth."""

@@ -529,6 +529,66 @@ class Checkpointed(nn.Module):
         return self.conv(x)
 
 
+class CheckpointedLevels(nn.Module):
+    """A head that computes all levels, one after the other, again in the backward pass."""
+
+    def __init__(self):
+        super().__init__()
+        self.before = conv(3, 4)
+        self.conv = nn.Sequential(conv(4, 4), nn.GELU(), conv(4, 4))
+        self.is_on, self.reentrant = False, False
+
+    def levels(self, *maps):
+        return tuple(self.conv(x).tanh() for x in maps)
+
+    def forward(self, maps):
+        maps = [self.before(x) for x in maps]
+        if self.is_on:
+            maps = torch.utils.checkpoint.checkpoint(
+                self.levels, *maps, use_reentrant=self.reentrant
+            )
+            return sum(y.square().sum() for y in maps)
+        return sum(y.square().sum() for y in self.levels(*maps))
+
+
+@pytest.mark.parametrize('reentrant', [False, True])
+@pytest.mark.parametrize('router', [{'init': 'kmeans'}, {'normalise_levels': 1, 'init_std': 3.0}])
+def test_activation_checkpoint_of_normalised_levels(router, reentrant):
+    """The statistics move with every pass, and all calls of it go by the same ones."""
+    plain = CheckpointedLevels()
+    add_experts(
+        plain,
+        {
+            'conv': dict(
+                num_experts=3,
+                top_k=1,
+                router=dict(router, noise=False, softmax='straight_through'),
+                expert_init='independent',
+            )
+        },
+    )
+    checkpointed = copy.deepcopy(plain)
+    checkpointed.is_on, checkpointed.reentrant = True, reentrant
+    for step in range(13):  # of which the last ones are normalised in the other way
+        torch.manual_seed(step)
+        maps = [torch.randn(8, 3, n, n) + 3 * n * torch.randn(8, 3, 1, 1) for n in (4, 2, 1)]
+        for model in (plain, checkpointed):
+            model.zero_grad()
+            model(maps).backward()
+        for (name, a), b in zip(plain.named_parameters(), checkpointed.parameters(), strict=True):
+            torch.testing.assert_close(a.grad, b.grad, msg=name)
+        for a, b in zip(plain.buffers(), checkpointed.buffers(), strict=True):
+            assert torch.equal(a, b)
+    norm = plain.conv.router.norm
+    assert norm.batches.tolist() == [13]
+    # What training decides is what inference decides with the weights of that moment.
+    expected = copy.deepcopy(plain).eval()
+    expected(maps)
+    plain(maps)
+    assert torch.equal(plain.conv.routing.expert_ids, expected.conv.routing.expert_ids)
+    assert len(plain.conv.routing.expert_ids.unique()) == 3
+
+
 @pytest.mark.parametrize('reentrant', [False, True])
 @pytest.mark.parametrize('kind', ['RelativeImportanceConstraint', 'BiasBalancing', None])
 def test_activation_checkpoint(kind, reentrant):
