@@ -1,11 +1,17 @@
 """One suite for every implementation of the ops, on every device."""
 
+import os
 import types
 
 import pytest
 import torch
 
 from mmdet_moe.ops import native, reference
+
+# In the processes of test_emulation.py alone.
+if library := os.environ.get('EMULATED_CUDA_KERNELS'):
+    torch.ops.load_library(library)
+    native._loaded['cpu'] = native.Kernels('cpu', True, 'the CUDA kernels, emulated')
 
 NAMES = (
     'sort_routes',
