@@ -182,8 +182,10 @@ class Routing:
     def _sum_per_expert(self, values_TK: Tensor, balancing: bool) -> Tensor:
         if balancing:
             values_TK = values_TK * self.known_decision_weights()[:, None]
-        total = values_TK.new_zeros(self.num_experts)
-        return total.index_add(0, self.expert_ids.flatten(), values_TK.flatten())
+        # One item after the other: in float32 a sum of millions would stand still.
+        total = values_TK.new_zeros(self.num_experts, dtype=torch.float64)
+        total = total.index_add(0, self.expert_ids.flatten(), values_TK.flatten().double())
+        return total.to(values_TK.dtype)
 
 
 @lru_cache(maxsize=256)  # a model repeats its few shapes, and a copy from the host waits for a GPU
