@@ -222,7 +222,7 @@ class BiasBalancing(Constraint):
 
     @torch.no_grad()
     def update(self, routing: Routing) -> None:
-        load = global_sum(routing.load(balancing=True).float())
+        load = global_sum(routing.choices(balancing=True).float())
         self.bias += self.update_rate * torch.sign(load.mean() - load)
 
     def extra_repr(self) -> str:

@@ -19,7 +19,14 @@ from mmdet_moe.errors import ConfigError, NonFiniteRouterError, explained
 from mmdet_moe.moe.build import build_experts, build_router
 from mmdet_moe.moe.capacity import overflow
 from mmdet_moe.moe.constraints import in_backward
-from mmdet_moe.moe.dispatcher import Dispatcher, EveryExpert, Sorting, check_size, unpack
+from mmdet_moe.moe.dispatcher import (
+    Dispatcher,
+    EveryExpert,
+    Sorting,
+    check_size,
+    unpack,
+    weighted,
+)
 from mmdet_moe.moe.expert_layer import ExpertLayer, Observer, find_expert_layers
 from mmdet_moe.moe.expert_parallel import spread_over_ranks
 from mmdet_moe.moe.experts import Experts, upcycle
@@ -442,10 +449,10 @@ class MoELayer(ExpertLayer):
             # A copy, because an expert may change in place what the next one is given.
             y, rebuild = unpack(self.run_experts(x.clone(), whole, *args, **kwargs))
             check_size(y, x.shape[2:], f'MoE layer "{self.name}": ')
-            part = y * factors[:, expert, None].to(y.dtype)
+            part = weighted(y, factors[:, expert, None])
             total = part if total is None else total + part
         assert total is not None
-        return self._laid_out(total, items), rebuild
+        return self._laid_out(total.to(y.dtype), items), rebuild
 
     @staticmethod
     def _laid_out(y: Tensor, items: Items) -> Tensor:

@@ -146,6 +146,18 @@ class Routing:
         """
         return self._sum_per_expert((self.weights > 0).to(self.weights.dtype), balancing)
 
+    def choices(self, balancing: bool = False) -> Tensor:
+        """:meth:`load` that also counts choices whose weight is too small for its dtype, (E,).
+
+        So a bias can choose an expert with a logit that lies 104 and more below the best. An expert
+        whose logit is −inf is no choice.
+
+        Args:
+            balancing: As in :meth:`importance`.
+        """
+        chosen = ~self.logits.gather(1, self.expert_ids).isneginf()
+        return self._sum_per_expert(chosen.to(self.weights.dtype), balancing)
+
     def num_dropped(self) -> Tensor:
         """How many routes exceed the capacity of their expert, a scalar."""
         return self.weights.new_zeros(()) if self.dropped is None else self.dropped.sum()

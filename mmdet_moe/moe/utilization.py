@@ -199,7 +199,7 @@ class Utilization:
         expert_ids, weights_TK = routing.expert_ids, routing.weights
         if router is not None:
             expert_ids, weights_TK = router.choose(routing.logits, training=False)
-        weights_TK = weights_TK / weights_TK.sum(dim=1, keepdim=True)
+        weights_TK = shares(weights_TK)  # zeros, if so small that nobody was chosen
         weights_TE = torch.zeros_like(routing.logits).scatter(1, expert_ids, weights_TK)
         sums = {
             **sums_of_decisions(
