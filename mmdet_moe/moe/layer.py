@@ -33,7 +33,7 @@ from mmdet_moe.moe.experts import Experts, upcycle
 from mmdet_moe.moe.granularity import GRANULARITIES
 from mmdet_moe.moe.items import Items
 from mmdet_moe.moe.routers import Router
-from mmdet_moe.moe.routing import Routing, spread
+from mmdet_moe.moe.routing import Routing
 from mmdet_moe.ops.functional import is_exporting, is_one_graph
 from mmdet_moe.registry import MODELS
 
@@ -78,7 +78,7 @@ class MoELayer(ExpertLayer):
         decision_weight: What one decision counts in the balancing. ``'uniform'``: 1. ``'area'``:
             the pixels of its part of the feature map. ``'positives'``:
             the positive anchors in it, which only a detection head knows; the head tells them
-            with :meth:`weigh_decisions`. Tokens are always ``'uniform'``.
+            with :meth:`weigh_decisions`. Tokens are always ``'uniform'``; ``'area'`` needs maps.
         shortcut: Module added around the MoE: ``y = MoE(x) + shortcut(x)`` (residual variant).
         shared: Dense experts S that every item passes (arXiv 2401.06066). The layer returns the
             mean ``(MoE(x) + sum_j S_j(x)) / (1 + number of them)``, so that copies of one dense
@@ -717,11 +717,11 @@ def _has_batch_statistics(module: nn.Module) -> bool:
 
 
 def _areas(routing: Routing, maps: list[Tensor], items: list[Items]) -> Tensor:
-    per_level = [
-        math.prod(m.shape[1:]) / (m.shape[1] * len(p)) for m, p in zip(maps, items, strict=True)
-    ]
-    weights = routing.weights
-    return spread(tuple(per_level), routing.items_per_level, weights.device, weights.dtype)
+    areas = []
+    for m, of_map in zip(maps, items, strict=True):
+        pixels = routing.weights.new_ones(1, math.prod(m.shape[2:]))
+        areas.append(of_map.total(pixels).repeat(m.shape[0]))
+    return torch.cat(areas).to(routing.weights)
 
 
 def _transposed(output: Any) -> Any:

@@ -202,12 +202,7 @@ class Routing:
 
 @lru_cache(maxsize=256)  # a model repeats its few shapes, and a copy from the host waits for a GPU
 @torch.inference_mode(False)  # a later training may need it in its graph
-def spread(
-    values: tuple[float, ...],
-    repeats: tuple[int, ...],
-    device: torch.device,
-    dtype: torch.dtype = torch.int64,
-) -> Tensor:
+def spread(values: tuple[int, ...], repeats: tuple[int, ...], device: torch.device) -> Tensor:
     """Each value as often as it is to be repeated, (sum of ``repeats``,); not to be changed."""
-    once, times = torch.tensor(values, dtype=dtype), torch.tensor(repeats, dtype=torch.int64)
+    once, times = (torch.tensor(of, dtype=torch.int64) for of in (values, repeats))
     return once.repeat_interleave(times, output_size=sum(repeats)).to(device)
