@@ -235,19 +235,35 @@ class MoELayer(ExpertLayer):
             narrow=self.width != 1,
         )
 
-    def begin(self) -> None:
-        """A forward pass of the model begins, in which the layer may be called several times."""
-        self._latest = _Calls(is_open=True)
-        self.router.begin()
+    def begin(self, by: str | None = None) -> None:
+        """A forward pass of the model begins, in which the layer may be called several times.
+
+        All its calls make one :attr:`routing`, and one batch for the constraint. Without it each
+        call is a pass by itself.
+
+        Args:
+            by: Who says so. A pass within one that somebody else has begun is a part of that.
+        """
+        latest = self._latest
+        is_part = latest.is_open and latest.by != by and latest.training == self.training
+        # An activation checkpoint computes again what has ended.
+        if not is_part and not in_backward():
+            self._latest = _Calls(is_open=True, by=by, training=self.training)
+            self.router.begin()
 
     def forget(self) -> None:
         """Forget the latest forward pass, as if there had been none."""
         self._latest = _Calls()
 
-    def end(self) -> None:
-        """It ends: what all calls decided together is told to the constraint."""
-        self._latest.is_open = False
-        self._update_constraint()
+    def end(self, by: str | None = None) -> None:
+        """It ends: what all calls decided together is told to the constraint.
+
+        Args:
+            by: As it was begun.
+        """
+        if self._latest.is_open and self._latest.by == by and not in_backward():
+            self._latest.is_open = False
+            self._update_constraint()
 
     def forward(
         self, x: Tensor | Sequence[Tensor] | None = None, *args: Any, **kwargs: Any
@@ -359,15 +375,18 @@ class MoELayer(ExpertLayer):
 
         Args:
             decision_weights: (T,), non-negative; only their ratios matter. Entries of 0 leave a
-                decision out.
+                decision out. In a pass that goes on, of less than T: those of the latest calls.
+
+        Raises:
+            RuntimeError: If the constraint has counted the decisions already.
+            ValueError: If there are other numbers of decisions.
         """
-        routing = self.routing
         if self._latest.is_counted and self.router.constraint is not None:
             raise RuntimeError(
                 f'The decisions of MoE layer "{self.name}" have been counted by its constraint '
                 "already; construct it with decision_weight='positives' to weigh them later"
             )
-        routing.decision_weights = decision_weights.to(routing.weights)
+        self._latest.weigh(decision_weights)
         if not self._latest.is_open:
             self._update_constraint()
 
@@ -644,11 +663,15 @@ class _Calls:
 
     Attributes:
         is_open: Whether it goes on.
+        by: Who has begun it.
+        training: Whether in training mode.
         is_counted: Whether the constraint knows of them.
         merged: Their common Routing, once it has been asked for.
     """
 
     is_open: bool = False
+    by: str | None = None
+    training: bool = False
     is_counted: bool = False
     routings: list[Routing] = field(default_factory=list)
     items: list[Items] = field(default_factory=list)
@@ -656,6 +679,21 @@ class _Calls:
 
     def clear(self) -> None:
         self.__init__()
+
+    def weigh(self, decision_weights: Tensor) -> None:
+        """Set the ``decision_weights`` of the latest calls, as many as these are of."""
+        sizes = [call.num_items for call in self.routings]
+        while sum(sizes) > len(decision_weights):
+            sizes.pop(0)
+        if sum(sizes) != len(decision_weights):
+            raise ValueError(
+                f'decision_weights are of {len(decision_weights)} decisions, but the latest calls '
+                f'of the MoE layer have decided on {sizes} items'
+            )
+        calls = self.routings[len(self.routings) - len(sizes) :]
+        for call, weights in zip(calls, decision_weights.split(sizes), strict=True):
+            call.decision_weights = weights.to(call.weights)
+        self.merged = None
 
 
 class _ZeroGradient(torch.autograd.Function):
