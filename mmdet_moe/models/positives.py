@@ -38,7 +38,8 @@ class CountPositives:
             )
         for layer in self.layers if labels is not None else ():
             is_object = [(lab >= 0) & (lab < self.head.num_classes) for lab in labels]
-            pairs = zip(layer.items, is_object, strict=True)
+            # Those of the latest call: the pass may hold others, each with targets of its own.
+            pairs = zip(layer.items[-len(is_object) :], is_object, strict=True)
             layer.weigh_decisions(torch.cat([items.total(positive) for items, positive in pairs]))
         return targets
 

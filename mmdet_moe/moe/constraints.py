@@ -5,8 +5,11 @@ is kept in buffers, so that a resumed run decides exactly as the uninterrupted o
 with sums over all ranks.
 """
 
+import weakref
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,6 +30,27 @@ def in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
+class _Graph:
+    """Lives in a graph for as long as that can be asked for a gradient."""
+
+
+class _Call:
+    """What one decision in training went by, and whether a backward pass may ask for it again."""
+
+    def __init__(self, state: Tensor, logits: Tensor) -> None:
+        self.state = state
+        self.is_done = False
+        self.graph: weakref.ref[_Graph] | None = None
+        # There is none to be seen where a reentrant checkpoint runs, or where nothing is trained.
+        node: Any = logits.grad_fn
+        if node is not None:
+            self.graph = weakref.ref(node.metadata.setdefault(__name__, _Graph()))
+
+    @property
+    def is_awaited(self) -> bool:
+        return not self.is_done and (self.graph is None or self.graph() is not None)
+
+
 class Constraint(KeepsPrecision, ABC):
     """Base class. Subclasses say what :meth:`select` does and what :meth:`update` remembers.
 
@@ -43,13 +67,46 @@ class Constraint(KeepsPrecision, ABC):
     def __init__(self, num_experts: int) -> None:
         super().__init__()
         self.num_experts = num_experts
-        self._went_by: Tensor | None = None
+        # In their order. The bound is for passes of which no graph says when they are over.
+        self._calls: deque[_Call] = deque(maxlen=64)
 
-    def remembered(self, state: Callable[[], Tensor]) -> Tensor:
-        """What a decision goes by: ``state()``, or in a backward pass what it was before it."""
-        if self._went_by is None or not in_backward():
-            self._went_by = state()
-        return self._went_by
+    def remembered(self, state: Callable[[], Tensor], logits: Tensor) -> Tensor:
+        """What a decision of a training goes by: ``state()``, or what that was in the forward pass.
+
+        Args:
+            state: Computes it; the result must not change afterwards.
+            logits: (T, E), those that are decided on.
+
+        Raises:
+            ConfigError: In a backward pass through several forward passes that went by different
+                states: to which of them an activation checkpoint belongs, nothing tells. A forward
+                pass without gradients counts, as it may be that of a reentrant checkpoint.
+        """
+        if torch.compiler.is_compiling():
+            return state()
+        if not in_backward():
+            waiting = [call for call in self._calls if call.is_awaited]
+            self._calls.clear()
+            self._calls.extend([*waiting, _Call(state(), logits)])
+            return self._calls[-1].state
+        calls = [call for call in self._calls if call.is_awaited] or list(self._calls)[-1:]
+        if not calls:
+            return state()
+        if any(not torch.equal(call.state, calls[0].state) for call in calls[1:]):
+            raise ConfigError(
+                f'{type(self).__name__}: an activation checkpoint (with_cp=True) computes one of '
+                'several forward passes again, between which the constraint has changed; call '
+                'backward() after each of them, enclose them by begin() and end() of the MoE '
+                'layer, or leave out the checkpoint'
+            )
+        # One of them is over, whichever: all went by the same. Several with graphs end with these.
+        if calls[0].graph is None or len(calls) == 1:
+            calls[0].is_done = not torch._C._autograd._get_current_graph_task_keep_graph()
+        return calls[0].state
+
+    def __getstate__(self) -> dict[str, Any]:
+        # What graphs are waited for is no part of a copy.
+        return {**self.__dict__, '_calls': deque(maxlen=self._calls.maxlen)}
 
     @abstractmethod
     def select(self, logits: Tensor, training: bool) -> Tensor:
@@ -99,7 +156,7 @@ class _HardConstraint(Constraint):
     def select(self, logits: Tensor, training: bool) -> Tensor:
         if not training:
             return logits
-        return logits.masked_fill(self.remembered(self.masked), float('-inf'))
+        return logits.masked_fill(self.remembered(self.masked, logits), float('-inf'))
 
     def by_expert(self) -> dict[str, Tensor]:
         return {'masked': self.masked()}
@@ -213,7 +270,7 @@ class BiasBalancing(Constraint):
         self.register_buffer('bias', torch.zeros(num_experts))
 
     def select(self, logits: Tensor, training: bool) -> Tensor:
-        bias = self.remembered(self.bias.clone) if training else self.bias
+        bias = self.remembered(self.bias.clone, logits) if training else self.bias
         values = logits.softmax(dim=-1) + bias.to(logits.dtype)
         # No bias brings back an expert that is not there.
         return values.masked_fill(torch.isneginf(logits), float('-inf'))
@@ -223,7 +280,7 @@ class BiasBalancing(Constraint):
 
     @torch.no_grad()
     def update(self, routing: Routing) -> None:
-        load = global_sum(routing.load(balancing=True).float())
+        load = global_sum(routing.choices(balancing=True).float())
         self.bias += self.update_rate * torch.sign(load.mean() - load)
 
     def extra_repr(self) -> str:

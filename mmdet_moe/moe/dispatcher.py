@@ -252,13 +252,18 @@ class EveryExpert(Dispatcher):
         for y, factors in zip(outputs, self.factors.unbind(1), strict=True):
             if factors.dim() > 2:  # those of the pixels of a map
                 check_size(y, factors.shape[2:])
-            wide = torch.promote_types(y.dtype, torch.float32)
             like_y = (..., *[None] * (y.dim() - factors.dim()))
-            factors = factors[like_y].to(wide)
-            part = torch.where(factors == 0, 0, factors * y.to(wide))
+            part = weighted(y, factors[like_y])
             total = part if total is None else total + part
         assert total is not None
         return total.to(outputs[0].dtype)
+
+
+def weighted(y: Tensor, factors: Tensor) -> Tensor:
+    """``factors * y`` in at least float32, to be summed up; 0 times what is not finite is 0."""
+    wide = torch.promote_types(y.dtype, torch.float32)
+    factors = factors.to(wide)
+    return torch.where(factors == 0, 0, factors * y.to(wide))
 
 
 def check_size(y: Tensor, size: Sequence[int], whose: str = '') -> None:

@@ -51,10 +51,10 @@ class ExpertLayer(BaseModule):
     def observe(self, observer: Observer) -> RemovableHandle:
         """Be told of what each call decides, until the handle's ``remove()``."""
 
-    def begin(self) -> None:
+    def begin(self, by: str | None = None) -> None:
         """A forward pass of the model begins, in which the layer may be called several times."""
 
-    def end(self) -> None:
+    def end(self, by: str | None = None) -> None:
         """It ends."""
 
     def forget(self) -> None:

@@ -31,6 +31,11 @@ class Images(Items):
                 f'(N, L, C) or (N, C) with C = in_channels = {layer.router.in_channels}, got '
                 f'{tuple(x.shape)}; set in_channels, or choose another granularity or path'
             )
+        if layer.decision_weight == 'area':
+            raise ConfigError(
+                f'decision_weight=\'area\' is about feature maps, but MoE layer "{layer.name}" is '
+                f"given inputs {tuple(x.shape)}; use decision_weight='uniform'"
+            )
         if layer.router.needs_maps:
             raise ConfigError(
                 f'router.type={type(layer.router).__name__} routes feature maps, but MoE layer '

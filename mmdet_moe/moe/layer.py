@@ -19,14 +19,21 @@ from mmdet_moe.errors import ConfigError, NonFiniteRouterError, explained
 from mmdet_moe.moe.build import build_experts, build_router
 from mmdet_moe.moe.capacity import overflow
 from mmdet_moe.moe.constraints import in_backward
-from mmdet_moe.moe.dispatcher import Dispatcher, EveryExpert, Sorting, check_size, unpack
+from mmdet_moe.moe.dispatcher import (
+    Dispatcher,
+    EveryExpert,
+    Sorting,
+    check_size,
+    unpack,
+    weighted,
+)
 from mmdet_moe.moe.expert_layer import ExpertLayer, Observer, find_expert_layers
 from mmdet_moe.moe.expert_parallel import spread_over_ranks
 from mmdet_moe.moe.experts import Experts, upcycle
 from mmdet_moe.moe.granularity import GRANULARITIES
 from mmdet_moe.moe.items import Items
 from mmdet_moe.moe.routers import Router
-from mmdet_moe.moe.routing import Routing, spread
+from mmdet_moe.moe.routing import Routing
 from mmdet_moe.ops.functional import is_exporting, is_one_graph
 from mmdet_moe.registry import MODELS
 
@@ -71,7 +78,7 @@ class MoELayer(ExpertLayer):
         decision_weight: What one decision counts in the balancing. ``'uniform'``: 1. ``'area'``:
             the pixels of its part of the feature map. ``'positives'``:
             the positive anchors in it, which only a detection head knows; the head tells them
-            with :meth:`weigh_decisions`. Tokens are always ``'uniform'``.
+            with :meth:`weigh_decisions`. Tokens are always ``'uniform'``; ``'area'`` needs maps.
         shortcut: Module added around the MoE: ``y = MoE(x) + shortcut(x)`` (residual variant).
         shared: Dense experts S that every item passes (arXiv 2401.06066). The layer returns the
             mean ``(MoE(x) + sum_j S_j(x)) / (1 + number of them)``, so that copies of one dense
@@ -228,20 +235,36 @@ class MoELayer(ExpertLayer):
             narrow=self.width != 1,
         )
 
-    def begin(self) -> None:
-        """A forward pass of the model begins, in which the layer may be called several times."""
-        self._latest = _Calls(is_open=True)
-        self.router.begin()
+    def begin(self, by: str | None = None) -> None:
+        """A forward pass of the model begins, in which the layer may be called several times.
+
+        All its calls make one :attr:`routing`, and one batch for the constraint. Without it each
+        call is a pass by itself.
+
+        Args:
+            by: Who says so. A pass within one that somebody else has begun is a part of that.
+        """
+        latest = self._latest
+        is_part = latest.is_open and latest.by != by and latest.training == self.training
+        # An activation checkpoint computes again what has ended.
+        if not is_part and not in_backward():
+            self._latest = _Calls(is_open=True, by=by, training=self.training)
+            self.router.begin()
 
     def forget(self) -> None:
         """Forget the latest forward pass, as if there had been none."""
         self._latest = _Calls()
 
-    def end(self) -> None:
-        """It ends: what all calls decided together is told to the constraint."""
-        self._latest.is_open = False
-        self.router.end()
-        self._update_constraint()
+    def end(self, by: str | None = None) -> None:
+        """It ends: what all calls decided together is told to the constraint.
+
+        Args:
+            by: As it was begun.
+        """
+        if self._latest.is_open and self._latest.by == by and not in_backward():
+            self._latest.is_open = False
+            self.router.end()
+            self._update_constraint()
 
     def forward(
         self, x: Tensor | Sequence[Tensor] | None = None, *args: Any, **kwargs: Any
@@ -353,15 +376,18 @@ class MoELayer(ExpertLayer):
 
         Args:
             decision_weights: (T,), non-negative; only their ratios matter. Entries of 0 leave a
-                decision out.
+                decision out. In a pass that goes on, of less than T: those of the latest calls.
+
+        Raises:
+            RuntimeError: If the constraint has counted the decisions already.
+            ValueError: If there are other numbers of decisions.
         """
-        routing = self.routing
         if self._latest.is_counted and self.router.constraint is not None:
             raise RuntimeError(
                 f'The decisions of MoE layer "{self.name}" have been counted by its constraint '
                 "already; construct it with decision_weight='positives' to weigh them later"
             )
-        routing.decision_weights = decision_weights.to(routing.weights)
+        self._latest.weigh(decision_weights)
         if not self._latest.is_open:
             self._update_constraint()
 
@@ -443,10 +469,10 @@ class MoELayer(ExpertLayer):
             # A copy, because an expert may change in place what the next one is given.
             y, rebuild = unpack(self.run_experts(x.clone(), whole, *args, **kwargs))
             check_size(y, x.shape[2:], f'MoE layer "{self.name}": ')
-            part = y * factors[:, expert, None].to(y.dtype)
+            part = weighted(y, factors[:, expert, None])
             total = part if total is None else total + part
         assert total is not None
-        return self._laid_out(total, items), rebuild
+        return self._laid_out(total.to(y.dtype), items), rebuild
 
     @staticmethod
     def _laid_out(y: Tensor, items: Items) -> Tensor:
@@ -638,11 +664,15 @@ class _Calls:
 
     Attributes:
         is_open: Whether it goes on.
+        by: Who has begun it.
+        training: Whether in training mode.
         is_counted: Whether the constraint knows of them.
         merged: Their common Routing, once it has been asked for.
     """
 
     is_open: bool = False
+    by: str | None = None
+    training: bool = False
     is_counted: bool = False
     routings: list[Routing] = field(default_factory=list)
     items: list[Items] = field(default_factory=list)
@@ -650,6 +680,21 @@ class _Calls:
 
     def clear(self) -> None:
         self.__init__()
+
+    def weigh(self, decision_weights: Tensor) -> None:
+        """Set the ``decision_weights`` of the latest calls, as many as these are of."""
+        sizes = [call.num_items for call in self.routings]
+        while sum(sizes) > len(decision_weights):
+            sizes.pop(0)
+        if sum(sizes) != len(decision_weights):
+            raise ValueError(
+                f'decision_weights are of {len(decision_weights)} decisions, but the latest calls '
+                f'of the MoE layer have decided on {sizes} items'
+            )
+        calls = self.routings[len(self.routings) - len(sizes) :]
+        for call, weights in zip(calls, decision_weights.split(sizes), strict=True):
+            call.decision_weights = weights.to(call.weights)
+        self.merged = None
 
 
 class _ZeroGradient(torch.autograd.Function):
@@ -711,11 +756,11 @@ def _has_batch_statistics(module: nn.Module) -> bool:
 
 
 def _areas(routing: Routing, maps: list[Tensor], items: list[Items]) -> Tensor:
-    per_level = [
-        math.prod(m.shape[1:]) / (m.shape[1] * len(p)) for m, p in zip(maps, items, strict=True)
-    ]
-    weights = routing.weights
-    return spread(tuple(per_level), routing.items_per_level, weights.device, weights.dtype)
+    areas = []
+    for m, of_map in zip(maps, items, strict=True):
+        pixels = routing.weights.new_ones(1, math.prod(m.shape[2:]))
+        areas.append(of_map.total(pixels).repeat(m.shape[0]))
+    return torch.cat(areas).to(routing.weights)
 
 
 def _transposed(output: Any) -> Any:

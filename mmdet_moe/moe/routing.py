@@ -146,6 +146,18 @@ class Routing:
         """
         return self._sum_per_expert((self.weights > 0).to(self.weights.dtype), balancing)
 
+    def choices(self, balancing: bool = False) -> Tensor:
+        """:meth:`load` that also counts choices whose weight is too small for its dtype, (E,).
+
+        So a bias can choose an expert with a logit that lies 104 and more below the best. An expert
+        whose logit is −inf is no choice.
+
+        Args:
+            balancing: As in :meth:`importance`.
+        """
+        chosen = ~self.logits.gather(1, self.expert_ids).isneginf()
+        return self._sum_per_expert(chosen.to(self.weights.dtype), balancing)
+
     def num_dropped(self) -> Tensor:
         """How many routes exceed the capacity of their expert, a scalar."""
         return self.weights.new_zeros(()) if self.dropped is None else self.dropped.sum()
@@ -182,18 +194,15 @@ class Routing:
     def _sum_per_expert(self, values_TK: Tensor, balancing: bool) -> Tensor:
         if balancing:
             values_TK = values_TK * self.known_decision_weights()[:, None]
-        total = values_TK.new_zeros(self.num_experts)
-        return total.index_add(0, self.expert_ids.flatten(), values_TK.flatten())
+        # One item after the other: in float32 a sum of millions would stand still.
+        total = values_TK.new_zeros(self.num_experts, dtype=torch.float64)
+        total = total.index_add(0, self.expert_ids.flatten(), values_TK.flatten().double())
+        return total.to(values_TK.dtype)
 
 
 @lru_cache(maxsize=256)  # a model repeats its few shapes, and a copy from the host waits for a GPU
 @torch.inference_mode(False)  # a later training may need it in its graph
-def spread(
-    values: tuple[float, ...],
-    repeats: tuple[int, ...],
-    device: torch.device,
-    dtype: torch.dtype = torch.int64,
-) -> Tensor:
+def spread(values: tuple[int, ...], repeats: tuple[int, ...], device: torch.device) -> Tensor:
     """Each value as often as it is to be repeated, (sum of ``repeats``,); not to be changed."""
-    once, times = torch.tensor(values, dtype=dtype), torch.tensor(repeats, dtype=torch.int64)
+    once, times = (torch.tensor(of, dtype=torch.int64) for of in (values, repeats))
     return once.repeat_interleave(times, output_size=sum(repeats)).to(device)

@@ -199,7 +199,7 @@ class Utilization:
         expert_ids, weights_TK = routing.expert_ids, routing.weights
         if router is not None:
             expert_ids, weights_TK = router.choose(routing.logits, training=False)
-        weights_TK = weights_TK / weights_TK.sum(dim=1, keepdim=True)
+        weights_TK = shares(weights_TK)  # zeros, if so small that nobody was chosen
         weights_TE = torch.zeros_like(routing.logits).scatter(1, expert_ids, weights_TK)
         sums = {
             **sums_of_decisions(
@@ -232,11 +232,11 @@ class Utilization:
 
 def _by_source(weights_TE: Tensor, routing: Routing, num_sources: int) -> Tensor:
     """(D, E); all 0 where a layer decides on inputs of its own, or nobody knows the data sets."""
-    sums = weights_TE.new_zeros(num_sources, weights_TE.shape[1])
+    sums = weights_TE.new_zeros(num_sources, weights_TE.shape[1], dtype=torch.float64)
     if routing.sources is None or len(routing.sources) != routing.num_images:
         return sums
     sources = torch.tensor(routing.sources, device=sums.device)
-    return sums.index_add(0, sources[routing.image_ids], weights_TE)
+    return sums.index_add(0, sources[routing.image_ids], weights_TE.double())
 
 
 def sums_of_decisions(weights_TE: Tensor, level_ids: Tensor, num_levels: int) -> dict[str, Tensor]:
@@ -251,10 +251,10 @@ def sums_of_decisions(weights_TE: Tensor, level_ids: Tensor, num_levels: int) ->
         ``items`` (), ``decision_entropy`` (), ``levels`` (L, E) and ``chosen`` (E,), as
         :meth:`UtilizationReport.from_sums` wants them.
     """
-    levels = weights_TE.new_zeros(num_levels, weights_TE.shape[1])
+    levels = weights_TE.new_zeros(num_levels, weights_TE.shape[1], dtype=torch.float64)
     return {
         'items': weights_TE.new_tensor(float(len(weights_TE))),
         'decision_entropy': entropy(weights_TE).sum(),
-        'levels': levels.index_add(0, level_ids, weights_TE),
+        'levels': levels.index_add(0, level_ids, weights_TE.double()),
         'chosen': (weights_TE > 0).to(weights_TE.dtype).sum(0),
     }

@@ -200,3 +200,24 @@ def test_data_sets_of_inputs_that_are_no_images(make_runner, toy_model):
     runner = make_runner(OfTwo(), [hook({'type': 'mmdet_moe.DatasetLoss'})])
     with pytest.raises(ConfigError, match=r'"stem" decides on 4 inputs .* not on the 2 images'):
         runner.train()
+
+
+def test_all_calls_of_a_forward_pass_pay_together(make_runner, toy_model):
+    """A layer that the model calls for parts of the batch, and once more for all of it."""
+
+    class Twice(toy_model):
+        def forward(self, inputs, targets, mode='tensor'):
+            if mode == 'loss':
+                for part in (inputs[:1], inputs[1:]):
+                    self.stem(part)
+                return {'loss_task': super().forward(inputs, targets)[0].square().mean()}
+            return super().forward(inputs, targets, mode)
+
+    constraint = {'type': 'mmdet_moe.MeanImportanceConstraint', 'threshold': 1.0}
+    model, recorder = Twice({'constraint': constraint}), Recorder()
+    make_runner(model, [hook(), recorder], max_iters=3).train()
+    for outputs, importance in zip(recorder.outputs, recorder.importance, strict=True):
+        assert sum(importance['stem']) == pytest.approx(8)  # each of 4 images twice
+        expected = importance_loss(importance['stem'])
+        assert outputs['loss_moe_stem'] == pytest.approx(expected, abs=1e-5)
+    assert model.stem.router.constraint.num_batches == 3

@@ -11,7 +11,9 @@ from mmengine.runner import load_checkpoint, load_state_dict
 from tiny_models import ASSIGNER, FOUR, RESNET_18, RETINA, TEST_CFG, two_images
 from torchvision.ops import box_iou
 
+from mmdet_moe.engine.hooks.balancing_loss_hook import _AddLosses
 from mmdet_moe.errors import ConfigError
+from mmdet_moe.moe import ImportanceLoss
 
 HEAD = {**RETINA, 'stacked_convs': 2}
 TRAIN_CFG = {
@@ -149,6 +151,51 @@ def test_decisions_count_the_positive_anchors_of_their_level():
     assert len(set(expected)) > 2
     for layer in (model.cls_moe, model.reg_moe):
         assert layer.routing.decision_weights.tolist() == expected
+
+
+def test_semi_supervised_detectors():
+    """They call ``student.loss(...)`` for labelled images, and again for others."""
+    constraint = {'type': 'mmdet_moe.MeanImportanceConstraint', 'threshold': 1.0}
+    router = {'type': 'mmdet_moe.GAPRouter', 'init_std': 1.0, 'constraint': constraint}
+    experts = {'backbone.layer4': {}, 'bbox_head.{cls_convs,retina_cls}': {}}
+    for options in experts.values():
+        options.update(num_experts=4, top_k=2, decision_weight='uniform')
+    experts['bbox_head.{cls_convs,retina_cls}']['decision_weight'] = 'positives'
+    detector = copy.deepcopy(DETECTOR)
+    detector.update(type='mmdet_moe.WithExperts', of='mmdet.RetinaNet')
+    detector.update(experts=experts, router=router)
+    semi = MODELS.build(
+        {
+            'type': 'mmdet.SemiBaseDetector',
+            'detector': detector,
+            'semi_train_cfg': {'freeze_teacher': True, 'sup_weight': 1.0},
+        }
+    ).train()
+    images, samples = two_images()
+    layer = semi.student.bbox_head.cls_convs_moe
+    by_pass = []
+    for part in (slice(0, 1), slice(0, 2)):
+        semi.loss_by_gt_instances(images[part], copy.deepcopy(samples[part]))
+        assert layer.routing.items_per_level == (len(images[part]),) * 3
+        by_pass.append((layer.routing.decision_weights, layer.routing.dense_weights()))
+    constraint = layer.router.constraint
+    assert constraint.num_batches == 2
+    shares = [(counts @ weights) / counts.sum() for counts, weights in by_pass]
+    torch.testing.assert_close(constraint.mean_importance, sum(shares).detach() / 2)
+
+    # With the hook what both of them decide is one pass.
+    add = _AddLosses([ImportanceLoss(1.0)], ['student.bbox_head.cls_convs_moe'])
+    add.begin(semi, (images, samples, 'loss'), {})
+    for part in (slice(0, 1), slice(0, 2)):
+        semi.loss_by_gt_instances(images[part], copy.deepcopy(samples[part]))
+    losses = add(semi, (images, samples, 'loss'), {}, {})
+    assert constraint.num_batches == 3
+    assert layer.routing.items_per_level == (1, 1, 1, 2, 2, 2)
+    counts = torch.cat([counts for counts, _ in by_pass])
+    assert torch.equal(layer.routing.decision_weights, counts)
+    importance = counts @ layer.routing.dense_weights()
+    expected = importance.var() / importance.mean() ** 2
+    torch.testing.assert_close(losses['loss_moe_student_bbox_head_cls_convs_moe'], expected)
 
 
 @pytest.mark.parametrize(('granularity', 'grid_size'), [('pixel', 1), ('patch', 2)])

@@ -195,6 +195,44 @@ def test_fewer_free_experts_than_k():
     assert all(p.grad.isfinite().all() for p in layer.parameters())
 
 
+def test_a_layer_at_two_places_of_a_model():
+    """Each call is a batch by itself, unless somebody says when a pass begins and ends."""
+    constraint = {'type': 'mmdet_moe.MeanImportanceConstraint', 'threshold': 1.0}
+    layer = MoELayer(nn.Conv2d(4, 4, 1), 4, 2, {'constraint': constraint}, in_channels=4)
+    x = torch.randn(5, 4, 2, 2)
+    layer(layer(x))
+    assert (layer.routing.num_items, layer.router.constraint.num_batches) == (5, 2)
+    layer.begin()
+    layer.begin('a model inside')  # is a part of it, and so is its end
+    layer(layer(x))
+    layer.end('a model inside')
+    assert layer.router.constraint.num_batches == 2
+    layer.end()
+    assert (layer.routing.num_items, layer.router.constraint.num_batches) == (10, 3)
+    layer.begin()  # was interrupted
+    layer(x)
+    layer.begin()
+    layer(x)
+    layer.end()
+    assert (layer.routing.num_items, layer.router.constraint.num_batches) == (5, 4)
+
+
+def test_the_bias_counts_choices_whose_weight_is_next_to_nothing():
+    """120 logits below the best, exp(-120) is 0 in float32; the bias has chosen it all the same."""
+    router = router_with(BiasBalancing(2, update_rate=0.25), 2, 1, softmax='over_all')
+    router.constraint.bias.copy_(torch.tensor([0.0, 1.5]))
+    layer = MoELayer(nn.Conv2d(2, 2, 1), 2, 1, router)
+    layer(images([[120.0, 0.0]] * 3))
+    assert layer.routing.expert_ids.tolist() == [[1]] * 3
+    assert router.constraint.bias.tolist() == [0.25, 1.25]
+    # What was removed is no choice: loads 2, 1 and 0 around a mean of 1.
+    constraint = BiasBalancing(3, update_rate=0.25)
+    routing = routing_with([[0, 2], [0, 1]], [[1.0, 0.0], [0.5, 0.5]], 3)
+    routing.logits = torch.tensor([0.0, 0.0, -INF]).expand(2, 3)
+    constraint.update(routing)
+    assert constraint.bias.tolist() == [-0.25, 0, 0.25]
+
+
 @pytest.mark.parametrize(
     'make', [RelativeImportanceConstraint, MeanImportanceConstraint, BiasBalancing]
 )

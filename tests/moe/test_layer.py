@@ -269,6 +269,38 @@ class TestDecisionWeights:
         # Four patches of 12 pixels and two of 2.
         assert layer.routing.decision_weights.tolist() == [12, 12, 12, 12, 2, 2]
 
+    def test_area_of_unequal_patches(self):
+        layer = conv_layer(decision_weight='area', granularity='patch', grid_size=2)
+        layer([torch.randn(2, C, 5, 5).double(), torch.randn(2, C, 3, 1).double()])
+        # Rows and columns of 2 and 3 pixels; rows of 1 and 2 pixels.
+        assert layer.routing.decision_weights.tolist() == [4, 6, 6, 9] * 2 + [1, 2] * 2
+
+    def test_area_of_pixels(self):
+        expert = nn.Conv2d(C, OUT, 1)
+        layer = MoELayer(expert, 4, 2, in_channels=C, granularity='pixel', decision_weight='area')
+        layer(torch.randn(2, C, 3, 2))
+        assert layer.routing.decision_weights.tolist() == [1] * 12
+
+    @pytest.mark.parametrize('shape', [(2, C), (2, 10, C)])
+    def test_area_without_a_map_is_refused(self, shape):
+        layer = MoELayer(nn.Linear(C, OUT), 4, 2, in_channels=C, decision_weight='area')
+        with pytest.raises(ConfigError, match="decision_weight='area' is about feature maps, but"):
+            layer(torch.randn(*shape))
+
+    def test_those_of_the_latest_calls(self):
+        """Of a pass in which a head runs, and assigns its anchors, more than once."""
+        layer = conv_layer(decision_weight='positives')
+        layer.begin()
+        for counts in ([[3.0, 0], [1, 5]], [[7.0], [2.0]]):
+            for _ in counts:
+                layer(torch.randn(len(counts[0]), C, 4, 4).double())
+            layer.weigh_decisions(torch.tensor(counts).flatten())
+        layer.end()
+        assert layer.routing.decision_weights.tolist() == [3, 0, 1, 5, 7, 2]
+        for wrong in (3, 5, 7):  # neither one call nor several
+            with pytest.raises(ValueError, match=f'are of {wrong} decisions, but the latest calls'):
+                layer.weigh_decisions(torch.ones(wrong))
+
     def test_positives_are_awaited(self):
         layer = conv_layer(decision_weight='positives')
         layer(torch.randn(3, C, 4, 4).double())

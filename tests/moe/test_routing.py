@@ -67,6 +67,31 @@ def test_importance_and_load(routing):
     assert routing.load().tolist() == [5, 2, 2, 1]
 
 
+def test_sums_of_many_items():
+    """In float32, added one after the other, they would be 0.4 % off, and then stand still."""
+    items = 400_000
+    weights = torch.tensor([[0.7, 0.3]]).expand(items, 2)
+    routing = Routing(
+        expert_ids=torch.tensor([[0, 1]]).expand(items, 2),
+        weights=weights,
+        logits=torch.zeros(1, 2).expand(items, 2),
+        items_per_level=(items,),
+        num_images=1,
+    )
+    torch.testing.assert_close(
+        routing.importance(), torch.tensor([0.7, 0.3]) * items, rtol=1e-6, atol=0
+    )
+    routing = Routing(
+        expert_ids=torch.zeros(5, 1, dtype=torch.int64),
+        weights=torch.ones(5, 1),
+        logits=torch.zeros(5, 2),
+        items_per_level=(5,),
+        num_images=1,
+        decision_weights=torch.tensor([2.0**24, 1, 1, 1, 1]),
+    )
+    assert routing.load(balancing=True).tolist() == [2**24 + 4, 0]
+
+
 def test_importance_and_load_with_decision_weights(routing):
     assert routing.importance(balancing=True).tolist() == [
         0.75 + 0.625 + 4 * 0.5 + 0.5,

@@ -86,6 +86,21 @@ def test_equal_to_the_evaluation_of_items():
         torch.testing.assert_close(*(model['a'](x) for model in models))
 
 
+@pytest.mark.parametrize(('granularity', 'grid_size'), [('pixel', 1), ('patch', 2)])
+def test_half_precision_is_summed_in_float32(granularity, grid_size):
+    """Eight equal experts, whose weights sum to 1: what one of them gives, to the last bit."""
+    dense = nn.Conv2d(C, OUT, 3, padding=1)
+    layer = MoELayer(
+        [dense] * 8, 8, 8, GAPRouter(C, 8, 8, init_std=1.0), granularity=granularity,
+        grid_size=grid_size, whole_maps=True,
+    ).eval()  # fmt: skip
+    x = torch.randn(2, C, 6, 6)
+    with torch.no_grad(), torch.autocast('cpu', torch.bfloat16):
+        y = layer(x)
+        assert y.dtype == torch.bfloat16
+        assert torch.equal(y, dense(x))
+
+
 def test_unused_experts_are_in_the_graph_and_are_not_evaluated():
     layer = build('pixel')
     layer.router.fc.weight.data.zero_()

@@ -7,11 +7,14 @@ import torch
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from mmdet_moe.engine.hooks.layers import moe_layers_of, sources_of, unwrapped_model
 from mmdet_moe.errors import ConfigError
 from mmdet_moe.moe import BalancingLoss
 from mmdet_moe.registry import HOOKS, MODELS
+
+_PASS = 'BalancingLossHook'
 
 
 @HOOKS.register_module()
@@ -19,7 +22,8 @@ class BalancingLossHook(Hook):
     """Adds ``loss_moe_<layer>`` entries to the loss dict while training.
 
     Works for every model whose ``forward(..., mode='loss')`` returns a dict, with or without
-    distributed wrappers.
+    distributed wrappers. A layer pays once for all its calls in that forward pass, such as those of
+    several views, or of the labelled and the unlabelled images of a semi-supervised detector.
 
     Args:
         loss: Config of one :class:`~mmdet_moe.moe.BalancingLoss`, or a list of them. With several,
@@ -47,7 +51,7 @@ class BalancingLossHook(Hook):
                     f'BalancingLossHook: {type(built).__name__} is no balancing loss of mmdet_moe'
                 )
         self.patterns = [layers] if isinstance(layers, str) else list(layers)
-        self._handle = None
+        self._handles: list[RemovableHandle] = []
 
     def covers(self, layer_name: str) -> bool:
         """Whether the layer of that name pays."""
@@ -74,13 +78,16 @@ class BalancingLossHook(Hook):
                     f'BalancingLossHook: MoE layer "{name}" is frozen, so that its loss would do '
                     'nothing; unfreeze it, or leave it out with layers=[...]'
                 )
-        self._handle = unwrapped_model(runner).register_forward_hook(
-            _AddLosses(self.losses, names), with_kwargs=True
-        )
+        model, add = unwrapped_model(runner), _AddLosses(self.losses, names)
+        self._handles = [
+            model.register_forward_pre_hook(add.begin, with_kwargs=True),
+            model.register_forward_hook(add, with_kwargs=True),
+        ]
 
     def after_train(self, runner: Runner) -> None:
         """Detach them again."""
-        self._handle.remove()
+        for handle in self._handles:
+            handle.remove()
 
 
 class _AddLosses:
@@ -90,14 +97,21 @@ class _AddLosses:
         self.losses = losses
         self.layer_names = layer_names
 
+    def begin(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
+        """The losses are those of all that a layer decides here, in however many calls."""
+        if _is_loss(args, kwargs):
+            for name in self.layer_names:
+                model.get_submodule(name).begin(_PASS)
+
     def __call__(
         self, model: nn.Module, args: tuple, kwargs: dict, output: dict[str, Tensor]
     ) -> dict[str, Tensor] | None:
-        # BaseModel.forward(inputs, data_samples, mode)
-        if 'loss' not in (kwargs.get('mode'), *args[2:3]):
+        if not _is_loss(args, kwargs):
             return None
         for name in self.layer_names:
-            routing = model.get_submodule(name).routing
+            layer = model.get_submodule(name)
+            layer.end(_PASS)
+            routing = layer.routing
             has_choice = routing.num_experts > 1
             if has_choice and torch.is_grad_enabled() and not routing.logits.requires_grad:
                 raise ConfigError(
@@ -114,6 +128,11 @@ class _AddLosses:
                 suffix = f'_{type(loss).__name__}' if len(self.losses) > 1 else ''
                 output[_free_key(output, key + suffix)] = loss(routing)
         return output
+
+
+def _is_loss(args: tuple, kwargs: dict) -> bool:
+    # BaseModel.forward(inputs, data_samples, mode)
+    return 'loss' in (kwargs.get('mode'), *args[2:3])
 
 
 def _sources(samples: object, name: str, num_images: int) -> tuple[int, ...]:

@@ -6,6 +6,7 @@ untrained the model computes what the dense one does.
 """
 
 import copy
+import inspect
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -39,6 +40,8 @@ __all__ = ['Entry', 'Report', 'Site', 'add_experts', 'install', 'report_of']
 EQUAL = 'equal'
 #: Attributes of a model that was changed.
 _LAYERS, _INIT = '_moe_layers', 'init_weights'
+#: By which wrappers run a model of the toolboxes, past its ``__call__``.
+_ENTRANCES = ('loss', 'predict', '_forward')
 
 
 #: Fields of an :class:`Entry` that are integers, and their least values.
@@ -411,6 +414,10 @@ def _watch(model: nn.Module, sites: list[Site]) -> None:
     if not layers:
         model.register_forward_pre_hook(_begin)
         model.register_forward_hook(_end)
+        for name in _ENTRANCES:
+            method = inspect.getattr_static(type(model), name, None)
+            if inspect.isfunction(method) and name not in vars(model):
+                vars(model)[name] = Entrance(model, name)
     layers += [site.layer for site in sites]
     if hasattr(model, _INIT):
         if not isinstance(vars(model).get(_INIT), DenseInit):
@@ -418,11 +425,33 @@ def _watch(model: nn.Module, sites: list[Site]) -> None:
         vars(model)[_INIT].sites += sites
 
 
+class Entrance:
+    """Stands in for a method by which a model is run, and tells its layers that it is."""
+
+    def __init__(self, model: nn.Module, name: str) -> None:
+        self.model, self.name = model, name
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """What the model's own method returns."""
+        layers = vars(self.model)[_LAYERS]
+        for layer in layers:
+            layer.begin(self.name)
+        try:
+            result = getattr(type(self.model), self.name)(self.model, *args, **kwargs)
+        except BaseException:  # such as out of memory, after which the next pass is another one
+            for layer in layers:
+                layer.forget()
+            raise
+        for layer in layers:
+            layer.end(self.name)
+        return result
+
+
 def _begin(model: nn.Module, _: Any) -> None:
     for layer in vars(model)[_LAYERS]:
-        layer.begin()
+        layer.begin('forward')
 
 
 def _end(model: nn.Module, *_: Any) -> None:
     for layer in vars(model)[_LAYERS]:
-        layer.end()
+        layer.end('forward')

@@ -613,3 +613,180 @@ def test_activation_checkpoint(kind, reentrant):
             torch.testing.assert_close(a.grad, b.grad, msg=name)
         for a, b in zip(plain.buffers(), checkpointed.buffers(), strict=True):
             assert torch.equal(a, b)
+
+
+LEAST = {
+    'RelativeImportanceConstraint': {'threshold': 0.0},
+    'BiasBalancing': {'update_rate': 0.3},
+}
+
+
+def checkpointed(kind, reentrant=False, **options):
+    """The same model without and with a checkpoint, and a constraint that changes every choice."""
+    constraint = {'type': f'mmdet_moe.{kind}', **LEAST[kind], **options}
+    router = {'init_std': 3.0, 'constraint': constraint}
+    plain = Checkpointed()
+    add_experts(plain, {'conv': {'router': router, 'expert_init': 'independent'}})
+    again = copy.deepcopy(plain)
+    again.is_on, again.reentrant = True, reentrant
+    return plain, again
+
+
+def check_same_gradients(plain, again):
+    for (name, a), b in zip(plain.named_parameters(), again.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, msg=name)
+
+
+@pytest.mark.parametrize('reentrant', [False, True])
+@pytest.mark.parametrize('kind', LEAST)
+def test_checkpoints_of_passes_that_went_by_different_states(kind, reentrant):
+    _, model = checkpointed(kind, reentrant)
+    losses = [model(torch.randn(6, 3, 5, 5)).square().sum() for _ in range(2)]
+    with pytest.raises(ConfigError, match=f'{kind}: an activation checkpoint .* has changed; call'):
+        sum(losses).backward()
+
+
+@pytest.mark.parametrize('reentrant', [False, True])
+@pytest.mark.parametrize('kind', LEAST)
+def test_checkpoints_of_what_is_one_pass(kind, reentrant):
+    """Two views, told to the layer to be one pass: the gradients of the model without them."""
+    plain, again = checkpointed(kind, reentrant)
+    for step in range(3):
+        for model in (plain, again):
+            torch.manual_seed(step)
+            model.zero_grad()
+            model.conv.begin()
+            loss = sum(model(torch.randn(6, 3, 5, 5)).square().sum() for _ in range(2))
+            model.conv.end()
+            loss.backward()
+        assert plain.conv.routing.num_items == again.conv.routing.num_items == 12
+        check_same_gradients(plain, again)
+
+
+def test_checkpoints_of_passes_that_went_by_the_same():
+    """Nobody is masked, whatever the importance: nothing to be mistaken."""
+    plain, again = checkpointed('RelativeImportanceConstraint', threshold=1e6)
+    for model in (plain, again):
+        torch.manual_seed(0)
+        sum(model(torch.randn(6, 3, 5, 5)).square().sum() for _ in range(2)).backward()
+    check_same_gradients(plain, again)
+
+
+@pytest.mark.parametrize('kind', LEAST)
+def test_passes_that_nobody_asks_for_a_gradient(kind):
+    """One that was given up, and one whose loss is kept after its backward pass."""
+    plain, again = checkpointed(kind)
+    kept = []
+    for model in (plain, again):
+        for step in range(3):
+            torch.manual_seed(step)
+            model.zero_grad()
+            model(torch.randn(6, 3, 5, 5))
+            kept.append(model(torch.randn(6, 3, 5, 5)).square().sum())
+            kept[-1].backward()
+    check_same_gradients(plain, again)
+    pickle.loads(pickle.dumps(copy.deepcopy(again)))
+
+
+def test_a_graph_that_is_kept_may_be_asked_again():
+    plain, again = checkpointed('BiasBalancing')
+    for model in (plain, again):
+        torch.manual_seed(0)
+        loss = model(torch.randn(6, 3, 5, 5)).square().sum()
+        loss.backward(retain_graph=True)
+        loss.backward(retain_graph=True)
+    check_same_gradients(plain, again)
+    other = again(torch.randn(6, 3, 5, 5)).square().sum()
+    with pytest.raises(ConfigError, match='an activation checkpoint'):
+        (loss + other).backward()
+
+
+def test_a_model_computed_again_as_a_whole():
+    """Its pass has ended, and what it decided is still told."""
+    model = Checkpointed()
+    add_experts(model, {'conv': {}})
+    x = torch.randn(6, 3, 5, 5)
+    y = torch.utils.checkpoint.checkpoint(model, x, use_reentrant=False)
+    decided = model.conv.routing.expert_ids
+    y.square().sum().backward()
+    assert model.conv.routing.expert_ids is decided
+
+
+class Detector(nn.Module):
+    """Runs its layer level by level, and can be entered as the toolboxes' models can."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = conv(4, 4)
+
+    def forward(self, levels, mode='loss'):
+        return self.loss(levels) if mode == 'loss' else self._forward(levels)
+
+    def _forward(self, levels):
+        return [self.conv(x) for x in levels]
+
+    def loss(self, levels, fails=False):
+        outputs = self._forward(levels)
+        if fails:
+            raise RuntimeError('out of memory')
+        return sum(y.square().mean() for y in outputs)
+
+    def predict(self, levels):
+        return self._forward(levels)
+
+
+def detector():
+    constraint = {'type': 'mmdet_moe.MeanImportanceConstraint', 'threshold': 1.0}
+    router = {'init_std': 1.0, 'constraint': constraint}
+    model = Detector()
+    add_experts(model, {'conv': {'router': router}})
+    return model
+
+
+LEVELS = [(8, 8), (4, 4), (2, 2)]
+
+
+@pytest.mark.parametrize('name', ['forward', 'loss', 'predict', '_forward'])
+def test_all_levels_are_one_pass_however_the_model_is_run(name):
+    """MMDetection's wrappers, semi-supervised ones for example, call ``student.loss(...)``."""
+    model = copy.deepcopy(detector())
+    model = pickle.loads(pickle.dumps(model))
+    levels = [torch.randn(6, 4, *size) for size in LEVELS]
+    (model if name == 'forward' else getattr(model, name))(levels)
+    layer = model.conv
+    assert layer.routing.items_per_level == (6, 6, 6)
+    assert layer.router.constraint.num_batches == 1
+    fc = layer.router.fc
+    logits = torch.cat([x.mean((2, 3)) for x in levels]) @ fc.weight.T + fc.bias
+    kept = logits >= logits.topk(2).values[:, 1:]
+    share = logits.masked_fill(~kept, float('-inf')).softmax(1).sum(0) / 18
+    torch.testing.assert_close(layer.router.constraint.mean_importance, share.detach())
+
+
+def test_a_pass_that_failed_is_none():
+    model = detector()
+    levels = [torch.randn(6, 4, *size) for size in LEVELS]
+    with pytest.raises(RuntimeError, match='out of memory'):
+        model.loss(levels, fails=True)
+    assert model.conv.router.constraint.num_batches == 0
+    model(levels[:2])
+    assert model.conv.routing.items_per_level == (6, 6)
+    assert model.conv.router.constraint.num_batches == 1
+
+
+def test_attributes_that_are_no_entrances_are_left_alone():
+    class Odd(nn.Module):
+        predict = staticmethod(len)
+
+        def __init__(self):
+            super().__init__()
+            self.conv, self.loss = conv(4, 4), nn.MSELoss()
+
+        @staticmethod
+        def _forward(x):
+            return x
+
+    model = Odd()
+    add_experts(model, {'conv': {}})
+    assert isinstance(model.loss, nn.MSELoss)
+    assert (model.predict([1, 2]), model._forward(3)) == (2, 3)
