@@ -247,6 +247,8 @@ def _remainder(what: str, rest: dict) -> str:
     if _is_there(rest):
         control = f'up to {rest["control"]:.3f} nats'
         return f'{by.strip()} no more than routers with random weights ({control}; {numbers})'
+    if not rest['num_images']:
+        return f'whether {by.strip()} cannot be told ({numbers})'
     low, high = rest['interval']
     enough = MIN_SHARE * rest['mi_max']
     if high <= enough:
@@ -360,6 +362,8 @@ def _excess(one: dict) -> float:
 
 
 def _numbers(one: dict, full: bool = False) -> str:
+    if (left_out := one.get('left_out', 0)) == 1:
+        return 'not tested, as each value is on too few images'
     low, high = one['interval']
     digits = 3 if max(one['mi'], high) >= 0.01 else 4
     text = f'{one["mi"]:.{digits}f} nats'
@@ -369,6 +373,8 @@ def _numbers(one: dict, full: bool = False) -> str:
     if full:
         text += f', by chance {one["chance"]:.{digits}f}'
     text += f', p = {one["p_adjusted"]:.2g}'
+    if left_out:
+        text += f', {_percent(left_out)} left out, of values on too few images'
     return f'{text}, {_number(one["num_images"], "image")}' if full else text
 
 

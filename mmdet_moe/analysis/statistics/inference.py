@@ -11,12 +11,16 @@ beyond that, ``D_i = J_i - n_i w^T``, has the expectation 0, whatever hangs toge
 image, how many decisions it has, and whether X differs between images, within them or both. Each
 test statistic is compared with that of ``sum_i s_i D_i``, where ``s_i`` are random signs; as the
 mean weights come from the same images, what the flipped images add to all bins together is taken
-out again, in proportion to the things in each bin. Exchanging images instead needs images of equal
-structure: it can say nothing of a level or a position, of which each image has the same, and
-images differ in their numbers of objects.
+out again, in proportion to the things in each bin. For the same reason ``D_i`` falls short by the
+image's own share ``h_i`` of all things: with one image alone nothing is left. What is flipped is
+``D_i / sqrt(1 - h_i)`` (HC2 of MacKinnon and White 1985, J. Econometrics 29). Exchanging images
+instead needs images of equal structure: it can say nothing of a level or a position, of which each
+image has the same, and images differ in their numbers of objects.
 
 *Given* something (the pyramid level, say), the same within each of its values: things of a level
-are compared with the mean weights of that level. An image has one sign for all of its levels.
+are compared with the mean weights of that level. An image has one sign for all of its levels. A
+value that lives on fewer than :data:`MIN_IMAGES` images (by ``1 / sum h_i^2``) cannot tell what it
+has in common from what one image has: its things are left out of all numbers, and counted.
 
 The statistic is ``sum D^2 / (2 N n_b w_e)``, the mutual information to second order. Its mean over
 the flips is the information that is found by chance, the more, the more alike the decisions of an
@@ -38,8 +42,9 @@ are made comparable by the gamma distribution with the mean and the variance of 
 Letters: N images, P flips or resamples, K entries, E experts, B bins.
 """
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import pairwise
 
@@ -50,7 +55,7 @@ from scipy.special import xlogy
 #: Ends of the intervals.
 QUANTILES = (0.025, 0.975)
 #: Fewer images have no interval worth the name: none is given, but for informations, where it is
-#: everything possible.
+#: everything possible. Nor can so few be a stratum of a test.
 MIN_IMAGES = 5
 TOO_FEW = 'too few images for an interval'
 # Equal up to the order of summation; far below any information that matters.
@@ -72,6 +77,7 @@ class Information:
     permutations: int  #: How many flips were tried
     num_units: int  #: Decisions that took part
     num_images: int  #: Images that were flipped
+    left_out: float  #: Share of the things in strata of too few images, of which nothing is told
     strength: float  #: The statistic, comparable between tests: minus the log of a tail probability
     flipped: np.ndarray  #: float64 (P,), the same of each flip
 
@@ -100,7 +106,7 @@ class Cells:
 
 def nothing(permutations: int) -> Information:
     """What is known without any decision."""
-    return Information(0, 0, 1, (0, 0), 0, permutations, 0, 0, 0, np.zeros(permutations))
+    return Information(0, 0, 1, (0, 0), 0, permutations, 0, 0, 0, 0, np.zeros(permutations))
 
 
 def adjusted(found: Sequence[Information]) -> list[float]:
@@ -138,6 +144,13 @@ def information(
         cells: Whether single cells are wanted; of one stratum alone.
     """
     sums = np.asarray(sums, np.float64)
+    taken = _with_enough_images(images, strata, sums.sum(1))
+    left_out = 1 - float(sums[taken].sum() / sums.sum())
+    if not taken.any():
+        possible = math.log(min(len(np.unique(rows)), sums.shape[1]))
+        empty = replace(nothing(permutations), interval=(0.0, possible), mi_max=possible)
+        return replace(empty, left_out=1.0), None
+    images, rows, strata, sums = (x[taken] for x in (images, rows, strata, sums))
     known, images = np.unique(images, return_inverse=True)
     signs = _signs(int(known[-1]) + 1, permutations, seed)[known]
     times = resampled_images(len(known), permutations, seed)
@@ -154,13 +167,16 @@ def information(
         columns, columns_P = inside.sum(0), weighted(times, where, inside)
         mean = columns / columns.sum()
         excess = inside - inside.sum(1, keepdims=True) * mean
-        excess_P = weighted(signs, where, excess)
+        held = np.bincount(where, inside.sum(1), len(known)) / columns.sum()
+        # One image alone has no excess that could grow.
+        grown = excess / np.sqrt(np.where(held < 1 - _ROUNDING, 1 - held, 1))[where, None]
+        grown_P = weighted(signs, where, grown)
         by_chance = []
         for run in _runs(bins):
             table, table_P = inside[run].sum(0), weighted(times, where[run], inside[run])
             expected = np.where(mean > 0, table.sum() * mean, np.inf)
             seen, share = excess[run].sum(0), table.sum() / columns.sum()
-            flips = weighted(signs, where[run], excess[run]) - share * excess_P
+            flips = weighted(signs, where[run], grown[run]) - share * grown_P
             spread = flips**2 / expected
             statistic += (seen**2 / expected).sum()
             flipped += spread.sum(1)
@@ -204,6 +220,7 @@ def information(
         permutations=permutations,
         num_units=num_units,
         num_images=len(known),
+        left_out=left_out,
         strength=float(tails[-1]),
         flipped=tails[:-1],
     )
@@ -211,6 +228,19 @@ def information(
         return found, None
     ends = (np.stack(of_bins, axis=1), np.stack(of_experts, axis=1))
     return found, Cells(np.array(p), *(ends if len(known) >= MIN_IMAGES else (None, None)))
+
+
+def _with_enough_images(images: np.ndarray, strata: np.ndarray, things: np.ndarray) -> np.ndarray:
+    """bool (K,), entries of a stratum that at least :data:`MIN_IMAGES` share; all of a single one.
+
+    One image that has nearly everything counts as hardly more than itself.
+    """
+    _, stratum = np.unique(strata, return_inverse=True)
+    (of, _), pair = np.unique([stratum, images], axis=1, return_inverse=True)
+    of_pair = np.bincount(pair.ravel(), things)
+    squares, total = np.bincount(of, of_pair**2), np.bincount(of, of_pair)
+    enough = total**2 >= MIN_IMAGES * (1 - _ROUNDING) * squares
+    return enough[stratum] if len(enough) > 1 else np.ones(len(stratum), bool)
 
 
 def interval(resampled: np.ndarray, around: float, num_images: int) -> list[float] | None:

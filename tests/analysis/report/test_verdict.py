@@ -198,6 +198,27 @@ def test_by_the_level_and_nothing_of_size_beyond_it():
     )
 
 
+def test_what_is_left_out_is_said():
+    """Classes on too few images: how much of it, and that nothing can be told if it is all."""
+    rest = numbers(0.2, 0.01, 0.001, left_out=0.34)
+    found = {
+        'class': association(0.5, 0.01, 0.001),
+        'size': association(0.4, 0.01, 0.001, given={'class': rest}),
+    }
+    text = said(layer(associations={'objects': found}))
+    assert (
+        'also by object size beyond it (0.200 nats, 0.180 to 0.200, p = 0.001, 34 % left out, of '
+        'values on too few images)' in text
+    )
+    rest.update(numbers(0, 0, 1, (0, 1), left_out=1.0, num_images=0, num_units=0))
+    text = said(layer(associations={'objects': found}))
+    assert (
+        'whether by object size beyond it cannot be told (not tested, as each value is on too few '
+        'images)' in text
+    )
+    assert 'given the class: not tested' in text
+
+
 def test_effects_within_the_levels_alone_are_found():
     found = {
         'size': association(given={'level': numbers(0.5, 0.01, 0.001)}),
