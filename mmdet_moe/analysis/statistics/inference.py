@@ -17,6 +17,10 @@ image's own share ``h_i`` of all things: with one image alone nothing is left. W
 instead needs images of equal structure: it can say nothing of a level or a position, of which each
 image has the same, and images differ in their numbers of objects.
 
+A *cell* with less than expected has few images, or none, whose sign could make a difference: every
+flip falls short of it. There the p-value is at least twice the tail of a binomial distribution, of
+as many things as scatter like the flips.
+
 *Given* something (the pyramid level, say), the same within each of its values: things of a level
 are compared with the mean weights of that level. An image has one sign for all of its levels. A
 value that lives on fewer than :data:`MIN_IMAGES` images (by ``1 / sum h_i^2``) cannot tell what it
@@ -50,7 +54,7 @@ from itertools import pairwise
 
 import numpy as np
 from scipy import stats
-from scipy.special import xlogy
+from scipy.special import betainc, xlogy
 
 #: Ends of the intervals.
 QUANTILES = (0.025, 0.975)
@@ -161,7 +165,7 @@ def information(
     mi, entropy_bins, entropy_experts = 0.0, 0.0, 0.0
     without, resampled = np.zeros(len(known)), np.zeros(permutations)
     mass = np.zeros(permutations)
-    p, of_bins, of_experts = [], [], []
+    p, tables, variances, of_bins, of_experts = [], [], [], [], []
     for stratum in _runs(strata):
         inside, where, bins = sums[stratum], images[stratum], rows[stratum]
         columns, columns_P = inside.sum(0), weighted(times, where, inside)
@@ -188,6 +192,8 @@ def information(
             if cells:
                 reached = np.abs(flips) >= np.abs(seen) - _ROUNDING * total
                 p.append((1 + reached.sum(0)) / (1 + permutations))
+                tables.append(table)
+                variances.append((flips**2).mean(0))
                 of_experts.append(_ends(table_P, table_P.sum(1, keepdims=True)))
                 of_bins.append(_ends(table_P, columns_P))
         chance += _deviance(*map(np.array, zip(*by_chance, strict=True)))
@@ -227,7 +233,8 @@ def information(
     if not cells:
         return found, None
     ends = (np.stack(of_bins, axis=1), np.stack(of_experts, axis=1))
-    return found, Cells(np.array(p), *(ends if len(known) >= MIN_IMAGES else (None, None)))
+    p = np.maximum(p, _p_of_too_few(np.array(tables), np.array(variances)))
+    return found, Cells(p, *(ends if len(known) >= MIN_IMAGES else (None, None)))
 
 
 def _with_enough_images(images: np.ndarray, strata: np.ndarray, things: np.ndarray) -> np.ndarray:
@@ -305,6 +312,35 @@ def _poisson_deviance() -> tuple[np.ndarray, np.ndarray]:
     n = np.arange(1500)
     deviance = 2 * (xlogy(n, n) - xlogy(n, m[:, None]) - n + m[:, None])
     return np.log(m), (stats.poisson.pmf(n, m[:, None]) * deviance).sum(1)
+
+
+def _p_of_too_few(table: np.ndarray, variance: np.ndarray) -> np.ndarray:
+    """Two-sided p-values of the cells with less than expected; 0 of all others.
+
+    By the smaller one of two binomial tails, which both are above the hypergeometric one: of the
+    things of the bin, and of those of the expert. Things that scatter by v times what single ones
+    would count as 1 / v each; by the bin or the whole table, whatever scatters more, as a bin that
+    has the usual expert alone does not show how it scatters.
+
+    Args:
+        table: (B, E), what is seen.
+        variance: (B, E), of the flips.
+    """
+    total = table.sum()
+    bins, experts = table.sum(1, keepdims=True), table.sum(0)
+    expected = bins * experts / total
+    fair = expected * (1 - bins / total) * (1 - experts / total)
+    if fair.sum() <= 0 or variance.sum() <= 0:  # one bin, one expert, or no choice at all
+        return np.zeros_like(table)
+    of_bin = variance.sum(1, keepdims=True) / np.maximum(fair.sum(1, keepdims=True), _ROUNDING)
+    scatter = np.maximum(of_bin, variance.sum() / fair.sum())
+
+    def tail(number: np.ndarray, share: np.ndarray) -> np.ndarray:
+        others = np.maximum((number - table) / scatter, _ROUNDING)
+        return betainc(others, table / scatter + 1, 1 - share)
+
+    tails = np.minimum(tail(bins, experts / total), tail(experts, bins / total))
+    return np.where(table < expected, np.minimum(2 * tails, 1), 0)
 
 
 def _tails(values: np.ndarray, flipped: np.ndarray) -> np.ndarray:
