@@ -61,6 +61,8 @@ QUANTILES = (0.025, 0.975)
 #: Fewer images have no interval worth the name: none is given, but for informations, where it is
 #: everything possible. Nor can so few be a stratum of a test.
 MIN_IMAGES = 5
+#: Something that was seen in none of n images can still concern 3 / n of them (95 %).
+RULE_OF_THREE = 3
 TOO_FEW = 'too few images for an interval'
 # Equal up to the order of summation; far below any information that matters.
 _ROUNDING = 1e-9

@@ -57,6 +57,7 @@ def layer(**fields):
         'granularity': 'image',
         'num_decisions': 1000,
         'load': [0.25] * 4,
+        'load_interval': [[0.24, 0.26]] * 4,
         'importance': [0.25] * 4,
         'mi_input': 0.5,
         'dead_experts': [],
@@ -278,13 +279,26 @@ def test_collapsed():
 
 
 def test_dead():
-    entry, *_ = judged(layer(dead_experts=[1, 3], load=[0.5, 0.001, 0.499, 0]))
+    """Only where so many images cannot have missed more: 1 % of a quarter is 0.25 %."""
+    ends = [[0.49, 0.51], [0.0, 0.002], [0.49, 0.51], [0.0, 0.001]]
+    usage = {'dead_experts': [1, 3], 'load': [0.5, 0.001, 0.499, 0], 'load_interval': ends}
+    entry, *_ = judged(layer(**usage))
     assert entry['lines'][0].endswith('of the choice of experts; dead experts: 1, 3.')
     assert (
         'candidates for pruning: expert 1, 3 (load 0.1 %, 0 %; below 1 % of the fair 25 %'
         in entry['details'][0]
     )
     assert 'dead' not in said(layer())
+    ends[3][1] = 0.03  # 3 / 100
+    entry, *_ = judged(layer(**usage), num_images=100)
+    assert entry['lines'][0].endswith('; dead experts: 1; perhaps dead: 3.')
+    assert entry['details'][1] == (
+        'whether expert 3 is dead cannot be told from 100 images (load up to 3 %; below 1 % of the '
+        'fair 25 % counts as dead); about 1,200 images would do.'  # 3 / 0.0025
+    )
+    text = said(layer(**{**usage, 'load_interval': None}), num_images=4)
+    assert 'candidates' not in text
+    assert 'perhaps dead: 1, 3' in text
 
 
 def test_prunable():
@@ -508,5 +522,6 @@ def test_factorised_layers_choose_nobody():
     text = said(of_layer)
     assert 'on average 2.2 of the 4 experts have a coefficient above 0' in text
     assert 'every decision uses all' not in text
-    dead = layer(num_experts=40, load=[0.0] * 40, dead_experts=list(range(20)))
+    ends = [[0.0, 1e-4]] * 40
+    dead = layer(num_experts=40, load=[0.0] * 40, load_interval=ends, dead_experts=list(range(20)))
     assert 'dead experts: 20 of 40' in said({**dead, 'coactivation': np.eye(40).tolist()})
