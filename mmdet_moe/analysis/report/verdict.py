@@ -28,6 +28,8 @@ CLEAR_SHARE, STRONG_SHARE = 0.1, 0.3
 TOLERANCE = {'AP': 0.005, 'accuracy': 0.005}
 #: And never more than this share of it.
 MAX_LOSS = 0.1
+#: A bootstrap of an effect knows how large it can be only if as many images show any.
+MIN_CHANGED = 10
 #: Experts are always chosen together if this share of the decisions with either has both.
 TOGETHER_SHARE = 0.95
 #: A bin has to hold this share of all things, and as many things, to be an example.
@@ -585,9 +587,10 @@ def _ends(effect: dict, images: int) -> tuple[float, float]:
 
 
 def _is_blind(effect: dict, images: int) -> bool:
-    """Whether a bootstrap cannot know: all images say the same, or there are hardly any."""
+    """Whether a bootstrap cannot know: (nearly) all images say the same, or there are few."""
     low, high = effect['interval']
-    return high - low < 1e-12 or images < MIN_IMAGES
+    few = images < MIN_IMAGES or effect.get('num_changed', MIN_CHANGED) < MIN_CHANGED
+    return few or high - low < 1e-12
 
 
 def _judgement(effect: dict, tolerance: float, images: int) -> str | None:

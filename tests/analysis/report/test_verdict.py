@@ -344,6 +344,11 @@ def test_nothing_is_judged_without_power():
     assert 'between -0.015 and +0.015); about 600 images would do' in text
     text = said(layer(), change('random', 0.0, width=0), num_images=1000)
     assert 'the routing does not matter' in text
+    # So it is if hardly any image shows an effect: 3 / 500 more on either side.
+    few = change('random', 0.0, width=0.001)
+    assert 'the routing does not matter' in said(layer(), few, num_images=500)
+    few['difference']['AP']['num_changed'] = 9
+    assert 'between -0.007 and +0.007)' in said(layer(), few, num_images=500)
 
 
 def test_random_routing():
