@@ -51,6 +51,7 @@ _LAYER_SCALARS = (
 )
 _INFORMATION = (
     *('mi', 'chance', 'mi_max', 'p_value', 'p_adjusted', 'permutations', 'num_units', 'num_images'),
+    'left_out',
 )
 _LIKENESS = (('weights', 'cosine'), ('outputs', 'cosine'), ('outputs', 'cka'))
 _STABILITY = (

@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator, Sequence
 
 from mmdet_moe.analysis.report.names import layer_names
-from mmdet_moe.analysis.statistics.inference import MIN_IMAGES
+from mmdet_moe.analysis.statistics.inference import MIN_IMAGES, RULE_OF_THREE
 from mmdet_moe.moe.utilization import COLLAPSE_SHARE, DEAD_SHARE
 
 #: Of a p-value that is corrected for all tests of the layer.
@@ -28,6 +28,8 @@ CLEAR_SHARE, STRONG_SHARE = 0.1, 0.3
 TOLERANCE = {'AP': 0.005, 'accuracy': 0.005}
 #: And never more than this share of it.
 MAX_LOSS = 0.1
+#: A bootstrap of an effect knows how large it can be only if as many images show any.
+MIN_CHANGED = 10
 #: Experts are always chosen together if this share of the decisions with either has both.
 TOGETHER_SHARE = 0.95
 #: A bin has to hold this share of all things, and as many things, to be an example.
@@ -36,8 +38,6 @@ MIN_EXAMPLE_SHARE, MIN_EXAMPLE_COUNT = 0.02, 10
 MIN_LIFT = 1.2
 #: More experts than this are counted, not named.
 MAX_NAMED = 16
-# Something that was seen in none of n images can still concern 3 / n of them (95 %).
-_RULE_OF_THREE = 3
 
 # The first source that has an attribute tells about it: objects are what there is to see, whereas
 # detections are only what the model has found.
@@ -90,7 +90,7 @@ def verdict(experts: dict, more: Sequence[str] = ()) -> list[dict]:
         of_layer = [entry for entry in interventions if entry['layer'] == path]
         speciality, on_speciality = _speciality(layer, experts['run'])
         effect, on_effects = _effects(of_layer, experts)
-        use, on_use = _use(layer)
+        use, on_use = _use(layer, experts['run']['num_images'])
         lines = [line for line in (use, speciality, effect) if line]
         details = [*on_use, *on_speciality, *_together(layer), *on_effects]
         details += _polysemanticity(layer, experts)
@@ -125,7 +125,7 @@ def spoken(entries: list[dict], verbose: bool = False) -> Iterator[str]:
 # Use ---------------------------------------------------------------------------------------------
 
 
-def _use(layer: dict) -> tuple[str, list[str]]:
+def _use(layer: dict, images: int) -> tuple[str, list[str]]:
     """Collapsed? Dead?"""
     num_experts, num_decisions = layer['num_experts'], layer['num_decisions']
     if num_experts < 2 or num_decisions < 2:
@@ -144,18 +144,34 @@ def _use(layer: dict) -> tuple[str, list[str]]:
         )
     else:
         line = f'not collapsed: the input explains {numbers}, of the choice of experts'
-    dead, details = layer['dead_experts'], []
+    details = []
+    limit = DEAD_SHARE / num_experts
+    counts = f'below {_percent(DEAD_SHARE)} of the fair {_percent(1 / num_experts)} counts as dead'
+    ends = layer['load_interval'] or [(0, 1)] * num_experts
+    dead = [e for e in layer['dead_experts'] if ends[e][1] < limit]
     if dead:
-        listed = f'{len(dead)} of {num_experts}'
         if len(dead) <= MAX_NAMED:
-            listed = ', '.join(map(str, dead))
             loads = ', '.join(_percent(layer['load'][e]) for e in dead)
             details.append(
-                f'dead, and so candidates for pruning: expert {listed} (load {loads}; below '
-                f'{_percent(DEAD_SHARE)} of the fair {_percent(1 / num_experts)} counts as dead).'
+                f'dead, and so candidates for pruning: expert {_of(dead, num_experts)} (load '
+                f'{loads}; {counts}).'
             )
-        line += f'; dead experts: {listed}'
+        line += f'; dead experts: {_of(dead, num_experts)}'
+    if idle := [e for e in layer['dead_experts'] if e not in dead]:
+        most = max(ends[e][1] for e in idle)
+        # Of those that nothing was seen of, it goes with the number of images, not with its root.
+        more = _images(images * most / limit)
+        line += f'; perhaps dead: {_of(idle, num_experts)}'
+        details.append(
+            f'whether expert {_of(idle, num_experts)} is dead cannot be told from '
+            f'{_number(images, "image")} (load up to {_percent(most)}; {counts}); about {more} '
+            'images would do.'
+        )
     return f'{line}.', details
+
+
+def _of(ids: list[int], count: int) -> str:
+    return ', '.join(map(str, ids)) if len(ids) <= MAX_NAMED else f'{len(ids)} of {count}'
 
 
 # Speciality --------------------------------------------------------------------------------------
@@ -247,6 +263,8 @@ def _remainder(what: str, rest: dict) -> str:
     if _is_there(rest):
         control = f'up to {rest["control"]:.3f} nats'
         return f'{by.strip()} no more than routers with random weights ({control}; {numbers})'
+    if not rest['num_images']:
+        return f'whether {by.strip()} cannot be told ({numbers})'
     low, high = rest['interval']
     enough = MIN_SHARE * rest['mi_max']
     if high <= enough:
@@ -360,6 +378,8 @@ def _excess(one: dict) -> float:
 
 
 def _numbers(one: dict, full: bool = False) -> str:
+    if (left_out := one.get('left_out', 0)) == 1:
+        return 'not tested, as each value is on too few images'
     low, high = one['interval']
     digits = 3 if max(one['mi'], high) >= 0.01 else 4
     text = f'{one["mi"]:.{digits}f} nats'
@@ -369,6 +389,8 @@ def _numbers(one: dict, full: bool = False) -> str:
     if full:
         text += f', by chance {one["chance"]:.{digits}f}'
     text += f', p = {one["p_adjusted"]:.2g}'
+    if left_out:
+        text += f', {_percent(left_out)} left out, of values on too few images'
     return f'{text}, {_number(one["num_images"], "image")}' if full else text
 
 
@@ -559,15 +581,16 @@ def _ends(effect: dict, images: int) -> tuple[float, float]:
     """The interval; where a bootstrap cannot know, with what that many images can exclude."""
     low, high = effect['interval']
     if _is_blind(effect, images):
-        unseen = _RULE_OF_THREE / max(images, 1)
+        unseen = RULE_OF_THREE / max(images, 1)
         return low - unseen, high + unseen
     return low, high
 
 
 def _is_blind(effect: dict, images: int) -> bool:
-    """Whether a bootstrap cannot know: all images say the same, or there are hardly any."""
+    """Whether a bootstrap cannot know: (nearly) all images say the same, or there are few."""
     low, high = effect['interval']
-    return high - low < 1e-12 or images < MIN_IMAGES
+    few = images < MIN_IMAGES or effect.get('num_changed', MIN_CHANGED) < MIN_CHANGED
+    return few or high - low < 1e-12
 
 
 def _judgement(effect: dict, tolerance: float, images: int) -> str | None:
@@ -583,7 +606,7 @@ def _more_images(effect: dict, tolerance: float, images: int) -> float:
     distance = abs(value + tolerance)
     half = value - low if value >= -tolerance else high - value
     if _is_blind(effect, images):
-        return _RULE_OF_THREE / max(distance, 1e-9)  # not of the square root
+        return RULE_OF_THREE / max(distance, 1e-9)  # not of the square root
     return images * (half / max(distance, 1e-9)) ** 2
 
 

@@ -38,10 +38,13 @@ class Evaluated:
         metrics: As in ``experts.json``.
         resampled: Given how often each of N images is drawn, int (N, P), the metrics over all
             classes of the P resamples: float64 (P,) by name, NaN where nothing can be measured.
+        outcomes: (N,), what came out of each image: bool, whether a classifier is right; int64 of
+            detectors, equal if the same detections by rank are right or wrong (in the same run).
     """
 
     metrics: dict
     resampled: Callable[[np.ndarray], dict[str, np.ndarray]]
+    outcomes: np.ndarray
 
 
 class DetectionMetrics:
@@ -123,7 +126,26 @@ class DetectionMetrics:
                 name: _mean(precision[:, :, i, 0]) for i, name in enumerate(self.classes)
             },
         }
-        return Evaluated(metrics, partial(_resampled_ap, evaluation))
+        return Evaluated(metrics, partial(_resampled_ap, evaluation), _outcomes(evaluation))
+
+
+def _outcomes(evaluation: COCOeval) -> np.ndarray:
+    areas, images = len(evaluation.params.areaRng), len(evaluation.params.imgIds)
+    # COCOeval's order: classes, areas, images; objects of all sizes come first.
+    of_classes = [
+        evaluation.evalImgs[start : start + images]
+        for start in range(0, len(evaluation.evalImgs), areas * images)
+    ]
+
+    def outcome(of_image: tuple[dict | None, ...]) -> int:
+        return hash(
+            tuple(
+                one and (*((one[key] > 0).tobytes() for key in ('dtMatches', 'dtIgnore')),)
+                for one in of_image
+            )
+        )
+
+    return np.array([outcome(one) for one in zip(*of_classes, strict=True)], np.int64)
 
 
 def _resampled_ap(evaluation: COCOeval, times: np.ndarray) -> dict[str, np.ndarray]:
@@ -258,4 +280,4 @@ class ClassificationMetrics:
         def resampled(times: np.ndarray) -> dict[str, np.ndarray]:
             return {'accuracy': times[correct].sum(0) / times.sum(0)}
 
-        return Evaluated(metrics, resampled)
+        return Evaluated(metrics, resampled, correct)

@@ -11,12 +11,20 @@ beyond that, ``D_i = J_i - n_i w^T``, has the expectation 0, whatever hangs toge
 image, how many decisions it has, and whether X differs between images, within them or both. Each
 test statistic is compared with that of ``sum_i s_i D_i``, where ``s_i`` are random signs; as the
 mean weights come from the same images, what the flipped images add to all bins together is taken
-out again, in proportion to the things in each bin. Exchanging images instead needs images of equal
-structure: it can say nothing of a level or a position, of which each image has the same, and
-images differ in their numbers of objects.
+out again, in proportion to the things in each bin. For the same reason ``D_i`` falls short by the
+image's own share ``h_i`` of all things: with one image alone nothing is left. What is flipped is
+``D_i / sqrt(1 - h_i)`` (HC2 of MacKinnon and White 1985, J. Econometrics 29). Exchanging images
+instead needs images of equal structure: it can say nothing of a level or a position, of which each
+image has the same, and images differ in their numbers of objects.
+
+A *cell* with less than expected has few images, or none, whose sign could make a difference: every
+flip falls short of it. There the p-value is at least twice the tail of a binomial distribution, of
+as many things as scatter like the flips.
 
 *Given* something (the pyramid level, say), the same within each of its values: things of a level
-are compared with the mean weights of that level. An image has one sign for all of its levels.
+are compared with the mean weights of that level. An image has one sign for all of its levels. A
+value that lives on fewer than :data:`MIN_IMAGES` images (by ``1 / sum h_i^2``) cannot tell what it
+has in common from what one image has: its things are left out of all numbers, and counted.
 
 The statistic is ``sum D^2 / (2 N n_b w_e)``, the mutual information to second order. Its mean over
 the flips is the information that is found by chance, the more, the more alike the decisions of an
@@ -29,7 +37,8 @@ images, or, if that is more, the share of the chance level by which the estimate
 that is possible (the adjustment of Vinh et al. 2010, JMLR 11), as the jackknife finds too little
 where most cells are empty. The quantiles of the bootstrap are moved so that their mean lies at the
 estimate without its bias, and cut off at 0. So the interval is one of the information itself, and
-lies below the plug-in estimate where that is mostly bias. Shares have plain percentile intervals.
+lies below the plug-in estimate where that is mostly bias. Shares have plain percentile intervals,
+differences of accuracy those of a score test, which is exact enough with few images that change.
 
 A *family* of tests, those of one layer, is corrected together by the largest statistic of each
 flip (Westfall and Young 1993, max-T, single step), as all tests flip the same images. Statistics
@@ -38,20 +47,24 @@ are made comparable by the gamma distribution with the mean and the variance of 
 Letters: N images, P flips or resamples, K entries, E experts, B bins.
 """
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import pairwise
 
 import numpy as np
 from scipy import stats
-from scipy.special import xlogy
+from scipy.optimize import brentq
+from scipy.special import betainc, xlogy
 
 #: Ends of the intervals.
 QUANTILES = (0.025, 0.975)
 #: Fewer images have no interval worth the name: none is given, but for informations, where it is
-#: everything possible.
+#: everything possible. Nor can so few be a stratum of a test.
 MIN_IMAGES = 5
+#: Something that was seen in none of n images can still concern 3 / n of them (95 %).
+RULE_OF_THREE = 3
 TOO_FEW = 'too few images for an interval'
 # Equal up to the order of summation; far below any information that matters.
 _ROUNDING = 1e-9
@@ -72,6 +85,7 @@ class Information:
     permutations: int  #: How many flips were tried
     num_units: int  #: Decisions that took part
     num_images: int  #: Images that were flipped
+    left_out: float  #: Share of the things in strata of too few images, of which nothing is told
     strength: float  #: The statistic, comparable between tests: minus the log of a tail probability
     flipped: np.ndarray  #: float64 (P,), the same of each flip
 
@@ -100,7 +114,7 @@ class Cells:
 
 def nothing(permutations: int) -> Information:
     """What is known without any decision."""
-    return Information(0, 0, 1, (0, 0), 0, permutations, 0, 0, 0, np.zeros(permutations))
+    return Information(0, 0, 1, (0, 0), 0, permutations, 0, 0, 0, 0, np.zeros(permutations))
 
 
 def adjusted(found: Sequence[Information]) -> list[float]:
@@ -138,6 +152,13 @@ def information(
         cells: Whether single cells are wanted; of one stratum alone.
     """
     sums = np.asarray(sums, np.float64)
+    taken = _with_enough_images(images, strata, sums.sum(1))
+    left_out = 1 - float(sums[taken].sum() / sums.sum())
+    if not taken.any():
+        possible = math.log(min(len(np.unique(rows)), sums.shape[1]))
+        empty = replace(nothing(permutations), interval=(0.0, possible), mi_max=possible)
+        return replace(empty, left_out=1.0), None
+    images, rows, strata, sums = (x[taken] for x in (images, rows, strata, sums))
     known, images = np.unique(images, return_inverse=True)
     signs = _signs(int(known[-1]) + 1, permutations, seed)[known]
     times = resampled_images(len(known), permutations, seed)
@@ -148,19 +169,22 @@ def information(
     mi, entropy_bins, entropy_experts = 0.0, 0.0, 0.0
     without, resampled = np.zeros(len(known)), np.zeros(permutations)
     mass = np.zeros(permutations)
-    p, of_bins, of_experts = [], [], []
+    p, tables, variances, of_bins, of_experts = [], [], [], [], []
     for stratum in _runs(strata):
         inside, where, bins = sums[stratum], images[stratum], rows[stratum]
         columns, columns_P = inside.sum(0), weighted(times, where, inside)
         mean = columns / columns.sum()
         excess = inside - inside.sum(1, keepdims=True) * mean
-        excess_P = weighted(signs, where, excess)
+        held = np.bincount(where, inside.sum(1), len(known)) / columns.sum()
+        # One image alone has no excess that could grow.
+        grown = excess / np.sqrt(np.where(held < 1 - _ROUNDING, 1 - held, 1))[where, None]
+        grown_P = weighted(signs, where, grown)
         by_chance = []
         for run in _runs(bins):
             table, table_P = inside[run].sum(0), weighted(times, where[run], inside[run])
             expected = np.where(mean > 0, table.sum() * mean, np.inf)
             seen, share = excess[run].sum(0), table.sum() / columns.sum()
-            flips = weighted(signs, where[run], excess[run]) - share * excess_P
+            flips = weighted(signs, where[run], grown[run]) - share * grown_P
             spread = flips**2 / expected
             statistic += (seen**2 / expected).sum()
             flipped += spread.sum(1)
@@ -172,6 +196,8 @@ def information(
             if cells:
                 reached = np.abs(flips) >= np.abs(seen) - _ROUNDING * total
                 p.append((1 + reached.sum(0)) / (1 + permutations))
+                tables.append(table)
+                variances.append((flips**2).mean(0))
                 of_experts.append(_ends(table_P, table_P.sum(1, keepdims=True)))
                 of_bins.append(_ends(table_P, columns_P))
         chance += _deviance(*map(np.array, zip(*by_chance, strict=True)))
@@ -204,13 +230,28 @@ def information(
         permutations=permutations,
         num_units=num_units,
         num_images=len(known),
+        left_out=left_out,
         strength=float(tails[-1]),
         flipped=tails[:-1],
     )
     if not cells:
         return found, None
     ends = (np.stack(of_bins, axis=1), np.stack(of_experts, axis=1))
-    return found, Cells(np.array(p), *(ends if len(known) >= MIN_IMAGES else (None, None)))
+    p = np.maximum(p, _p_of_too_few(np.array(tables), np.array(variances)))
+    return found, Cells(p, *(ends if len(known) >= MIN_IMAGES else (None, None)))
+
+
+def _with_enough_images(images: np.ndarray, strata: np.ndarray, things: np.ndarray) -> np.ndarray:
+    """bool (K,), entries of a stratum that at least :data:`MIN_IMAGES` share; all of a single one.
+
+    One image that has nearly everything counts as hardly more than itself.
+    """
+    _, stratum = np.unique(strata, return_inverse=True)
+    (of, _), pair = np.unique([stratum, images], axis=1, return_inverse=True)
+    of_pair = np.bincount(pair.ravel(), things)
+    squares, total = np.bincount(of, of_pair**2), np.bincount(of, of_pair)
+    enough = total**2 >= MIN_IMAGES * (1 - _ROUNDING) * squares
+    return enough[stratum] if len(enough) > 1 else np.ones(len(stratum), bool)
 
 
 def interval(resampled: np.ndarray, around: float, num_images: int) -> list[float] | None:
@@ -228,6 +269,41 @@ def interval(resampled: np.ndarray, around: float, num_images: int) -> list[floa
     if not len(known) or num_images < MIN_IMAGES:
         return None
     return np.quantile(known - known.mean() + around, QUANTILES).tolist()
+
+
+def paired_interval(before: np.ndarray, after: np.ndarray) -> list[float] | None:
+    """The 95 % score interval of the difference of two shares of the same images.
+
+    It also knows what a bootstrap cannot: that changes which no image shows may just be rare. Each
+    end is the difference that a two-sided test would just reject (Tango 1998, Statistics in
+    Medicine 17).
+
+    Args:
+        before, after: bool (N,), whether an image counts.
+
+    Returns:
+        Low and high; None of fewer than :data:`MIN_IMAGES`.
+    """
+    n = len(before)
+    if n < MIN_IMAGES:
+        return None
+    gained, lost = int((after & ~before).sum()), int((before & ~after).sum())
+
+    def beyond(delta: float) -> float:
+        """How far the test is from rejecting; negative if it rejects."""
+        # The likeliest share of losses, of all with this difference.
+        b = (2 * n - gained + lost) * delta - gained - lost
+        loss = (math.sqrt(b**2 + 8 * n * lost * delta * (1 - delta)) - b) / (4 * n)
+        variance = max(n * (2 * loss + delta * (1 - delta)), 0.0)
+        return z**2 * variance - (gained - lost - n * delta) ** 2
+
+    z, value = stats.norm.ppf(QUANTILES[1]), (gained - lost) / n
+    ends = []
+    for end in (-1.0, 1.0):
+        # At the difference itself the variance can be 0, but next to it a test never rejects.
+        start = value + _ROUNDING * (end - value)
+        ends.append(end if beyond(end) >= 0 else float(brentq(beyond, end, start)))
+    return ends
 
 
 def _interval(
@@ -275,6 +351,35 @@ def _poisson_deviance() -> tuple[np.ndarray, np.ndarray]:
     n = np.arange(1500)
     deviance = 2 * (xlogy(n, n) - xlogy(n, m[:, None]) - n + m[:, None])
     return np.log(m), (stats.poisson.pmf(n, m[:, None]) * deviance).sum(1)
+
+
+def _p_of_too_few(table: np.ndarray, variance: np.ndarray) -> np.ndarray:
+    """Two-sided p-values of the cells with less than expected; 0 of all others.
+
+    By the smaller one of two binomial tails, which both are above the hypergeometric one: of the
+    things of the bin, and of those of the expert. Things that scatter by v times what single ones
+    would count as 1 / v each; by the bin or the whole table, whatever scatters more, as a bin that
+    has the usual expert alone does not show how it scatters.
+
+    Args:
+        table: (B, E), what is seen.
+        variance: (B, E), of the flips.
+    """
+    total = table.sum()
+    bins, experts = table.sum(1, keepdims=True), table.sum(0)
+    expected = bins * experts / total
+    fair = expected * (1 - bins / total) * (1 - experts / total)
+    if fair.sum() <= 0 or variance.sum() <= 0:  # one bin, one expert, or no choice at all
+        return np.zeros_like(table)
+    of_bin = variance.sum(1, keepdims=True) / np.maximum(fair.sum(1, keepdims=True), _ROUNDING)
+    scatter = np.maximum(of_bin, variance.sum() / fair.sum())
+
+    def tail(number: np.ndarray, share: np.ndarray) -> np.ndarray:
+        others = np.maximum((number - table) / scatter, _ROUNDING)
+        return betainc(others, table / scatter + 1, 1 - share)
+
+    tails = np.minimum(tail(bins, experts / total), tail(experts, bins / total))
+    return np.where(table < expected, np.minimum(2 * tails, 1), 0)
 
 
 def _tails(values: np.ndarray, flipped: np.ndarray) -> np.ndarray:

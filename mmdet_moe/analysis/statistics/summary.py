@@ -31,7 +31,7 @@ from mmdet_moe.analysis.statistics.bins import (
 from mmdet_moe.analysis.statistics.counterfactual import counterfactuals
 from mmdet_moe.analysis.statistics.evaluation import ClassificationMetrics, DetectionMetrics
 from mmdet_moe.analysis.statistics.flow import flows
-from mmdet_moe.analysis.statistics.inference import interval, resampled_images
+from mmdet_moe.analysis.statistics.inference import interval, paired_interval, resampled_images
 from mmdet_moe.analysis.statistics.layer_statistics import MAX_LEVELS, LayerStatistics
 from mmdet_moe.analysis.statistics.matching import IGNORED
 from mmdet_moe.analysis.statistics.polysemanticity import polysemanticity
@@ -127,15 +127,19 @@ def metrics_of(study: Study, resamples: int = 999) -> dict:
     interventions = []
     for intervention, found in made:
         after = metrics.evaluated(found)
-        changed = after.resampled(times)
-        difference = {
-            name: {
-                'value': (value := after.metrics[name] - before.metrics[name]),
-                'interval': interval(changed[name] - values[name], value, len(study.data)),
-            }
-            for name in values
-            if before.metrics[name] is not None is not after.metrics[name]
-        }
+        changed = after.resampled(times) if study.is_detector else {}
+        difference = {}
+        for name in values:
+            if before.metrics[name] is None or after.metrics[name] is None:
+                continue
+            value = after.metrics[name] - before.metrics[name]
+            if name == 'accuracy':
+                known = {'interval': paired_interval(before.outcomes, after.outcomes)}
+            else:
+                ends = interval(changed[name] - values[name], value, len(study.data))
+                num_changed = int((before.outcomes != after.outcomes).sum())
+                known = {'interval': ends, 'num_changed': num_changed}
+            difference[name] = {'value': value, **known}
         interventions.append(
             {**asdict(intervention), 'metrics': after.metrics, 'difference': difference}
         )

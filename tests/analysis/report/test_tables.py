@@ -93,7 +93,7 @@ def test_associations(experts, tables):
         found = found['given'][given] if given else found
         for key in (
             *('mi', 'chance', 'p_value', 'p_adjusted', 'permutations', 'num_units', 'mi_max'),
-            'num_images',
+            *('num_images', 'left_out'),
         ):
             assert same(row[key], found[key])
         assert [float(row['low']), float(row['high'])] == found['interval']

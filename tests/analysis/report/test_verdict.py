@@ -57,6 +57,7 @@ def layer(**fields):
         'granularity': 'image',
         'num_decisions': 1000,
         'load': [0.25] * 4,
+        'load_interval': [[0.24, 0.26]] * 4,
         'importance': [0.25] * 4,
         'mi_input': 0.5,
         'dead_experts': [],
@@ -198,6 +199,27 @@ def test_by_the_level_and_nothing_of_size_beyond_it():
     )
 
 
+def test_what_is_left_out_is_said():
+    """Classes on too few images: how much of it, and that nothing can be told if it is all."""
+    rest = numbers(0.2, 0.01, 0.001, left_out=0.34)
+    found = {
+        'class': association(0.5, 0.01, 0.001),
+        'size': association(0.4, 0.01, 0.001, given={'class': rest}),
+    }
+    text = said(layer(associations={'objects': found}))
+    assert (
+        'also by object size beyond it (0.200 nats, 0.180 to 0.200, p = 0.001, 34 % left out, of '
+        'values on too few images)' in text
+    )
+    rest.update(numbers(0, 0, 1, (0, 1), left_out=1.0, num_images=0, num_units=0))
+    text = said(layer(associations={'objects': found}))
+    assert (
+        'whether by object size beyond it cannot be told (not tested, as each value is on too few '
+        'images)' in text
+    )
+    assert 'given the class: not tested' in text
+
+
 def test_effects_within_the_levels_alone_are_found():
     found = {
         'size': association(given={'level': numbers(0.5, 0.01, 0.001)}),
@@ -257,13 +279,26 @@ def test_collapsed():
 
 
 def test_dead():
-    entry, *_ = judged(layer(dead_experts=[1, 3], load=[0.5, 0.001, 0.499, 0]))
+    """Only where so many images cannot have missed more: 1 % of a quarter is 0.25 %."""
+    ends = [[0.49, 0.51], [0.0, 0.002], [0.49, 0.51], [0.0, 0.001]]
+    usage = {'dead_experts': [1, 3], 'load': [0.5, 0.001, 0.499, 0], 'load_interval': ends}
+    entry, *_ = judged(layer(**usage))
     assert entry['lines'][0].endswith('of the choice of experts; dead experts: 1, 3.')
     assert (
         'candidates for pruning: expert 1, 3 (load 0.1 %, 0 %; below 1 % of the fair 25 %'
         in entry['details'][0]
     )
     assert 'dead' not in said(layer())
+    ends[3][1] = 0.03  # 3 / 100
+    entry, *_ = judged(layer(**usage), num_images=100)
+    assert entry['lines'][0].endswith('; dead experts: 1; perhaps dead: 3.')
+    assert entry['details'][1] == (
+        'whether expert 3 is dead cannot be told from 100 images (load up to 3 %; below 1 % of the '
+        'fair 25 % counts as dead); about 1,200 images would do.'  # 3 / 0.0025
+    )
+    text = said(layer(**{**usage, 'load_interval': None}), num_images=4)
+    assert 'candidates' not in text
+    assert 'perhaps dead: 1, 3' in text
 
 
 def test_prunable():
@@ -309,6 +344,11 @@ def test_nothing_is_judged_without_power():
     assert 'between -0.015 and +0.015); about 600 images would do' in text
     text = said(layer(), change('random', 0.0, width=0), num_images=1000)
     assert 'the routing does not matter' in text
+    # So it is if hardly any image shows an effect: 3 / 500 more on either side.
+    few = change('random', 0.0, width=0.001)
+    assert 'the routing does not matter' in said(layer(), few, num_images=500)
+    few['difference']['AP']['num_changed'] = 9
+    assert 'between -0.007 and +0.007)' in said(layer(), few, num_images=500)
 
 
 def test_random_routing():
@@ -487,5 +527,6 @@ def test_factorised_layers_choose_nobody():
     text = said(of_layer)
     assert 'on average 2.2 of the 4 experts have a coefficient above 0' in text
     assert 'every decision uses all' not in text
-    dead = layer(num_experts=40, load=[0.0] * 40, dead_experts=list(range(20)))
+    ends = [[0.0, 1e-4]] * 40
+    dead = layer(num_experts=40, load=[0.0] * 40, load_interval=ends, dead_experts=list(range(20)))
     assert 'dead experts: 20 of 40' in said({**dead, 'coactivation': np.eye(40).tolist()})

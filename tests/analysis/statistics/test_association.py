@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 import pytest
-from scipy.stats import entropy
+from scipy.stats import entropy, hypergeom
 from sklearn.metrics import mutual_info_score
 from synthetic import information_of
 
@@ -116,20 +116,25 @@ def test_flips_approach_all_signs():
     for unit, b, count in entries:
         excess[image[unit], b] += count * (np.array(weights[unit]) - mean)
 
-    def statistic(signs):
-        flipped = sum(sign * of_image for sign, of_image in zip(signs, excess, strict=True))
+    def statistic(signs, of_images):
+        flipped = sum(sign * one for sign, one in zip(signs, of_images, strict=True))
         flipped = flipped - np.outer(of_bin / of_bin.sum(), flipped.sum(0))
         return flipped, (flipped**2 / np.outer(of_bin, mean)).sum() / (2 * of_bin.sum())
 
-    seen, observed = statistic([1] * 5)
-    every = [statistic(signs) for signs in itertools.product([1, -1], repeat=5)]
+    seen, observed = statistic([1] * 5, excess)
+    # The things of each image, of 8.5: what is flipped is larger by its share.
+    grown = excess / np.sqrt(1 - np.array([2, 1.5, 3, 1, 1]) / 8.5)[:, None, None]
+    every = [statistic(signs, grown) for signs in itertools.product([1, -1], repeat=5)]
     share = np.mean([value >= observed - 1e-6 for _, value in every])
     # Five standard errors.
     assert result.information.p_value == pytest.approx(
         share, abs=5 * math.sqrt(share * (1 - share) / 4000) + 1e-3
     )
     of_cells = np.mean([np.abs(flipped) >= np.abs(seen) - 1e-6 for flipped, _ in every], axis=0)
-    np.testing.assert_allclose(result.cells.p, of_cells, atol=0.04)
+    # Cells with less than expected have few flips to tell by: there a p-value may be larger.
+    more = table >= np.outer(of_bin, mean)
+    np.testing.assert_allclose(result.cells.p[more], of_cells[more], atol=0.04)
+    assert (result.cells.p >= of_cells - 0.04).all()
     # To second order the mutual information itself.
     assert observed == pytest.approx(information_of(table.tolist()), rel=0.2)
 
@@ -190,6 +195,117 @@ def test_nothing_is_found_in_noise(alike, attribute, request):
     # Of 40 as well: 3 or more of binomial (40, 0.01) have a probability of 0.008.
     assert (p_values < 0.01).mean(0).max() <= (0.02 if is_whole else 0.05)
     assert (p_values > 0.5).mean(0).min() > 0.25
+
+
+@pytest.mark.parametrize('num_things', [1, 5])
+def test_empty_cells_are_no_finding_by_themselves(num_things):
+    """Choices from nothing, of experts of which some are rare; one image may have several things.
+
+    By flips alone every empty cell had the smallest p-value: up to an eighth of all cells here.
+    """
+    load, significant, trials = [0.4, 0.3, 0.15, 0.09, 0.03, 0.01, 0.01, 0.01], [], 10
+    for trial in range(trials):
+        rng = np.random.default_rng(trial)
+        bins, experts = rng.integers(0, 10, 400), rng.choice(8, 400, p=load)
+        image = np.arange(400).repeat(num_things)
+        association = Association(10, 8)
+        association.add(image, bins[image], np.ones(len(image)), one_hot(experts[image], 8), image)
+        result = association.result(199, seed=trial)
+        counts, p = result.counts / num_things, result.cells.p
+        below = counts < np.outer(counts.sum(1), counts.sum(0)) / 400
+        significant.append((p <= 0.05) & below)
+        # Images are drawn without replacement: from those of all bins, those of the expert.
+        drawn = hypergeom(400, counts.sum(0)[None], counts.sum(1)[:, None])
+        assert (p >= np.where(below, drawn.cdf(counts), 0)).all()
+    assert 0 < np.mean(significant) <= 0.025
+
+
+def test_an_expert_that_avoids_a_bin_is_found():
+    rng = np.random.default_rng(0)
+    bins, experts = rng.integers(0, 4, 400), rng.integers(0, 4, 400)
+    experts[(bins == 1) & (experts == 2)] = 3
+    association = Association(4, 4)
+    association.add(np.arange(400), bins, np.ones(400), one_hot(experts, 4))
+    found = association.result(199)
+    assert found.counts[1, 2] == 0
+    assert found.cells.p[1, 2] == 1 / 200
+
+
+def long_tailed(rng, num_images, num_classes, by=None):
+    """Images of one to three classes, of which most are rare; sizes that go by class and image.
+
+    Returns:
+        Images, classes, sizes and experts of the objects: one of four experts for each image, drawn
+        from nothing, or the one of the object's size (``by='size'``).
+    """
+    often = 1 / np.arange(1, num_classes + 1)
+    image, label = [], []
+    for i in range(num_images):
+        for c in rng.choice(num_classes, rng.integers(1, 4), False, often / often.sum()):
+            count = rng.geometric(1 / 3)
+            image += [i] * count
+            label += [c] * count
+    image, label = np.array(image), np.array(label)
+    of_image = rng.normal(0, 2, num_images)[image] + rng.normal(0, 1, len(image))
+    size = np.round(5 + label * 7 % 5 + of_image).clip(0, 13).astype(int)
+    drawn = rng.integers(0, 4, num_images)[image]
+    return (
+        image,
+        label,
+        size,
+        np.where(rng.random(len(image)) < 0.5, size % 4, drawn) if by else drawn,
+    )
+
+
+def given_class(image, label, size, experts, **kwargs):
+    association = Association(14, 4, ('class',))
+    units = np.arange(len(image))
+    association.add(units, size, np.ones(len(image)), one_hot(experts, 4), image, {'class': label})
+    return association.result(199, **kwargs).given['class']
+
+
+@pytest.mark.parametrize('num_classes', [20, 80])
+def test_nothing_is_found_within_rare_classes(num_classes):
+    """Classes of one to three images, in which all objects have the image's size and expert."""
+    found = [
+        given_class(*long_tailed(np.random.default_rng([trial, 3]), 100, num_classes), seed=trial)
+        for trial in range(20)
+    ]
+    p = np.array([one.p_value for one in found])
+    assert (p <= 0.05).sum() <= 4  # of binomial (20, 0.05), more have a probability of 0.003
+    assert (p > 0.5).sum() >= 4
+    assert sum(one.interval[0] > 0 for one in found) <= 4
+    assert all(0 < one.left_out < 1 for one in found)
+
+
+def test_what_there_is_within_rare_classes_is_found():
+    for trial in range(6):
+        made = long_tailed(np.random.default_rng([trial, 4]), 100, 80, by='size')
+        assert given_class(*made).p_value == 1 / 200
+
+
+def test_strata_of_too_few_images_are_left_out():
+    """A level on four images, and one of which one image has nearly everything."""
+    rng = np.random.default_rng(0)
+    image = np.concatenate([np.arange(30).repeat(4), np.arange(4).repeat(5), [0] * 40, range(1, 9)])
+    level = np.repeat([0, 1, 2], [120, 20, 48])
+    bins, weights = rng.integers(0, 3, len(image)), one_hot(rng.integers(0, 2, len(image)), 2)
+
+    def given(kept):
+        association = Association(3, 2, ('level',))
+        parts = bins[kept], np.ones(kept.sum()), weights[kept], image[kept]
+        association.add(np.arange(kept.sum()), *parts, {'level': level[kept]})
+        return association.result(99)
+
+    found = given(level >= 0).given['level']
+    alone = given(level == 0).information
+    assert found.left_out == pytest.approx(68 / 188)
+    assert (found.mi, found.mi_max, found.p_value) == (alone.mi, alone.mi_max, alone.p_value)
+    assert (found.num_images, found.interval) == (30, alone.interval)
+    assert alone.left_out == 0
+    nothing = given(level > 0).given['level']
+    assert (nothing.left_out, nothing.num_images, nothing.p_value) == (1, 0, 1)
+    assert nothing.interval == (0, pytest.approx(math.log(2)))
 
 
 def test_exchanging_decisions_would_cry_wolf():

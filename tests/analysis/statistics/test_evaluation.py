@@ -7,12 +7,17 @@ import numpy as np
 import pytest
 import torch
 from mmdet.evaluation import CocoMetric
+from scipy.stats import multinomial
 from test_matching import random_image
 
 from mmdet_moe.analysis.data import Objects
 from mmdet_moe.analysis.records.contents import BoxRecords
 from mmdet_moe.analysis.statistics.evaluation import ClassificationMetrics, DetectionMetrics
-from mmdet_moe.analysis.statistics.inference import interval, resampled_images
+from mmdet_moe.analysis.statistics.inference import (
+    interval,
+    paired_interval,
+    resampled_images,
+)
 
 NAMES = {
     'AP': 'bbox_mAP',
@@ -198,3 +203,54 @@ def test_intervals_lie_around_the_estimate():
         assert found == pytest.approx([estimate - error, estimate + error], abs=0.15 * error)
     assert interval(np.full(9, np.nan), 0.5, 5) is None
     assert interval(np.zeros(9), 0.5, 4) is None  # few images say the same by chance
+
+
+def paired(gained, lost, images):
+    """So many images that become right, and wrong, of which nothing else is known."""
+    before, after = np.zeros((2, images), bool)
+    after[:gained] = before[gained : gained + lost] = True
+    return paired_interval(before, after)
+
+
+def test_effects_on_accuracy_that_no_image_shows():
+    """Without any change, d is just rejected at (n d)^2 = z^2 n d (1 - d)."""
+    end = 1.959964**2 / (50 + 1.959964**2)
+    assert paired(0, 0, 50) == pytest.approx([-end, end], abs=1e-6)
+    low, high = paired(2, 9, 60)
+    assert paired(9, 2, 60) == pytest.approx([-high, -low])
+    assert low < -7 / 60 < high < 0.01
+    assert paired(60, 0, 60)[1] == 1
+    assert paired(1, 1, 4) is None
+    # Many changes: the normal distribution, of a mean of -1, 0 and 1.
+    mean, deviation = (300 - 200) / 4000, np.sqrt((500 / 4000 - (100 / 4000) ** 2) / 4000)
+    expected = [mean - 1.96 * deviation, mean + 1.96 * deviation]
+    assert paired(300, 200, 4000) == pytest.approx(expected, abs=2e-4)
+
+
+@pytest.mark.parametrize('images', [20, 50, 100])
+@pytest.mark.parametrize(('gains', 'losses'), [(0.02, 0.03), (0.01, 0.02), (0.0, 0.0051)])
+def test_a_loss_is_called_none_in_one_of_forty_cases(images, gains, losses):
+    """Over all outcomes: the low end lies above -0.005, which less is lost than truly."""
+    error = 0.0
+    for gained in range(int(images * gains) + 8):
+        for lost in range(int(images * losses) + 8):
+            outcome = [gained, lost, images - gained - lost]
+            probability = multinomial.pmf(outcome, images, [gains, losses, 1 - gains - losses])
+            if probability > 1e-6:
+                error += probability * (paired(gained, lost, images)[0] >= -0.005)
+    assert error <= 0.025
+
+
+def test_outcomes_tell_which_images_changed():
+    data, detections = make(5)
+    metrics, found = DetectionMetrics(data, 12), columns(detections)
+    before = metrics.evaluated(found).outcomes
+    # Other scores in the same order are no change; without its best detection an image has one.
+    same = replace(found, score=found.score * 0.5)
+    assert (metrics.evaluated(same).outcomes == before).all()
+    right = np.flatnonzero(found.image == 5)
+    kept = np.setdiff1d(np.arange(len(found.image)), right)
+    fewer = BoxRecords(*(getattr(found, name)[kept] for name in BoxRecords.__annotations__))
+    changed = metrics.evaluated(fewer).outcomes != before
+    assert changed[5]
+    assert changed.sum() == 1

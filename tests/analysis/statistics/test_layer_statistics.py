@@ -139,6 +139,20 @@ def test_intervals_of_load_and_importance():
             assert (share - low, high - share) == pytest.approx((error, error), rel=0.2)
 
 
+def test_what_all_images_agree_on_may_be_otherwise_in_others():
+    """The rule of three: of 60 images all agree, so up to 3 / 60 of all others may not."""
+    weights = np.zeros((60, 4))
+    weights[:, 0] = 1  # always, next to one of two; the last one never
+    weights[np.arange(60), 1 + np.arange(60) % 2] = 1
+    found = statistics_of(weights).as_dict(99)
+    first, second, _, last = found['load_interval']
+    assert first == pytest.approx([0.5 - 0.025, 0.5 + 0.025])
+    assert last == pytest.approx([0, 0.05])
+    assert second[0] < 0.24 < 0.26 < second[1]  # of the bootstrap: 60 images, half of each
+    # All of them, always: nothing is chosen.
+    assert statistics_of(np.ones((60, 2))).as_dict(9)['load_interval'] == [[0.5, 0.5]] * 2
+
+
 def test_one_level_is_nothing_to_compare_with():
     position = np.full((3, 2), np.nan)
     found = statistics_of(np.eye(3), position=position).as_dict(9)
