@@ -4,7 +4,27 @@ import pytest
 import torch
 from torch.autograd import gradcheck
 
-from mmdet_moe.ops import combine, dispatch, reference, sort_routes
+from mmdet_moe.ops import combine, dispatch, native, reference, sort_routes
+
+LAYOUTS = {
+    'contiguous': lambda x: x,
+    'channels_last': lambda x: x[..., None].contiguous(memory_format=torch.channels_last),
+    'transposed': lambda x: x.mT.contiguous().mT,
+}
+
+
+@pytest.fixture(params=['reference', 'native'])
+def kernels(request):
+    """What serves the CPU."""
+    is_native = native.is_native(torch.device('cpu'))
+    if request.param == 'native' and not is_native:
+        pytest.skip('there are no compiled kernels for the CPU')
+    library = torch.library.Library('mmdet_moe', 'IMPL')
+    if request.param == 'reference' and is_native:
+        for name in ('sort_routes', 'dispatch', 'dispatch_backward', 'combine', 'combine_backward'):
+            library.impl(name, getattr(reference, name), 'CPU')
+    yield
+    del library  # and with it, what it registered
 
 
 def example(dtype=torch.float64, drop=True):
@@ -28,19 +48,27 @@ def test_gradients_by_finite_differences(drop):
     assert gradcheck(lambda g: backward(g, inverse), (y,))
 
 
+@pytest.mark.sweep(keep=1 / 3, each=('kernels',))
+@pytest.mark.parametrize('layout', LAYOUTS)
 @pytest.mark.parametrize('dtype', [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-def test_opcheck(dtype):
+def test_opcheck(kernels, dtype, layout):
     """PyTorch's own checks of schema, autograd registration, fake kernels and AOT dispatch."""
     ids, num_rows, inverse, x, y, weights = example(dtype)
     ops = torch.ops.mmdet_moe
     tests = ('test_schema', 'test_autograd_registration', 'test_faketensor')
-    grad = torch.randn_like(x)
+    x, y, grad = (
+        LAYOUTS[layout](t.detach()).requires_grad_(t.requires_grad)
+        for t in (x, y, torch.randn_like(x))
+    )
+    wide = weights.detach()
+    if layout != 'contiguous':
+        wide = wide.T.contiguous().T
     for op, arguments in (
         (ops.sort_routes, (ids, 4)),
         (ops.dispatch, (x, inverse, num_rows)),
         (ops.dispatch_backward, (y, inverse)),
-        (ops.combine, (y, weights, inverse)),
-        (ops.combine_backward, (grad, y.detach(), weights.detach(), inverse)),
+        (ops.combine, (y, wide.requires_grad_(), inverse)),
+        (ops.combine_backward, (grad, y.detach(), wide.detach(), inverse)),
     ):
         torch.library.opcheck(op, arguments, test_utils=tests)
         torch.library.opcheck(op, arguments, test_utils='test_aot_dispatch_dynamic')
