@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import gradcheck
 
 from mmdet_moe.ops import combine, dispatch, native, reference, sort_routes
@@ -207,19 +208,28 @@ def test_direct_calls_cannot_touch_memory_of_others():
         ops.combine_backward(x, y, weights, inverse - 1)
 
 
-@pytest.mark.parametrize('width', [(3, 4), (1, 4), (1, 1)])
-def test_maps_keep_their_memory_format(width):
-    """Values and gradients those of contiguous maps, bit for bit."""
+@pytest.mark.parametrize('shape', [(5, 3, 4), (5, 1, 4), (5, 1, 1), (5, 2, 3, 4), (5, 4)])
+@pytest.mark.parametrize('order', ['last', 'reversed'])
+def test_dense_layouts_stay(shape, order):
+    """Values and gradients those of contiguous items, bit for bit; so for their shapes alone."""
     _, inverse = sort_routes(torch.tensor([[0, 2], [1, 0], [2, 1]]), 3)
-    x, weights = torch.randn(3, 5, *width), torch.rand(3, 2)
+    x, weights = torch.randn(3, *shape), torch.rand(3, 2)
+    in_memory = [0, *range(2, x.dim()), 1] if order == 'last' else [0, *range(x.dim() - 1, 0, -1)]
+    back = torch.tensor(in_memory).argsort().tolist()
+
+    def layer(x, weights, inverse):
+        rows = dispatch(x, inverse, 6)
+        return rows, combine(rows.tanh(), weights, inverse)
+
     results = []
-    for layout in (torch.contiguous_format, torch.channels_last):
-        maps = x.clone().to(memory_format=layout).requires_grad_()
-        rows = dispatch(maps, inverse, 6)
-        y = combine(rows.tanh(), weights, inverse)
-        assert rows.is_contiguous(memory_format=layout)
-        assert y.is_contiguous(memory_format=layout)
-        results.append((rows, y, *torch.autograd.grad(y.square().sum(), maps)))
+    for dimensions in (range(x.dim()), in_memory):
+        items = x.permute(in_memory).contiguous().permute(back) if results else x.clone()
+        rows, y = layer(items.requires_grad_(), weights, inverse)
+        with FakeTensorMode() as mode:
+            fakes = layer(*map(mode.from_tensor, (items, weights, inverse)))
+        for moved in (rows, y, *fakes):
+            assert moved.permute(*dimensions).is_contiguous()
+        results.append((rows, y, *torch.autograd.grad(y.square().sum(), items)))
     for a, b in zip(*results, strict=True):
         assert torch.equal(a, b)
 
