@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mmdet_moe.errors import ConfigError
+from mmdet_moe.moe.layout import memory_format_of
 from mmdet_moe.moe.receptive_field import check_tokenwise
 
 if TYPE_CHECKING:
@@ -161,10 +162,7 @@ class Pixels(Items):
     @classmethod
     def of(cls, x: Tensor) -> 'Pixels':
         """The pixels of a map, whose output is to have the map's own memory format."""
-        memory_format = torch.contiguous_format
-        if not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last):
-            memory_format = torch.channels_last
-        return cls((x.shape[0], *x.shape[2:]), memory_format)
+        return cls((x.shape[0], *x.shape[2:]), memory_format_of(x))
 
     @classmethod
     def prepare(cls, x: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from mmdet_moe.errors import ConfigError
 from mmdet_moe.moe.items import Items, check_map, grid_centres
+from mmdet_moe.moe.layout import memory_format_of
 from mmdet_moe.moe.precision import no_autocast
 
 if TYPE_CHECKING:
@@ -133,10 +134,15 @@ class PatchGrid(Items):
         if len(self) == 1:
             return x
         rows, cols = self._axes
+        keeps = memory_format_of(x) == torch.channels_last
+        x, height = (x.permute(0, 2, 3, 1), 1) if keeps else (x, 2)  # as it lies in memory
         crops = [
-            x[:, :, r : r + rows.crop, c : c + cols.crop] for r in rows.starts for c in cols.starts
+            x.narrow(height, r, rows.crop).narrow(height + 1, c, cols.crop)
+            for r in rows.starts
+            for c in cols.starts
         ]
-        return torch.stack(crops, dim=1).flatten(0, 1)
+        x = torch.stack(crops, dim=1).flatten(0, 1)
+        return x.permute(0, 3, 1, 2) if keeps else x
 
     def locate(self, x: Tensor, y: Tensor) -> Tensor:
         """The patch that holds a place, row by row."""

@@ -74,8 +74,8 @@ def dispatch(x_T: Tensor, inverse_TK: Tensor, num_rows: int) -> Tensor:
         num_rows: R = ``offsets[E]``, or T·K to give the routes of nobody rows as well.
 
     Returns:
-        Rows of shape (R, ...): row ``inverse[t, j]`` is item t. Feature maps keep their memory
-        format.
+        Rows of shape (R, ...): row ``inverse[t, j]`` is item t. Items that lie one after the other
+        in memory without gaps keep their layout, such as ``channels_last``.
 
     Raises:
         ValueError: For an ``inverse`` of a wrong dtype, shape or device, and for ``num_rows``
@@ -95,8 +95,8 @@ def dispatch(x_T: Tensor, inverse_TK: Tensor, num_rows: int) -> Tensor:
             f'num_rows must be between 0 and the {inverse_TK.numel()} positions of inverse, got '
             f'{num_rows}'
         )
-    if _is_channels_last(x_T):  # rows are copied as they lie in memory
-        return _channels_first(dispatch(_channels_to_last(x_T), inverse_TK, num_rows))
+    if order := _memory_order(x_T):  # rows are copied as they lie in memory
+        return _permuted_back(dispatch(x_T.permute(order), inverse_TK, num_rows), order)
     return library.dispatch(x_T, inverse_TK, num_rows)
 
 
@@ -112,8 +112,8 @@ def combine(y_R: Tensor, weights_TK: Tensor, inverse_TK: Tensor) -> Tensor:
             must occur exactly once.
 
     Returns:
-        Tensor of shape (T, ...) and of ``y_R``'s dtype, also under autocast. Feature maps keep
-        their memory format.
+        Tensor of shape (T, ...) and of ``y_R``'s dtype, also under autocast; of its layout, as
+        :func:`dispatch`.
 
     Raises:
         ValueError: For wrong dtypes, shapes or devices.
@@ -131,8 +131,8 @@ def combine(y_R: Tensor, weights_TK: Tensor, inverse_TK: Tensor) -> Tensor:
         raise ValueError(
             f'y has {y_R.shape[0]} rows, but inverse has only {inverse_TK.numel()} positions'
         )
-    if _is_channels_last(y_R):
-        return _channels_first(combine(_channels_to_last(y_R), weights_TK, inverse_TK))
+    if order := _memory_order(y_R):
+        return _permuted_back(combine(y_R.permute(order), weights_TK, inverse_TK), order)
     wide = torch.float64 if y_R.dtype == torch.float64 else torch.float32
     return library.combine(y_R, weights_TK.to(wide), inverse_TK)
 
@@ -188,17 +188,15 @@ def _check_device(name: str, tensor: Tensor, other_name: str, other: Tensor) -> 
         )
 
 
-def _is_channels_last(rows: Tensor) -> bool:
-    return (
-        rows.dim() == 4
-        and not rows.is_contiguous()
-        and rows.is_contiguous(memory_format=torch.channels_last)
-    )
+def _memory_order(rows: Tensor) -> list[int]:
+    """The dimensions, outermost in memory first, of rows that are dense but not contiguous."""
+    if rows.is_contiguous():
+        return []
+    if rows.dim() == 4 and rows.is_contiguous(memory_format=torch.channels_last):
+        return [0, 2, 3, 1]  # in 1 µs, where dim_order() takes 90
+    order = [0, *(d for d in rows.dim_order() if d)]
+    return order if rows.permute(order).is_contiguous() else []
 
 
-def _channels_to_last(rows: Tensor) -> Tensor:
-    return rows.permute(0, 2, 3, 1)
-
-
-def _channels_first(rows: Tensor) -> Tensor:
-    return rows.permute(0, 3, 1, 2)
+def _permuted_back(rows: Tensor, order: list[int]) -> Tensor:
+    return rows.permute([order.index(d) for d in range(len(order))])

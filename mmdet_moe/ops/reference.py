@@ -61,8 +61,8 @@ def combine_backward(
     """Gradients of :func:`combine` with respect to ``y`` and ``weights``."""
     wide = grad.to(weights.dtype)
     trailing = (1,) * (y.dim() - 1)
-    grad_y = torch.zeros_like(y)
-    grad_weights = torch.zeros_like(weights)
+    grad_y = y.new_zeros(y.shape)  # contiguous, as every kernel's
+    grad_weights = weights.new_zeros(weights.shape)
     for j in range(inverse.shape[1]):
         rows, kept = _rows(y, inverse[:, j])
         dots = (wide * rows.to(wide.dtype)).unsqueeze(-1).flatten(1).sum(1)

@@ -10,7 +10,7 @@ from torch.autograd import gradcheck
 
 from mmdet_moe.errors import ConfigError
 from mmdet_moe.moe import ConvExperts, MoELayer, upcycle
-from mmdet_moe.moe.dispatcher import Dispatcher
+from mmdet_moe.moe.dispatcher import Dispatcher, EveryExpert
 from mmdet_moe.moe.experts.conv_cost import cheapest
 
 IMPLS = ['subbatches', 'grouped', 'views', 'auto']
@@ -222,15 +222,33 @@ def test_config_by_class_and_contradicting_numbers():
         MoELayer(ConvExperts(4, 6, 1, E), E, 2, in_channels=4, granularity='token')
 
 
-def test_channels_last():
-    """The memory format of a whole model; values, gradients and the kernels' layout stay."""
-    plain = MoELayer(ConvExperts(4, 6, 3, E, padding=1), E, 2, in_channels=4).eval()
+@pytest.mark.parametrize('impl', IMPLS)
+@pytest.mark.parametrize('granularity', ['image', 'patch'])
+def test_channels_last(impl, granularity):
+    """Of a whole model; values, gradients and the kernels' layout are those of contiguous maps."""
+    options = {'granularity': 'patch', 'grid_size': 2} if granularity == 'patch' else {}
+    plain = MoELayer(build(impl), E, 2, in_channels=4, **options).double().eval()
     model = copy.deepcopy(plain).to(memory_format=torch.channels_last)
-    x = torch.randn(3, 4, 7, 7)
-    y = model(x.contiguous(memory_format=torch.channels_last))
-    torch.testing.assert_close(y, plain(x), rtol=1e-5, atol=1e-5)
     assert torch.equal(model.experts.weight, plain.experts.weight)
-    assert copy.deepcopy(plain).double().experts.weight.dtype == torch.float64
+    x, results = torch.randn(3, 4, 7, 8).double(), []
+    for layer, layout in ((plain, torch.contiguous_format), (model, torch.channels_last)):
+        maps = x.clone(memory_format=layout).requires_grad_()
+        y = layer(maps)
+        assert y.is_contiguous(memory_format=layout)
+        y.square().sum().backward()
+        results.append((y, maps.grad, *(p.grad for p in layer.parameters())))
+    torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize('most_bytes', [0, 1 << 20])
+def test_channels_last_in_one_graph(most_bytes, monkeypatch):
+    """By every expert on every item, and by mixed kernels."""
+    monkeypatch.setattr('mmdet_moe.moe.experts.conv.MOST_MIXED_BYTES', most_bytes)
+    experts, (ids, weights) = build('auto'), routes(3, 2)
+    x = torch.randn(3, 4, 7, 8).double().to(memory_format=torch.channels_last)
+    y = experts(x, EveryExpert(ids, weights, E))
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(y, experts(x, Dispatcher(ids, weights, E)))
 
 
 @pytest.mark.parametrize('impl', IMPLS)

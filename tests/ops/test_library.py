@@ -2,9 +2,30 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import gradcheck
 
-from mmdet_moe.ops import combine, dispatch, reference, sort_routes
+from mmdet_moe.ops import combine, dispatch, native, reference, sort_routes
+
+LAYOUTS = {
+    'contiguous': lambda x: x,
+    'channels_last': lambda x: x[..., None].contiguous(memory_format=torch.channels_last),
+    'transposed': lambda x: x.mT.contiguous().mT,
+}
+
+
+@pytest.fixture(params=['reference', 'native'])
+def kernels(request):
+    """What serves the CPU."""
+    is_native = native.is_native(torch.device('cpu'))
+    if request.param == 'native' and not is_native:
+        pytest.skip('there are no compiled kernels for the CPU')
+    library = torch.library.Library('mmdet_moe', 'IMPL')
+    if request.param == 'reference' and is_native:
+        for name in ('sort_routes', 'dispatch', 'dispatch_backward', 'combine', 'combine_backward'):
+            library.impl(name, getattr(reference, name), 'CPU')
+    yield
+    del library  # and with it, what it registered
 
 
 def example(dtype=torch.float64, drop=True):
@@ -28,19 +49,27 @@ def test_gradients_by_finite_differences(drop):
     assert gradcheck(lambda g: backward(g, inverse), (y,))
 
 
+@pytest.mark.sweep(keep=1 / 3, each=('kernels',))
+@pytest.mark.parametrize('layout', LAYOUTS)
 @pytest.mark.parametrize('dtype', [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-def test_opcheck(dtype):
+def test_opcheck(kernels, dtype, layout):
     """PyTorch's own checks of schema, autograd registration, fake kernels and AOT dispatch."""
     ids, num_rows, inverse, x, y, weights = example(dtype)
     ops = torch.ops.mmdet_moe
     tests = ('test_schema', 'test_autograd_registration', 'test_faketensor')
-    grad = torch.randn_like(x)
+    x, y, grad = (
+        LAYOUTS[layout](t.detach()).requires_grad_(t.requires_grad)
+        for t in (x, y, torch.randn_like(x))
+    )
+    wide = weights.detach()
+    if layout != 'contiguous':
+        wide = wide.T.contiguous().T
     for op, arguments in (
         (ops.sort_routes, (ids, 4)),
         (ops.dispatch, (x, inverse, num_rows)),
         (ops.dispatch_backward, (y, inverse)),
-        (ops.combine, (y, weights, inverse)),
-        (ops.combine_backward, (grad, y.detach(), weights.detach(), inverse)),
+        (ops.combine, (y, wide.requires_grad_(), inverse)),
+        (ops.combine_backward, (grad, y.detach(), wide.detach(), inverse)),
     ):
         torch.library.opcheck(op, arguments, test_utils=tests)
         torch.library.opcheck(op, arguments, test_utils='test_aot_dispatch_dynamic')
@@ -190,19 +219,28 @@ def test_dispatch_refuses_rows_that_nobody_writes():
         torch.ops.mmdet_moe.dispatch(x, inverse + 1, num_rows)
 
 
-@pytest.mark.parametrize('width', [(3, 4), (1, 4), (1, 1)])
-def test_maps_keep_their_memory_format(width):
-    """Values and gradients those of contiguous maps, bit for bit."""
+@pytest.mark.parametrize('shape', [(5, 3, 4), (5, 1, 4), (5, 1, 1), (5, 2, 3, 4), (5, 4)])
+@pytest.mark.parametrize('order', ['last', 'reversed'])
+def test_dense_layouts_stay(shape, order):
+    """Values and gradients those of contiguous items, bit for bit; so for their shapes alone."""
     _, inverse = sort_routes(torch.tensor([[0, 2], [1, 0], [2, 1]]), 3)
-    x, weights = torch.randn(3, 5, *width), torch.rand(3, 2)
+    x, weights = torch.randn(3, *shape), torch.rand(3, 2)
+    in_memory = [0, *range(2, x.dim()), 1] if order == 'last' else [0, *range(x.dim() - 1, 0, -1)]
+    back = torch.tensor(in_memory).argsort().tolist()
+
+    def layer(x, weights, inverse):
+        rows = dispatch(x, inverse, 6)
+        return rows, combine(rows.tanh(), weights, inverse)
+
     results = []
-    for layout in (torch.contiguous_format, torch.channels_last):
-        maps = x.clone().to(memory_format=layout).requires_grad_()
-        rows = dispatch(maps, inverse, 6)
-        y = combine(rows.tanh(), weights, inverse)
-        assert rows.is_contiguous(memory_format=layout)
-        assert y.is_contiguous(memory_format=layout)
-        results.append((rows, y, *torch.autograd.grad(y.square().sum(), maps)))
+    for dimensions in (range(x.dim()), in_memory):
+        items = x.permute(in_memory).contiguous().permute(back) if results else x.clone()
+        rows, y = layer(items.requires_grad_(), weights, inverse)
+        with FakeTensorMode() as mode:
+            fakes = layer(*map(mode.from_tensor, (items, weights, inverse)))
+        for moved in (rows, y, *fakes):
+            assert moved.permute(*dimensions).is_contiguous()
+        results.append((rows, y, *torch.autograd.grad(y.square().sum(), items)))
     for a, b in zip(*results, strict=True):
         assert torch.equal(a, b)
 

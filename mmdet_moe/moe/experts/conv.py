@@ -19,6 +19,7 @@ from mmdet_moe.moe.dispatcher import Dispatcher, EveryExpert
 from mmdet_moe.moe.experts.base import StackedExperts
 from mmdet_moe.moe.experts.conv_cost import MOST_MIXED_BYTES, cheapest
 from mmdet_moe.moe.experts.linear import grouped_linear
+from mmdet_moe.moe.layout import memory_format_of
 from mmdet_moe.moe.precision import autocast, no_autocast
 from mmdet_moe.registry import MODELS
 
@@ -195,7 +196,7 @@ class ConvExperts(StackedExperts):
             kernels = _chosen_mixture(self.weight, dispatcher).flatten(0, 1)
             bias = None if self.bias is None else _chosen_mixture(self.bias, dispatcher).flatten()
         y = self._convolve(x_T.flatten(0, 1)[None], kernels, bias, num_items)
-        return y[0].unflatten(0, (num_items, -1))
+        return y[0].unflatten(0, (num_items, -1)).contiguous(memory_format=memory_format_of(x_T))
 
     def _is_linear_on(self, x_T: Tensor) -> bool:
         """Whether the items are pixels and the convolutions matrix products."""
@@ -216,7 +217,8 @@ class ConvExperts(StackedExperts):
         # All items side by side as the channels of one image.
         wide = x_T.reshape(1, -1, *x_T.shape[2:])
         y = self._convolve(wide, kernels, biases, self.groups * num_items)
-        return y.view(num_items, -1, *y.shape[2:])
+        y = y.view(num_items, -1, *y.shape[2:])
+        return y.contiguous(memory_format=memory_format_of(x_T))
 
     def _views(self, x_T: Tensor, dispatcher: Dispatcher) -> Tensor:
         if x_T.shape[0] == 0:
@@ -318,7 +320,12 @@ class _ConvolveViews(torch.autograd.Function):
             bias = None if biases is None else biases[t]
             out = F.conv2d(x[t : t + 1], mixed, bias, *geometry)
             if y is None:
-                y = out.new_empty(len(ids), *out.shape[1:])
+                y = torch.empty(
+                    (len(ids), *out.shape[1:]),
+                    dtype=out.dtype,
+                    device=out.device,
+                    memory_format=memory_format_of(x),
+                )
             y[t] = out[0]
         assert y is not None
         return y
