@@ -39,8 +39,9 @@ def main() -> None:
         raise SystemExit(1 if any(built.failed for built in results) else status)
     from mmdet_moe.ops import native
 
+    entries = native.kernels()
     native.check()
-    for entry in native.kernels():
+    for entry in entries:
         print(f'{entry.device:5s} {"native   " if entry.native else "reference"} {entry.detail}')
 
 

@@ -29,6 +29,16 @@ for _schema in _SCHEMAS:
     _LIBRARY.define(_schema)
 
 
+def prefer_reference(key: str) -> None:
+    """Let the reference serve a kind of device, in place of the kernels that are loaded.
+
+    Args:
+        key: PyTorch's name of it, such as ``'CUDA'``.
+    """
+    for name in (schema.partition('(')[0] for schema in _SCHEMAS):
+        _LIBRARY.impl(name, getattr(reference, name), key)
+
+
 def _sort_routes_shapes(expert_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     return expert_ids.new_empty(num_experts + 1), expert_ids.new_empty(expert_ids.shape)
 

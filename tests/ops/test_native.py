@@ -12,6 +12,7 @@ import torch
 from running import ROOT
 
 import mmdet_moe
+from mmdet_moe.errors import ConfigError
 from mmdet_moe.ops import build, native
 
 LINE = 'PyTorch reference ops on cpu, slower than compiled ones'
@@ -85,6 +86,76 @@ def test_status_names_compiler_and_architectures():
     cpu = run('-m', 'mmdet_moe.ops').stdout.splitlines()[0]
     assert cpu.startswith('cpu   native')
     assert build.read_record()[0].architectures[0] in cpu
+
+
+@pytest.mark.parametrize(
+    ('capability', 'built', 'runs'),
+    [
+        ((9, 0), ('sm_90',), True),
+        ((8, 6), ('sm_80', 'sm_90'), True),  # a later one of the same major number
+        ((8, 0), ('sm_86', 'sm_90'), False),  # an earlier one
+        ((9, 0), ('sm_80',), False),  # machine code is for one major number
+        ((9, 0), ('sm_80', 'PTX 80'), True),  # PTX for all later ones
+        ((12, 0), ('sm_100', 'PTX 100'), True),
+        ((12, 1), ('sm_100', 'sm_120'), True),
+        ((7, 0), ('sm_75', 'sm_80', 'sm_90', 'PTX 90'), False),
+        ((7, 0), ('sm_75', 'PTX 75'), False),
+        ((10, 3), ('sm_120', 'PTX 120'), False),
+    ],
+)
+def test_what_runs_on_a_gpu(capability, built, runs):
+    assert native.runs_on(capability, built) == runs
+
+
+# As if there were two GPUs, of which the first is too old, and CUDA started now.
+GPUS = """
+import torch
+torch.cuda.is_available = lambda: True
+torch.cuda.device_count = lambda: 2
+torch.cuda.get_device_capability = lambda gpu: [(6, 1), (7, 5)][gpu]
+torch.cuda.get_device_name = lambda gpu: ['GTX 1080', 'T4'][gpu]
+torch._C._cuda_init = lambda: None
+torch.cuda._queued_calls.clear()  # PyTorch's own
+from mmdet_moe.ops import native
+torch.cuda.init()
+dump = torch._C._dispatch_dump('mmdet_moe::dispatch').splitlines()
+(line,) = [line for line in dump if line.startswith('CUDA: ')]
+print('library.py' in line, native.is_native(torch.device('cuda')), native.kernels()[1].detail)
+"""
+
+
+@pytest.mark.parametrize('is_first', [True, False])
+def test_a_gpu_that_the_binary_has_no_code_for(is_first):
+    """The reference serves from when CUDA starts, before or after the import; one line says so."""
+    built = {entry.device: entry for entry in build.read_record()}['cuda'].architectures
+    if not native._loaded['cuda'].native or native.runs_on((6, 1), built):
+        pytest.skip('there are no compiled kernels for CUDA, or for that GPU as well')
+    code = GPUS if is_first else GPUS.replace('from mmdet', 'torch.cuda.init()\nfrom mmdet')
+    done = run('-c', code)
+    detail = (
+        f'GTX 1080 has the architecture sm_61, but they are built for {", ".join(built)}; build '
+        f"for it with `MMDET_MOE_CUDA_ARCHITECTURES='61;75' {build.COMMAND}`"
+    )
+    assert done.stdout == f'True False {detail}\n', done.stderr
+    (line,) = done.stderr.splitlines()
+    assert line.endswith(f'PyTorch reference ops on cuda, slower than compiled ones ({detail})')
+
+
+def test_a_gpu_and_kernels_that_are_insisted_on(monkeypatch):
+    monkeypatch.setitem(native._loaded, 'cpu', native.Kernels('cpu', True, ''))
+    monkeypatch.setitem(native._loaded, 'cuda', native.Kernels('cuda', True, ''))
+    monkeypatch.setenv(native.VARIABLE, 'native')
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 1)
+    monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda gpu: (7, 0))
+    monkeypatch.setattr(torch.cuda, 'get_device_name', lambda gpu: 'V100')
+    native._check_gpus(('sm_70',))
+    assert native._loaded['cuda'].native
+    message = (
+        r'native, but there are no compiled kernels for cuda \(V100 has the architecture sm_70,'
+    )
+    with pytest.raises(ConfigError, match=message):
+        native._check_gpus(('sm_75', 'PTX 75'))
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """Upcycling, pruning and merging of a tiny classifier and a tiny detector, by the whole tools."""
 
+import json
 import re
 
 import pytest
@@ -9,9 +10,9 @@ from tiny_tools import CLASSIFIER, DETECTOR, Tool, tiny_classifier
 
 from mmdet_moe import cli
 from mmdet_moe.analysis.models import load_model
-from mmdet_moe.analysis.surgery import merge, prune, upcycle
+from mmdet_moe.analysis.surgery import merge, prune, top_k, upcycle
 from mmdet_moe.errors import ConfigError
-from mmdet_moe.moe import MoELayer
+from mmdet_moe.moe import MoELayer, find_moe_layers
 from mmdet_moe.moe.surgery.fewer import set_top_k
 
 WITH_EXPERTS = "type='mmdet_moe.WithExperts', of='ImageClassifier'"
@@ -396,6 +397,109 @@ def test_mistakes_in_merging(experts, how, message, data, tmp_path):
 
 
 # Another k, and what experts cost ----------------------------------------------------------------
+
+
+def told_of_both(tool, k, folder):
+    """What ``tools/test.py --top-k`` says of the metric, with the usual k and with this one."""
+    argv = [str(tool.config), str(tool.checkpoint), '--work-dir', str(folder)]
+    cli.run_test([*argv, '--top-k', str(k), *tool.options])
+    table = r'top_k=\d +top_k=\d\n\S+(?:/top1|bbox_mAP) +(\S+) +(\S+)'
+    return [float(v) for v in re.search(table, next(folder.glob('*/*.log')).read_text()).groups()]
+
+
+BLOCKS = EXPERTS.replace("'head.fc'", "'backbone.layer4'").replace("'token'", "'image'")
+OF_ALL = "router=dict(type='mmdet_moe.GAPRouter', noise=False), "
+
+
+@pytest.mark.sweep(keep=0.6)
+@pytest.mark.parametrize(
+    ('experts', 'k', 'router'),
+    [
+        (EXPERTS, 1, {'softmax': 'straight_through'}),  # 'over_chosen' is refused for k = 1
+        (EXPERTS, 3, {'softmax': 'over_chosen'}),
+        (EXPERTS.replace('top_k=2', 'top_k=1'), 2, {'softmax': 'over_all'}),  # by default for k = 1
+        (BLOCKS.replace('top_k=2', "top_k=2, width='equal'"), 1, {'softmax': 'straight_through'}),
+        (OF_ALL + EXPERTS, 3, {'type': 'mmdet_moe.GAPRouter', 'noise': False,
+                               'softmax': 'over_chosen'}),
+    ],
+)  # fmt: skip
+def test_another_k_to_keep(experts, k, router, data, tmp_path, capsys):
+    """The written pair is the model whose k is set by hand, and has what the test tool says."""
+    tool, out = Classifier(tmp_path / 'tool', data, experts), tmp_path / 'out'
+    # Every expert has its say.
+    tool.change(lambda s: [v.mul_(0.01) for n, v in s.items() if n.endswith('router.fc.weight')])
+    before, after = tool.run(top_k.change_top_k, top_k.parse, out, '--top-k', str(k))
+    found = told_of_both(tool, k, tmp_path / 'twice')
+    assert [100 * m['accuracy'] for m in (before, after)] == pytest.approx(found, abs=1e-4)
+    said = json.loads(said_of(out, tmp_path / 'test'))['accuracy/top1']
+    assert said == pytest.approx(found[1], abs=1e-4)
+    model, meta = loaded(out / 'config.py', out / 'checkpoint.pth')
+    original, _ = loaded(tool.config, tool.checkpoint)
+    unchanged = outputs(original)
+    ((name, layer),) = find_moe_layers(original).items()
+    usual, layer.top_k, layer.router.top_k = layer.top_k, k, k
+    for one, other, old in zip(outputs(model), outputs(original), unchanged, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6 * float(other.abs().max()))
+        assert not torch.allclose(one, old, rtol=1e-3)
+    (note,) = meta['surgery']
+    assert note == f'set_top_k: layer "{name}" chooses {k} of 3 experts instead of {usual}'
+    assert note in capsys.readouterr().out
+    (entry,) = cli.load_config(str(out / 'config.py')).model.experts
+    assert entry.router == router
+
+
+def test_another_k_of_a_detector(detector, tmp_path):
+    """Both subnets have one k in the config."""
+    out, more = tmp_path / 'out', ('--top-k', '1', '--max-images', '4')
+    with pytest.raises(ConfigError, match=r'cls_moe: it shares .* top_k .* bbox_head.reg_moe'):
+        detector.run(top_k.change_top_k, top_k.parse, out, *more, '--layer', HEADS[0])
+    detector.run(top_k.change_top_k, top_k.parse, out, *more)
+    model, meta = loaded(out / 'config.py', out / 'checkpoint.pth')
+    original, _ = loaded(detector.config, detector.checkpoint)
+    for layer in find_moe_layers(original).values():
+        layer.top_k = layer.router.top_k = 1
+    torch.testing.assert_close(outputs(model, 64), outputs(original, 64))
+    assert [note.split()[2] for note in meta['surgery']] == [f'"{name}"' for name in HEADS]
+    assert 'bbox_mAP' in said_of(out, tmp_path / 'test')
+
+
+def test_another_k_of_one_layer(data, tmp_path):
+    experts = EXPERTS.replace('experts=[', "experts=[dict(at='backbone.conv1', num_experts=2), ")
+    tool, out = Classifier(tmp_path / 'tool', data, experts), tmp_path / 'out'
+    with pytest.raises(ConfigError, match=r'top_k=3 must .* between 1 and 2, .* "backbone.conv1"'):
+        tool.run(top_k.change_top_k, top_k.parse, out, '--top-k', '3')
+    tool.run(top_k.change_top_k, top_k.parse, out, '--top-k', '3', '--layer', 'head.fc')
+    model, _ = loaded(out / 'config.py', out / 'checkpoint.pth')
+    found = {name: layer.top_k for name, layer in find_moe_layers(model).items()}
+    assert found == {'backbone.conv1': 2, 'head.fc': 3}
+
+
+CIFAR = ("type='ResNet_CIFAR'", "type='mmdet_moe.MoEResNet_CIFAR', num_experts=3")
+
+
+@pytest.mark.parametrize(
+    ('experts', 'more', 'message'),
+    [
+        (EXPERTS, ('0',), r'top_k=0 must lie between 1 and 3, the experts of layer "head.fc"'),
+        (EXPERTS, ('4',), r'top_k=4 must lie between 1 and 3, the experts of layer "head.fc"'),
+        (EXPERTS, ('2',), r'--top-k 2: every layer \(head.fc\) has it already'),
+        (EXPERTS, ('1', '--layer', 'head'), r'no sparse layer of that name; there is head.fc'),
+        ('', ('1',), 'the model has no sparse layer with several experts'),
+        (CIFAR, ('1',), r'of the shape \(12,\) would be \(32,\) .* the width of the experts to a'),
+        ("experts=[dict(at='backbone.layer*.0', num_experts=3, width='equal')],", ('1',),
+         'is not one number'),
+    ],
+)  # fmt: skip
+def test_mistakes_in_another_k(experts, more, message, data, tmp_path):
+    if experts == CIFAR:  # whose experts cost what the stage does, by default
+        tool = Classifier(tmp_path / 'tool', data, '')
+        tool = Tool(tool.folder, tool.config.read_text().replace(*CIFAR), data)
+        tool.run = lambda *args: Classifier.run(tool, *args)
+    else:
+        tool = Classifier(tmp_path / 'tool', data, experts)
+    with pytest.raises(ConfigError, match=message):
+        tool.run(top_k.change_top_k, top_k.parse, tmp_path / 'out', '--top-k', *more)
+    assert not (tmp_path / 'out').exists()
 
 
 def test_another_k(data, tmp_path):

@@ -2,7 +2,6 @@
 
 import argparse
 import copy
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
 from mmengine.config import Config
@@ -20,7 +19,7 @@ from mmdet_moe.analysis.measuring import (
 )
 from mmdet_moe.analysis.models import build_model
 from mmdet_moe.analysis.records.contents import BoxRecords
-from mmdet_moe.analysis.surgery.fields import Place, expert_fields, set_experts
+from mmdet_moe.analysis.surgery.fields import add_layer_option, layers_by_field, node_at
 from mmdet_moe.analysis.surgery.outputs import (
     add_output_options,
     check_output,
@@ -61,12 +60,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help='remove the experts with X or less: --by load --threshold 0 removes those that no '
         'image needs',
     )
-    parser.add_argument(
-        '--layer',
-        action='append',
-        metavar='NAME',
-        help='in this layer alone, may be repeated (default: in all with several experts)',
-    )
+    add_layer_option(parser)
     add_output_options(parser)
     return parser.parse_args(argv)
 
@@ -86,7 +80,7 @@ def prune_checkpoint(args: argparse.Namespace) -> tuple[dict, dict]:
     """
     check_output(args, args.config, args.checkpoint)
     cfg, model, meta = load_trained(args)
-    groups = _groups(args, cfg, model)
+    groups = layers_by_field(cfg, model, args.layer)
     layers = {name: layer for group in groups.values() for name, layer in group.items()}
     if args.keep is not None:
         for name, layer in layers.items():
@@ -111,7 +105,7 @@ def prune_checkpoint(args: argparse.Namespace) -> tuple[dict, dict]:
         )
     smaller_cfg = copy.deepcopy(cfg)
     for place, group in groups.items():
-        set_experts(smaller_cfg, place, len(kept[next(iter(group))]))
+        node_at(smaller_cfg, place)['num_experts'] = len(kept[next(iter(group))])
     smaller = without_experts(model, kept, build_model(smaller_cfg))
     before, after, text = compare(data, found, predict(smaller, data, 'pruned'))
     changed = {n: layer for n, layer in layers.items() if len(kept[n]) < layer.num_experts}
@@ -151,35 +145,6 @@ def without_experts(
     state |= {n: v for n, v in model.state_dict().items() if not n.startswith(inside)}
     smaller.load_state_dict(state)
     return smaller
-
-
-def _groups(
-    args: argparse.Namespace, cfg: Config, model: nn.Module
-) -> dict[Place, dict[str, MoELayer]]:
-    """The layers to be pruned by name; those together whose E is one number of the config."""
-    several = {name: m for name, m in find_moe_layers(model).items() if m.num_experts > 1}
-    if not several:
-        raise ConfigError('the model has no sparse layer with several experts, of which to prune')
-    for name in args.layer or ():
-        if name not in several:
-            raise ConfigError(
-                f'--layer {name}: there is no sparse layer of that name; there is '
-                f'{", ".join(several)}'
-            )
-    groups: dict[Place, dict[str, MoELayer]] = defaultdict(dict)
-    for name, place in expert_fields(cfg, args.layer or list(several)).items():
-        if name in several:
-            groups[place][name] = several[name]
-    if args.layer:
-        groups = {p: g for p, g in groups.items() if not g.keys().isdisjoint(args.layer)}
-        for group in groups.values():
-            if others := [name for name in group if name not in args.layer]:
-                mine = next(name for name in group if name in args.layer)
-                raise ConfigError(
-                    f'--layer {mine}: it shares num_experts in the config with {others[0]}; name '
-                    'all layers that do, or give each an entry of its own in experts'
-                )
-    return groups
 
 
 def _check_left(name: str, layer: MoELayer, number: int) -> None:
