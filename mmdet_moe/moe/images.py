@@ -7,8 +7,10 @@ import torch
 from torch import Tensor
 
 from mmdet_moe.errors import ConfigError
+from mmdet_moe.moe.experts import ModuleExperts
 from mmdet_moe.moe.items import Items, at_least_float32
 from mmdet_moe.moe.patches import PatchGrid
+from mmdet_moe.moe.receptive_field import check_images_apart
 
 if TYPE_CHECKING:
     from mmdet_moe.moe.layer import MoELayer
@@ -20,6 +22,12 @@ class Images(Items):
 
     A feature map (N, C, H, W) is a :class:`PatchGrid` of one patch.
     """
+
+    @classmethod
+    def check(cls, layer: 'MoELayer') -> None:
+        super().check(layer)
+        if isinstance(layer.experts, ModuleExperts):
+            check_images_apart(layer.experts[0], layer.router.in_channels, layer.batch_dim)
 
     @classmethod
     def divide(cls, layer: 'MoELayer', x: Tensor) -> Items:

@@ -22,7 +22,7 @@ from mmdet_moe.moe.constraints import in_backward
 from mmdet_moe.moe.dispatcher import Dispatcher, EveryExpert, Sorting, check_size, unpack
 from mmdet_moe.moe.expert_layer import ExpertLayer, Observer, find_expert_layers
 from mmdet_moe.moe.expert_parallel import spread_over_ranks
-from mmdet_moe.moe.experts import Experts, upcycle
+from mmdet_moe.moe.experts import Experts, ModuleExperts, upcycle
 from mmdet_moe.moe.granularity import GRANULARITIES
 from mmdet_moe.moe.items import Items
 from mmdet_moe.moe.routers import Router
@@ -77,7 +77,8 @@ class MoELayer(ExpertLayer):
             mean ``(MoE(x) + sum_j S_j(x)) / (1 + number of them)``, so that copies of one dense
             layer give what that layer gives.
         batch_dim: Which dimension of an input (A, B, C) with granularity ``'image'`` or ``'token'``
-            holds the images: 0, or 1 for (T, N, C).
+            holds the images: 0, or 1 for (T, N, C). Experts that are modules of their own take and
+            give the images of ``'image'`` in that layout, too, as do ``shared`` and ``shortcut``.
         expert_init: ``'independent'``: every expert draws its own initial weights. ``'shared'``:
             all start as copies of the first one, so that the untrained layer is the dense one, and
             grow apart with the items that they get.
@@ -133,6 +134,11 @@ class MoELayer(ExpertLayer):
                 "granularity='patch' or 'pixel'"
             )
         self.whole_maps = whole_maps
+        if batch_dim and granularity in ('patch', 'pixel'):
+            raise ConfigError(
+                f'batch_dim={batch_dim} is for inputs (T, N, C), but granularity={granularity!r} '
+                'divides feature maps (N, C, H, W); leave batch_dim out'
+            )
         self.router = build_router(router, in_channels, num_experts, top_k)
         self.num_experts, self.top_k = self.router.num_experts, self.router.top_k
         self.experts = build_experts(expert, num_experts)
@@ -143,6 +149,8 @@ class MoELayer(ExpertLayer):
                 'whole_maps=True needs experts that take maps, which '
                 f'{type(self.experts).__name__} do not; use convolutions, or leave whole_maps out'
             )
+        if granularity == 'image' and isinstance(self.experts, ModuleExperts):
+            self.experts.batch_dim = batch_dim
         self.share_initial_weights()
         GRANULARITIES[granularity].check(self)
         self.halo, self.stride = (
@@ -284,6 +292,12 @@ class MoELayer(ExpertLayer):
             )
         maps = [x] if isinstance(x, Tensor) else list(x)
         if self.batch_dim:
+            for m in maps:
+                if m.dim() < 3 or (m.dim() > 3 and self.granularity == 'image'):
+                    raise ConfigError(
+                        f'MoE layer "{self.name}" with batch_dim={self.batch_dim} takes inputs '
+                        f'(T, N, C), got {tuple(m.shape)}; set batch_dim=0'
+                    )
             maps = [m.transpose(0, 1) for m in maps]
         kind = GRANULARITIES[self.granularity]
         items = [kind.divide(self, m) for m in maps]
@@ -316,8 +330,6 @@ class MoELayer(ExpertLayer):
             self._look_later(is_finite)
         if torch.is_grad_enabled() and not dense:
             outputs[0] = self._keep_in_graph(outputs[0], used)
-        if self.batch_dim:
-            outputs = [_transposed(y) for y in outputs]
         return outputs[0] if single else outputs
 
     def _may_join_levels(self, maps: list[Tensor]) -> bool:
@@ -414,6 +426,9 @@ class MoELayer(ExpertLayer):
                 output = self.run_experts(items.crop(x), dispatcher, *others[0], **others[1])
             y, rebuild = unpack(output)
             y = items.place(y)
+        if self.batch_dim:
+            # What stands beside the experts takes the input as the layer was given it.
+            x, y = x.transpose(0, 1), y.transpose(0, 1)
         if torch.is_grad_enabled() and self.experts.separate_parameters and not dispatcher.is_whole:
             used |= self.experts.entered(dispatcher)
         for expert in self.shared or ():
@@ -715,11 +730,6 @@ def _areas(routing: Routing, maps: list[Tensor], items: list[Items]) -> Tensor:
     ]
     weights = routing.weights
     return spread(tuple(per_level), routing.items_per_level, weights.device, weights.dtype)
-
-
-def _transposed(output: Any) -> Any:
-    y, rebuild = unpack(output)
-    return rebuild(y.transpose(0, 1))
 
 
 def _current_iteration() -> int | None:

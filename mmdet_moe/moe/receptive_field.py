@@ -62,19 +62,51 @@ def check_tokenwise(module: nn.Module, in_channels: int) -> None:
     Raises:
         ConfigError: If a NaN in one token reaches another one.
     """
-    x = torch.ones(3, in_channels, dtype=torch.float64)
-    x[1] = torch.nan
-    try:
-        with torch.no_grad():
-            y, _ = unpack(probe_of(module)(x))
-    except Exception:  # of any kind: the module is the user's
-        return
-    if len(y) != len(x) or y[[0, 2]].isnan().any():
+    if _is_mixing(module, torch.ones(3, in_channels, dtype=torch.float64), 0):
         raise ConfigError(
             f"granularity='token' needs experts that look at one token at a time, and "
             f'{type(module).__name__} mixes them; choose a layer inside that does not, such as an '
             "FFN, or granularity='image'"
         )
+
+
+def check_images_apart(module: nn.Module, in_channels: int, batch_dim: int) -> None:
+    """Refuse an expert on sequences whose parts take another dimension for that of the images.
+
+    PyTorch's and mmcv's attention, transformers and recurrent layers have ``batch_first``; only
+    modules with such parts are tried, as many others take three dimensions for something else.
+
+    Args:
+        module: From (A, B, C) to (A, B, C'). One that takes something else is let pass.
+        in_channels: C.
+        batch_dim: 0 if A is the images, 1 if B is.
+
+    Raises:
+        ConfigError: If a NaN in one image reaches another one.
+    """
+    if not any(hasattr(part, 'batch_first') for part in module.modules()):
+        return
+    side = 3 if in_channels != 3 else 4  # so that no convolution takes A for the channels
+    x = torch.ones(side, side, in_channels, dtype=torch.float64)
+    # A decoder layer takes another sequence besides.
+    if _is_mixing(module, x, batch_dim) or _is_mixing(module, x, batch_dim, x):
+        raise ConfigError(
+            f'batch_dim={batch_dim} says that dimension {batch_dim} of an input holds the images, '
+            f'but {type(module).__name__} mixes what lies along it (see batch_first of its parts); '
+            f'set batch_dim={1 - batch_dim}, or choose a path inside of it'
+        )
+
+
+def _is_mixing(module: nn.Module, x: Tensor, dim: int, *others: Tensor) -> bool:
+    """Whether a NaN in one slice along a dimension reaches another; no if it cannot be told."""
+    x.select(dim, 1).fill_(torch.nan)
+    try:
+        with torch.no_grad():
+            y, _ = unpack(probe_of(module)(x, *others))
+        apart = y.movedim(dim, 0)
+    except Exception:  # of any kind: the module is the user's
+        return False
+    return len(apart) != x.shape[dim] or bool(apart[::2].isnan().any())
 
 
 def probe_of(module: nn.Module) -> nn.Module:

@@ -99,6 +99,7 @@ def play(rank, world_size):
         for init in ('shared', 'independent'):
             results[init, parts] = initialise(init, parts)
         results['tokens', parts] = tokens_with_another(parts, rank, world_size)
+        results['sequences', parts] = sequences(parts, rank, world_size)
     if world_size > 1:
         results['refused'] = refusals()
         results['bytes'] = {parts: count_bytes(parts) for parts in (2, 4)}
@@ -186,6 +187,27 @@ def tokens_with_another(parts, rank, world_size):
     x, other = torch.randn(2, 8, 5, C, generator=torch.Generator().manual_seed(6)).double()
     x, other = (t.chunk(world_size)[rank] for t in (x, other))
     wrapped(x, other, scale=2)['y'].square().mean().backward()
+    return weights_after_a_step(layer)
+
+
+class Recurrent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.gru = nn.GRU(C, C)
+
+    def forward(self, x):
+        return self.gru(x)[0]
+
+
+def sequences(parts, rank, world_size):
+    """Experts that take (T, N, C)."""
+    torch.manual_seed(7)
+    router = moe.GAPRouter(C, 4, 2, noise=False)
+    nn.init.normal_(router.fc.weight, std=3)
+    layer = moe.MoELayer(Recurrent(), 4, 2, router, batch_dim=1, expert_parallel=parts).double()
+    wrapped = wrap(layer)
+    x = torch.randn(5, 8, C, generator=torch.Generator().manual_seed(8)).double()
+    wrapped(x.chunk(world_size, 1)[rank]).square().mean().backward()
     return weights_after_a_step(layer)
 
 
@@ -289,7 +311,7 @@ def test_trains_as_one_process(kind, parts, alone, ranks):
 
 
 @pytest.mark.parametrize('parts', [2, 4])
-@pytest.mark.parametrize('case', ['uneven', 'tokens'])
+@pytest.mark.parametrize('case', ['uneven', 'tokens', 'sequences'])
 def test_ranks_with_other_inputs(case, parts, alone, ranks):
     for rank in ranks:
         torch.testing.assert_close(rank[case, parts], alone[case, parts], rtol=0, atol=1e-12)

@@ -3,6 +3,7 @@
 import copy
 import re
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from mmdet_moe.moe.dispatcher import Dispatcher, Sorting
+from mmdet_moe.errors import ConfigError
+from mmdet_moe.moe.dispatcher import Dispatcher, Sorting, unpack
 from mmdet_moe.moe.distributed import is_distributed, is_sharded
 from mmdet_moe.moe.experts import sheets
 from mmdet_moe.moe.experts.base import Experts
@@ -28,6 +30,9 @@ class ModuleExperts(ModuleList, Experts):
     Args:
         modules: The experts, which map (T, ...) to (T, ...).
     """
+
+    #: Which dimension of what the modules take and give holds the items, 0 or 1.
+    batch_dim = 0
 
     def __init__(self, modules: Iterable[nn.Module], **kwargs: Any) -> None:
         super().__init__(modules, **kwargs)
@@ -50,7 +55,7 @@ class ModuleExperts(ModuleList, Experts):
     def forward(self, x_T: Tensor, dispatcher: Dispatcher, *args: Any, **kwargs: Any) -> Any:
         """As :meth:`Experts.forward`; further tensors are items, too, and dispatched likewise."""
         entered = self.entered(dispatcher)
-        if not args and not kwargs:
+        if not (args or kwargs or self.batch_dim):
             return dispatcher.through(x_T, self, entered)
         leaves, spec = tree_flatten((args, kwargs))
         parts = [
@@ -61,10 +66,27 @@ class ModuleExperts(ModuleList, Experts):
         ]
         experts: list[nn.Module] = list(self)
         calls = []
-        for expert, own in zip(experts, zip(*parts, strict=True), strict=True):
-            more, named = tree_unflatten(list(own), spec)
-            calls.append(lambda x, f=expert, a=more, k=named: f(x, *a, **k))
+        for e, expert in enumerate(experts):
+            more, named = tree_unflatten([self._laid_out(part[e]) for part in parts], spec)
+            calls.append(partial(self._call, expert, more, named))
         return dispatcher.through(x_T, calls, entered)
+
+    def _call(self, expert: nn.Module, args: list, kwargs: dict, x_R: Tensor) -> Any:
+        output = expert(self._laid_out(x_R), *args, **kwargs)
+        if not self.batch_dim:
+            return output
+        y, rebuild = unpack(output)
+        if y.dim() < 3 or y.shape[1] != len(x_R):
+            raise ConfigError(
+                f'batch_dim=1 needs experts that make (T, N, ...) of (T, N, C), but an expert made '
+                f'{tuple(y.shape)} of N = {len(x_R)} items; choose a path that keeps N in its place'
+            )
+        return rebuild(y.transpose(0, 1))
+
+    def _laid_out(self, rows_R: Any) -> Any:
+        # A copy, because a module may view its input as its model let it.
+        swap = self.batch_dim and isinstance(rows_R, Tensor)
+        return rows_R.transpose(0, 1).contiguous() if swap else rows_R
 
     def joins_levels(self, maps: Sequence[Tensor]) -> bool:
         """On a GPU, where starting many small operations takes longer than sheets' margins."""
