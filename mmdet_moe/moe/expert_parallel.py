@@ -418,9 +418,9 @@ def _at_end_of_backward(experts: SpreadExperts) -> None:
 def _cut(experts: Experts, first: int, last: int) -> Experts:
     """The experts ``first`` to ``last − 1`` alone."""
     if isinstance(experts, ModuleExperts):
-        part = ModuleExperts(list(experts)[first:last])
-        part.batch_dim = experts.batch_dim
-        return part
+        local = ModuleExperts(list(experts)[first:last])
+        local.batch_dim = experts.batch_dim
+        return local
     for module in experts.modules():
         for name, parameter in module.named_parameters(recurse=False):
             part = nn.Parameter(parameter.detach()[first:last].clone(), parameter.requires_grad)

@@ -27,7 +27,8 @@ class Images(Items):
     def check(cls, layer: 'MoELayer') -> None:
         super().check(layer)
         if isinstance(layer.experts, ModuleExperts):
-            check_images_apart(layer.experts[0], layer.router.in_channels, layer.batch_dim)
+            for expert in layer.experts.unlike():
+                check_images_apart(expert, layer.router.in_channels, layer.batch_dim)
 
     @classmethod
     def divide(cls, layer: 'MoELayer', x: Tensor) -> Items:

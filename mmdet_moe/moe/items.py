@@ -10,9 +10,10 @@ from math import prod
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mmdet_moe.errors import ConfigError
+from mmdet_moe.moe.experts import ModuleExperts
 from mmdet_moe.moe.layout import memory_format_of
 from mmdet_moe.moe.receptive_field import check_tokenwise
 
@@ -253,8 +254,9 @@ class Tokens(Items):
                 f'decision_weight={layer.decision_weight!r} is about feature maps, which '
                 "granularity='token' has not; use decision_weight='uniform'"
             )
-        if isinstance(layer.experts, nn.ModuleList):
-            check_tokenwise(layer.experts[0], layer.router.in_channels)
+        if isinstance(layer.experts, ModuleExperts):
+            for expert in layer.experts.unlike():
+                check_tokenwise(expert, layer.router.in_channels)
 
     @classmethod
     def divide(cls, layer: 'MoELayer', x: Tensor) -> 'Tokens':

@@ -305,6 +305,7 @@ class TestBalancing:
     [
         (nn.Conv2d(C, C, 3, padding=1), {}, 'a receptive field of radius 1 and stride 1'),
         (nn.Conv2d(C, C, 1, stride=2), {}, 'a receptive field of radius 0 and stride 2'),
+        ([nn.Conv2d(C, C, k, padding=k // 2) for k in (1, 1, 3)], {}, 'of radius 1 and stride 1'),
         (nn.GroupNorm(2, C), {}, 'cannot tell the receptive field of GroupNorm; use'),
         (nn.Conv2d(C, C, 1), {'grid_size': 2}, "grid_size=2 has no effect with .*='pixel'"),
     ],
@@ -329,6 +330,19 @@ def test_refused_for_pixels(expert, options, message):
 def test_refused_for_tokens(options, message):
     with pytest.raises(ConfigError, match=message):
         MoELayer(nn.Linear(C, C), E, K, in_channels=C, granularity='token', **options)
+
+
+class Mean(nn.Linear):
+    def forward(self, x):
+        return super().forward(x) + x.mean(0)
+
+
+@pytest.mark.parametrize('place', range(E))
+def test_one_expert_that_mixes_tokens_is_refused(place):
+    experts = [nn.Linear(C, C) for _ in range(E)]
+    experts[place] = Mean(C, C)
+    with pytest.raises(ConfigError, match='one token at a time, and Mean mixes them'):
+        MoELayer(experts, E, K, in_channels=C, granularity='token')
 
 
 def test_experts_that_grow_their_pixel_are_refused():

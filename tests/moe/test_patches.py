@@ -9,7 +9,7 @@ from mmdet.models.backbones.resnet import BasicBlock, Bottleneck, ResNet
 from torch import nn
 
 from mmdet_moe.errors import ConfigError
-from mmdet_moe.moe import MoELayer
+from mmdet_moe.moe import ModuleExperts, MoELayer
 from mmdet_moe.moe.patches import PatchGrid
 from mmdet_moe.moe.receptive_field import receptive_field
 
@@ -181,6 +181,33 @@ def test_receptive_field(make, stride, radius, randomise):
             reach = max(reach, (pixel - position * stride).abs().max().item())
     assert reach <= claimed
     assert radius <= claimed <= radius + 1  # pooling may be overestimated by a pixel
+
+
+@pytest.mark.parametrize('kernels', [(1, 5, 1), (5, 1, 3), (1, 1, 3)])
+def test_experts_that_see_unequally_far(kernels, randomise):
+    sizes = iter(kernels)
+    layer = patch_layer(lambda: bn_conv(2, next(sizes)), randomise, 4)
+    assert layer.halo == max(kernels) // 2
+    x = torch.randn(2, C, 16, 13, dtype=torch.float64)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), whole_map_reference(layer, x, 4, 1))
+
+
+def test_unequal_strides_are_refused():
+    experts = [nn.Conv2d(C, 2, 3, stride, 1) for stride in (1, 1, 2)]
+    with pytest.raises(ConfigError, match=r'the strides \[1, 2\], .*; use experts of one stride'):
+        MoELayer(experts, 3, 2, in_channels=C, granularity='patch', grid_size=2)
+
+
+def test_equal_experts_are_looked_at_once(randomise):
+    """Whatever their weights and statistics are; what else differs is another look."""
+    alike = [randomise(bn_conv(C, 3)) for _ in range(3)]
+    others = [bn_conv(C, 5), bn_conv(C, 3, dilation=2), nn.Conv2d(C, C, 3, padding=1)]
+    masked = [nn.Identity(), nn.Identity()]
+    for at, module in enumerate(masked):
+        module.register_buffer('mask', torch.eye(3)[at])
+    experts = ModuleExperts([*alike, *others, *masked])
+    assert experts.unlike() == [experts[0], *experts[3:]]
 
 
 def test_receptive_field_of_unknown_layers():

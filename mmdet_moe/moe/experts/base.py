@@ -72,7 +72,7 @@ class Experts(nn.Module, ABC):
 
     @abstractmethod
     def receptive_field(self, in_channels: int) -> tuple[int, int]:
-        """Radius of one expert's receptive field in input pixels, and its total stride.
+        """Radius of an expert's receptive field in input pixels, the largest, and total stride.
 
         Args:
             in_channels: C of the maps that the experts take.

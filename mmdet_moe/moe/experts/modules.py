@@ -126,7 +126,26 @@ class ModuleExperts(ModuleList, Experts):
         return dispatcher.used_experts()
 
     def receptive_field(self, in_channels: int) -> tuple[int, int]:
-        return receptive_field(self[0], in_channels)
+        """As :meth:`Experts.receptive_field`; the largest radius, of experts of one stride.
+
+        Raises:
+            ConfigError: If they cannot be told, or the strides differ.
+        """
+        fields = [receptive_field(expert, in_channels) for expert in self.unlike()]
+        radii, strides = zip(*fields, strict=True)
+        if len(set(strides)) > 1:
+            raise ConfigError(
+                f'the experts have the strides {sorted(set(strides))}, so that their outputs do '
+                'not fit onto each other; use experts of one stride'
+            )
+        return max(radii), strides[0]
+
+    def unlike(self) -> list[nn.Module]:
+        """One expert of each structure: those left out differ in their weights alone."""
+        distinct: dict[tuple, nn.Module] = {}
+        for expert in self:
+            distinct.setdefault(_structure(expert), expert)
+        return list(distinct.values())
 
     def share_weights(self) -> None:
         for expert in self[1:]:
@@ -147,6 +166,27 @@ class ModuleExperts(ModuleList, Experts):
     ) -> None:
         for e, value in enumerate(copies):
             state_dict[f'{prefix}{e}.{name}'] = value
+
+
+def _structure(module: nn.Module) -> tuple:
+    """All that a module is but for its parameters and running statistics.
+
+    What has no telling text, as an object with its address, differs even if it is alike.
+    """
+    structure = []
+    for name, part in module.named_modules():
+        values = {n: v for n, v in vars(part).items() if n not in _INTERNAL}
+        if not hasattr(part, 'reset_running_stats'):
+            values |= part._buffers
+        settings = {n: v.tolist() if isinstance(v, Tensor) else v for n, v in values.items()}
+        hooks = [*part._forward_hooks.values(), *part._forward_pre_hooks.values()]
+        shapes = [(n, tuple(p.shape)) for n, p in part.named_parameters(recurse=False)]
+        structure.append((name, type(part), repr((settings, hooks, shapes))))
+    return tuple(structure)
+
+
+#: Of every module.
+_INTERNAL = vars(nn.Module()).keys()
 
 
 def _rest_on_a_single_value(norm: _BatchNorm, args: tuple) -> None:
