@@ -6,6 +6,7 @@ import json
 import math
 import os
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import cv2
@@ -467,14 +468,20 @@ def test_statistics_are_those_of_loops_over_the_images(detector, finished):
                 assert table['num_images'] == len({row[0] for row in mine})
                 if 'level' not in table['given']:
                     continue
-                expected = 0.0
+                expected = things = 0.0
                 for level in range(LEVELS):
-                    counts = np.zeros((len(table['bins']), EXPERTS))
+                    counts, of_image = np.zeros((len(table['bins']), EXPERTS)), Counter()
                     for row in mine:
                         if bin_of('level', row, None) == level:
                             counts[bin_of(attribute, row, table['edges'])] += row[2] * row[3]
-                    expected += counts.sum() * information_of(counts)
-                expected /= sum(row[2] for row in mine)
+                            of_image[row[0]] += row[2]
+                    # Levels that live on fewer than five images are left out.
+                    if counts.sum() ** 2 >= 5 * sum(v**2 for v in of_image.values()) > 0:
+                        expected += counts.sum() * information_of(counts)
+                        things += counts.sum()
+                expected /= max(things, 1)
+                left_out = 1 - things / sum(row[2] for row in mine)
+                assert table['given']['level']['left_out'] == pytest.approx(left_out, abs=1e-6)
                 assert table['given']['level']['mi'] == pytest.approx(expected, abs=1e-6)
 
 

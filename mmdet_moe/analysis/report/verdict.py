@@ -657,13 +657,17 @@ def _polysemanticity(layer: dict, experts: dict) -> Iterator[str]:
     if not found['num_mattering']:
         yield f'zeroing any single one of {count} experts lowers the {metric} of no class.'
         return
-    most = max(range(count), key=lambda i: found['drops'][i])
     worst = math.sqrt(len(experts['run']['classes']) - 1)
+    named = 'which expert costs which class most cannot be told'
+    if largest := found.get('largest'):
+        named = (
+            f'expert {largest["expert"]} costs most, {100 * largest["drop"]:.1f} points of '
+            f'{metric} of class {largest["class"]} (p = {largest["p_adjusted"]:.2g})'
+        )
     yield (
         f'class-level polysemanticity {found["mean"]:.2f} (0: one class alone hangs on each '
         f'expert; at most {worst:.2f}), mean of the {found["num_mattering"]} of {count} experts '
-        f'whose zeroing lowers some class; expert {found["experts"][most]} costs most, '
-        f'{100 * found["drops"][most]:.1f} points of {metric} of class {found["classes"][most]}.'
+        f'whose zeroing lowers some class; {named}.'
     )
 
 

@@ -134,7 +134,7 @@ def _outcomes(evaluation: COCOeval) -> np.ndarray:
     # COCOeval's order: classes, areas, images; objects of all sizes come first.
     of_classes = [
         evaluation.evalImgs[start : start + images]
-        for start in range(0, len(evaluation.evalImgs), areas * images)
+        for start in range(0, len(evaluation.evalImgs), areas * max(images, 1))
     ]
 
     def outcome(of_image: tuple[dict | None, ...]) -> int:
@@ -281,3 +281,20 @@ class ClassificationMetrics:
             return {'accuracy': times[correct].sum(0) / times.sum(0)}
 
         return Evaluated(metrics, resampled, correct)
+
+    def changed_per_class(self, before: np.ndarray, after: np.ndarray) -> dict[str, list[int]]:
+        """How many images of each class become right, and how many wrong; of those with any.
+
+        Args:
+            before, after: bool (n,), which images are right.
+        """
+        count = len(self.classes)
+        gained, lost = (
+            np.bincount(self.true_labels[changed], minlength=count).tolist()
+            for changed in (after & ~before, before & ~after)
+        )
+        return {
+            name: [won, gone]
+            for name, won, gone in zip(self.classes, gained, lost, strict=True)
+            if won or gone
+        }

@@ -293,7 +293,8 @@ def paired_interval(before: np.ndarray, after: np.ndarray) -> list[float] | None
         """How far the test is from rejecting; negative if it rejects."""
         # The likeliest share of losses, of all with this difference.
         b = (2 * n - gained + lost) * delta - gained - lost
-        loss = (math.sqrt(b**2 + 8 * n * lost * delta * (1 - delta)) - b) / (4 * n)
+        root = math.sqrt(max(b**2 + 8 * n * lost * delta * (1 - delta), 0.0))
+        loss = (root - b) / (4 * n)
         variance = max(n * (2 * loss + delta * (1 - delta)), 0.0)
         return z**2 * variance - (gained - lost - n * delta) ** 2
 

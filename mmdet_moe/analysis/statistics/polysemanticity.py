@@ -7,7 +7,13 @@ hangs on the expert; the square root of C − 1: all C classes alike. An expert 
 no class has none.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
+from scipy.stats import binom
+
+#: Of the drop that is named as the largest one, corrected for all drops of the layer.
+SIGNIFICANT = 0.05
 
 
 def class_drops(layer: str, metrics: dict, interventions: list[dict]) -> dict[int, np.ndarray]:
@@ -56,7 +62,8 @@ def polysemanticity(layer: str, metrics: dict, interventions: list[dict]) -> dic
         ``num_zeroed``, ``num_mattering``: how many were zeroed, and lower some class; ``mean``:
         over the latter; and for each that was zeroed: ``experts``, ``values`` (null where it
         lowers no class), ``classes`` (the name of the one hit most, or null), ``drops`` (of that
-        class, in 0..1).
+        class, in 0..1); ``largest``: ``expert``, ``class``, ``drop``, ``p_adjusted`` of the largest
+        drop that is beyond chance, or None, as always of a detector.
     """
     drops = class_drops(layer, metrics, interventions)
     if not drops:
@@ -75,4 +82,28 @@ def polysemanticity(layer: str, metrics: dict, interventions: list[dict]) -> dic
         'values': values,
         'classes': classes,
         'drops': [float(drop.max()) for drop in drops.values()],
+        'largest': _largest(layer, drops, names, interventions),
     }
+
+
+def _largest(
+    layer: str, drops: dict[int, np.ndarray], names: Sequence[str], interventions: list[dict]
+) -> dict | None:
+    """The largest drop of all experts and classes that chance does not explain.
+
+    The largest ones of many are of small classes, and of chance: the same experts turn as many
+    images right as wrong. A sign test (McNemar's, exact and one-sided) of those of the class that
+    change, times the number of drops there are (Bonferroni).
+    """
+    number, found = len(drops) * len(names), []
+    for entry in interventions:
+        if entry['layer'] != layer or entry['kind'] != 'zeroed':
+            continue
+        for name, (gained, lost) in (entry.get('changed_per_class') or {}).items():
+            p = min(1.0, number * float(binom.sf(lost - 1, gained + lost, 0.5)))
+            if p < SIGNIFICANT:
+                drop = float(drops[entry['expert']][names.index(name)])
+                found.append(
+                    {'expert': entry['expert'], 'class': name, 'drop': drop, 'p_adjusted': p}
+                )
+    return max(found, key=lambda one: one['drop'], default=None)

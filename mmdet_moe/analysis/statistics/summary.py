@@ -140,9 +140,11 @@ def metrics_of(study: Study, resamples: int = 999) -> dict:
                 num_changed = int((before.outcomes != after.outcomes).sum())
                 known = {'interval': ends, 'num_changed': num_changed}
             difference[name] = {'value': value, **known}
-        interventions.append(
-            {**asdict(intervention), 'metrics': after.metrics, 'difference': difference}
-        )
+        entry = {**asdict(intervention), 'metrics': after.metrics, 'difference': difference}
+        if isinstance(metrics, ClassificationMetrics):
+            changes = metrics.changed_per_class(before.outcomes, after.outcomes)
+            entry['changed_per_class'] = changes
+        interventions.append(entry)
     return {
         'metrics': before.metrics,
         'metrics_interval': {

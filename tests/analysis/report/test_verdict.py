@@ -508,6 +508,7 @@ def test_polysemanticity():
         'values': [None, 0.2, None, 0.8],
         'classes': [None, 'cat', None, 'dog'],
         'drops': [0.0, 0.4, 0.0, 0.125],
+        'largest': {'expert': 3, 'class': 'dog', 'drop': 0.125, 'p_adjusted': 0.002},
     }
     experts = experts_of(layer(polysemanticity=found), task='classification')
     experts['run']['classes'] = list('abcde')
@@ -515,7 +516,12 @@ def test_polysemanticity():
     assert 'polysemanticity 0.50' in sentence
     assert 'at most 2.00' in sentence
     assert 'of the 2 of 4 experts' in sentence
-    assert 'expert 1 costs most, 40.0 points of accuracy of class cat' in sentence
+    assert sentence.endswith(
+        'expert 3 costs most, 12.5 points of accuracy of class dog (p = 0.002).'
+    )
+    found['largest'] = None
+    (sentence,) = (s for s in verdict(experts)[0]['details'] if 'polysemanticity' in s)
+    assert sentence.endswith('; which expert costs which class most cannot be told.')
     nobody = {**found, 'num_mattering': 0}
     assert 'any single one of 4 experts lowers the AP of no class' in said(
         layer(polysemanticity=nobody)
