@@ -5,10 +5,10 @@ from collections.abc import Callable
 from typing import Any
 
 from mmengine.model import BaseModule
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from mmdet_moe.errors import ReplacedAttributeError
+from mmdet_moe.errors import ConfigError, ReplacedAttributeError
 from mmdet_moe.moe.items import Items
 from mmdet_moe.moe.routing import Routing
 
@@ -59,6 +59,19 @@ class ExpertLayer(BaseModule):
 
     def forget(self) -> None:
         """Forget the latest forward pass, as if there had been none."""
+
+    def check_device(self, x: Tensor) -> None:
+        """Complain of an input on another device than a weight; it looks at all weights.
+
+        Raises:
+            ConfigError: It is on another one.
+        """
+        for name, weight in self.named_parameters():
+            if weight.device != x.device:
+                raise ConfigError(
+                    f'the layer of experts "{self.name}" is given an input on {x.device}, but its '
+                    f'weight "{name}" is on {weight.device}; move both to one device'
+                )
 
     def __getattr__(self, name: str) -> Any:
         try:

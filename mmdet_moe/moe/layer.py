@@ -293,8 +293,9 @@ class MoELayer(ExpertLayer):
         Raises:
             NonFiniteRouterError: If the router's logits are not finite. In ``torch.compile`` it is
                 a RuntimeError that says the same; an exported layer does not look.
-            ConfigError: If an input or an output belongs to no item, or to more than one, and in
-                training within ``torch.export``, ``torch.onnx.export`` and ``torch.jit.trace``.
+            ConfigError: If an input or an output belongs to no item, or to more than one; if the
+                input is on another device than the weights; and in training within
+                ``torch.export``, ``torch.onnx.export`` and ``torch.jit.trace``.
         """
         exports = torch.jit.is_tracing() or is_exporting()
         if exports and self.training:
@@ -326,9 +327,12 @@ class MoELayer(ExpertLayer):
         kind = GRANULARITIES[self.granularity]
         items = [kind.divide(self, m) for m in maps]
         maps = [kind.prepare(m) for m in maps]
+        if not torch.compiler.is_compiling():
+            self._check_has_data(maps[0])
         try:
             routing = self.router(maps, items)
         except RuntimeError:
+            self.check_device(maps[0])
             self._check_channels(maps, items)
             raise
         is_finite = None
@@ -429,6 +433,16 @@ class MoELayer(ExpertLayer):
         """
         return self.experts(x_T, dispatcher, *args, **kwargs)
 
+    def _run(self, x_T: Tensor, dispatcher: Dispatcher, *args: Any, **kwargs: Any) -> Any:
+        """:meth:`run_experts`; what it fails of may be the device."""
+        if torch.compiler.is_compiling():
+            return self.run_experts(x_T, dispatcher, *args, **kwargs)
+        try:
+            return self.run_experts(x_T, dispatcher, *args, **kwargs)
+        except RuntimeError:
+            self.check_device(x_T)
+            raise
+
     def _mix(
         self,
         x: Tensor,
@@ -450,7 +464,7 @@ class MoELayer(ExpertLayer):
             if args or kwargs:
                 others = tree_map(lambda other: self._as_items(other, x, items), others)
             with self._tokens_explained():
-                output = self.run_experts(items.crop(x), dispatcher, *others[0], **others[1])
+                output = self._run(items.crop(x), dispatcher, *others[0], **others[1])
             y, rebuild = unpack(output)
             y = items.place(y)
         if self.batch_dim:
@@ -470,7 +484,7 @@ class MoELayer(ExpertLayer):
         """What the experts make of a whole map, mixed item by item; as :func:`unpack` gives it."""
         if isinstance(dispatcher, EveryExpert):
             dispatcher.factors = items.spread(dispatcher.factors)[:, :, None]
-            y, rebuild = unpack(self.run_experts(x, dispatcher, *args, **kwargs))
+            y, rebuild = unpack(self._run(x, dispatcher, *args, **kwargs))
             return self._laid_out(y, items), rebuild
         factors_TE = dispatcher.weights.new_zeros(len(dispatcher.weights), self.num_experts)
         factors_TE = factors_TE.scatter_add(1, dispatcher.expert_ids, dispatcher.weights)
@@ -482,7 +496,7 @@ class MoELayer(ExpertLayer):
             ones = factors.new_ones(ids.shape)
             whole = Dispatcher.to_one(ids, ones, expert, self.num_experts)
             # A copy, because an expert may change in place what the next one is given.
-            y, rebuild = unpack(self.run_experts(x.clone(), whole, *args, **kwargs))
+            y, rebuild = unpack(self._run(x.clone(), whole, *args, **kwargs))
             check_size(y, x.shape[2:], f'MoE layer "{self.name}": ')
             part = weighted(y, factors[:, expert, None])
             total = part if total is None else total + part
@@ -541,6 +555,19 @@ class MoELayer(ExpertLayer):
                         'GN, and no sync_bn'
                     )
             self._norms_checked = True
+
+    def _check_has_data(self, x: Tensor) -> None:
+        """Refuse an input, or experts, of which one is on the ``meta`` device.
+
+        A convolution in PyTorch does not: with weights that hold no numbers it gives whatever lies
+        in memory. All other devices it does tell apart, which needs no look before.
+        """
+        weight = next(self.experts.parameters(), None)
+        if weight is None or weight.is_meta == x.is_meta:
+            return
+        # Hooks, as those that keep weights elsewhere between their uses, may bring them.
+        if not any(m._forward_pre_hooks or 'forward' in vars(m) for m in self.experts.modules()):
+            self.check_device(x)
 
     def _check_channels(self, maps: list[Tensor], items: list[Items]) -> None:
         expected = self.router.in_channels

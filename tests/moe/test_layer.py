@@ -432,6 +432,58 @@ def test_wrong_types_are_refused(options, message):
         MoELayer(nn.Conv2d(C, C, 1), **{'num_experts': 4, 'top_k': 2, 'in_channels': C, **options})
 
 
+def blocks():
+    return nn.Sequential(nn.Conv2d(C, OUT, 3, padding=1), nn.BatchNorm2d(OUT))
+
+
+@pytest.mark.parametrize('num_experts', [1, 4])
+@pytest.mark.parametrize('expert', [lambda: nn.Conv2d(C, OUT, 1), blocks])
+@pytest.mark.parametrize(('to_meta', 'weight'), [('', 'router'), ('experts', 'experts'), ('x', '')])
+def test_another_device_is_refused(num_experts, expert, to_meta, weight):
+    """PyTorch's own convolution computes nonsense of weights on the meta device."""
+    layer = MoELayer(expert(), num_experts, min(2, num_experts), in_channels=C)
+    x = torch.randn(2, C, 4, 4)
+    if to_meta == 'x':
+        x = x.to('meta')
+    else:
+        layer.get_submodule(to_meta).to('meta')
+    here, there = ('meta', 'cpu') if to_meta == 'x' else ('cpu', 'meta')
+    message = f'is given an input on {here}, but its weight "{weight}.*" is on {there}; move both'
+    with pytest.raises(ConfigError, match=message):
+        layer(x)
+
+
+def test_another_device_is_told_of_where_pytorch_complains():
+    layer, x = MoELayer(nn.Conv2d(C, OUT, 1), 4, 2, in_channels=C), torch.randn(2, C, 4, 4)
+    layer.router.to('meta')
+    with pytest.raises(ConfigError, match=r'input on cpu, but its weight "router\..*" is on meta'):
+        layer(x)
+    layer = MoELayer(blocks(), 1, 1, in_channels=C)
+    layer.experts.to('meta').register_forward_pre_hook(lambda *_: None)
+    with pytest.raises(ConfigError, match=r'input on cpu, but its weight "experts\.0\.0\.w'):
+        layer(x)
+
+
+@pytest.mark.parametrize('num_experts', [1, 4])
+def test_hooks_may_bring_the_weights(num_experts):
+    layer = conv_layer(num_experts, min(2, num_experts))
+    x = torch.randn(3, C, 4, 4, dtype=torch.float64)
+    expected, states = layer(x), [copy.deepcopy(e.state_dict()) for e in layer.experts]
+    for expert, state in zip(layer.experts.to('meta'), states, strict=True):
+
+        def bring(expert, _, state=state):
+            expert.load_state_dict(state, assign=True)
+
+        expert.register_forward_pre_hook(bring)
+    assert torch.equal(layer(x), expected)
+
+
+def test_on_the_meta_device():
+    layer = MoELayer(nn.Conv2d(C, OUT, 1), 1, 1, in_channels=C).to('meta')
+    y = layer(torch.randn(2, C, 4, 4, device='meta'))
+    assert (y.device.type, y.shape) == ('meta', (2, OUT, 4, 4))
+
+
 def test_nan_of_the_noise_is_found():
     layer = MoELayer(nn.Conv2d(C, C, 1), 4, 2, in_channels=C)
     nn.init.constant_(layer.router.noise_fc.weight, float('inf'))

@@ -3,9 +3,11 @@
 import json
 import re
 import sys
+from collections import defaultdict
 from pathlib import Path
 from types import SimpleNamespace
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -35,7 +37,8 @@ val_dataloader = dict(batch_size=2, num_workers=0, persistent_workers=False)
 test_dataloader = val_dataloader
 load_from = None
 """
-#: Experts in the head; in neck and backbone, the latter for patches, and a μMoE; of regions.
+#: Experts in the head; in neck and backbone, the latter for patches, and a μMoE; of regions; of a
+#: classifier.
 MODELS = {
     'head': f"""
 _base_ = '{ROOT}/configs/demo/retinanet_moe_soft_digits.py'
@@ -53,6 +56,45 @@ model = dict(
     }}, {NETWORK} bbox_head=dict({HEAD}),
 )
 {LOADER}""",
+    'regions': f"""
+_base_ = [
+    '{ROOT}/configs/_base_/demo_runtime.py',
+    '{ROOT}/configs/_base_/models/faster_rcnn_r50_fpn.py',
+    '{ROOT}/configs/_base_/datasets/digit_scenes.py',
+    '{ROOT}/configs/_base_/schedules/demo.py',
+]
+model = dict(
+    backbone=dict(depth=18, base_channels=4, stem_channels=4, frozen_stages=-1, init_cfg=None),
+    neck=dict(in_channels=[4, 8, 16, 32], out_channels=8),
+    rpn_head=dict(in_channels=8, feat_channels=8),
+    roi_head=dict(
+        bbox_roi_extractor=dict(out_channels=8),
+        bbox_head=dict(
+            type='mmdet_moe.MoEShared2FCBBoxHead', num_experts=4, top_k=2,
+            in_channels=8, fc_out_channels=16, num_classes=10,
+        ),
+    ),
+)
+{LOADER}""",
+    'classifier': """
+default_scope = 'mmpretrain'
+data_root = 'DATA'
+val_dataloader = test_dataloader = dict(
+    batch_size=4, num_workers=0, sampler=dict(type='DefaultSampler', shuffle=False),
+    dataset=dict(type='CustomDataset', data_root=data_root,
+                 pipeline=[dict(type='LoadImageFromFile'), dict(type='PackInputs')]),
+)
+val_evaluator = test_evaluator = dict(type='Accuracy')
+val_cfg = test_cfg = dict()
+data_preprocessor = dict(mean=[127.5] * 3, std=[64.0] * 3, to_rgb=True)
+model = dict(
+    type='mmdet_moe.WithExperts', of='ImageClassifier',
+    experts=[dict(at='backbone.layer4', num_experts=4, top_k=2)],
+    backbone=dict(type='ResNet_CIFAR', depth=18, stem_channels=4, base_channels=4),
+    neck=dict(type='GlobalAveragePooling'),
+    head=dict(type='LinearClsHead', num_classes=2, in_channels=32),
+)
+""",
 }
 
 
@@ -73,7 +115,22 @@ class Tool:
                 torch.nn.init.normal_(parameter, 0, parameter[0].numel() ** -0.5)
         for layer in find_moe_layers(self.model).values():
             torch.nn.init.normal_(layer.router.fc.weight, 0, 30)
+        self.save()
+
+    def save(self):
         torch.save({'state_dict': self.model.state_dict(), 'meta': {}}, self.checkpoint)
+
+    @torch.no_grad()
+    def centre(self):
+        """Let the routers go by what the images do not have in common."""
+        layers, logits = find_moe_layers(self.model.eval()).values(), defaultdict(list)
+        for batch in AnalysisData(self.cfg, 'val').batches():
+            self.model(**self.model.data_preprocessor(batch, False), mode='tensor')
+            for layer in layers:
+                logits[layer].append(layer.routing.logits)
+        for layer in layers:
+            layer.router.fc.bias -= torch.cat(logits[layer]).mean(0)
+        self.save()
 
     def argv(self, *more):
         out = str(self.folder / 'model.onnx')
@@ -140,6 +197,77 @@ def test_elsewhere(tmp_path, digit_scenes_folder, capsys):
     printed = capsys.readouterr().out
     assert 'onnxruntime equals PyTorch on 4 images' in printed
     assert re.search(r'backbone\.layer4 [123] of 3, neck\.fpn_convs\.0 [123] of 3$', printed, re.M)
+
+
+@pytest.fixture(scope='module')
+def pictures(tmp_path_factory):
+    """20 images of as many colours, in two classes."""
+    folder = tmp_path_factory.mktemp('pictures')
+    rng = np.random.default_rng(0)
+    for i in range(20):
+        (folder / 'ab'[i % 2]).mkdir(exist_ok=True)
+        colour = rng.integers(0, 256, (1, 1, 3))
+        pixels = (colour + rng.integers(-30, 30, (32, 32, 3))).clip(0, 255).astype(np.uint8)
+        cv2.imwrite(str(folder / 'ab'[i % 2] / f'{i}.png'), pixels)
+    return folder
+
+
+def test_classifier_on_images_that_choose_differently(tmp_path, pictures, capsys):
+    """As many as the tool verifies by default, between which all experts are chosen."""
+    tool = Tool(tmp_path, 'classifier', pictures)
+    tool.centre()
+    assert export_model(parse(tool.argv()))
+    printed = capsys.readouterr().out
+    assert 'model.onnx: images -> scores' in printed
+    assert 'onnxruntime equals PyTorch on 20 images' in printed
+    assert printed.endswith('backbone.layer4 4 of 4\n')
+
+    session = onnxruntime.InferenceSession(str(tool.folder / 'model.onnx'))
+    (layer,) = find_moe_layers(tool.model.eval()).values()
+    decisions, seen = set(), 0
+    for batch in AnalysisData(tool.cfg, 'val').batches():
+        for image in batch['inputs']:
+            inputs = tool.model.data_preprocessor({'inputs': [image]}, False)['inputs']
+            with torch.no_grad():
+                expected = tool.model(inputs, mode='tensor')
+            (found,) = session.run(None, {'images': image[None].float().numpy()})
+            np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+            decisions.add(frozenset(layer.routing.expert_ids.flatten().tolist()))
+            seen += 1
+    assert seen == 20
+    assert len(decisions) > 2
+    assert frozenset.union(*decisions) == {0, 1, 2, 3}
+
+
+def test_experts_for_regions(tmp_path, digit_scenes_folder, capsys):
+    """Two files: up to the proposals, and from the features of regions on."""
+    tool = Tool(tmp_path, 'regions', digit_scenes_folder)
+    tool.centre()
+    assert export_model(parse(tool.argv('--verify', '2')))
+    printed = capsys.readouterr().out
+    names = [f'{n}_{i}' for n in ('features', 'rpn_cls_scores', 'rpn_bbox_preds') for i in range(5)]
+    assert f'model.onnx: images -> {", ".join(names)}' in printed
+    assert 'model_regions.onnx: regions -> cls_score, bbox_pred' in printed
+    assert 'onnxruntime equals PyTorch on 2 images' in printed
+    assert printed.endswith('roi_head.bbox_head.shared_fcs 4 of 4\n')
+
+    model = tool.model.eval()
+    batch = next(AnalysisData(tool.cfg, 'val').batches())
+    inputs = model.data_preprocessor(batch, False)['inputs'][:1]
+    corners = torch.rand(30, 2, 2).sort(1).values.flatten(1) * inputs.shape[-1]
+    with torch.no_grad():
+        features = model.extract_feat(inputs)
+        boxes = torch.cat([torch.zeros(30, 1), corners], 1)
+        regions = model.roi_head.bbox_roi_extractor(features[:4], boxes)
+        scores, boxes = model.rpn_head(features)
+        expected = [*features, *scores, *boxes], model.roi_head.bbox_head(regions)
+    assert (model.roi_head.bbox_head.shared_fcs.routing.load() > 0).all()
+    given = {'images': batch['inputs'][0][None].float(), 'regions': regions}
+    for (name, x), wanted in zip(given.items(), expected, strict=True):
+        file = 'model.onnx' if name == 'images' else 'model_regions.onnx'
+        found = onnxruntime.InferenceSession(str(tmp_path / file)).run(None, {name: x.numpy()})
+        for y, z in zip(wanted, found, strict=True):
+            np.testing.assert_allclose(z, y, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.sweep(keep=0)  # takes long

@@ -85,8 +85,8 @@ class MuMoE(ExpertLayer):
             (..., O), or (N, O, H', W').
 
         Raises:
-            ConfigError: If the input has another number of features; and for a single row in
-                training with ``norm='bn'``, of which there is no variance.
+            ConfigError: If the input has another number of features, or is on another device; and
+                for a single row in training with ``norm='bn'``, of which there is no variance.
         """
         rows, restore = self.as_rows(x)
         if rows.shape[-1] != self.in_features:
@@ -99,7 +99,11 @@ class MuMoE(ExpertLayer):
                 f'μMoE layer "{self.name}" is trained with a single row, of which batch '
                 "normalisation knows no variance; set norm='ln', or a larger batch"
             )
-        logits = self.gate.logits(rows)
+        try:
+            logits = self.gate.logits(rows)
+        except RuntimeError:
+            self.check_device(x)
+            raise
         coefficients = self.gate.activate(logits)
         if self._observers:
             self._tell(x, logits, coefficients)

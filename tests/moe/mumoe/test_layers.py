@@ -411,6 +411,16 @@ def test_bad_inputs():
 
 
 @pytest.mark.parametrize('kind', ALL)
+def test_another_device(kind):
+    x, message = example(kind), 'is given an input on {}, but its weight ".+" is on {}; move both'
+    with pytest.raises(ConfigError, match=message.format('meta', 'cpu')):
+        make(kind)(x.to('meta'))
+    with pytest.raises(ConfigError, match=message.format('cpu', 'meta')):
+        make(kind).to('meta')(x)
+    assert make(kind).to('meta')(x.to('meta')).device.type == 'meta'
+
+
+@pytest.mark.parametrize('kind', ALL)
 def test_flops(kind):
     layer = make(kind, rank=4)
     pixels = 6 * 4 if 'conv' in kind else 6 * 3
