@@ -39,9 +39,11 @@ def association(bins, counts, edges=None, **fields):
         'permutations': 999,
         'num_units': 1000,
         'num_images': 200,
+        'left_out': 0.0,
         'mi_max': min(entropy(p.sum(0)), entropy(p.sum(1))),
     }
-    given = {**information, 'mi': 0.3 * max(0.0, mi), 'interval': [0.2 * mi, 0.4 * mi]}
+    ends = [0.2 * mi, 0.4 * mi]
+    given = {**information, 'mi': 0.3 * max(0.0, mi), 'interval': ends, 'left_out': 0.25}
     return {
         'bins': list(bins),
         'edges': edges,
@@ -110,7 +112,7 @@ def make_experts(
     base = _metrics(rng, names, detection)
     experts = {
         'schema': 'mmdet_moe.experts',
-        'version': 3,
+        'version': 4,
         'run': {
             'config': 'synthetic',
             'checkpoint': 'iter_400.pth',

@@ -244,7 +244,7 @@ def check_controls(table, attribute, task):
 
 def check_schema(experts, task):
     assert list(experts)[:2] == ['schema', 'version']
-    assert (experts['schema'], experts['version']) == ('mmdet_moe.experts', 3)
+    assert (experts['schema'], experts['version']) == ('mmdet_moe.experts', 4)
     assert set(experts) == {
         'schema', 'version', 'run', 'metrics', 'metrics_interval', 'layers', 'interventions',
         'history', 'flows', 'stability', 'verdict',
@@ -748,10 +748,10 @@ def test_comparison(detector, finished, tmp_path, capsys):
         assert str(other) in sentence
     assert files_in(tmp_path) == before
     # The second one, of which no report is read.
-    old = {**json.loads(content(finished)), 'version': 2}
+    old = {**json.loads(content(finished)), 'version': 3}
     (tmp_path / 'nothing' / 'experts.json').write_text(json.dumps(old))
     two = ('--compare', str(finished), '--compare', str(tmp_path / 'nothing'))
-    assert 'has version 2' in failure(capsys, detector, tmp_path / 'new', *two)
+    assert 'has version 3' in failure(capsys, detector, tmp_path / 'new', *two)
     assert not (tmp_path / 'new').exists()
 
 

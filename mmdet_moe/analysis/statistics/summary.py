@@ -38,7 +38,7 @@ from mmdet_moe.analysis.statistics.polysemanticity import polysemanticity
 from mmdet_moe.analysis.study import Study
 from mmdet_moe.moe import MoELayer
 
-SCHEMA, VERSION = 'mmdet_moe.experts', 3
+SCHEMA, VERSION = 'mmdet_moe.experts', 4
 # Given what each attribute is told, besides without; some of the classes make a super-class.
 _GIVEN = {'class': ('level',), 'superclass': ('level',), 'level': ('class',)}
 _GIVEN_BOTH = ('level', 'class')
