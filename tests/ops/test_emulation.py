@@ -126,11 +126,11 @@ def compile_flags():
         pytest.skip('there is no g++ with AddressSanitizer (libasan.so)')
     toolkit = Path(os.environ.get('CUDA_HOME') or '/usr/local/cuda')
     # To those that PyTorch brings, the packages nvidia-cuda-crt and nvidia-cuda-cccl add the rest.
-    folders = [toolkit / 'include', *pytorch.folder.parent.glob('nvidia/cu*/include')]
+    folders = [toolkit / 'include', *pytorch.folder.parent.glob('nvidia/cu[0-9]*/include')]
     needed = ('cuda_bf16.h', 'crt/host_defines.h', 'nv/target')
     headers = next((f for f in folders if all((f / name).exists() for name in needed)), None)
     if headers is None:
-        pytest.skip(f'{" and ".join(map(str, folders))} lack headers of CUDA; set CUDA_HOME')
+        pytest.skip(f"no headers of CUDA in {toolkit} nor all beside PyTorch's; set CUDA_HOME")
     flags = ['-shared', '-fPIC', *pytorch.flags]
     # Without optimisations nothing is gone before the sanitizers see it, and g++ is twice as fast.
     flags += ['-O0', '-g1', '-fsanitize=address,undefined', '-fno-sanitize-recover=all']
