@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from mmdet_moe import ops
 from mmdet_moe.errors import ConfigError
+from mmdet_moe.moe.precision import CastBefore, autocast, autocast_dtype
 from mmdet_moe.moe.routing import spread
 
 
@@ -91,6 +92,8 @@ class Dispatcher:
         self.weights = weights
         self.num_experts = num_experts
         self.is_whole = False
+        #: What is made of the parameters for all maps of a forward pass, if there are several.
+        self.shared: dict[tuple[str, Tensor], Any] | None = None
         self._sorting = sorting or Sorting(expert_ids, weights, num_experts)
         self._level, self._first_item = level, first_item
 
@@ -150,6 +153,35 @@ class Dispatcher:
     def used_experts(self) -> set[int]:
         """The experts that get items."""
         return {e for e, (start, stop) in enumerate(pairwise(self.bounds)) if stop > start}
+
+    def parts(self, stacked: Tensor) -> tuple[Tensor, ...]:
+        """A parameter (E, ...) of each expert, the same tensors for all maps of a forward pass.
+
+        So their gradients are put together once, and :meth:`cast` knows them again.
+        """
+        return self._once(('parts', stacked), stacked.unbind)
+
+    def cast(self, x: Tensor) -> Tensor:
+        """A parameter, or a part of one, as autocast casts it, once for all maps of a forward pass.
+
+        Autocast itself remembers what it has cast of leaves alone, and no part is a leaf.
+        """
+        if self._kept is None or autocast_dtype(x) == x.dtype:
+            return autocast(x)
+        return CastBefore.apply(x, self._once(('cast', x), lambda: autocast(x.detach())))
+
+    @property
+    def _kept(self) -> dict[tuple[str, Tensor], Any] | None:
+        # Graphs would be compiled again for each of its states.
+        return None if torch.compiler.is_compiling() else self.shared
+
+    def _once(self, key: tuple[str, Tensor], make: Callable[[], Any]) -> Any:
+        kept = self._kept
+        if kept is None:
+            return make()
+        if key not in kept:
+            kept[key] = make()
+        return kept[key]
 
     def dispatch(self, x_T: Tensor) -> Tensor:
         """Copy the items to rows in the order of the experts: (T, ...) to (R, ...)."""

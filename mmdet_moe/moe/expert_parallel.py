@@ -175,7 +175,9 @@ class SpreadExperts(Experts):
                 trip.rows_of(part, sources) if isinstance(part, list) else part for part in parts
             ]
             x_R, more, named = tree_unflatten(own, spec)
-            y, rebuild_this = unpack(self.local(x_R, trip.dispatcher(sources), *more, **named))
+            here = trip.dispatcher(sources)
+            here.shared = dispatcher.shared
+            y, rebuild_this = unpack(self.local(x_R, here, *more, **named))
             if trip.rank in sources:
                 rebuild, shape = rebuild_this, y.shape[1:]
             rows = y.split([trip.received[s] for s in sources])

@@ -344,6 +344,9 @@ class MoELayer(ExpertLayer):
             dispatchers = self._dense_dispatchers(routing)
         else:
             dispatchers, sorting = self._dispatchers(routing, is_finite)
+            shared: dict | None = {} if len(maps) > 1 or self.whole_maps else None
+            for dispatcher in dispatchers:
+                dispatcher.shared = shared
         joined: Sequence[Any] | None = None
         # What belongs to single items, or stands in for what computes them, goes level by level.
         if sorting and self._may_join_levels(maps) and not (args or kwargs):
@@ -495,6 +498,7 @@ class MoELayer(ExpertLayer):
             ids = torch.full((len(x), 1), expert, device=x.device)
             ones = factors.new_ones(ids.shape)
             whole = Dispatcher.to_one(ids, ones, expert, self.num_experts)
+            whole.shared = dispatcher.shared
             # A copy, because an expert may change in place what the next one is given.
             y, rebuild = unpack(self._run(x.clone(), whole, *args, **kwargs))
             check_size(y, x.shape[2:], f'MoE layer "{self.name}": ')

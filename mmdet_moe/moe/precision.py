@@ -7,12 +7,30 @@ import torch
 from torch import Tensor, nn
 
 
-def autocast(x: Tensor) -> Tensor:
-    """As autocast casts what goes into a matrix product; it does not know all of ours."""
+def autocast_dtype(x: Tensor) -> torch.dtype:
+    """That to which autocast casts what goes into a matrix product."""
     device = x.device.type
     if x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
-        return x
-    return x.to(torch.get_autocast_dtype(device))
+        return x.dtype
+    return torch.get_autocast_dtype(device)
+
+
+def autocast(x: Tensor) -> Tensor:
+    """As autocast casts what goes into a matrix product; it does not know all of ours."""
+    return x.to(autocast_dtype(x))
+
+
+class CastBefore(torch.autograd.Function):
+    """A parameter as it was cast before. Its gradient is added up in its own dtype, use by use."""
+
+    @staticmethod
+    def forward(ctx, parameter: Tensor, cast: Tensor) -> Tensor:
+        ctx.dtype = parameter.dtype
+        return cast.detach()
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        return grad.to(ctx.dtype), None
 
 
 def no_autocast(device_type: str) -> AbstractContextManager:

@@ -20,7 +20,7 @@ from mmdet_moe.moe.experts.base import StackedExperts
 from mmdet_moe.moe.experts.conv_cost import MOST_MIXED_BYTES, cheapest
 from mmdet_moe.moe.experts.linear import grouped_linear
 from mmdet_moe.moe.layout import memory_format_of
-from mmdet_moe.moe.precision import autocast, no_autocast
+from mmdet_moe.moe.precision import autocast, autocast_dtype, no_autocast
 from mmdet_moe.registry import MODELS
 
 IMPLS = ('auto', 'subbatches', 'grouped', 'views')
@@ -165,12 +165,17 @@ class ConvExperts(StackedExperts):
     def _subbatches(self, x_T: Tensor, dispatcher: Dispatcher) -> Tensor:
         if self._is_linear_on(x_T):
             rows_R = dispatcher.dispatch(x_T).flatten(1)
-            y_R = grouped_linear(rows_R, self.weight.flatten(2), self.bias, dispatcher)
+            stacked = dispatcher.cast(self.weight).flatten(2)
+            y_R = grouped_linear(rows_R, stacked, self.bias, dispatcher)
             return dispatcher.combine(y_R)[:, :, None, None]
-        weights = self.weight.unbind(0)
-        biases = (None,) * len(weights) if self.bias is None else self.bias.unbind(0)
+        weights = dispatcher.parts(self.weight)
+        biases = (None,) * len(weights) if self.bias is None else dispatcher.parts(self.bias)
+
+        def convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+            return self._convolve(x, dispatcher.cast(weight), bias, self.groups)
+
         experts = [
-            partial(self._convolve, weight=weight, bias=bias, groups=self.groups)
+            partial(convolve, weight=weight, bias=bias)
             for weight, bias in zip(weights, biases, strict=True)
         ]
         return dispatcher.through(x_T, experts)
@@ -223,7 +228,7 @@ class ConvExperts(StackedExperts):
     def _views(self, x_T: Tensor, dispatcher: Dispatcher) -> Tensor:
         if x_T.shape[0] == 0:
             return self._subbatches(x_T, dispatcher)
-        x_T, dtype = autocast(x_T), autocast(self.weight[:0]).dtype
+        x_T, dtype = autocast(x_T), autocast_dtype(self.weight)
         geometry = (self.stride, self.padding, self.dilation, self.groups)
         with no_autocast(x_T.device.type):
             biases = None if self.bias is None else self._mixed(self.bias, dispatcher).to(dtype)

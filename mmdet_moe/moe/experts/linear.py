@@ -170,10 +170,11 @@ def grouped_linear(
     Returns:
         (R, out), under autocast of its dtype.
     """
+    weight = dispatcher.cast(weight)
     if isinstance(dispatcher, EveryExpert):
-        y = autocast(x_R).unflatten(0, (len(weight), -1)) @ autocast(weight).transpose(1, 2)
+        y = autocast(x_R).unflatten(0, (len(weight), -1)) @ weight.transpose(1, 2)
         return (y if bias is None else y + bias[:, None].to(y.dtype)).flatten(0, 1)
-    y_R = _grouped_product(autocast(x_R), autocast(weight), dispatcher)
+    y_R = _grouped_product(autocast(x_R), weight, dispatcher)
     return y_R if bias is None else _AddBias.apply(y_R, bias.to(y_R.dtype), dispatcher.bounds)
 
 
