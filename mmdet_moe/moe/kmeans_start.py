@@ -1,13 +1,12 @@
 """A router that starts with the clusters of what it is given, instead of with chance."""
 
-from collections.abc import Callable
-
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from mmdet_moe.errors import ConfigError
 from mmdet_moe.moe.distributed import from_first_rank_, is_first_rank
+from mmdet_moe.ops.functional import uncompiled
 
 #: Items for each expert before they are clustered.
 ITEMS_PER_EXPERT = 64
@@ -63,7 +62,7 @@ class KMeansStart(nn.Module):
         Raises:
             ConfigError: If fewer than E of the items differ.
         """
-        _uncompiled(self._look)(fc, features)
+        uncompiled(self._look)(fc, features)
 
     def set_if_ready(self, fc: nn.Linear) -> None:
         """Set the layer if there are enough items. Called on all ranks alike.
@@ -71,7 +70,7 @@ class KMeansStart(nn.Module):
         Raises:
             ConfigError: If fewer than E of the items differ.
         """
-        _uncompiled(self._set_if_ready)(fc)
+        uncompiled(self._set_if_ready)(fc)
 
     @torch.no_grad()
     def _look(self, fc: nn.Linear, features: Tensor) -> None:
@@ -106,11 +105,6 @@ class KMeansStart(nn.Module):
             fc.bias.copy_(torch.from_numpy(bias))
         from_first_rank_([fc.weight, fc.bias])
         self.done.fill_(True)
-
-
-def _uncompiled(function: Callable[..., None]) -> Callable[..., None]:
-    # As a decorator, torch.compiler.disable() would import dynamo, two seconds, with the package.
-    return torch.compiler.disable(function) if torch.compiler.is_compiling() else function
 
 
 def _some(items: Tensor) -> Tensor:
