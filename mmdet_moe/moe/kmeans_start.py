@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from mmdet_moe.errors import ConfigError
 from mmdet_moe.moe.distributed import from_first_rank_, is_first_rank
+from mmdet_moe.ops.functional import uncompiled
 
 #: Items for each expert before they are clustered.
 ITEMS_PER_EXPERT = 64
@@ -68,7 +69,7 @@ class KMeansStart(nn.Module):
         Raises:
             ConfigError: If fewer than E of the items differ.
         """
-        _uncompiled(self._look)(fc, rows, normalise)
+        uncompiled(self._look)(fc, rows, normalise)
 
     def set_if_ready(self, fc: nn.Linear, normalise: Normalise) -> None:
         """Set the layer if there are enough items. Called on all ranks alike.
@@ -76,7 +77,7 @@ class KMeansStart(nn.Module):
         Raises:
             ConfigError: If fewer than E of the items differ.
         """
-        _uncompiled(self._set_if_ready)(fc, normalise)
+        uncompiled(self._set_if_ready)(fc, normalise)
 
     def forget(self) -> None:
         """Weights have been loaded: whether they are :attr:`done` is asked again."""
@@ -125,11 +126,6 @@ class KMeansStart(nn.Module):
             fc.bias.copy_(torch.from_numpy(bias))
         from_first_rank_([fc.weight, fc.bias])
         self.done.fill_(1)
-
-
-def _uncompiled(function: Callable[..., None]) -> Callable[..., None]:
-    # As a decorator, torch.compiler.disable() would import dynamo, two seconds, with the package.
-    return torch.compiler.disable(function) if torch.compiler.is_compiling() else function
 
 
 def _some(items: Tensor) -> Tensor:

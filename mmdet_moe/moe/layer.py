@@ -34,7 +34,7 @@ from mmdet_moe.moe.granularity import GRANULARITIES
 from mmdet_moe.moe.items import Items
 from mmdet_moe.moe.routers import Router
 from mmdet_moe.moe.routing import Routing
-from mmdet_moe.ops.functional import is_exporting, is_one_graph
+from mmdet_moe.ops.functional import is_exporting, is_one_graph, uncompiled
 from mmdet_moe.registry import MODELS
 
 EXPERT_INITS = ('independent', 'shared')
@@ -291,8 +291,9 @@ class MoELayer(ExpertLayer):
             a structure that holds one tensor, that structure with the output in its place.
 
         Raises:
-            NonFiniteRouterError: If the router's logits are not finite. In ``torch.compile`` it is
-                a RuntimeError that says the same; an exported layer does not look.
+            NonFiniteRouterError: If the router's logits are not finite. With ``fullgraph=True`` of
+                ``torch.compile`` it is a RuntimeError that says the same; an exported layer does
+                not look.
             ConfigError: If an input or an output belongs to no item, or to more than one; if the
                 input is on another device than the weights; and in training within
                 ``torch.export``, ``torch.onnx.export`` and ``torch.jit.trace``.
@@ -335,6 +336,25 @@ class MoELayer(ExpertLayer):
             self.check_device(maps[0])
             self._check_channels(maps, items)
             raise
+        # How many items each expert gets is for the host to know, and differs from call to call.
+        mix = self._mix_all if dense else uncompiled(self._mix_all)
+        outputs = mix(routing, maps, items, args, kwargs, dense, exports)
+        # What stands beside the experts takes the input as the layer was given it.
+        given = [m.transpose(0, 1) for m in maps] if self.batch_dim else maps
+        outputs = [self._beside(m, y, args, kwargs) for m, y in zip(given, outputs, strict=True)]
+        return outputs[0] if single else outputs
+
+    def _mix_all(
+        self,
+        routing: Routing,
+        maps: list[Tensor],
+        items: list[Items],
+        args: tuple,
+        kwargs: dict,
+        dense: bool,
+        exports: bool,
+    ) -> list[Any]:
+        """Check and remember the decision, then steps 3 to 5 for all maps."""
         is_finite = None
         if not exports:
             is_finite = self._check_finite(routing)
@@ -361,7 +381,7 @@ class MoELayer(ExpertLayer):
             self._look_later(is_finite)
         if torch.is_grad_enabled() and not dense:
             outputs[0] = self._keep_in_graph(outputs[0], used)
-        return outputs[0] if single else outputs
+        return outputs
 
     def _may_join_levels(self, maps: list[Tensor]) -> bool:
         return (
@@ -456,7 +476,7 @@ class MoELayer(ExpertLayer):
         kwargs: dict,
         output: Any = None,
     ) -> Any:
-        """Steps 3 to 5 for one map, unless their output is there, and what stands beside it."""
+        """Steps 3 to 5 for one map, unless their output is there."""
         if output is not None:
             y, rebuild = unpack(output)
             y = items.place(y)
@@ -471,10 +491,14 @@ class MoELayer(ExpertLayer):
             y, rebuild = unpack(output)
             y = items.place(y)
         if self.batch_dim:
-            # What stands beside the experts takes the input as the layer was given it.
-            x, y = x.transpose(0, 1), y.transpose(0, 1)
+            y = y.transpose(0, 1)
         if torch.is_grad_enabled() and self.experts.separate_parameters and not dispatcher.is_whole:
             used |= self.experts.entered(dispatcher)
+        return rebuild(y)
+
+    def _beside(self, x: Tensor, output: Any, args: tuple, kwargs: dict) -> Any:
+        """The layer's output for one map, of which ``output`` is what the experts made."""
+        y, rebuild = unpack(output)
         for expert in self.shared or ():
             y = y + unpack(expert(x, *args, **kwargs))[0]
         if self.shared:
@@ -558,7 +582,8 @@ class MoELayer(ExpertLayer):
                         'ranks whose images went to other experts; use BN with norm_eval=True, or '
                         'GN, and no sync_bn'
                     )
-            self._norms_checked = True
+            # Remembering it would change what a compiled graph was made for.
+            self._norms_checked = not torch.compiler.is_compiling()
 
     def _check_has_data(self, x: Tensor) -> None:
         """Refuse an input, or experts, of which one is on the ``meta`` device.
@@ -644,7 +669,10 @@ class MoELayer(ExpertLayer):
         # The weights as well: the noise has parameters of its own. A sum is finite if all is.
         is_finite = (routing.logits.detach().sum() + routing.weights.detach().sum()).isfinite()
         if torch.compiler.is_compiling():
-            torch._assert_async(is_finite, self._not_finite(None))  # the host does not look
+            # The host does not look. Inductor writes the message as it is, quoted, into C++.
+            message = self._not_finite(None)
+            message = ''.join(c if c.isalnum() or c in ' .:;_-' else '`' for c in message)
+            torch._assert_async(is_finite, message)
             return None
         if is_finite.device.type != 'cpu':
             return is_finite

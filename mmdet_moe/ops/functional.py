@@ -1,5 +1,8 @@
 """The ops as functions with their checks."""
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -32,6 +35,15 @@ def is_one_graph() -> bool:
     says where its graph breaks.
     """
     return torch.compiler.is_compiling() and _translator_has_one_graph()
+
+
+def uncompiled(function: Callable) -> Callable:
+    """The function, for calls that ``torch.compile`` leaves as they are, with all that they do."""
+    if not torch.compiler.is_compiling():
+        return function
+    from mmdet_moe.ops.uncompiled import call_uncompiled
+
+    return partial(call_uncompiled, function)
 
 
 def sort_routes(expert_ids_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:

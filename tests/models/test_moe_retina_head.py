@@ -9,6 +9,7 @@ from copies import check_gradients, check_same
 from mmdet.registry import MODELS
 from mmengine.runner import load_checkpoint, load_state_dict
 from tiny_models import ASSIGNER, FOUR, RESNET_18, RETINA, TEST_CFG, two_images
+from torch._dynamo.utils import counters
 from torchvision.ops import box_iou
 
 from mmdet_moe.engine.hooks.balancing_loss_hook import _AddLosses
@@ -277,3 +278,24 @@ def test_checkpoint_with_another_number_of_experts(tmp_path):
     model = build_detector({'num_experts': 3})
     with pytest.raises(ConfigError, match=r'has 4 experts in "bbox_head\.cls_moe" .* has 3'):
         load_checkpoint(model, str(tmp_path / 'four.pth'))
+
+
+@pytest.mark.parametrize('fullgraph', [False, True], ids=['breaks', 'one graph'])
+def test_compiled(fullgraph, randomise):
+    """The whole network, in one graph or with the breaks of its two sparse layers alone."""
+    torch._dynamo.reset()
+    counters.clear()
+    model = randomise(build_detector(FOUR)).eval()
+    layers = model.bbox_head.cls_moe, model.bbox_head.reg_moe
+    compiled = torch.compile(model, fullgraph=fullgraph, backend='aot_eager')
+    loads = []
+    with torch.no_grad(), torch._dynamo.config.patch(error_on_recompile=True):
+        for _ in range(2):
+            images = torch.randn(2, 3, 64, 96)
+            expected = model(images, mode='tensor')
+            loads.append([layer.routing.load().tolist() for layer in layers])
+            found = compiled(images, mode='tensor')
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert loads[0] != loads[1]
+    assert all('call_uncompiled' in reason for reason in counters['graph_break'])
+    assert bool(counters['graph_break']) != fullgraph

@@ -1,10 +1,14 @@
 """torch.compile against the layer as it is, with and without breaks of the graph."""
 
+import os
+import shutil
+
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.utils import counters
 
-from mmdet_moe.errors import ConfigError
+from mmdet_moe.errors import ConfigError, NonFiniteRouterError
 from mmdet_moe.moe import ConvExperts, CPMuMoE, LinearExperts, MLPExperts, MoELayer
 
 C, E = 8, 4
@@ -92,26 +96,85 @@ def test_one_graph(name, training):
         compare(built, compiled, inputs)
 
 
-@pytest.mark.parametrize('name', ['modules', 'convolutions', 'linear', 'mlp'])
-def test_with_breaks(name):
-    """By default the graph breaks at what the host has to know, and experts stay sparse."""
+@pytest.mark.sweep(keep=1 / 3, each=('training',))
+@pytest.mark.parametrize('training', [False, True], ids=['inference', 'training'])
+@pytest.mark.parametrize('name', CASES)
+def test_with_breaks(name, training):
+    """One break, for what depends on the decision, with which nothing is compiled anew."""
     torch._dynamo.reset()
+    counters.clear()
     build, shape = CASES[name]
-    built = build()
-    compare(built, torch.compile(built, backend='aot_eager'), [torch.randn(shape)])
+    built = build().train(training)
+    inputs = [torch.randn(shape) * (i + 1) - 0.4 * i for i in range(3)]
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        compare(built, torch.compile(built, backend='aot_eager'), inputs)
+    # A break is one of the caller, too.
+    expected = {'factors': 0, 'two levels': 2}.get(name, 1)
+    assert sum(counters['graph_break'].values()) == expected
 
 
-def test_batch_statistics_are_refused_in_one_graph():
-    """They would be those of all items, not of the expert's own."""
+@pytest.mark.skipif(
+    shutil.which(os.environ.get('CXX', 'g++')) is None,
+    reason='there is no C++ compiler (g++ or CXX) for the default backend',
+)
+@pytest.mark.sweep(keep=1 / 4, each=('name',))
+@pytest.mark.parametrize('training', [False, True], ids=['inference', 'training'])
+@pytest.mark.parametrize('fullgraph', [False, True], ids=['breaks', 'one graph'])
+@pytest.mark.parametrize('name', ['small modules', 'convolutions', 'mlp', 'factors'])
+def test_default_backend(name, fullgraph, training):
+    """Its C++ is compiled, whatever the layer is called."""
+    torch._dynamo.reset()
+    build, shape = CASES.get(name) or (lambda: layer(conv()), MAPS)
+    built = build().train(training)
+    built.name = 'a "b" \\ c\n'
+    compiled = torch.compile(built, fullgraph=fullgraph)
+    compare(built, compiled, [torch.randn(shape)])
+    if name == 'factors':
+        return
+    x = torch.full(shape, float('nan'), requires_grad=training)
+    message = r'(?s)The router of MoE layer .*a.*c.* produced values that are not finite;'
+    error = RuntimeError if fullgraph else NonFiniteRouterError
+    with torch.set_grad_enabled(training), pytest.raises(error, match=message):
+        compiled(x)
+
+
+@pytest.mark.parametrize('training', [False, True], ids=['inference', 'training'])
+def test_compiled_experts(training):
+    """By themselves: for one item, and for any number of several."""
+    torch._dynamo.reset()
+    counters.clear()
+    built, by_itself = layer(subnet()).train(training), layer(subnet()).train(training)
+    by_itself.load_state_dict(built.state_dict())
+    for expert in built.experts:
+        expert.compile(dynamic=True, backend='aot_eager')
+    compiled = torch.compile(built, backend='aot_eager')
+    with torch.set_grad_enabled(training):
+        for i in range(12):
+            x = torch.randn(MAPS) * (i % 3 + 1) - 0.4 * i
+            found = results(built, compiled, x)
+            expected = results(by_itself, by_itself, x)
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert counters['stats']['unique_graphs'] < 6
+
+
+def test_batch_statistics():
+    """Refused in one graph, where they would be those of all items, not of the expert's own."""
     torch._dynamo.reset()
     built = layer(nn.Sequential(conv(), nn.BatchNorm2d(C)))
+    compare(built, torch.compile(built, backend='aot_eager'), [torch.randn(MAPS)])
     compiled = torch.compile(built, fullgraph=True, backend='aot_eager')
     with pytest.raises((ConfigError, RuntimeError), match='hold BN in training mode'):
         compiled(torch.randn(MAPS))
 
 
-def test_values_that_are_not_finite():
+@pytest.mark.parametrize(
+    ('fullgraph', 'error'), [(True, RuntimeError), (False, NonFiniteRouterError)]
+)
+def test_values_that_are_not_finite(fullgraph, error):
+    """They are told before the constraint counts them."""
     torch._dynamo.reset()
-    compiled = torch.compile(layer(conv()).eval(), fullgraph=True, backend='aot_eager')
-    with torch.no_grad(), pytest.raises(RuntimeError, match='produced values that are not finite'):
+    built = CASES['hard constraint'][0]()
+    compiled = torch.compile(built, fullgraph=fullgraph, backend='aot_eager')
+    with pytest.raises(error, match='produced values that are not finite'):
         compiled(torch.full(MAPS, float('nan')))
+    assert not built.router.constraint.relative_importance.any()

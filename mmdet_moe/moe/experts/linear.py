@@ -198,7 +198,6 @@ def _grouped_mm_serves(x_R: Tensor, weight: Tensor, dispatcher: Dispatcher) -> b
     aligned = 16 // weight.itemsize
     if (
         not hasattr(F, 'grouped_mm')
-        or torch.compiler.is_compiling()  # its shapes are known for half precision only
         or x_R.dtype != weight.dtype
         or weight.dtype not in (torch.float32, torch.bfloat16, torch.float16)
         or x_R.shape[0] == 0

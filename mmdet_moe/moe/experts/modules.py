@@ -6,7 +6,6 @@ from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any
 
-import torch
 from mmengine.model import ModuleList
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -99,12 +98,10 @@ class ModuleExperts(ModuleList, Experts):
     ) -> list[Tensor] | None:
         """On one sheet per expert, see :mod:`~mmdet_moe.moe.experts.sheets`.
 
-        Not for experts that cannot compute one, batch norm in training, and within
-        ``torch.compile``.
+        Not for experts that cannot compute one, and batch norm in training.
         """
         if (
             any(x.dim() != 4 for x in items)
-            or torch.compiler.is_compiling()
             or any(isinstance(m, _BatchNorm) and m.training for m in self.modules())
             or (is_distributed() and is_sharded(self))
             or not sorting.bounds[-1]
