@@ -340,8 +340,8 @@ class MoELayer(ExpertLayer):
         mix = self._mix_all if dense else uncompiled(self._mix_all)
         outputs = mix(routing, maps, items, args, kwargs, dense, exports)
         # What stands beside the experts takes the input as the layer was given it.
-        given = [m.transpose(0, 1) for m in maps] if self.batch_dim else maps
-        outputs = [self._beside(m, y, args, kwargs) for m, y in zip(given, outputs, strict=True)]
+        outside = [m.transpose(0, 1) for m in maps] if self.batch_dim else maps
+        outputs = [self._beside(m, y, args, kwargs) for m, y in zip(outside, outputs, strict=True)]
         return outputs[0] if single else outputs
 
     def _mix_all(

@@ -154,7 +154,6 @@ def test_what_falls_back_to_levels():
     assert not assert_same(layer, maps_of())
 
 
-
 @pytest.mark.parametrize(('change', 'used'), [
     ({'padding_mode': 'reflect'}, False),
     ({'kernel_size': 1, 'padding': 0}, True),

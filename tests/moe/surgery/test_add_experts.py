@@ -394,10 +394,19 @@ class Shares(nn.Module):
         *(
             (Head, {'cls': {field: value}}, f"experts: at='cls'.*: {field}={value!r} must be")
             for field, value in (
-                ('shared', -1), ('width', 'wide'), ('width', float('nan')), ('num_experts', '4'),
-                ('num_experts', 4.0), ('top_k', True), ('grid_size', '4'), ('in_channels', '16'),
-                ('in_channels', -4), ('upcycle_noise', float('nan')), ('capacity_factor', True),
-                ('residual', 'no'), ('name', 'x.y'),
+                ('shared', -1),
+                ('width', 'wide'),
+                ('width', float('nan')),
+                ('num_experts', '4'),
+                ('num_experts', 4.0),
+                ('top_k', True),
+                ('grid_size', '4'),
+                ('in_channels', '16'),
+                ('in_channels', -4),
+                ('upcycle_noise', float('nan')),
+                ('capacity_factor', True),
+                ('residual', 'no'),
+                ('name', 'x.y'),
             )
         ),
         (lambda: nn.Sequential(nn.Conv2d(2, 2, 3)), {'0': {'residual': True}}, '62 pixels of 64'),
