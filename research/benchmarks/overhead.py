@@ -1,12 +1,16 @@
 """What an MoE layer costs besides its experts: with one expert, and with tiny ones."""
 
 import copy
+import statistics
+import time
+from collections.abc import Sequence
+from unittest.mock import patch
 
 import torch
 import torchvision
 from torch import nn
 
-from mmdet_moe.moe import add_experts
+from mmdet_moe.moe import ConvExperts, MoELayer, add_experts
 from research.benchmarks.harness import FORWARD, PASSES, Benchmark, Computation
 
 HARD = {'constraint': {'type': 'mmdet_moe.RelativeImportanceConstraint'}}
@@ -38,6 +42,16 @@ def run_overhead(bench: Benchmark, batch: int) -> None:
         ('linear layers for tokens', nn.Linear(16, 16), tokens, {'granularity': 'token'}),
     ):
         _fixed_cost(bench, name, layer, x, options)
+    if bench.device.type == 'cpu':
+        levels = [bench.tensor(2, 256, size, size) for size in (32, 16, 8, 4, 2)]
+        convs = [nn.Conv2d(256, 256, 3, padding=1) for _ in range(4)]
+        conv = ConvExperts(256, 256, 3, 4, padding=1, impl='subbatches')
+        for name, experts, maps in (
+            ('stage 3 of a ResNet-18', stage, [bench.tensor(batch, 128, 16, 16)]),
+            ('subnet of a RetinaNet, 5 levels', nn.Sequential(*convs), levels),
+            ('one of its convolutions', conv, levels),
+        ):
+            _share_of_cat(bench, name, MoELayer(experts, 4, 2, in_channels=maps[0].shape[1]), maps)
 
 
 def _model(layer: nn.Module, bench: Benchmark, **options) -> nn.Module:
@@ -94,3 +108,27 @@ def _fixed_cost(
                 at_most=0.3,
                 unit=' ms',
             )
+
+
+def _share_of_cat(
+    bench: Benchmark, name: str, layer: nn.Module, maps: Sequence[torch.Tensor]
+) -> None:
+    """The CPU time that the experts' outputs take to be joined for `combine`."""
+    layer.to(bench.dtype)
+    layer.router.float()
+    cat, joining, shares = torch.cat, [], []
+
+    def timed(*args, **kwargs) -> torch.Tensor:
+        started = time.process_time()
+        joined = cat(*args, **kwargs)
+        joining.append(time.process_time() - started)
+        return joined
+
+    with patch('torch.cat', timed), torch.no_grad():
+        for _ in range(1 + (bench.repeats or 15)):
+            joining.clear()
+            started = time.process_time()
+            layer(maps)
+            shares.append(sum(joining) / (time.process_time() - started))
+    share = statistics.median(shares[1:])
+    bench.note(f'{name}, E = 4, k = 2: joining the outputs is {share:.1%} of the forward pass')

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 import subprocess
 import sys
@@ -160,6 +161,9 @@ def test_overhead(run):
     assert [list(rows_of(c)) for c in layers] == [['dense, 2 N items', 'MoE, E = 4, k = 2']] * 8
     # Both passes of the stage, and the forward pass of each layer.
     assert len(results['targets']) == 2 + 4
+    shares = [re.search(r'joining the outputs is (.*)% of', note)[1] for note in results['notes']]
+    assert len(shares) == 3
+    assert all(0 < float(share) < 50 for share in shares)
 
 
 def test_retinanet(run, monkeypatch):
