@@ -434,6 +434,7 @@ class Entrance:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """What the model's own method returns."""
         layers = vars(self.model)[_LAYERS]
+        before = [layer._latest for layer in layers]
         for layer in layers:
             layer.begin(self.name)
         try:
@@ -442,8 +443,11 @@ class Entrance:
             for layer in layers:
                 layer.forget()
             raise
-        for layer in layers:
+        for layer, latest in zip(layers, before, strict=True):
+            has_run = bool(layer._latest.routings)
             layer.end(self.name)
+            if not has_run:  # as a head's loss, of what its forward has decided
+                layer._latest = latest
         return result
 
 
