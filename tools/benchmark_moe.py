@@ -139,6 +139,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument('--device', choices=('cpu', 'cuda'), default='cpu')
     parser.add_argument('--dtype', choices=DTYPES, help='float32 on a CPU, bfloat16 on a GPU')
+    parser.add_argument('--channels-last', action='store_true', help='maps of that memory format')
     parser.add_argument('--threads', type=int, help="default: PyTorch's choice")
     parser.add_argument(
         '--repeats', type=int, help='rounds of every table; default: 7 to 50, as time allows'
@@ -195,6 +196,8 @@ def _check_arguments(args: argparse.Namespace) -> None:
     if _compares(args):
         if args.quick:
             raise ConfigError('--quick has too few rounds to compare; leave it')
+        if args.channels_last:
+            raise ConfigError('--channels-last is not what the kept figures had; leave it')
         if args.repeats is not None and interval_of_median(range(args.repeats)) is None:
             raise ConfigError(f'--repeats {args.repeats} are too few rounds to compare; leave it')
         if unknown := [suite for suite in args.suites if suite not in DEFAULT_SUITES]:
@@ -221,12 +224,15 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     repeats = args.repeats or sizes.repeats
     # In this order: the suite `ops` starts with the memory as it is.
     suites = [suite for suite in SUITES if suite in (args.suites or DEFAULT_SUITES)]
-    bench = Benchmark(device, DTYPES[dtype], repeats, sizes.seconds, only_watched=_compares(args))
+    bench = Benchmark(
+        device, DTYPES[dtype], repeats, sizes.seconds, _compares(args), args.channels_last
+    )
     report = {
         'environment': environment(device),
         'settings': {
             'device': args.device,
             'dtype': dtype,
+            'channels_last': args.channels_last,
             'repeats': repeats,
             'quick': args.quick,
         },

@@ -22,6 +22,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from mmdet_moe.moe.layout import memory_format_of
+
 FORWARD, TRAINING = 'forward', 'forward + backward'
 PASSES = (FORWARD, TRAINING)
 
@@ -91,7 +93,10 @@ class Computation:
             torch.autograd.grad(
                 list(outputs.values()),
                 [tensor for tensors in lists for tensor in tensors],
-                [_cotangent(y.shape, y.dtype, y.device) for y in outputs.values()],
+                [
+                    _cotangent(y.shape, y.dtype, y.device, memory_format_of(y))
+                    for y in outputs.values()
+                ],
                 materialize_grads=True,
             )
         )
@@ -119,10 +124,13 @@ def _named_outputs(outputs: Tensor | Sequence[Tensor]) -> dict[str, Tensor]:
 
 
 @lru_cache(maxsize=16)
-def _cotangent(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+def _cotangent(
+    shape: torch.Size, dtype: torch.dtype, device: torch.device, layout: torch.memory_format
+) -> Tensor:
     """The same gradient of an output for all alternatives."""
     generator = torch.Generator().manual_seed(0)
-    return torch.randn(shape, generator=generator).to(device, dtype)
+    values = torch.randn(shape, generator=generator).to(device, dtype)
+    return values.contiguous(memory_format=layout)
 
 
 @dataclass(frozen=True)
@@ -239,6 +247,7 @@ class Benchmark:
         repeats: Rounds of every comparison; by default as many as fit into ``seconds``.
         seconds: Of every comparison.
         only_watched: Whether to time nothing but the alternatives that are watched, in silence.
+        channels_last: Whether feature maps have that memory format.
     """
 
     def __init__(
@@ -248,8 +257,10 @@ class Benchmark:
         repeats: int | None = None,
         seconds: float = SECONDS_PER_COMPARISON,
         only_watched: bool = False,
+        channels_last: bool = False,
     ) -> None:
         self.device, self.dtype, self.repeats = device, dtype, repeats
+        self.channels_last = channels_last
         self.seconds, self.only_watched = seconds, only_watched
         # A pipe has no width.
         width = None if sys.stdout.isatty() else 150
@@ -258,7 +269,10 @@ class Benchmark:
 
     def tensor(self, *shape: int) -> Tensor:
         """Normal values with a gradient."""
-        return torch.randn(shape).to(self.device, self.dtype).requires_grad_()
+        values = torch.randn(shape).to(self.device, self.dtype)
+        if self.channels_last and len(shape) == 4:
+            values = values.to(memory_format=torch.channels_last)
+        return values.requires_grad_()
 
     def routing(self, num_items: int, num_experts: int, k: int) -> tuple[Tensor, Tensor]:
         """Expert ids and weights, (T, k), as of a router that knows nothing."""

@@ -231,7 +231,7 @@ def test_auto(run, monkeypatch):
 
 
 def test_report_says_what_the_figures_depend_on(run):
-    report, _ = run('scaling', 'ops', '--dtype', 'bfloat16', '--repeats', '2')
+    report, _ = run('scaling', 'ops', '--dtype', 'bfloat16', '--repeats', '2', '--channels-last')
     assert list(report['suites']) == ['ops', 'scaling']  # the memory is untouched before `ops`
     environment, settings = report['environment'], report['settings']
     assert environment['versions'].keys() >= {'mmdet_moe', 'torch', 'mmdet'}
@@ -240,6 +240,7 @@ def test_report_says_what_the_figures_depend_on(run):
     assert [entry['device'] for entry in environment['kernels']] == ['cpu', 'cuda']
     assert settings['dtype'] == 'bfloat16'
     assert settings['quick']
+    assert settings['channels_last']
 
 
 def test_compare(tool, tmp_path, monkeypatch, capsys):
@@ -347,6 +348,15 @@ def test_ratio_is_of_times_in_the_same_round():
     assert comparison.share('a', 'b') == 1.5
 
 
+def test_channels_last():
+    bench = Benchmark(torch.device('cpu'), torch.float32, channels_last=True)
+    problem = ConvProblem(bench, ConvShape(4, 8, 5, 3))
+    assert problem.x.is_contiguous(memory_format=torch.channels_last)
+    gradient = problem.stacked('grouped').run(TRAINING)['gradient of x']
+    plain = Computation('dense', problem.all_experts, problem.inputs).run(TRAINING)['gradient of x']
+    torch.testing.assert_close(gradient, plain)
+
+
 def test_balanced_routing(bench):
     shape = ConvShape(64, 2, 1, 16)
     ids = ConvProblem(bench, shape, balanced=True).ids
@@ -373,6 +383,10 @@ def test_balanced_routing(bench):
         (
             ['--compare', '--repeats', '5'],
             '--repeats 5 are too few rounds to compare; leave it',
+        ),
+        (
+            ['--compare', '--channels-last'],
+            '--channels-last is not what the kept figures had; leave it',
         ),
         (['--compare', '--quick'], '--quick has too few rounds to compare; leave it'),
         (['--compare', 'auto'], "the suite 'auto' is not compared; leave it"),

@@ -4,9 +4,10 @@ Each way's time is a sum of a few terms with one coefficient each, in millisecon
 coefficients come from a non-negative least-squares fit of relative errors to 129 layers on 2 cores
 (3×3 and 1×1 kernels, 32 to 256 channels, 4×4 to 64×64 pixels, 2 to 64 items, k = 1 to 4, E = 4 to
 32, float32), but for those of mixing and its gradient, which were set by hand after that code had
-changed. Those of bfloat16 are fitted to 60 such layers (E = 8) on one core with AMX. Another
-machine scales all of them alike, roughly; only their ratios decide. ``tools/benchmark_moe.py auto``
-measures how good the decisions are.
+changed. Those of bfloat16 are fitted to 60 such layers (E = 8) on one core with AMX, those of
+``channels_last``, for which a grouped convolution copies its maps twice, to the CPU time of 120 (E
+= 4 to 64) on one core. Another machine scales all of them alike, roughly; only their ratios decide.
+``tools/benchmark_moe.py auto`` measures how good the decisions are.
 """
 
 import math
@@ -17,13 +18,14 @@ import torch
 from torch import Tensor
 
 from mmdet_moe.moe.dispatcher import Dispatcher
+from mmdet_moe.moe.layout import memory_format_of
 
 if TYPE_CHECKING:
     from mmdet_moe.moe.experts.conv import ConvExperts
 
 #: Milliseconds: (forward, forward and backward).
-_COSTS: dict[torch.dtype, dict[str, dict[str, tuple[float, float]]]] = {
-    torch.float32: {
+_COSTS: dict[tuple[torch.dtype, torch.memory_format], dict[str, dict[str, tuple[float, float]]]] = {
+    (torch.float32, torch.contiguous_format): {
         'subbatches': {
             'call': (0.054, 0.50),
             'expert': (0.059, 0.17),  # that has items
@@ -49,7 +51,7 @@ _COSTS: dict[torch.dtype, dict[str, dict[str, tuple[float, float]]]] = {
             'item_pixel': (0.95, 2.6),
         },
     },
-    torch.bfloat16: {
+    (torch.bfloat16, torch.contiguous_format): {
         'subbatches': {
             'call': (0.18, 1.2),
             'expert': (0.17, 0.38),
@@ -73,6 +75,58 @@ _COSTS: dict[torch.dtype, dict[str, dict[str, tuple[float, float]]]] = {
             'item_kernel': (0.024, 1.4),
             'mixing': (0.88, 16.0),
             'item_pixel': (2.6, 6.1),
+        },
+    },
+    (torch.float32, torch.channels_last): {
+        'subbatches': {
+            'call': (0.26, 0.65),
+            'expert': (0.015, 0.047),
+            'gflop': (7.7, 23.0),
+            'expert_kernel': (1.6, 6.4),
+            'route_pixel': (2.2, 6.9),
+        },
+        'grouped': {
+            'call': (0.21, 0.67),
+            'item': (0.0017, 0.0045),
+            'gflop': (8.9, 27.0),
+            'item_kernel': (0.65, 3.4),
+            'mixing': (0.44, 0.047),
+            'item_pixel': (3.6, 7.9),
+            'unmixing': (0.0, 0.15),
+        },
+        'views': {
+            'call': (0.15, 0.53),
+            'item': (0.024, 0.083),
+            'gflop': (9.6, 32.0),
+            'item_kernel': (0.44, 1.5),
+            'mixing': (0.43, 2.4),
+            'item_pixel': (0.94, 3.1),
+        },
+    },
+    (torch.bfloat16, torch.channels_last): {
+        'subbatches': {
+            'call': (0.42, 1.3),
+            'expert': (0.075, 0.23),
+            'gflop': (1.0, 3.8),
+            'expert_kernel': (2.0, 8.7),
+            'route_pixel': (1.5, 4.2),
+        },
+        'grouped': {
+            'call': (0.34, 1.3),
+            'item': (0.0029, 0.00077),
+            'gflop': (2.8, 9.0),
+            'item_kernel': (1.5, 5.4),
+            'mixing': (0.39, 0.25),
+            'item_pixel': (5.5, 13.0),
+            'unmixing': (0.0, 0.066),
+        },
+        'views': {
+            'call': (0.2, 0.77),
+            'item': (0.086, 0.3),
+            'gflop': (1.4, 4.2),
+            'item_kernel': (1.7, 7.9),
+            'mixing': (0.44, 3.2),
+            'item_pixel': (0.81, 2.4),
         },
     },
 }
@@ -103,7 +157,7 @@ def cheapest(experts: 'ConvExperts', x_T: Tensor, dispatcher: Dispatcher) -> str
         len(dispatcher.used_experts()),
         tuple(experts.weight.shape[1:]),
         experts.weight.element_size(),
-        _computed_in(x_T.dtype),
+        (_computed_in(x_T.dtype), memory_format_of(x_T)),
         math.prod(experts.output_size(x_T.shape[2:])),
     )
 
@@ -125,7 +179,7 @@ def _cheapest(
     used: int,
     kernel_shape: tuple[int, ...],
     kernel_bytes: int,
-    dtype: torch.dtype,
+    kind: tuple[torch.dtype, torch.memory_format],
     pixels: int,
 ) -> str:
     kernel = math.prod(kernel_shape) / 1e6
@@ -151,7 +205,7 @@ def _cheapest(
         'views': mixed,
     }
     costs = {
-        way: sum(_COSTS[dtype][way][name][trains] * amount for name, amount in of_way.items())
+        way: sum(_COSTS[kind][way][name][trains] * amount for name, amount in of_way.items())
         for way, of_way in amounts.items()
     }
     if num_items * 1e6 * kernel * kernel_bytes > MOST_MIXED_BYTES:
