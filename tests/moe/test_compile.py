@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from itertools import product
 
 import pytest
 import torch
@@ -113,22 +114,23 @@ def test_with_breaks(name, training):
     assert sum(counters['graph_break'].values()) == expected
 
 
+def cases_of_the_default_backend():
+    """Kind of experts, whether in one graph, and whether in training."""
+    quick = {
+        ('small modules', False, False),
+        ('convolutions', True, True),
+        ('mlp', True, False),
+        ('factors', True, True),
+    }
+    for case in product(sorted({name for name, *_ in quick}), (False, True), (False, True)):
+        yield pytest.param(*case, marks=() if case in quick else pytest.mark.sweep(keep=0))
+
+
 @pytest.mark.skipif(
     shutil.which(os.environ.get('CXX', 'g++')) is None,
     reason='there is no C++ compiler (g++ or CXX) for the default backend',
 )
-@pytest.mark.sweep(keep=2 / 5, each=('training',))
-@pytest.mark.parametrize('training', [False, True], ids=['inference', 'training'])
-@pytest.mark.parametrize(
-    ('name', 'fullgraph'),
-    [
-        ('small modules', True),
-        ('convolutions', True),
-        ('convolutions', False),  # the router's graph, as for experts of another kind
-        ('mlp', True),
-        ('factors', True),
-    ],
-)
+@pytest.mark.parametrize(('name', 'fullgraph', 'training'), cases_of_the_default_backend())
 def test_default_backend(name, fullgraph, training):
     """Its C++ is compiled, whatever the layer is called."""
     torch._dynamo.reset()
