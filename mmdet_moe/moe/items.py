@@ -314,7 +314,7 @@ def check_map(layer: 'MoELayer', x: Tensor) -> None:
     """Refuse an input that is no feature map.
 
     Raises:
-        ValueError: Naming the layer and the shape.
+        ConfigError: Naming the layer and the shape.
     """
     if x.dim() != 4:
         raise ConfigError(
