@@ -386,7 +386,8 @@ def _numbers(one: dict, full: bool = False) -> str:
     if full:
         text += f', {_percent(one["mi"] / one["mi_max"])} of the possible {one["mi_max"]:.2f}'
     text += f', {low:.{digits}f} to {high:.{digits}f}'
-    if full:
+    # The interval is without the bias of the estimate, which may so lie above it.
+    if full or one['mi'] > high:
         text += f', by chance {one["chance"]:.{digits}f}'
     text += f', p = {one["p_adjusted"]:.2g}'
     if left_out:

@@ -211,6 +211,11 @@ def test_what_is_left_out_is_said():
         'also by object size beyond it (0.200 nats, 0.180 to 0.200, p = 0.001, 34 % left out, of '
         'values on too few images)' in text
     )
+    # An estimate above its interval, which is without the bias, says what chance gives.
+    rest.update(numbers(0.25, 0.05, 0.001, (0.18, 0.21)))
+    assert '0.250 nats, 0.180 to 0.210, by chance 0.050, p = 0.001' in said(
+        layer(associations={'objects': found})
+    )
     rest.update(numbers(0, 0, 1, (0, 1), left_out=1.0, num_images=0, num_units=0))
     text = said(layer(associations={'objects': found}))
     assert (
