@@ -295,7 +295,8 @@ class MoELayer(ExpertLayer):
                 ``torch.compile`` it is a RuntimeError that says the same; an exported layer does
                 not look.
             ConfigError: If an input or an output belongs to no item, or to more than one; if the
-                input is on another device than the weights; and in training within
+                input is on another device than the weights; if one map comes to experts with
+                ``impl='sheets'``; and in training within
                 ``torch.export``, ``torch.onnx.export`` and ``torch.jit.trace``.
         """
         exports = torch.jit.is_tracing() or is_exporting()
@@ -315,6 +316,11 @@ class MoELayer(ExpertLayer):
             raise ConfigError(
                 f'MoE layer "{self.name}" ({self.replaces}) is called with {given}; choose a path '
                 'inside of it'
+            )
+        if single and getattr(self.experts, 'impl', None) == 'sheets':
+            raise ConfigError(
+                f'MoE layer "{self.name}": impl=\'sheets\' is for layers that get the maps of all '
+                "levels at once, as those of MoERetinaHead; here comes one, so use 'auto'"
             )
         maps = [x] if isinstance(x, Tensor) else list(x)
         if self.batch_dim:

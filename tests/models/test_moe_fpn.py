@@ -130,7 +130,7 @@ def test_convolutions_are_evaluated_together():
     assert {layer.experts.impl for layer in find_moe_layers(model).values()} == {'grouped'}
     with pytest.raises(ConfigError, match="impl='fast' is unknown"):
         build({'impl': 'fast'})
-    with pytest.raises(ConfigError, match="impl='views' is for plain convolutions"):
+    with pytest.raises(ConfigError, match="impl='views' is unknown for ConvModule, which is"):
         build({'impl': 'views'}, **BN)
 
 

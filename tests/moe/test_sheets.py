@@ -6,9 +6,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mmdet.registry import MODELS
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+import mmdet_moe.models  # noqa: F401  (registers the head)
+from mmdet_moe.errors import ConfigError
 from mmdet_moe.moe import MoELayer
 from mmdet_moe.moe.experts import sheets
 from mmdet_moe.moe.flops import count_flops
@@ -218,7 +221,12 @@ def test_one_map_and_a_stand_in_are_left_alone():
     layer = layer_of(subnet())
     layer.experts.impl = 'sheets'
     (x, *_) = maps = maps_of()
-    torch.testing.assert_close(layer([x])[0], layer(x))
+    alone = layer([x])[0]
+    with pytest.raises(ConfigError, match=r"all levels at once.*here comes one, so use 'auto'"):
+        layer(x)
+    layer.experts.impl = 'auto'
+    torch.testing.assert_close(layer(x), alone)
+    layer.experts.impl = 'sheets'
     seen, run = [], layer.run_experts
     layer.run_experts = lambda x_T, dispatcher: seen.append(x_T.shape) or run(x_T, dispatcher)
     layer(maps)
@@ -254,3 +262,36 @@ def test_items_lie_apart(levels, margin):
         assert x + w <= width
         painted[y : y + h + margin, x : x + w + margin] += 1
     assert packing.height == 0 or painted.max() == 1
+
+
+def test_a_field_asks_for_it():
+    """By config: sheets give what level by level gives, and are refused where they cannot be."""
+
+    def head(impl, norm_cfg=None, **options):
+        torch.manual_seed(0)
+        options = {'num_experts': 3, 'top_k': 2, 'router': {'type': 'GAPRouter'}, **options}
+        return MODELS.build(
+            {
+                'type': 'mmdet_moe.MoERetinaHead', 'num_classes': 2, 'in_channels': 4,
+                'feat_channels': 4, 'stacked_convs': 2, 'norm_cfg': norm_cfg, 'impl': impl,
+                **options,
+            }
+        ).eval()  # fmt: skip
+
+    maps = [m.float() for m in maps_of()]
+    found = {'auto': head('auto')(maps)}
+    used, through = [], sheets.Sheets.through
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sheets.Sheets, 'through', lambda s, e: used.append(s) or through(s, e))
+        for impl in ('levels', 'sheets'):
+            found[impl] = head(impl)(maps)
+            assert (max((len(s.heights) for s in used), default=0) == 3) == (impl == 'sheets')
+    for outputs in zip(*(itertools.chain(*found[impl]) for impl in found), strict=True):
+        for y in outputs[1:]:
+            torch.testing.assert_close(y, outputs[0])
+    with pytest.raises(ConfigError, match=r"impl='sheets': .* cannot compute items side by side"):
+        head('sheets', {'type': 'GN', 'num_groups': 2})
+    with pytest.raises(ConfigError, match="for granularity='image' or 'patch' without whole_maps"):
+        head('sheets', granularity='pixel', whole_maps=True)
+    with pytest.raises(ConfigError, match=r"impl='views' is unknown for .*'levels', 'sheets'"):
+        head('views')

@@ -18,6 +18,9 @@ from mmdet_moe.moe.experts import sheets
 from mmdet_moe.moe.experts.base import Experts
 from mmdet_moe.moe.receptive_field import receptive_field
 
+#: How experts that are modules compute several levels.
+IMPLS = ('auto', 'levels', 'sheets')
+
 
 class ModuleExperts(ModuleList, Experts):
     """A list of E modules of the same kind. Each computes its items as one sub-batch; one without

@@ -23,6 +23,7 @@ from mmdet_moe.moe.expert_parallel import keep_from_ddp
 from mmdet_moe.moe.layer import MoELayer
 from mmdet_moe.moe.surgery.experts import (
     begins_in_place,
+    check_sheets,
     find_in_channels,
     make_experts,
     make_shortcut,
@@ -69,7 +70,8 @@ class Entry:
             unless ``expert_init='independent'``.
         shared: How many dense experts stand beside them, which every item passes.
         residual: Add a shortcut around the experts.
-        impl: How convolutions are evaluated, see :class:`~mmdet_moe.moe.ConvExperts`.
+        impl: How convolutions are evaluated, see :class:`~mmdet_moe.moe.ConvExperts`, or other
+            experts on several levels, see :class:`~mmdet_moe.moe.ModuleExperts`.
         name: Of the layer that takes the place of siblings, in the module that holds them. Default:
             the first sibling's name and ``_moe``.
     """
@@ -362,6 +364,12 @@ def _make_layer(module: nn.Module, entry: Entry) -> tuple[MoELayer, float]:
     experts = make_experts(
         expert, entry.num_experts, entry.expert_init, entry.granularity, entry.impl
     )
+    if entry.impl == 'sheets':
+        if entry.whole_maps or entry.granularity not in ('image', 'patch'):
+            raise ConfigError(
+                "impl='sheets' is for granularity='image' or 'patch' without whole_maps; use 'auto'"
+            )
+        check_sheets(expert, in_channels)
     options = (
         *('granularity', 'grid_size', 'whole_maps', 'decision_weight', 'expert_init'),
         'upcycle_noise',

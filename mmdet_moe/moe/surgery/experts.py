@@ -14,8 +14,10 @@ from mmdet_moe.moe.experts import (
     ModuleExperts,
     StackedExperts,
     independent_copies,
+    sheets,
 )
 from mmdet_moe.moe.experts.conv import is_plain_conv
+from mmdet_moe.moe.experts.modules import IMPLS
 
 
 def make_experts(
@@ -30,7 +32,8 @@ def make_experts(
         num_experts: E.
         expert_init: ``'shared'``: the others are copies; ``'independent'``: with fresh weights.
         granularity: What one decision covers.
-        impl: How stacked convolutions are evaluated, see :class:`ConvExperts`.
+        impl: How stacked convolutions are evaluated, see :class:`ConvExperts`, or copies on several
+            levels, see :class:`ModuleExperts`.
 
     Raises:
         ConfigError: If ``impl`` does not fit.
@@ -41,12 +44,11 @@ def make_experts(
     if conv is not None and granularity != 'token':
         stacked = ConvExperts.like(conv, num_experts, impl=impl)
         stacked.dense_scope, dense = scope, conv
-    elif impl != 'auto':
-        raise ConfigError(
-            f'impl={impl!r} is for plain convolutions, but {type(module).__name__} is more than '
-            'one; remove impl'
-        )
     elif type(module) is nn.Linear and granularity in ('token', 'pixel'):
+        if impl != 'auto':
+            raise ConfigError(
+                f'impl={impl!r}: linear layers have one way of their own; remove impl'
+            )
         stacked = LinearExperts(
             module.in_features, module.out_features, num_experts, module.bias is not None
         )
@@ -56,7 +58,14 @@ def make_experts(
         if expert_init == 'shared':
             for clone in fresh[1:]:
                 clone.load_state_dict(module.state_dict())
-        return ModuleExperts(fresh)
+        copies = ModuleExperts(fresh)
+        if impl not in IMPLS:
+            raise ConfigError(
+                f'impl={impl!r} is unknown for {type(module).__name__}, which is no plain '
+                f'convolution; use one of {IMPLS}'
+            )
+        copies.impl = impl
+        return copies
     stacked.to(dense.weight)
     stacked.set_expert(0, dense)
     if expert_init == 'shared':
@@ -64,6 +73,21 @@ def make_experts(
     for name, parameter in dense.named_parameters():
         stacked.get_parameter(name).requires_grad_(parameter.requires_grad)
     return stacked
+
+
+def check_sheets(expert: nn.Module, in_channels: int) -> None:
+    """Let ``impl='sheets'`` be asked only of an expert that can compute one.
+
+    Raises:
+        ConfigError: If it cannot, not even at inference.
+    """
+    # Batch norm goes level by level in training alone.
+    if sheets.margin_of(copy.deepcopy(expert).eval(), in_channels) is None:
+        raise ConfigError(
+            f"impl='sheets': {type(expert).__name__} cannot compute items side by side on one map, "
+            'as it changes the size of maps, pools, normalises over groups or draws random numbers '
+            "for whole items; use 'auto'"
+        )
 
 
 def plain_conv(module: nn.Module) -> tuple[nn.Conv2d | None, str]:

@@ -416,7 +416,7 @@ class Shares(nn.Module):
         (Head, {'cls': None}, "'cls' is given None; give a dict of options"),
         (Head, [{'at': ['cls']}], 'must be a path of the model'),
         (Head, {'cls': {'width': 0.5}}, '"cls": .*nothing inside'),
-        (Head, {'cls_convs': {'impl': 'views'}}, 'is for plain convolutions'),
+        (Head, {'cls_convs': {'impl': 'views'}}, 'is unknown for Chain, which is no plain'),
         (lambda: nn.Sequential(nn.ReLU()), {'0': {}}, 'has no weights'),
         (
             lambda: nn.Sequential(nn.Sequential(nn.ReLU(True), nn.Linear(2, 2))),
