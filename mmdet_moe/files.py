@@ -37,13 +37,18 @@ def replace_file(path: str | Path, content: bytes) -> None:
 
 @contextlib.contextmanager
 def scratch_folder(path: Path) -> Iterator[Path]:
-    """An empty folder for what is not whole yet; what is in it at the end is deleted."""
+    """An empty folder for what is not whole yet; what is in it at the end is deleted, and so are
+    the folders above that were made for it and hold nothing else."""
     shutil.rmtree(path, ignore_errors=True)
+    made = [folder for folder in (path, *path.parents) if not folder.exists()]
     path.mkdir(parents=True)
     try:
         yield path
     finally:
         shutil.rmtree(path, ignore_errors=True)
+        with contextlib.suppress(OSError):  # a folder that is not empty stays
+            for folder in made[1:]:
+                folder.rmdir()
 
 
 def remove_left_overs(folder: str | Path) -> None:

@@ -40,7 +40,8 @@ def build(config: dict) -> Any:
     kind = options.pop('type', None)
     own = kind.removeprefix(f'{SCOPE}.') if isinstance(kind, str) else None
     if own in MODELS.module_dict:
-        return MODELS.module_dict[own](**options)
+        obj_cls = MODELS.module_dict[own]  # by the name by which a wrong field finds its class
+        return obj_cls(**options)
     return MODELS.build(config)
 
 

@@ -33,7 +33,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 def get_flops(args: argparse.Namespace) -> str:
     """The table."""
     cfg = load_config(args.config, args.cfg_options)
-    model, size = build_model(cfg), tuple(args.shape or image_size(cfg))
+    size = image_size(cfg, args.shape)
+    model = build_model(cfg)
     run = dry_run(model, cfg.default_scope, size, num_images=1)
     return cost_table(costs_of(model, run)) + '\n' + LEGEND.format(*size)
 

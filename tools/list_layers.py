@@ -36,13 +36,14 @@ def main(argv: Sequence[str] | None = None) -> None:
 def list_layers(args: argparse.Namespace) -> str:
     """The table."""
     cfg = load_config(args.config, args.cfg_options)
+    size = image_size(cfg, args.shape)
     model = build_model(cfg)
     places = (
         ['']
         if args.at is None
         else [path for place in find_places(model, args.at) for path in place.paths]
     )
-    run = dry_run(model, cfg.default_scope, tuple(args.shape or image_size(cfg)))
+    run = dry_run(model, cfg.default_scope, size)
     try:
         return table(survey(model, run, places, args.depth))
     except ConfigError as error:

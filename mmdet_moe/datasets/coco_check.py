@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, UnidentifiedImageError
 
 from mmdet_moe.compat.coco import boxes_of
 from mmdet_moe.datasets.coco_file import (
@@ -202,7 +202,11 @@ def _look_at_images(
                 image.draft(image.mode, (max(1, image.width // 8), max(1, image.height // 8)))
                 image.load()
         except _UNREADABLE as error:
-            wrong['images cannot be read'].append(f'{path} ({error})')
+            # Pillow would name the bytes in memory.
+            is_image = not isinstance(error, UnidentifiedImageError)
+            wrong['images cannot be read'].append(
+                f'{path} ({error if is_image else "not an image of a known format"})'
+            )
             continue
         if found != tuple(size):
             shapes = ['×'.join(map(str, of)) for of in (found, size)]

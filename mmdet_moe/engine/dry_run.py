@@ -1,7 +1,7 @@
 """The model of a config, and one forward pass of it without any data."""
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -9,7 +9,7 @@ from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 from torch import nn
 
-from mmdet_moe.engine.explain import in_one_line
+from mmdet_moe.engine.explain import explain, in_one_line
 from mmdet_moe.engine.options import add_cfg_options
 from mmdet_moe.errors import ConfigError
 
@@ -39,12 +39,22 @@ def build_model(cfg: Config) -> nn.Module:
     except ConfigError:
         raise
     except Exception as error:  # whatever the constructors raise is a mistake in the config
-        raise ConfigError(f'the model cannot be built: {in_one_line(error)}') from error
+        why = explain(error) or in_one_line(error)
+        raise ConfigError(f'the model cannot be built: {why}') from error
 
 
-def image_size(cfg: Config) -> tuple[int, int]:
-    """(H, W) for a dry run: what the images of a classifier are cropped to; 320 for a detector,
-    which takes any."""
+def image_size(cfg: Config, shape: Sequence[int] | None = None) -> tuple[int, int]:
+    """(H, W) for a dry run: ``--shape``, or what the images of a classifier are cropped to; 320
+    for a detector, which takes any.
+
+    Raises:
+        ConfigError: If ``shape`` is none of an image.
+    """
+    if shape is not None:
+        height, width = shape
+        if min(shape) < 1:
+            raise ConfigError(f'--shape {height} {width}: height and width must be at least 1')
+        return height, width
     size: Any = 320
     if cfg.default_scope == 'mmpretrain':
         dataset = cfg.get('train_dataloader', {}).get('dataset', {})

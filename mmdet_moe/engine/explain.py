@@ -128,14 +128,15 @@ def _describe_wrong_argument(error: BaseException) -> str | None:
     if not isinstance(error, TypeError) or not _WRONG_CALL.match(text):
         return None
     frames = _frames(error)
-    builders = [i for i, frame in enumerate(frames) if frame.f_code.co_name == 'build_from_cfg']
+    # MMEngine's `build_from_cfg`, and `build` of our registry.
+    builders = [i for i, frame in enumerate(frames) if frame.f_locals.get('obj_cls') is not None]
     if not builders:
         return None
-    built = frames[builders[-1]].f_locals.get('obj_cls')
+    built = frames[builders[-1]].f_locals['obj_cls']
     module = getattr(built, '__module__', '') or ''
     is_own = module.split('.')[0] == 'mmdet_moe'
     # Deeper inside a foreign class it may be a bug there, for which the traceback is the answer.
-    if built is None or not (is_own or _is_handed_on(built, frames[builders[-1] + 1 :], text)):
+    if not (is_own or _is_handed_on(built, frames[builders[-1] + 1 :], text)):
         return None
     prefix = 'mmdet_moe.' if is_own else ''
     return (

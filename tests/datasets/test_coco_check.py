@@ -156,6 +156,9 @@ def test_images(folder, monkeypatch):
     assert too_large.startswith('val: 1 images cannot be read')
     contact_sheet(parts_of(folder))
     assert unreadable.startswith(f'train: 2 images cannot be read, such as {images / "1.jpg"} (')
+    (images / '1.jpg').write_bytes(b'')
+    unreadable, *_ = check(parts_of(folder)).wrong
+    assert f'such as {images / "1.jpg"} (not an image of a known format)' in unreadable
     assert repeated == (
         '1 image files are in several splits, byte for byte, such as 3.jpg of train = 13.jpg of val'
     )

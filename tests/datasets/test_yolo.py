@@ -223,6 +223,8 @@ def test_wrong_files(source, tmp_path):
     (source / 'images/train/b.png').write_bytes(b'no image')
     with pytest.raises(ConfigError, match=r'b\.png cannot be read as an image'):
         prepare_yolo(source, out)
+    assert not out.exists()
+    out.mkdir()
     for place, message in ((tmp_path / 'no', 'no such folder'), (out, 'there is no image in it')):
         with pytest.raises(ConfigError, match=message):
             prepare_yolo(place, tmp_path / 'b', ['x'])

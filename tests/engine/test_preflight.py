@@ -336,3 +336,16 @@ def test_hooks(root):
     assert complaint(cfg).startswith('custom_hooks[0] must be a dict with')
     cfg = config(dataset(root), default_hooks=[dict(type='IterTimerHook')])
     assert complaint(cfg).startswith('default_hooks must be a dict')
+
+
+def test_fields_of_loaders(root):
+    cfg = config(dataset(root), val_dataloader=dict(dataset=dataset(root)))
+    cfg.train_dataloader.update(batch_size=2, num_batch_per_epoch=3, sampler=None, timeout=0)
+    check_config(cfg)
+    cfg.train_dataloader.batchsize = 3
+    assert complaint(cfg) == (
+        "train_dataloader.batchsize: a data loader has no such field; did you mean 'batch_size'?"
+    )
+    del cfg.train_dataloader['batchsize']
+    cfg.val_dataloader.qqq = 1
+    assert complaint(cfg).startswith('val_dataloader.qqq: a data loader has no such field; it has ')

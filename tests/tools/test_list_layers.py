@@ -8,6 +8,7 @@ import pytest
 from running import load_tool
 
 MMDET, MMPRETRAIN = (Path(m.__path__[0]) / '.mim' / 'configs' for m in (mmdet, mmpretrain))
+DEMO = Path(__file__).parents[2] / 'configs' / 'demo'
 SMALL = ['model.backbone.depth=18', 'model.backbone.base_channels=8']
 
 
@@ -66,11 +67,26 @@ def test_swin(main, capsys):
     assert table['backbone.stages.*.blocks.*.ffn (12)'][-1] == 'image, token'
 
 
+@pytest.mark.parametrize('tool', ['list_layers', 'get_flops'])
+def test_a_misspelt_field_of_a_router(capsys, tool):
+    """The class is that of the router, which a head builds with itself."""
+    with pytest.raises(SystemExit, match='2'):
+        load_tool(tool).main(
+            [
+                str(DEMO / 'retinanet_moe_soft_digits.py'),
+                '--cfg-options', 'model.bbox_head.router.noisee=True',
+            ]
+        )  # fmt: skip
+    message = capsys.readouterr().err
+    assert "wrong fields for type 'mmdet_moe.GAPRouter': " in message
+    assert message.strip().endswith("did you mean 'noise'?")
+
+
 @pytest.mark.parametrize(
     ('arguments', 'message'),
     [
         (['--at', 'backbone.layer9'], 'at='),
-        (['--shape', '0', '32'], '; give another --shape'),
+        (['--shape', '-64', '32'], '--shape -64 32: height and width must be at least 1'),
         (['--cfg-options', 'model.type=NoSuchClassifier'], 'cannot be built'),
     ],
 )

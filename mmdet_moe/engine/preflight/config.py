@@ -1,5 +1,7 @@
 """The checks of a whole config, which walk its hooks, checkpoints and data loaders."""
 
+import difflib
+import inspect
 import os.path as osp
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -7,6 +9,7 @@ from typing import Any
 
 from mmengine.config import Config
 from mmengine.registry import METRICS
+from torch.utils.data import DataLoader
 
 from mmdet_moe.datasets.coco_file import CocoFile
 from mmdet_moe.engine.preflight.arrays import check_arrays, is_grey, reads_arrays
@@ -115,6 +118,7 @@ def _check_loader(cfg: Config, loader_field: str, evaluator_field: str | None, s
     needs_annotations = not evaluators or not all(
         evaluator.get('format_only') for _, evaluator in evaluators
     )
+    _check_fields(cfg[loader_field], loader_field)
     dataset_cfg = cfg[loader_field].get('dataset')
     datasets = list(datasets_of(cfg, dataset_cfg, f'{loader_field}.dataset'))
     for dataset in datasets:
@@ -144,6 +148,18 @@ def _check_loader(cfg: Config, loader_field: str, evaluator_field: str | None, s
         if inherits(metric, 'mmdet.evaluation.metrics.coco_metric', 'CocoMetric'):
             measured = datasets[index : index + 1] if each_its_own else datasets
             check_coco_metric(field, evaluator, measured, seen.coco_files)
+
+
+def _check_fields(loader: Mapping, field: str) -> None:
+    """Complain about what neither PyTorch's data loader nor MMEngine reads."""
+    known = [*inspect.signature(DataLoader).parameters, 'num_batch_per_epoch']
+    for name in loader:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            raise ConfigError(
+                f'{field}.{name}: a data loader has no such field; '
+                + (f"did you mean '{close[0]}'?" if close else f'it has {", ".join(known)}')
+            )
 
 
 def _check_classes(dataset: Dataset, seen: _Seen) -> None:
