@@ -38,9 +38,10 @@ class Mistake:
 
 
 OVERFLOW, DIFFERENT = 'AddressSanitizer: heap-buffer-overflow', 'AssertionError'
+BOUNDS = 'index 513 out of bounds'
 ANY = f'{OVERFLOW}|{DIFFERENT}'
 ALONE = 'emulation: threads wait for others'
-DIRECT = 'tests/ops/test_library.py'
+DIRECT, SORT = 'tests/ops/test_library.py', 'tests/ops/test_ops.py'
 MISTAKES = {
     'columns beyond a row are read': Mistake(
         'common.cuh', 'present && c < width ?', 'present ?', OVERFLOW
@@ -78,6 +79,27 @@ MISTAKES = {
     ),
     'a bit of the keys is not sorted by': Mistake(
         'sort.cu', '<uint32_t>(num_experts))', '<uint32_t>(num_experts - 1))', DIFFERENT
+    ),
+    'one block takes too many routes': Mistake(
+        'sort.cu', 'count <= kMostRoutes &&', 'count <= kMostRoutes + 1 &&', DIFFERENT, SORT
+    ),
+    'one block takes too many experts': Mistake(
+        'sort.cu', '_experts <= kMostExperts)', '_experts <= kMostExperts + 1)', BOUNDS, SORT
+    ),
+    'counters begin with anything': Mistake(
+        'sort.cu', 'before[warp][key] = 0;', '(void)key;', DIFFERENT, SORT
+    ),
+    'routes of a key change places': Mistake(
+        'sort.cu', 'peers & ((1u << lane) - 1)', 'peers >> lane >> 1', DIFFERENT, SORT
+    ),
+    'a counter is written before all have read it': Mistake(
+        'sort.cu', '__syncwarp();  // all have read', '// all have read', DIFFERENT, SORT
+    ),
+    'a sum is written before all have read it': Mistake(
+        'sort.cu', '__syncthreads();  // all have read', '// all have read', DIFFERENT, SORT
+    ),
+    'the stretches are counted too early': Mistake(
+        'sort.cu', '__syncthreads();  // all stretches', '// all stretches', DIFFERENT, SORT
     ),
     'buffers overlap': Mistake('sort.cu', '{count} * 4 + 255)', '{count} * 3 + 255)', ANY),
     # With other sums than their neighbours, threads leave the loop alone.

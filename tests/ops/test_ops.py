@@ -71,19 +71,45 @@ def test_sort_routes_groups_by_expert_in_item_order(ops, device, num_items, k, n
     assert inverse.flatten()[order].tolist() == list(range(num_items * k))
 
 
+def numpy_sort(ids, num_experts):
+    """Offsets and inverse by numpy's stable sort."""
+    flat = ids.flatten().numpy()
+    keys = (flat + (flat < 0) * (num_experts + 1)).astype('int32')
+    order = keys.argsort(kind='stable')
+    offsets = keys[order].searchsorted(range(num_experts + 1))
+    inverse = order.argsort()  # of a permutation
+    return torch.from_numpy(offsets), torch.from_numpy(inverse).view(ids.shape)
+
+
+# The CUDA kernels sort up to 4,096 routes to up to 512 experts in one block, 1,024 at a time.
+@pytest.mark.parametrize('num_experts', [1, 7, 512, 513])
+@pytest.mark.parametrize(
+    'shape', [(1, 1), (33, 1), (512, 2), (205, 5), (1365, 3), (2048, 2), (241, 17)]
+)
+def test_sort_routes_of_one_block(ops, device, shape, num_experts):
+    few = torch.randperm(num_experts)[:3]  # the others get nothing
+    cases = {
+        'any': torch.randint(-1, num_experts, shape),
+        'few': few[torch.randint(len(few), shape)],
+        'one': torch.full(shape, num_experts - 1),
+        'none': torch.full(shape, -1),
+    }
+    for name, ids in cases.items():
+        offsets, inverse = ops.sort_routes(ids.to(device), num_experts)
+        expected_offsets, expected_inverse = numpy_sort(ids, num_experts)
+        assert torch.equal(offsets.cpu(), expected_offsets), name
+        assert torch.equal(inverse.cpu(), expected_inverse), name
+
+
 @pytest.mark.parametrize('threads', [1, 2, 5])
 @pytest.mark.parametrize('num_experts', [2, 1024])
 def test_sort_routes_on_many_routes(ops, device, num_experts, threads, set_threads):
     """2^18 routes, which several threads share; numpy's stable sort is the other opinion."""
     set_threads(threads)
     ids = torch.randint(-1, num_experts, (1 << 17, 2))
-    offsets, inverse = ops.sort_routes(ids.to(device), num_experts)
-    flat = ids.flatten().numpy()
-    keys = (flat + (flat < 0) * (num_experts + 1)).astype('int32')
-    expected = torch.from_numpy(keys.argsort(kind='stable'))
-    assert torch.equal(inverse.flatten().cpu()[expected], torch.arange(ids.numel()))
-    starts = torch.from_numpy(keys[expected].searchsorted(range(num_experts + 1)))
-    assert torch.equal(offsets.cpu(), starts)
+    result = ops.sort_routes(ids.to(device), num_experts)
+    for value, expected in zip(result, numpy_sort(ids, num_experts), strict=True):
+        assert torch.equal(value.cpu(), expected)
 
 
 def test_sort_routes_on_sixteen_million_routes(device):

@@ -1,8 +1,8 @@
 // CUDA on the CPU, for tests/ops/test_emulation.py: included before everything else in each source.
 //
 // Threads of a block are fibers of one thread of the CPU; blocks run one after the other. A thread
-// runs until it waits for others, in a shuffle or at a barrier. The order is random within those
-// limits, and warps run as far ahead of each other as they may.
+// runs until it waits for others, in a shuffle or a vote or at a barrier. The order is random within
+// those limits, and warps run as far ahead of each other as they may.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -16,6 +16,7 @@
 #include <ucontext.h>
 
 #include <algorithm>
+#include <bit>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -39,10 +40,10 @@ struct Fiber {
 };
 
 struct Thread {
-  enum State { kReady, kShuffles, kAtBarrier, kDone };
+  enum State { kReady, kShuffles, kVotes, kAtWarpBarrier, kAtBarrier, kDone };
   State state = kReady;
   Fiber* fiber = nullptr;  // once it runs
-  uint64_t value = 0;      // to be shuffled, then what came
+  uint64_t value = 0;      // to be shuffled or the vote, then what came
   int distance = 0;
 };
 
@@ -130,6 +131,23 @@ void wait(Thread::State what, uint32_t first, uint32_t last, const F& arrived) {
 
 inline void barrier() { wait(Thread::kAtBarrier, 0, threads.size(), [] {}); }
 
+inline void warp_barrier() {
+  const uint32_t first = thread_index / kWarp * kWarp;
+  wait(Thread::kAtWarpBarrier, first, first + kWarp, [] {});
+}
+
+inline uint32_t ballot(uint32_t mask, bool vote) {
+  if (mask != 0xffffffffu) give_up("a vote of a part of the warp");
+  const uint32_t mine = thread_index, first = mine / kWarp * kWarp;
+  threads[mine].value = vote;
+  wait(Thread::kVotes, first, first + kWarp, [&] {
+    uint32_t votes = 0;
+    for (uint32_t i = 0; i < kWarp; ++i) votes |= uint32_t(threads[first + i].value) << i;
+    for (uint32_t i = 0; i < kWarp; ++i) threads[first + i].value = votes;
+  });
+  return threads[mine].value;
+}
+
 template <typename T>
 T shuffle_xor(uint32_t mask, T value, int distance) {
   static_assert(sizeof(T) <= sizeof(uint64_t));
@@ -207,6 +225,9 @@ inline void set_bytes(void* to, int value, size_t bytes) { std::memset(to, value
 #undef __shared__
 #define __shared__ static  // as one block runs at a time
 #define __syncthreads ::emulation::barrier
+#define __syncwarp ::emulation::warp_barrier
+#define __ballot_sync ::emulation::ballot
+#define __popc std::popcount
 #define __shfl_xor_sync ::emulation::shuffle_xor
 
 template <typename T>

@@ -24,8 +24,9 @@ namespace mmdet_moe::cuda {
 
 using torch::stable::accelerator::DeviceGuard;
 
-constexpr uint32_t kThreads = 256;  // per block, in every kernel
+constexpr uint32_t kThreads = 256;  // per block, in every kernel but that which has one block
 constexpr uint32_t kWarpBits = 5;
+constexpr uint32_t kWarp = 1u << kWarpBits;
 
 inline cudaStream_t current_stream(const Tensor& tensor) {
   void* stream = nullptr;

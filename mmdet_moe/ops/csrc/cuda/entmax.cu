@@ -10,7 +10,6 @@
 namespace mmdet_moe::cuda {
 namespace {
 
-constexpr uint32_t kWarp = 1u << kWarpBits;
 constexpr int64_t kMostOfWarp = 2048;
 constexpr int kMostSteps = 100;  // never reached: a handful are taken
 

@@ -1,4 +1,5 @@
-// sort_routes on CUDA: a stable radix sort of the routes by expert.
+// sort_routes on CUDA: a stable sort of the routes by expert. One block counts a few routes in one
+// launch; CUB's radix sort takes more.
 
 // CUB in a namespace of its own: PyTorch brings another version of it into the same process.
 #define CUB_WRAPPED_NAMESPACE mmdet_moe_cub
@@ -12,18 +13,89 @@
 namespace mmdet_moe::cuda {
 namespace {
 
-// Numbers the routes and takes their experts as keys; "no choice" is the expert behind the last.
+constexpr uint32_t kBlock = 1024, kWarps = kBlock / kWarp;  // the one block
+constexpr uint32_t kSteps = 4, kMostRoutes = kSteps * kBlock;
+constexpr uint32_t kMostExperts = 512;  // 34 KiB of the 48 that a block may have
+
+// The expert of a route; "no choice" is the expert behind the last.
+__device__ uint32_t key_of(int64_t id, int64_t num_experts) {
+  const bool chosen = id >= 0 && id < num_experts;
+  CUDA_KERNEL_ASSERT_MSG(
+      chosen || id == -1,
+      "mmdet_moe: expert_ids must lie in [0, num_experts), or be -1 for no choice");
+  return static_cast<uint32_t>(chosen ? id : num_experts);
+}
+
+// All of sort_routes, by counting. Each warp has a stretch of the routes, which it takes a warp's
+// width at a time: lanes with the same key find each other by the votes on each of its bits. So a
+// route learns how many of its key come before it in the stretch; then the stretches are counted.
+__global__ void __launch_bounds__(kBlock) sort_kernel(
+    int64_t* offsets, int64_t* inverse, const int64_t* expert_ids, uint32_t num_experts,
+    int key_bits, uint32_t count) {
+  __shared__ uint16_t before[kWarps][kMostExperts + 1];  // of a key; at first in the stretch so far
+  __shared__ uint16_t starts[kMostExperts + 1];          // of each key
+  const uint32_t t = threadIdx.x, warp = t / kWarp, lane = t % kWarp;
+  const uint32_t steps = (count + kBlock - 1) / kBlock;
+  const uint32_t first = warp * steps * kWarp + lane;
+  for (uint32_t key = lane; key <= num_experts; key += kWarp) before[warp][key] = 0;
+  __syncwarp();
+
+  uint32_t keys[kSteps], ranks[kSteps];
+#pragma unroll
+  for (uint32_t s = 0; s < kSteps; ++s) {
+    if (s == steps) break;  // all threads
+    const uint32_t r = first + s * kWarp;
+    const uint32_t key = r < count ? key_of(expert_ids[r], num_experts) : 0;
+    uint32_t peers = __ballot_sync(0xffffffffu, r < count);  // the lanes with this key
+    for (int bit = 0; bit < key_bits; ++bit) {
+      const bool one = key >> bit & 1;
+      const uint32_t ones = __ballot_sync(0xffffffffu, one);
+      peers &= one ? ones : ~ones;
+    }
+    keys[s] = key;
+    ranks[s] = before[warp][key] + __popc(peers & ((1u << lane) - 1));
+    __syncwarp();  // all have read
+    const bool last = peers >> lane == 1;  // of its peers
+    if (last) before[warp][key] = ranks[s] + 1;
+    __syncwarp();
+  }
+  __syncthreads();  // all stretches have been counted
+
+  // The thread of a key: how many of it there are before each stretch, and in all.
+  if (t <= num_experts) {
+    uint32_t total = 0;
+    for (uint32_t w = 0; w < kWarps; ++w) {
+      const uint32_t here = before[w][t];
+      before[w][t] = total;
+      total += here;
+    }
+    if (t < num_experts) starts[t + 1] = total;
+    if (t == 0) starts[0] = 0;
+  }
+  __syncthreads();
+  // Sums of up to 2^i keys before become sums of up to 2^(i + 1).
+  for (uint32_t distance = 1; distance <= num_experts; distance *= 2) {
+    const bool more = t >= distance && t <= num_experts;
+    const uint32_t left = more ? starts[t - distance] : 0;
+    __syncthreads();  // all have read
+    if (more) starts[t] += left;
+    __syncthreads();
+  }
+  if (t <= num_experts) offsets[t] = starts[t];
+#pragma unroll
+  for (uint32_t s = 0; s < kSteps; ++s) {
+    const uint32_t r = first + s * kWarp;
+    if (s < steps && r < count) inverse[r] = starts[keys[s]] + before[warp][keys[s]] + ranks[s];
+  }
+}
+
+// Numbers the routes and takes their experts as keys.
 __global__ void __launch_bounds__(kThreads) prepare_kernel(
     uint32_t* keys, int32_t* routes, const int64_t* expert_ids, int64_t num_experts,
     uint32_t count) {
   const uint32_t r = blockIdx.x * kThreads + threadIdx.x;
   if (r >= count) return;
-  const int64_t id = expert_ids[r];
-  const bool chosen = id >= 0 && id < num_experts;
-  CUDA_KERNEL_ASSERT_MSG(
-      chosen || id == -1,
-      "mmdet_moe: expert_ids must lie in [0, num_experts), or be -1 for no choice");
-  keys[r] = static_cast<uint32_t>(chosen ? id : num_experts);
+  keys[r] = key_of(expert_ids[r], num_experts);
   routes[r] = static_cast<int32_t>(r);
 }
 
@@ -60,10 +132,17 @@ std::tuple<Tensor, Tensor> sort_routes(Tensor expert_ids, int64_t num_experts) {
     STD_CUDA_CHECK(cudaMemsetAsync(offsets_out, 0, (num_experts + 1) * sizeof(int64_t), stream));
     return {offsets, inverse};
   }
+  const int key_bits = std::bit_width(static_cast<uint32_t>(num_experts));  // the largest key
+  if (count <= kMostRoutes && num_experts <= kMostExperts) {
+    sort_kernel<<<1, kBlock, 0, stream>>>(
+        offsets_out, inverse.mutable_data_ptr<int64_t>(), ids.const_data_ptr<int64_t>(),
+        static_cast<uint32_t>(num_experts), key_bits, count);
+    STD_CUDA_KERNEL_LAUNCH_CHECK();
+    return {offsets, inverse};
+  }
 
   using Keys = mmdet_moe_cub::cub::DoubleBuffer<uint32_t>;
   using Routes = mmdet_moe_cub::cub::DoubleBuffer<int32_t>;
-  const int key_bits = std::bit_width(static_cast<uint32_t>(num_experts));  // the largest key
   const auto sort = [&](void* scratch, size_t& scratch_bytes, Keys& keys, Routes& routes) {
     STD_CUDA_CHECK(mmdet_moe_cub::cub::DeviceRadixSort::SortPairs(
         scratch, scratch_bytes, keys, routes, static_cast<int>(count), 0, key_bits, stream));
