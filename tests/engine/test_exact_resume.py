@@ -1,4 +1,4 @@
-"""What a checkpoint of a training holds besides weights; bit for bit in test_interruptions.py."""
+"""What a checkpoint of a training holds besides weights; `research/interrupted.py`: bit for bit."""
 
 from types import SimpleNamespace
 
