@@ -191,6 +191,19 @@ def test_no_balancing(router, hooks, unbalanced, make_runner, toy_model):
     assert (warning in log_of(runner)) == (unbalanced is not None)
 
 
+@pytest.mark.parametrize('done', [False, True])
+def test_a_start_that_never_came(done, make_runner, toy_model):
+    """Four experts need 256 items; one batch holds far fewer."""
+    model = toy_model({'init': 'kmeans'})
+    model.body['moe'].router.start.done.fill_(1)
+    model.stem.router.start.done.fill_(done)
+    runner = make_runner(model, [hook(), BALANCING], max_iters=1)
+    runner.train()
+    warning = "NO K-MEANS START in stem: the training ended before init='kmeans' had the 256 items"
+    assert (warning in log_of(runner)) == (not done)
+    assert 'NO K-MEANS START in body.moe' not in log_of(runner)
+
+
 def test_one_expert_needs_no_balancing(make_runner, toy_model):
     runner = make_runner(toy_model(num_experts=1), [hook()], max_iters=2)
     runner.train()

@@ -11,6 +11,7 @@ from torch.utils.hooks import RemovableHandle
 from mmdet_moe.engine.hooks.balancing_loss_hook import BalancingLossHook
 from mmdet_moe.engine.hooks.layers import expert_layers_of, sources_of
 from mmdet_moe.moe import ExpertLayer, MoELayer, Routing
+from mmdet_moe.moe.kmeans_start import ITEMS_PER_EXPERT, KMeansStart
 from mmdet_moe.moe.utilization import (
     COLLAPSE_SHARE,
     DEAD_SHARE,
@@ -130,7 +131,15 @@ class ExpertUtilizationHook(Hook):
             layer.check_finite()
 
     def after_train(self, runner: Runner) -> None:
-        """Draw the whole training."""
+        """Warn of routers whose start never came, and draw the whole training."""
+        for name, layer in self._layers.items():
+            start = getattr(layer.router, 'start', None)
+            if isinstance(start, KMeansStart) and not start.done:
+                runner.logger.warning(
+                    f"NO K-MEANS START in {name}: the training ended before init='kmeans' had the "
+                    f'{ITEMS_PER_EXPERT * layer.num_experts} items that it clusters, so the router '
+                    "started by chance; train longer or in larger batches, or set init='normal'."
+                )
         if self._drawn_at != runner.iter:
             self._draw(runner)
 
