@@ -460,7 +460,12 @@ class _PooledRouter(Router):
         if len(features) != self._num_levels:
             raise ConfigError(
                 f'normalise_levels={self._num_levels}, but the router is given '
-                f'{len(features)} feature maps together; give that number'
+                f'{len(features)} feature maps together; '
+                + (
+                    'remove normalise_levels, or set it to 1 to normalise all maps alike'
+                    if len(features) == 1
+                    else f'set normalise_levels={len(features)}'
+                )
             )
         return [self.norm(f, level) for level, f in enumerate(features)]
 

@@ -449,7 +449,7 @@ class TestNormalisedLevels:
 
     def test_wrong_numbers(self):
         with pytest.raises(
-            ConfigError, match=r'normalise_levels=2, but the router is given 1 feat'
+            ConfigError, match=r'normalise_levels=2, but the router is given 1 feat.*remove'
         ):
             self.router()(self.maps()[:1])
         with pytest.raises(ConfigError, match='normalise_levels=0 must be the number'):

@@ -272,6 +272,13 @@ def _build(model: nn.Module, entry: Entry | FactorisedEntry, place: Place) -> Si
         layer, factor = _make_layer(module, entry)
     except ConfigError as error:
         raise ConfigError(f'"{place}": {error}') from error
+    levels = getattr(layer.router, '_num_levels', None) or 1
+    if levels > 1 and not isinstance(module, Chain):
+        raise ConfigError(
+            f'"{place}": normalise_levels={levels} is for a layer that gets several feature maps '
+            'together, and one by path gets them one by one; remove normalise_levels from its '
+            'router, or set it to 1 to normalise all maps alike'
+        )
     layer.train(module.training)
     if not any(p.requires_grad for p in parameters):
         layer.requires_grad_(False)

@@ -36,7 +36,7 @@ def make_experts(
             levels, see :class:`ModuleExperts`.
 
     Raises:
-        ConfigError: If ``impl`` does not fit.
+        ConfigError: If ``impl`` does not fit, or hooks would be lost.
     """
     stacked: StackedExperts
     dense: nn.Conv2d | nn.Linear
@@ -66,6 +66,7 @@ def make_experts(
             )
         copies.impl = impl
         return copies
+    _check_no_hooks(module, dense)
     stacked.to(dense.weight)
     stacked.set_expert(0, dense)
     if expert_init == 'shared':
@@ -73,6 +74,17 @@ def make_experts(
     for name, parameter in dense.named_parameters():
         stacked.get_parameter(name).requires_grad_(parameter.requires_grad)
     return stacked
+
+
+def _check_no_hooks(*modules: nn.Module) -> None:
+    # Stacked experts are computed without calling any module, so that nothing would run them.
+    for module in modules:
+        for kind in ('forward', 'forward_pre', 'backward', 'backward_pre'):
+            if getattr(module, f'_{kind}_hooks'):
+                raise ConfigError(
+                    f'{type(module).__name__} has {kind.replace("_", "-")} hooks, which its experts'
+                    ' would not run; remove them, and register them on the layer of experts'
+                )
 
 
 def check_sheets(expert: nn.Module, in_channels: int) -> None:

@@ -799,3 +799,20 @@ def test_attributes_that_are_no_entrances_are_left_alone():
     add_experts(model, {'conv': {}})
     assert isinstance(model.loss, nn.MSELoss)
     assert (model.predict([1, 2]), model._forward(3)) == (2, 3)
+
+
+@pytest.mark.parametrize('register', ['forward_hook', 'forward_pre_hook', 'full_backward_hook'])
+def test_hooks_of_a_convolution_are_not_lost(register):
+    model = nn.Sequential(conv(3, 4))
+    handle = getattr(model[0], f'register_{register}')(lambda *_: None)
+    with pytest.raises(ConfigError, match=r'"0": Conv2d has \S+ hooks, which its experts would'):
+        add_experts(model, {'0': dict(num_experts=2)})
+    handle.remove()
+    add_experts(model, {'0': dict(num_experts=2)})
+
+
+def test_levels_that_come_one_by_one_are_not_told_apart():
+    model = nn.Sequential(conv(3, 4))
+    router = dict(type='mmdet_moe.GAPRouter', normalise_levels=5)
+    with pytest.raises(ConfigError, match=r'"0": normalise_levels=5 is for .* set it to 1'):
+        add_experts(model, {'0': dict(num_experts=2, router=router)})
