@@ -18,6 +18,7 @@ from math import sqrt
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from mmpretrain.models.classifiers import BaseClassifier
 from torch import Tensor, nn
@@ -86,7 +87,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         metavar='FILE.json',
         help='the results (default: next to the checkpoint, attack_<attack>_<checkpoint>_<split>)',
     )
-    add_options(parser, 'so many images, evenly spread over the split (500)')
+    add_options(parser, 'so many images, drawn from the split, always the same (500)')
     parser.set_defaults(max_images=500)
     args = parser.parse_args(argv)
     if args.out is None and '://' not in args.checkpoint:
@@ -161,12 +162,20 @@ def _check(args: argparse.Namespace) -> Attack:
     return attack
 
 
+def drawn(images: int, total: int) -> list[int]:
+    """Which of the images are taken: at random, always the same, in their order.
+
+    In even steps they could fall in with classes that take turns, and be all of a few.
+    """
+    return sorted(np.random.default_rng(0).permutation(images)[:total].tolist())
+
+
 def _batches(
     data: AnalysisData, total: int, device: torch.device
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """So many images, float32 (N, C, H, W) in [0, 1], and their classes, int64 (N,)."""
     size = min(data.loader_cfg.get('batch_size', 1), MAX_BATCH)
-    order = [i * len(data) // total for i in range(total)]
+    order = drawn(len(data), total)
     for batch in data.batches(sampler=order, batch_size=size, num_workers=0):
         inputs = batch['inputs']
         if not isinstance(inputs, Tensor):

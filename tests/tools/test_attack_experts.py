@@ -24,6 +24,7 @@ from mmdet_moe.analysis.robustness import (
     _batches,
     attack_checkpoint,
     changed,
+    drawn,
     parse,
     table,
     wilson,
@@ -139,9 +140,23 @@ def test_pixels_are_those_that_the_model_is_tested_on(classifier):
     scores = torch.stack([sample.pred_score for sample in model.test_step(batch)])
     robustness = Robustness(model, Attack('pgd', 0, 1))
     torch.testing.assert_close(robustness.logits(x).softmax(1), scores)
-    few, _ = images(classifier, 7)  # evenly spread
-    assert torch.equal(few, x[[0, 3, 6, 10, 13, 17, 20]])
+    few, of_few = images(classifier, 7)
+    chosen = drawn(IMAGES, 7)
+    assert torch.equal(few, x[chosen])
+    assert torch.equal(of_few, labels[chosen])
     assert MAX_BATCH <= 128  # the toolbox predicts as many at once
+
+
+def test_images_are_of_all_classes():
+    """In any order of the data: classes that take turns, or that come one after the other."""
+    chosen = drawn(10_000, 500)
+    assert chosen == sorted(set(chosen)) == drawn(10_000, 500)
+    assert len(chosen) == 500
+    for classes in ([i % 100 for i in chosen], [i // 100 for i in chosen]):
+        counts = [classes.count(c) for c in range(100)]
+        assert counts.count(0) < 5
+        assert max(counts) < 16
+    assert drawn(9, 9) == list(range(9))
 
 
 def test_other_models(tmp_path, capsys):
