@@ -421,7 +421,7 @@ def _cut(experts: Experts, first: int, last: int) -> Experts:
     """The experts ``first`` to ``last − 1`` alone."""
     if isinstance(experts, ModuleExperts):
         local = ModuleExperts(list(experts)[first:last])
-        local.batch_dim, local.impl = experts.batch_dim, experts.impl
+        local.batch_dim = experts.batch_dim
         return local
     for module in experts.modules():
         for name, parameter in module.named_parameters(recurse=False):

@@ -291,7 +291,8 @@ def test_a_field_asks_for_it():
             torch.testing.assert_close(y, outputs[0])
     with pytest.raises(ConfigError, match=r"impl='sheets': .* cannot compute items side by side"):
         head('sheets', {'type': 'GN', 'num_groups': 2})
-    with pytest.raises(ConfigError, match="for granularity='image' or 'patch' without whole_maps"):
-        head('sheets', granularity='pixel', whole_maps=True)
+    for options in ({'granularity': 'pixel', 'whole_maps': True}, {'expert_parallel': 3}):
+        with pytest.raises(ConfigError, match="'patch', without whole_maps and expert_parallel"):
+            head('sheets', **options)
     with pytest.raises(ConfigError, match=r"impl='views' is unknown for .*'levels', 'sheets'"):
         head('views')

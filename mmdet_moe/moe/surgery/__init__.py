@@ -372,9 +372,11 @@ def _make_layer(module: nn.Module, entry: Entry) -> tuple[MoELayer, float]:
         expert, entry.num_experts, entry.expert_init, entry.granularity, entry.impl
     )
     if entry.impl == 'sheets':
-        if entry.whole_maps or entry.granularity not in ('image', 'patch'):
+        spread = entry.expert_parallel != 1
+        if spread or entry.whole_maps or entry.granularity not in ('image', 'patch'):
             raise ConfigError(
-                "impl='sheets' is for granularity='image' or 'patch' without whole_maps; use 'auto'"
+                "impl='sheets' is for granularity='image' or 'patch', without whole_maps and "
+                "expert_parallel; use 'auto'"
             )
         check_sheets(expert, in_channels)
     options = (

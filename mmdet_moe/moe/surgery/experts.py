@@ -53,17 +53,17 @@ def make_experts(
             module.in_features, module.out_features, num_experts, module.bias is not None
         )
         dense = module
+    elif impl not in IMPLS:
+        raise ConfigError(
+            f'impl={impl!r} is unknown for {type(module).__name__}, which is no plain convolution; '
+            f'use one of {IMPLS}'
+        )
     else:
         fresh = independent_copies(module, num_experts)
         if expert_init == 'shared':
             for clone in fresh[1:]:
                 clone.load_state_dict(module.state_dict())
         copies = ModuleExperts(fresh)
-        if impl not in IMPLS:
-            raise ConfigError(
-                f'impl={impl!r} is unknown for {type(module).__name__}, which is no plain '
-                f'convolution; use one of {IMPLS}'
-            )
         copies.impl = impl
         return copies
     _check_no_hooks(module, dense)
