@@ -60,7 +60,12 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         'experts_<checkpoint>_<split>)',
     )
     parser.add_argument('--split', choices=SPLITS, default='val', help='which images (val)')
-    parser.add_argument('--max-images', type=int, metavar='N', help='the first N images only')
+    parser.add_argument(
+        '--max-images',
+        type=int,
+        metavar='N',
+        help='so many images, drawn at random, always the same (all)',
+    )
     parser.add_argument(
         '--score-thr',
         type=float,

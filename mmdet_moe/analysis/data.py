@@ -1,8 +1,9 @@
 """A data set as the analysis sees it: objects, images and names, in any of the toolboxes."""
 
+import copy
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -40,7 +41,10 @@ class AnalysisData:
         cfg: The config, in its default scope.
         split: ``'val'``, ``'test'`` or ``'train'``. The training images go through the pipeline of
             the tests, without augmentation, and none is filtered out.
-        max_images: Use the first so many.
+        max_images: Use so many of them, see :func:`drawn`. Images are counted among those.
+
+    Attributes:
+        chosen: The place of each in the whole data set, ascending.
 
     Raises:
         ConfigError: If the config does not describe that split, it repeats images, or it has none,
@@ -64,24 +68,24 @@ class AnalysisData:
         if hasattr(self.dataset, 'full_init'):
             self.dataset.full_init()
         wrap_readers(self.dataset, set())
-        self._length = len(self.dataset)
-        if max_images is not None:
-            self._length = min(self._length, max_images)
-        if self._length == 0:
+        total = len(self.dataset)
+        self.chosen = drawn(total, total if max_images is None else max_images)
+        if not self.chosen:
             raise ConfigError(
                 f'{split}_dataloader.dataset has no images, so there is nothing to analyse; check '
                 'its ann_file and data_prefix, or choose another split with --split'
             )
 
     def __len__(self) -> int:
-        return self._length
+        return len(self.chosen)
 
     @property
     def classes(self) -> list[str]:
         """Their names, all different (ImageNet has one twice); numbers where there are none."""
         classes = self.dataset.metainfo.get('classes')
         if classes is None:
-            labels = [self.info(i).get('gt_label', 0) for i in range(len(self.dataset))]
+            whole = range(len(self.dataset))
+            labels = [self.dataset.get_data_info(i).get('gt_label', 0) for i in whole]
             return [str(i) for i in range(int(max(labels)) + 1)]
         return _distinct(list(classes))
 
@@ -98,7 +102,7 @@ class AnalysisData:
         if ends is None:
             return None
         names = self.dataset.metainfo.get('sources') or map(str, range(len(ends)))
-        return list(names), np.searchsorted(ends, np.arange(len(self)), side='right')
+        return list(names), np.searchsorted(ends, self.chosen, side='right')
 
     @cached_property
     def groups(self) -> dict[str, np.ndarray]:
@@ -123,15 +127,14 @@ class AnalysisData:
     def _coco_file(self) -> str | None:
         return _coco_file(self.dataset)
 
-    def batches(self, first: int = 0, step: int = 1, **options: Any) -> Iterator[dict]:
-        """The batches from an image on, in order.
+    def batches(self, images: Iterable[int] | None = None, **options: Any) -> Iterator[dict]:
+        """The batches of these images, in this order.
 
         Args:
-            first: The image.
-            step: Of every so many images the first one.
-            options: Of the data loader, in place of the config's; ``sampler``: any order.
+            images: Default: all, in their order.
+            options: Of the data loader, in place of the config's.
         """
-        order = range(first, len(self), step)
+        order = self.chosen if images is None else [self.chosen[image] for image in images]
         config = {**self.loader_cfg, 'dataset': self.dataset, 'sampler': order, **options}
         if options:
             config['persistent_workers'] = False
@@ -139,7 +142,7 @@ class AnalysisData:
 
     def info(self, index: int) -> dict[str, Any]:
         """What the data set knows of an image without loading it."""
-        return self.dataset.get_data_info(index)
+        return self.dataset.get_data_info(self.chosen[index])
 
     def path(self, index: int) -> str | None:
         """The image's file, or address; None where all images are one array."""
@@ -177,13 +180,16 @@ class AnalysisData:
         return int(self.info(index)['cluster'])
 
     def digest(self) -> str:
-        """Another one if an image is another file, or something else is known of it."""
-        seen = hashlib.sha256()
-        for index in range(len(self.dataset)):
-            info = self.info(index)
-            seen.update(json.dumps([self.path(index), str(info.get('gt_label'))]).encode())
+        """Another one if an image of the whole data set is another file, or something else is known
+        of it.
+        """
+        whole, seen = copy.copy(self), hashlib.sha256()
+        whole.chosen = range(len(self.dataset))
+        for index in whole.chosen:
+            info = whole.info(index)
+            seen.update(json.dumps([whole.path(index), str(info.get('gt_label'))]).encode())
             if 'instances' in info:
-                objects = self.objects(index)
+                objects = whole.objects(index)
                 for part in (objects.boxes, objects.labels, objects.areas, objects.crowd):
                     seen.update(part.tobytes())
         return seen.hexdigest()[:16]
@@ -201,7 +207,7 @@ class AnalysisData:
 
     def objects(self, index: int) -> Objects:
         """The ground truth of an image, crowds included."""
-        info, (part, to_label) = self.info(index), _part_of(self.dataset, index)
+        info, (part, to_label) = self.info(index), _part_of(self.dataset, self.chosen[index])
         if (annotations := self._annotations.get(id(part))) is not None:
             found = [  # those marked to be ignored, too, as COCO's evaluation does
                 (a['bbox'], to_label[a['category_id']], a['area'], a.get('iscrowd', 0))
@@ -224,6 +230,15 @@ class AnalysisData:
             np.array([f[2] for f in found], np.float32),
             np.array([f[3] for f in found], bool),
         )
+
+
+def drawn(images: int, wanted: int) -> list[int]:
+    """Which of the images are taken: at random, always the same, in their order.
+
+    The first ones could be of the first classes alone, and in even steps they could fall in with
+    classes that take turns.
+    """
+    return sorted(np.random.default_rng(0).permutation(images)[:wanted].tolist())
 
 
 def _coco_file(dataset: Any) -> str | None:

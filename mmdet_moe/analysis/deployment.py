@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 
-from mmdet_moe.analysis.data import SPLITS, AnalysisData
+from mmdet_moe.analysis.data import SPLITS, AnalysisData, drawn
 from mmdet_moe.analysis.models import load_model, task_of
 from mmdet_moe.cli import check_folder, fail, load_config, set_loader_defaults
 from mmdet_moe.engine.explain import in_one_line
@@ -235,9 +235,9 @@ def export_model(args: argparse.Namespace) -> bool:
     model, meta = load_model(cfg, args.checkpoint, 'cpu')
     images: list[Tensor] = []
     if needs_images:
-        data = AnalysisData(cfg, args.split, max(args.verify, 1))
-        images = list(_images(data))
-    size = tuple(args.size or _filled_up(images[0].shape[1:], model.data_preprocessor))
+        data = AnalysisData(cfg, args.split)
+        first, *images = _images(data, [0, *drawn(len(data), args.verify)])
+    size = tuple(args.size or _filled_up(first.shape[1:], model.data_preprocessor))
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter('ignore')
         parts = _parts(model, args, size)
@@ -245,7 +245,7 @@ def export_model(args: argparse.Namespace) -> bool:
         for part in parts:
             _write(part, part.inputs(example), _about(part.network, model, meta, args, size))
             print(f'{part.path}: {part.input} -> {", ".join(part.outputs)}')
-        batches = list(_batches(images[: args.verify], size, parts[0].dims))
+        batches = list(_batches(images, size, parts[0].dims))
         equal = _verify(model, parts, batches) if batches else True
         if args.time and batches:
             print(_times(parts, batches))
@@ -287,14 +287,11 @@ def _filled_up(size: Sequence[int], preprocessor: nn.Module) -> list[int]:
     return [-(-length // divisor) * divisor for length in size]
 
 
-def _images(data: AnalysisData) -> Iterator[Tensor]:
-    """Each image as the pipeline of the tests leaves it, (C, H, W) float32."""
-    found = 0
-    for batch in data.batches():
+def _images(data: AnalysisData, chosen: list[int]) -> Iterator[Tensor]:
+    """Each of these images as the pipeline of the tests leaves it, (C, H, W) float32."""
+    for batch in data.batches(chosen):
         for image in batch['inputs']:
-            if found < len(data):
-                yield image.float()
-            found += 1
+            yield image.float()
 
 
 def _network(model: nn.Module, boxes: bool) -> Network:

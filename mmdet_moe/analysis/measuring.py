@@ -27,16 +27,22 @@ from mmdet_moe.progress import progress_bar
 _PARTS = {'per_group': 'group', 'per_superclass': 'super-class', 'per_class': 'class'}
 
 
-def add_options(parser: argparse.ArgumentParser, images: str = 'the first N images only') -> None:
+def add_options(parser: argparse.ArgumentParser, max_images: int | None = None) -> None:
     """The options of every tool that changes a model and measures it.
 
     Args:
         parser: Of the tool.
-        images: What ``--max-images`` means.
+        max_images: Default of ``--max-images``; None: all.
     """
     parser.add_argument('--overwrite', action='store_true', help='replace what is there')
     parser.add_argument('--split', choices=SPLITS, default='val', help='which images (val)')
-    parser.add_argument('--max-images', type=int, metavar='N', help=images)
+    parser.add_argument(
+        '--max-images',
+        type=int,
+        metavar='N',
+        default=max_images,
+        help=f'so many images, drawn at random, always the same ({max_images or "all"})',
+    )
     parser.add_argument('--device', help='cpu, cuda, cuda:1, … (default: a GPU if there is one)')
     add_cfg_options(parser)
 

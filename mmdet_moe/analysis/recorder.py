@@ -29,8 +29,8 @@ from mmdet_moe.analysis.statistics.matching import match
 #: Layers with a decision for every pixel have more than anybody can keep: so many of an image, or
 #: of a layer with many experts as many as have so many weights.
 MAX_DECISIONS, MAX_WEIGHTS = 4096, 1 << 15
-# The number of a decision: the image's index, then its own number in the image.
-_ITEM_BITS = 28
+#: The number of a decision: the image's index, then in so many bits its own one in the image.
+ITEM_BITS = 28
 
 
 class Recorder:
@@ -287,4 +287,4 @@ def _main_level(owner: np.ndarray, level: np.ndarray, count: int) -> np.ndarray:
 
 def _units(decisions: Decisions, indices: np.ndarray) -> np.ndarray:
     image = indices.astype(np.int64)[decisions.image.numpy()]
-    return (image << _ITEM_BITS) | decisions.code.numpy()
+    return (image << ITEM_BITS) | decisions.code.numpy()

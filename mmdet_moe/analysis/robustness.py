@@ -18,7 +18,6 @@ from math import sqrt
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from mmpretrain.models.classifiers import BaseClassifier
 from torch import Tensor, nn
@@ -87,8 +86,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         metavar='FILE.json',
         help='the results (default: next to the checkpoint, attack_<attack>_<checkpoint>_<split>)',
     )
-    add_options(parser, 'so many images, drawn from the split, always the same (500)')
-    parser.set_defaults(max_images=500)
+    add_options(parser, max_images=500)
     args = parser.parse_args(argv)
     if args.out is None and '://' not in args.checkpoint:
         checkpoint = Path(args.checkpoint)
@@ -116,13 +114,12 @@ def attack_checkpoint(args: argparse.Namespace) -> dict:
             f'{type(model).__name__} is no classifier of MMPretrain, and nothing else is attacked; '
             'give the config of a classifier'
         )
-    wanted, args.max_images = args.max_images, None
     data = images_of(args, cfg, meta)
-    total = min(wanted, len(data))
+    total = len(data)
     found = Robustness(model, attack)
     done = 0  # a bar that is not shown does not count
     with progress_bar(total=total, desc=ATTACKS[attack.kind], unit=' images') as bar:
-        for x, labels in _batches(data, total, next(model.parameters()).device):
+        for x, labels in _batches(data, next(model.parameters()).device):
             found.add(x, labels, seed=done)
             done += len(x)
             bar.update(len(x))
@@ -138,7 +135,7 @@ def attack_checkpoint(args: argparse.Namespace) -> dict:
     }
     write_file(args.out, json.dumps(result, indent=1, allow_nan=False).encode())
     print(
-        f'\n{total:,} of {len(data):,} images of {args.split}; {ATTACKS[attack.kind]}, '
+        f'\n{total:,} of {len(data.dataset):,} images of {args.split}; {ATTACKS[attack.kind]}, '
         f'{attack.steps} steps, eps = {args.eps} ({255 * attack.eps:.3g} of 255)\n'
     )
     print(in_columns(table(result['rows'])), *found.notes(), sep='\n')
@@ -162,21 +159,10 @@ def _check(args: argparse.Namespace) -> Attack:
     return attack
 
 
-def drawn(images: int, total: int) -> list[int]:
-    """Which of the images are taken: at random, always the same, in their order.
-
-    In even steps they could fall in with classes that take turns, and be all of a few.
-    """
-    return sorted(np.random.default_rng(0).permutation(images)[:total].tolist())
-
-
-def _batches(
-    data: AnalysisData, total: int, device: torch.device
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """So many images, float32 (N, C, H, W) in [0, 1], and their classes, int64 (N,)."""
+def _batches(data: AnalysisData, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+    """The images, float32 (N, C, H, W) in [0, 1], and their classes, int64 (N,)."""
     size = min(data.loader_cfg.get('batch_size', 1), MAX_BATCH)
-    order = drawn(len(data), total)
-    for batch in data.batches(sampler=order, batch_size=size, num_workers=0):
+    for batch in data.batches(batch_size=size, num_workers=0):
         inputs = batch['inputs']
         if not isinstance(inputs, Tensor):
             if len({image.shape for image in inputs}) > 1:

@@ -92,7 +92,8 @@ class Study:
         self.left_out, self.order = self._leave_out(left_out, plan)
         known = {'plan': plan, 'left_out': self.left_out, 'order': self.order}
         content = json.dumps(known).encode()
-        plan = {**plan, 'layers': list(self.layers), 'images': len(data)}
+        images = len(data) if len(data) == len(data.dataset) else data.chosen
+        plan = {**plan, 'layers': list(self.layers), 'images': images}
         kind = DetectorRecords if self.is_detector else ClassifierRecords
         self.records = RecordFiles(kind, folder / 'statistics', plan, overwrite)
         self.plan, self._folder, self._overwrite = plan, folder, overwrite
@@ -229,7 +230,7 @@ class Study:
         progress(done)
         if done == total:
             return
-        batches = self.data.batches(done)
+        batches = self.data.batches(range(done, total))
         size = self.data.loader_cfg.get('batch_size', 1)
         per_file = max(1, IMAGES_PER_FILE // size) * size
         for first in range(done, total, per_file):

@@ -13,7 +13,7 @@ from mmengine.config import Config, ConfigDict
 from mmengine.registry import init_default_scope
 from running import CONFIGS, ROOT
 
-from mmdet_moe.analysis.data import AnalysisData, loader_of
+from mmdet_moe.analysis.data import AnalysisData, drawn, loader_of
 from mmdet_moe.cli import load_config
 from mmdet_moe.datasets import idx
 from mmdet_moe.datasets.rotated_pairs import rotated_square
@@ -184,6 +184,48 @@ def test_repeated_images_are_refused(root, inside):
     cfg.val_dataloader.dataset = joined if inside else repeated
     with pytest.raises(ConfigError, match=r'val_dataloader\.dataset: RepeatDataset repeats images'):
         AnalysisData(cfg, 'val')
+
+
+def test_drawn_images_are_of_all_classes():
+    """In any order of the data: classes that take turns, or that come one after the other."""
+    chosen = drawn(10_000, 500)
+    assert chosen == sorted(set(chosen)) == drawn(10_000, 500)
+    assert len(chosen) == 500
+    for classes in ([i % 100 for i in chosen], [i // 100 for i in chosen]):
+        counts = [classes.count(c) for c in range(100)]
+        assert counts.count(0) < 5
+        assert max(counts) < 16
+    assert drawn(9, 9) == drawn(9, 20) == list(range(9))
+
+
+def test_a_part_of_the_images(root):
+    """Whatever is asked about them is what the whole knows of the same ones."""
+    cfg = config(root)
+    one = cfg.val_dataloader.dataset
+    pipeline = one.pop('pipeline')
+    cfg.val_dataloader.dataset = dict(
+        type='mmdet_moe.JointDataset', names=('a', 'b'), datasets=[one, copy.deepcopy(one)],
+        pipeline=pipeline, test_mode=True,
+    )  # fmt: skip
+    whole, part = AnalysisData(cfg, 'val'), AnalysisData(cfg, 'val', 6)
+    assert (len(whole), len(part)) == (16, 6)
+    assert part.chosen == drawn(16, 6) != list(range(6))
+    assert part.classes == whole.classes
+    for index, place in enumerate(part.chosen):
+        assert part.path(index) == whole.path(place)
+        assert part.image_size(index) == whole.image_size(place)
+        assert np.array_equal(part.image(index), whole.image(place))
+        for name, value in vars(part.objects(index)).items():
+            assert np.array_equal(value, getattr(whole.objects(place), name)), name
+    assert part.sources[0] == whole.sources[0] == ['a', 'b']
+    assert part.sources[1].tolist() == [place // 8 for place in part.chosen]
+    assert [index for of in part.groups.values() for index in of] == list(range(6))
+
+    def numbers(batches):
+        return [sample.img_path for batch in batches for sample in batch['data_samples']]
+
+    assert numbers(part.batches()) == [part.path(i) for i in range(6)]
+    assert numbers(part.batches([4, 1, 2])) == [part.path(i) for i in (4, 1, 2)]
 
 
 def test_the_digest_is_of_what_is_known_of_the_images(root):

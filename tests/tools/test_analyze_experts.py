@@ -24,7 +24,7 @@ from mmdet_moe import cli
 from mmdet_moe.analysis import command, study
 from mmdet_moe.analysis.attribution import Tracer
 from mmdet_moe.analysis.command import run_analysis
-from mmdet_moe.analysis.data import AnalysisData
+from mmdet_moe.analysis.data import AnalysisData, drawn
 from mmdet_moe.analysis.recorder import Recorder
 from mmdet_moe.analysis.records.contents import BoxRecords
 from mmdet_moe.analysis.records.files import RecordFiles
@@ -372,7 +372,7 @@ def test_ap_is_that_of_the_test_tool(detector, finished, tmp_path, monkeypatch):
         )
 
 
-def loops(detector, num_images=IMAGES, threshold=THRESHOLD):
+def loops(detector, images=range(IMAGES), threshold=THRESHOLD):
     """Every image by itself: what is found, with the weights behind it, as lists of rows."""
     cfg = detector.read()
     init_default_scope('mmdet')
@@ -384,7 +384,7 @@ def loops(detector, num_images=IMAGES, threshold=THRESHOLD):
     rows = {name: {'decisions': [], 'objects': [], 'detections': []} for name in LAYERS}
     count = 0
     with Tracer(model) as tracer:
-        for index in range(num_images):
+        for index in images:
             sample = data.dataset[index]
             batch = {'inputs': [sample['inputs']], 'data_samples': [sample['data_samples']]}
             (result,) = tracer.predict(batch)
@@ -693,9 +693,9 @@ def test_few_images_are_in_memory(detector, tmp_path, monkeypatch):
 # Options ------------------------------------------------------------------------------------------
 
 
-def test_first_images_only(detector, tmp_path):
+def test_some_images_only(detector, tmp_path):
     experts = detector(tmp_path / 'out', '--max-images', '3', '--no-interventions')
-    rows, count = loops(detector, 3)
+    rows, count = loops(detector, drawn(IMAGES, 3))
     assert experts['run']['num_images'] == 3
     assert experts['run']['num_detections'] == count
     assert experts['interventions'] == []
@@ -739,7 +739,7 @@ def test_comparison(detector, finished, tmp_path, capsys):
     assert (out / 'figures' / 'polysemanticity.png').exists() == any(matters)
     (same,) = json.loads(content(out))['stability']
     assert (same['run'], same['reason'], list(same['layers'])) == ('finished', None, LAYERS)
-    for shares in same['layers'].values():  # the first three images are the same ones
+    for shares in same['layers'].values():  # the three images are the same ones
         assert (shares['num_decisions'], shares['changed']) == (3 * LEVELS, 0)
     before = files_in(tmp_path)
     (tmp_path / 'nothing').mkdir()

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from mmdet_moe.analysis.attribution import replaced
+from mmdet_moe.analysis.data import drawn
 from mmdet_moe.analysis.image_demo.looks import network_picture
 from mmdet_moe.analysis.study import Study
 from mmdet_moe.errors import ConfigError
@@ -28,7 +29,7 @@ from mmdet_moe.moe.items import Items
 from mmdet_moe.moe.mumoe import MuMoE
 from mmdet_moe.moe.routing import Routing
 
-#: Points of a layer, more than which a browser cannot turn; of images, at even distances.
+#: Points of a layer, more than which a browser cannot turn; of images, drawn at random.
 MAX_POINTS, MAX_IMAGES = 5000, 1000
 _SIDE = 32  # of a picture, px
 _CONFIG, _POINTS = 'projector_config.pbtxt', 'tensors.tsv'  # TensorBoard's names
@@ -62,12 +63,10 @@ def write_projector(study: Study, folder: Path) -> None:
     """
     from torch.utils.tensorboard import SummaryWriter
 
-    data, count = study.data, min(len(study.data), MAX_IMAGES)
-    indices = np.unique(np.linspace(0, len(data) - 1, count).round().astype(int)).tolist()
+    data, images = study.data, drawn(len(study.data), MAX_IMAGES)
     is_labelled, rng = not study.is_detector, np.random.default_rng(0)
     points: dict[str, list] = {name: [] for name in study.layers}
-    for index in indices:
-        batch = next(data.batches(index, batch_size=1, num_workers=0))
+    for index, batch in zip(images, data.batches(images, batch_size=1, num_workers=0), strict=True):
         inputs = study.model.data_preprocessor(batch, False)
         given: dict[str, list[tuple[Tensor, Routing, list[Items]]]] = {}
         with ExitStack() as stack:
@@ -78,7 +77,7 @@ def write_projector(study: Study, folder: Path) -> None:
         extra = [data.classes[data.label(index)]] if is_labelled else []
         for name, calls in given.items():
             of_image = [point for call in _numbered(calls) for point in _points(*call, picture)]
-            most = -(-MAX_POINTS // len(indices))
+            most = -(-MAX_POINTS // len(images))
             chosen = np.sort(rng.permutation(len(of_image))[:most])
             for vector, told, cell in (of_image[i] for i in chosen):
                 points[name].append((vector, [*told, str(index), *extra], cell))

@@ -5,9 +5,9 @@ import io
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 from PIL import Image
 
+from mmdet_moe.analysis.data import drawn
 from mmdet_moe.analysis.files import write_file
 from mmdet_moe.analysis.image_demo.command import routed_maps
 from mmdet_moe.analysis.image_demo.drawing import draw_routing, page_style
@@ -32,7 +32,7 @@ def write_looks(study: Study, number: int, folder: Path) -> list[tuple[str, str,
 
     Args:
         study: Its model is run on the images once more.
-        number: How many images, at even distances.
+        number: How many images, drawn at random.
         folder: Of the figures; ``<layer>/routing_<index>.png`` and ``<layer>/cam_<index>.png``.
 
     Returns:
@@ -47,10 +47,9 @@ def write_looks(study: Study, number: int, folder: Path) -> list[tuple[str, str,
         write_file(path, to_bytes(figure, 'png'))
         written.append((layer, f'{title}, image {index}', path))
 
-    indices = np.unique(np.linspace(0, len(data) - 1, number).round().astype(int)).tolist()
-    for index in indices:
+    for index in drawn(len(data), number):
         with tracer, page_style():
-            batch = next(data.batches(index, batch_size=1, num_workers=0))
+            batch = next(data.batches([index], batch_size=1, num_workers=0))
             inputs = study.model.data_preprocessor(batch, False)
             (result,) = tracer.predict(inputs, preprocessed=True)
             picture, looks = network_picture(inputs), {}

@@ -20,7 +20,7 @@ from mmdet_moe.moe.metrics import mutual_information
 #: Layers of more experts are left out: nobody can follow so many bands.
 MAX_EXPERTS = 64
 #: Of whole images, for the information that two layers have in common by chance; and how many
-#: units are remembered for it at most, of images at even distances (for a moment one file more).
+#: units are remembered for it at most, of images drawn at random (for a moment one file more).
 PERMUTATIONS, MAX_UNITS = 199, 200_000
 UNITS = ('image', 'decision')
 Mains = tuple[np.ndarray, np.ndarray, np.ndarray]
@@ -137,9 +137,17 @@ def _correspond(first: DecisionRecords, second: DecisionRecords) -> bool:
 
 
 def _every(stride: int, mains: Mains) -> Mains:
-    """Those of every so many images."""
-    wanted = mains[0] % stride == 0
+    """Those of one in so many images."""
+    wanted = _mixed(mains[0]) % stride == 0
     return tuple(column[wanted] for column in mains)
+
+
+def _mixed(image: np.ndarray) -> np.ndarray:
+    """A number, uint64, as good as random, of each image's: images in even steps could be of a few
+    classes that take turns.
+    """
+    mixed = image.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio
+    return (mixed ^ (mixed >> np.uint64(29))) * np.uint64(0xBF58476D1CE4E5B9) >> np.uint64(32)
 
 
 def _of_images(first: DecisionRecords, second: DecisionRecords) -> Mains:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from mmdet_moe.analysis.attribution import replaced
-from mmdet_moe.analysis.data import AnalysisData
+from mmdet_moe.analysis.data import AnalysisData, drawn
 from mmdet_moe.analysis.interventions import MANY_EXPERTS
 from mmdet_moe.analysis.models import load_weights
 from mmdet_moe.moe import MoELayer
@@ -34,7 +34,7 @@ from mmdet_moe.moe.expert_layer import ExpertLayer
 from mmdet_moe.moe.experts import ModuleExperts
 from mmdet_moe.moe.mumoe import Factors, MuMoE
 
-#: Images whose inputs every expert is given, evenly spread over the data set.
+#: Images whose inputs every expert is given.
 IMAGES = 32
 #: Items of one call, positions of one item and examples of one layer, at most.
 MAX_ITEMS, MAX_POSITIONS, MAX_EXAMPLES = 64, 16, 4096
@@ -288,13 +288,13 @@ def expert_similarity(
     Args:
         model: In evaluation mode.
         layers: Its layers by name.
-        data: Of whose images :data:`IMAGES`, evenly spread, are used.
+        data: Of whose images :data:`IMAGES`, drawn at random, are used.
     """
     compared = {name: layer for name, layer in layers.items() if too_many(layer) is None}
     outputs = {}
     if compared:
-        step = -(-len(data) // IMAGES)
-        outputs = outputs_of(model, compared, data.batches(step=step, num_workers=0))
+        images = drawn(len(data), IMAGES)
+        outputs = outputs_of(model, compared, data.batches(images, num_workers=0))
     found = {}
     for name, layer in layers.items():
         reason = too_many(layer)

@@ -7,13 +7,14 @@ Letters: n decisions, E experts.
 """
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
+from mmdet_moe.analysis.recorder import ITEM_BITS
 from mmdet_moe.analysis.records.contents import ClassifierRecords, DetectorRecords
 from mmdet_moe.analysis.records.files import PLAN_FILE, RecordFiles
 
@@ -116,7 +117,8 @@ def stability_to(study: 'Study', folder: Path) -> dict:
     }
     sums = {name: Stability(study.layers[name].num_experts) for name in numbers}
     other = RecordFiles(study.records.kind, records, plan)
-    for name, before, after in _pairs(other, study.records, numbers):
+    chosen = plan['images'] if isinstance(plan['images'], list) else range(plan['images'])
+    for name, before, after in _pairs(other, study.records, numbers, chosen, study.data.chosen):
         sums[name].add(before, after)
     found = {name: total.as_dict() for name, total in sums.items()}
     entry['layers'] = {name: shares for name, shares in found.items() if shares is not None}
@@ -129,24 +131,42 @@ def _pairs(
     before: Iterable[DetectorRecords | ClassifierRecords],
     after: Iterable[DetectorRecords | ClassifierRecords],
     numbers: dict[str, tuple[int, int]],
+    chosen_before: Sequence[int],
+    chosen_after: Sequence[int],
 ) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
-    """Layer and weights of the decisions that both have; whose files may hold other images."""
+    """Layer and weights of the decisions that both have.
+
+    Args:
+        before: Files of records, which may hold other images than those of ``after``.
+        after: Likewise.
+        numbers: Those of each layer in both.
+        chosen_before: The place in the data set of each image that ``before`` is of, ascending.
+        chosen_after: Likewise.
+    """
+    first, second = (np.asarray(chosen, np.int64) for chosen in (chosen_before, chosen_after))
     waiting = iter(before)
     left: dict[str, list[_Decisions]] = {name: [] for name in numbers}
     last = -1  # the last image of what is waiting
     for part in after:
-        end = part.images.index[-1]
+        end = second[part.images.index[-1]]
         while last < end and (other := next(waiting, None)) is not None:
-            last = other.images.index[-1]
+            last = first[other.images.index[-1]]
             for name, (_, number) in numbers.items():
                 made = other.layers[number].decisions
-                left[name].append((made.unit, made.weights))
+                left[name].append((_placed(made.unit, first), made.weights))
         for name, (number, _) in numbers.items():
             if not left[name]:
                 continue
             unit, weights = map(np.concatenate, zip(*left[name], strict=True))
             made = part.layers[number].decisions
-            _, rows, others = np.intersect1d(made.unit, unit, return_indices=True)
+            mine = _placed(made.unit, second)
+            _, rows, others = np.intersect1d(mine, unit, return_indices=True)
             yield name, weights[others], made.weights[rows]
-            rest = unit > made.unit.max(initial=-1)
+            rest = unit > mine.max(initial=-1)
             left[name] = [(unit[rest], weights[rest])]
+
+
+def _placed(unit: np.ndarray, chosen: np.ndarray) -> np.ndarray:
+    """Numbers of decisions as of an analysis of the whole data set."""
+    image, item = np.divmod(unit, 1 << ITEM_BITS)
+    return (chosen[image] << ITEM_BITS) | item

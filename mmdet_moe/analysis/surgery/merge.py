@@ -272,7 +272,7 @@ def _shuffled(images: AnalysisData, batches: int, seed: int) -> Iterator[dict]:
     number = batches * images.loader_cfg.get('batch_size', 1)
     rounds = -(-number // len(images))
     order = [torch.randperm(len(images), generator=generator) for _ in range(rounds)]
-    return images.batches(sampler=torch.cat(order)[:number].tolist())
+    return images.batches(torch.cat(order)[:number].tolist())
 
 
 def _note(calls: list[tuple], _: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:

@@ -25,9 +25,10 @@ class Data:
     def __len__(self):
         return 3
 
-    def batches(self, first, batch_size, num_workers):
+    def batches(self, images, batch_size, num_workers):
         batch = make_batch()
-        yield {key: value[first : first + 1] for key, value in batch.items()}
+        for first in images:
+            yield {key: value[first : first + 1] for key, value in batch.items()}
 
     def label(self, index):
         return index
@@ -50,7 +51,7 @@ def test_detector(randomise, tmp_path):
     vectors, told = read(tmp_path, 'bbox_head.cls_moe')
     expected, experts = [], []
     for index in range(3):
-        batch = next(Data().batches(index, 1, 0))
+        batch = next(Data().batches([index], 1, 0))
         with torch.no_grad():
             features = model.extract_feat(model.data_preprocessor(batch, False)['inputs'])
             model.bbox_head(features)

@@ -9,6 +9,7 @@ from PIL import Image
 from tiny_models import MOE_NECK, build_single, make_batch
 
 from mmdet_moe.analysis.attribution import Tracer
+from mmdet_moe.analysis.data import drawn
 from mmdet_moe.analysis.image_demo import drawing, looks
 from mmdet_moe.analysis.report.explorer.report import FOLDER
 from mmdet_moe.analysis.report.pictures import pictures_of, write_looks
@@ -22,11 +23,12 @@ class Data:
     def __len__(self):
         return 3
 
-    def batches(self, first, batch_size, num_workers):
+    def batches(self, images, batch_size, num_workers):
+        (first,) = images
         yield {key: value[first : first + 1] for key, value in make_batch().items()}
 
 
-def test_looks_of_images_at_even_distances(randomise, tmp_path, monkeypatch):
+def test_looks_of_images(randomise, tmp_path, monkeypatch):
     """Maps of the routing where images are divided, and activation maps of all layers."""
     monkeypatch.setattr(drawing, 'SHORTEST', 120)  # small pictures, few panels
     monkeypatch.setattr(drawing, 'LONGEST', 200)
@@ -37,7 +39,7 @@ def test_looks_of_images_at_even_distances(randomise, tmp_path, monkeypatch):
     found = write_looks(study, 2, tmp_path)
     neck = next(name for name in tracer.layers if name.startswith('neck'))
     names = [(layer, path.relative_to(tmp_path).as_posix()) for layer, _, path in found]
-    for index in (0, 2):
+    for index in drawn(3, 2):
         assert (neck, f'{neck}/routing_{index:06d}.png') in names
         for layer in (neck, 'bbox_head.cls_moe', 'bbox_head.reg_moe'):
             assert (layer, f'{layer}/cam_{index:06d}.png') in names

@@ -104,7 +104,7 @@ def test_runs_of_layers_on_the_same_items():
 
 
 def test_memory_does_not_grow_with_the_images(monkeypatch):
-    """All units are counted; chance is that of images at even distances."""
+    """All units are counted; chance is that of some images."""
     monkeypatch.setattr('mmdet_moe.analysis.statistics.flow.MAX_UNITS', 40)
     rng = np.random.default_rng(0)
     a = rng.integers(0, 3, 400)
@@ -114,6 +114,17 @@ def test_memory_does_not_grow_with_the_images(monkeypatch):
         step.add(*pair)
     found = step.as_dict()
     np.testing.assert_array_equal(np.array(found['counts'])[:, :3], contingency_matrix(a, b))
-    kept = np.isin(np.arange(400) // 2, np.arange(0, 200, 16))
+    images = np.concatenate([image for image, *_ in step._kept])
+    assert len(images) <= 40
+    kept = np.isin(np.arange(400) // 2, images)
     assert found['mi'] == pytest.approx(mutual_info_score(a[kept], b[kept]))
     assert found['p_value'] == 1 / 200
+
+
+def test_images_that_are_kept_are_of_all_classes(monkeypatch):
+    """Two classes that take turns: of every second image, the experts would be one."""
+    monkeypatch.setattr('mmdet_moe.analysis.statistics.flow.MAX_UNITS', 200)
+    classes = np.arange(4000) % 2
+    step = Step('image')
+    step.add(decisions(classes, 2), decisions(classes, 2))
+    assert step.as_dict()['mi'] == pytest.approx(np.log(2), abs=0.02)

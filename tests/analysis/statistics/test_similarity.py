@@ -148,6 +148,9 @@ class Model(nn.Module):
         return self.layer(inputs)
 
 
+ALL = list(range(6))
+
+
 class Data:
     """Six images of 4 channels, in batches of 2."""
 
@@ -158,8 +161,8 @@ class Data:
     def __len__(self):
         return 6
 
-    def batches(self, step, num_workers):
-        assert (step, num_workers) == (1, 0)
+    def batches(self, images, num_workers):
+        assert (images, num_workers) == (ALL, 0)
         return ({'inputs': part} for part in self.images.split(2))
 
 
@@ -172,7 +175,7 @@ def test_outputs_of_every_expert_on_the_same_inputs(name, randomise, monkeypatch
     data = Data((6, 6) if is_map else ())
     model = Model(layer)
     before = model(data.images, 'predict')
-    features = outputs_of(model, {'a': layer}, data.batches(1, 0))['a']
+    features = outputs_of(model, {'a': layer}, data.batches(ALL, 0))['a']
     assert torch.equal(before, model(data.images, 'predict'))
     assert not {'run_experts', 'mix'} & set(vars(layer))
     expected = []
@@ -213,16 +216,16 @@ def test_examples_are_bounded(randomise, monkeypatch):
     monkeypatch.setattr(similarity, 'MAX_EXAMPLES', 7)
     layer = randomise(layers()['conv']).eval()
     model, data = Model(layer), Data()
-    first = outputs_of(model, {'a': layer}, data.batches(1, 0))['a']
+    first = outputs_of(model, {'a': layer}, data.batches(ALL, 0))['a']
     assert first.shape == (3, 7, 4)
-    assert torch.equal(first, outputs_of(model, {'a': layer}, data.batches(1, 0))['a'])
+    assert torch.equal(first, outputs_of(model, {'a': layer}, data.batches(ALL, 0))['a'])
     # Or by the size of what they hold: 3 experts, 4 channels.
     monkeypatch.setattr(similarity, 'MAX_EXAMPLES', 4096)
     monkeypatch.setattr(similarity, 'MAX_VALUES', 7 * 3 * 4)
     monkeypatch.setattr(similarity, '_LEAST', 1)
-    assert torch.equal(first, outputs_of(model, {'a': layer}, data.batches(1, 0))['a'])
+    assert torch.equal(first, outputs_of(model, {'a': layer}, data.batches(ALL, 0))['a'])
     monkeypatch.setattr(similarity, 'MAX_VALUES', 1 << 26)
-    every = outputs_of(model, {'a': layer}, data.batches(1, 0))['a']
+    every = outputs_of(model, {'a': layer}, data.batches(ALL, 0))['a']
     assert every.shape == (3, 6 * 16, 4)
     for example in first.unbind(1):
         assert (every == example[:, None]).all(2).all(0).any()
@@ -234,7 +237,7 @@ def test_whole_maps_are_looked_at_once(monkeypatch):
     conv = nn.Conv2d(4, 4, 3, padding=1)
     layer = MoELayer(conv, 3, 2, in_channels=4, granularity='pixel', whole_maps=True).eval()
     data = Data()
-    features = outputs_of(Model(layer), {'a': layer}, data.batches(1, 0))['a']
+    features = outputs_of(Model(layer), {'a': layer}, data.batches(ALL, 0))['a']
     assert len(layer.routing.expert_ids.unique()) > 1
     expected = [expert(data.images).permute(0, 2, 3, 1).flatten(0, 2) for expert in layer.experts]
     torch.testing.assert_close(features, torch.stack(expected).detach())

@@ -88,7 +88,7 @@ def test_files_of_other_lengths(bounds):
     before = [records(*b, rng, kept=0.8) for b in bounds]
     after = [records(*b, rng, kept=0.8) for b in [(0, 3), (3, 6), (6, 7)]]
     found = {'a': [], 'b': []}
-    for name, one, two in _pairs(before, after, {'a': (0, 1), 'b': (1, 0)}):
+    for name, one, two in _pairs(before, after, {'a': (0, 1), 'b': (1, 0)}, range(9), range(9)):
         np.testing.assert_array_equal(one, two)
         found[name] += one[:, 0].tolist()
 
@@ -98,3 +98,22 @@ def test_files_of_other_lengths(bounds):
     for name, mine, other in (('a', 0, 1), ('b', 1, 0)):
         assert len(found[name]) == len(set(found[name])) > 5
         assert set(found[name]) == units(after, mine) & units(before, other)
+
+
+def test_some_images_against_all():
+    """Of a part of the images, the counterparts are those of the same images in the whole."""
+    chosen, rng = [1, 2, 5, 8], np.random.default_rng(1)
+    whole = [records(*b, rng) for b in [(0, 4), (4, 9)]]
+    part = [records(*b, rng) for b in [(0, 3), (3, 4)]]
+    for before, after, places in (
+        (whole, part, (range(9), chosen)),
+        (part, whole, (chosen, range(9))),
+    ):
+        seen = []
+        for _, one, two in _pairs(before, after, {'a': (0, 0)}, *places):
+            numbers = [divmod(int(w), 1 << 28) for w in (one if after is part else two)[:, 0]]
+            others = [divmod(int(w), 1 << 28) for w in (two if after is part else one)[:, 0]]
+            for (image, item), (index, other) in zip(numbers, others, strict=True):
+                assert (image, item) == (chosen[index], other)
+            seen += numbers
+        assert sorted(seen) == [(image, item) for image in chosen for item in range(3)]

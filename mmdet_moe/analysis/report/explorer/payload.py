@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from mmdet_moe.analysis.data import drawn
 from mmdet_moe.analysis.files import write_file
 from mmdet_moe.analysis.records.contents import select
 from mmdet_moe.analysis.report.explorer.packing import (
@@ -54,7 +55,7 @@ def build_payload(
 
     Of a layer with very many experts only those with the most weight are told of
     (:mod:`~mmdet_moe.analysis.report.shown`). All outcomes are kept as columns. Where there are so
-    many that they alone would use up the budget, the outcomes of images at even distances are kept.
+    many that they alone would use up the budget, the outcomes of images drawn at random are kept.
     Crops and whole images are JPEG, of a choice of images (see
     :mod:`~mmdet_moe.analysis.report.explorer.pool`).
 
@@ -230,7 +231,7 @@ def _thinned(outcomes: Outcomes, columns: dict, limit: float) -> tuple[Outcomes,
     while len(_dumps(columns)) > limit and count:
         # Aims a little below, for deflation does worse on less; then in small steps.
         count = min(int(count * 0.97 * max(limit, 0) / len(_dumps(columns))), count - 1)
-        kept = images[np.linspace(0, len(images) - 1, count).round().astype(int)]
+        kept = images[drawn(len(images), count)]
         rows = np.isin(outcomes.image, kept)
         thinned = select(outcomes, rows)
         columns = _columns(thinned)
