@@ -42,14 +42,17 @@ _NO_NOISE = {'noise': False}
 #: Clusters within the levels: otherwise they are the levels.
 _KMEANS = {'init': 'kmeans', 'normalise_levels': 5, **_NO_NOISE}
 _SWITCH = {'type': 'mmdet_moe.SwitchLoss', 'weight': 0.01}
+# The number of data sets is filled in.
+_DAMEX = {'type': 'mmdet_moe.DatasetLoss', 'weight': 0.1}
 
 
 @dataclass(frozen=True)
 class Head:
-    """Both subnets of the head: dense, or as experts with k = 1, which cost as much.
+    """Both subnets of the head: dense, or as experts that cost as much.
 
     Attributes:
         experts: E; 0 for a dense head.
+        top_k: k; with more than 1 the experts are narrow.
         router: Options of the router.
         loss: Config of the balancing loss, if any.
         apart: A dense detector for each data set, which goes on with that one alone, for its share
@@ -57,6 +60,7 @@ class Head:
     """
 
     experts: int = 0
+    top_k: int = 1
     router: Mapping[str, Any] = field(default_factory=dict, hash=False)
     loss: Mapping[str, Any] | None = field(default=None, hash=False)
     apart: bool = False
@@ -68,10 +72,13 @@ HEADS = {
     DENSE: Head(),
     APART: Head(apart=True),
     '4 experts: Switch': Head(4, loss=_SWITCH),
-    # The number of data sets is filled in.
-    '4 experts: DAMEX': Head(4, loss={'type': 'mmdet_moe.DatasetLoss', 'weight': 0.1}),
-    '4 experts: k-means start, Switch': Head(4, _KMEANS, _SWITCH),
-    '8 experts: k-means start, Switch': Head(8, _KMEANS, _SWITCH),
+    '4 experts: DAMEX': Head(4, loss=_DAMEX),
+    '4 experts: k-means start, Switch': Head(4, router=_KMEANS, loss=_SWITCH),
+    # Nothing asks for even shares, which the data sets do not have.
+    '4 experts: k-means start': Head(4, router=_KMEANS),
+    '8 experts: k-means start, Switch': Head(8, router=_KMEANS, loss=_SWITCH),
+    '4 narrow experts, k = 2: DAMEX': Head(4, 2, loss=_DAMEX),
+    '4 narrow experts, k = 2: k-means start, Switch': Head(4, 2, _KMEANS, _SWITCH),
 }
 _BASES = (
     'models/retinanet_lite0', 'datasets/voc2007', 'schedules/voc_adamw', 'default_runtime'
@@ -244,13 +251,13 @@ def config_text(
     }  # fmt: skip
     hooks = []
     if head.experts:
+        # With less than the whole of one chosen expert it would not start as the dense head.
+        alone = {'softmax': 'straight_through'} if head.top_k == 1 else {}
         bbox_head |= {
-            'type': 'mmdet_moe.MoERetinaHead', 'num_experts': head.experts, 'top_k': 1,
+            'type': 'mmdet_moe.MoERetinaHead', 'num_experts': head.experts, 'top_k': head.top_k,
             'decision_weight': 'uniform',
-            # With less than the whole of the chosen expert it would not start as the dense head.
-            'router': {
-                'type': 'mmdet_moe.GAPRouter', 'softmax': 'straight_through', **head.router
-            },
+            'router': {'type': 'mmdet_moe.GAPRouter', **alone, **head.router},
+            **({} if head.top_k == 1 else {'width': 'equal'}),
         }  # fmt: skip
         hooks.append({'type': 'mmdet_moe.ExpertUtilizationHook'})
     if head.loss is not None:

@@ -23,6 +23,7 @@ from research.runs import RunResult
 
 NAMES = ('cells', 'photographs')
 EXPERTS = '4 experts: k-means start, Switch'
+NARROW = '4 narrow experts, k = 2: DAMEX'
 
 
 def result(aps, mi=None):
@@ -78,7 +79,7 @@ def data(tmp_path, digit_scenes_folder):
 @pytest.mark.usefixtures('in_process')
 def test_all_in_miniature(tmp_path, data, monkeypatch):
     monkeypatch.setattr(experiment_module, 'RESULTS', tmp_path / 'results.md')
-    monkeypatch.setattr(domains_detector, 'HEADS', {n: HEADS[n] for n in (DENSE, EXPERTS)})
+    monkeypatch.setattr(domains_detector, 'HEADS', {n: HEADS[n] for n in (DENSE, EXPERTS, NARROW)})
     weights = tmp_path / 'weights.pth'
     torch.save(EfficientNetLite0().state_dict(), weights)
     monkeypatch.setenv('EFFICIENTNET_LITE0', str(weights))
@@ -88,10 +89,11 @@ def test_all_in_miniature(tmp_path, data, monkeypatch):
     made.run()
     table = (made.written / 'domains-detector.md').read_text()
     assert 'cells: 10 classes, 50% of the images, photographs: 10 classes, 50%' in table
-    assert table.count('\n| ') == 4  # two lines of the head
+    assert table.count('\n| ') == 5  # two lines of the head
     assert len(list((tmp_path / 'runs/features').rglob('*.pt'))) >= 16
     dense, experts = made.flops(DENSE), made.flops(EXPERTS)
     assert dense < experts < 1.001 * dense
+    assert 0.9 * dense < made.flops(NARROW) < 1.001 * dense
     # Everything goes through each data set's own file.
     cfg = Config.fromfile(f'{made.methods(EXPERTS)[0].config}.py')
     assert cfg.model.bbox_head.num_classes == 20
