@@ -21,6 +21,7 @@ from mmdet_moe.datasets.download import md5_of
 from mmdet_moe.engine.preflight import check_config
 from mmdet_moe.errors import ConfigError
 from mmdet_moe.progress import progress_bar
+from research.runs import quiet
 
 #: Images in one file, and in one batch, which stays in a core's cache.
 CHUNK, BATCH = 1000, 25
@@ -134,8 +135,9 @@ class FeatureCache:
     def _build(self) -> torch.nn.Module:
         keep_large_blocks()
         check_config(self.cfg)
-        model = build_model(copy.deepcopy(self.cfg))  # building writes defaults into it
-        model.init_weights()
+        with quiet():  # where each weight comes from
+            model = build_model(copy.deepcopy(self.cfg))  # building writes defaults into it
+            model.init_weights()
         self._model = model.eval().to(memory_format=torch.channels_last)
         return self._model
 

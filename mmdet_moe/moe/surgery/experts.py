@@ -66,7 +66,7 @@ def make_experts(
         copies = ModuleExperts(fresh)
         copies.impl = impl
         return copies
-    _check_no_hooks(module, dense)
+    check_no_hooks(module, dense)
     stacked.to(dense.weight)
     stacked.set_expert(0, dense)
     if expert_init == 'shared':
@@ -76,8 +76,12 @@ def make_experts(
     return stacked
 
 
-def _check_no_hooks(*modules: nn.Module) -> None:
-    # Stacked experts are computed without calling any module, so that nothing would run them.
+def check_no_hooks(*modules: nn.Module) -> None:
+    """Let modules go whose experts are computed without calling any of them.
+
+    Raises:
+        ConfigError: If one has hooks, which nothing would run.
+    """
     for module in modules:
         for kind in ('forward', 'forward_pre', 'backward', 'backward_pre'):
             if getattr(module, f'_{kind}_hooks'):

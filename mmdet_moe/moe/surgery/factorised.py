@@ -10,7 +10,7 @@ from torch import nn
 
 from mmdet_moe.errors import ConfigError
 from mmdet_moe.moe.mumoe import CPMuMoE, MuMoE, MuMoEConv1x1, MuMoEMLP, TRMuMoE
-from mmdet_moe.moe.surgery.experts import plain_conv
+from mmdet_moe.moe.surgery.experts import check_no_hooks, plain_conv
 
 #: By type: factorisation, and what takes the place of a linear layer.
 KINDS = {'CPMuMoE': ('cp', CPMuMoE), 'TRMuMoE': ('tr', TRMuMoE)}
@@ -63,8 +63,9 @@ class FactorisedEntry:
         """The layer that takes a module's place.
 
         Raises:
-            ConfigError: If the module is none that a μMoE can stand for.
+            ConfigError: If the module is none that a μMoE can stand for, or hooks would be lost.
         """
+        check_no_hooks(*module.modules())
         factorisation, linear = KINDS[self.kind]
         conv, _ = plain_conv(module)
         if isinstance(module, nn.Linear):

@@ -113,6 +113,23 @@ def test_the_only_weights_inside_of_a_module():
     assert (model['part'](torch.randn(2, 6, 3, 3)) >= 0).all()
 
 
+def test_hooks_are_not_lost():
+    """Those of what goes are refused; of a module around it, they go on being run."""
+    mlp = nn.Sequential(nn.Linear(6, 5), nn.GELU(), nn.Linear(5, 6))
+    for part, with_hook in ((nn.Linear(6, 5), None), (mlp, mlp[2])):
+        handle = (with_hook or part).register_forward_hook(lambda *_: None)
+        with pytest.raises(ConfigError, match=r'"part": Linear has forward hooks, which its exper'):
+            add_experts(model_of(part), {'part': CP})
+        handle.remove()
+        add_experts(model_of(part), {'part': CP})
+    around, seen = ConvModule(6, 5, 1), []
+    around.register_forward_hook(lambda *_: seen.append(1))
+    model = model_of(around)
+    add_experts(model, {'part': CP})
+    model['part'](torch.randn(2, 6, 3, 3))
+    assert (list(find_expert_layers(model)), seen) == (['part.conv'], [1])
+
+
 def test_everything_else_stays():
     model = model_of(nn.Linear(6, 5)).eval()
     before = {k: v.clone() for k, v in model.state_dict().items() if k.startswith('other')}
