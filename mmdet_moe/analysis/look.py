@@ -1,11 +1,13 @@
 """``tools/look.py``: a first look at experts, before any training of one's own.
 
-The trained model comes with the package: the mixture of experts of ``make demo``, its weights in 8
-bits. The images are generated, the analysis is that of ``tools/analyze_experts.py``.
+The trained models come with the package, their weights in 8 bits: the detector of ``make demo``,
+whose images are generated, and a classifier of CIFAR-100, whose images are not there. The analysis
+is that of ``tools/analyze_experts.py``.
 """
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,21 +15,52 @@ import torch
 
 from mmdet_moe.analysis.command import analyse, parse
 from mmdet_moe.analysis.measuring import write_checkpoint
-from mmdet_moe.cli import check_folder, fail
+from mmdet_moe.cli import check_folder, fail, load_config, parse_options
 from mmdet_moe.compat.configs import config_path
 from mmdet_moe.datasets import digit_scenes
+from mmdet_moe.engine.preflight import check_config
 from mmdet_moe.errors import ConfigError
 
-__all__ = ['ASSET', 'pack', 'run_look', 'unpack']
+__all__ = ['MODELS', 'Shipped', 'pack', 'run_look', 'unpack']
 
-#: `pack` made it of a run of ``make demo``.
-ASSET = Path(__file__).parents[1] / 'assets' / 'retinanet_moe_soft_digits.pth'
-CONFIG = 'demo/retinanet_moe_soft_digits.py'
+ASSETS = Path(__file__).parents[1] / 'assets'
+
+
+@dataclass(frozen=True)
+class Shipped:
+    """A trained model that comes with the package.
+
+    Attributes:
+        name: Of its config in ``configs/demo`` and of its weights in :data:`ASSETS`, which
+            :func:`pack` made.
+        images: How many it is looked at with; None: all.
+        generated: Whether they are made on the spot.
+    """
+
+    name: str
+    images: int | None = None
+    generated: bool = False
+
+    @property
+    def asset(self) -> Path:
+        """Its weights."""
+        return ASSETS / f'{self.name}.pth'
+
+    @property
+    def config(self) -> str:
+        """The path of its config."""
+        return config_path(f'demo/{self.name}.py')
+
+
+MODELS = {
+    'digits': Shipped('retinanet_moe_soft_digits', images=100, generated=True),
+    'cifar100': Shipped('resnet18_moe_soft_kl_cifar100'),
+}
 _LEVELS = 127
 _SCALE = '.scale'
 
 
-def pack(checkpoint: str | Path, out: str | Path = ASSET) -> None:
+def pack(checkpoint: str | Path, out: str | Path) -> None:
     """Write the weights of a checkpoint in 8 bits, without the state of its training.
 
     Every slice ``w`` along the first dimension of a weight of two dimensions or more becomes
@@ -49,7 +82,7 @@ def pack(checkpoint: str | Path, out: str | Path = ASSET) -> None:
     torch.save({'meta': meta, 'state_dict': packed}, out)
 
 
-def unpack(path: str | Path = ASSET) -> dict[str, Any]:
+def unpack(path: str | Path) -> dict[str, Any]:
     """The checkpoint that :func:`pack` wrote, in float32, as MMEngine loads it."""
     content = torch.load(path, map_location='cpu', weights_only=True)
     packed = content['state_dict']
@@ -77,44 +110,75 @@ def run_look(argv: Sequence[str] | None = None) -> None:
         SystemExit: with status 2 after a mistake in the command line.
     """
     parser = argparse.ArgumentParser(
-        description='Look at the experts of the trained detector that ships with mmdet_moe, on '
-        'freshly generated images.'
+        description='Look at the experts of a trained model that ships with mmdet_moe: a detector '
+        'of digits, on freshly generated images, or a classifier of CIFAR-100.'
     )
+    parser.add_argument('model', nargs='?', choices=MODELS, default='digits', help='(%(default)s)')
     parser.add_argument(
         '--out', type=Path, default=Path('work_dirs', 'look'), metavar='DIR', help='(%(default)s)'
     )
-    parser.add_argument('--images', type=int, default=100, metavar='N', help='(%(default)s)')
+    parser.add_argument(
+        '--images', type=int, metavar='N', help='how many (digits: 100, cifar100: all 10,000)'
+    )
+    parser.add_argument(
+        '--data',
+        type=Path,
+        metavar='DIR',
+        help='folder of CIFAR-100, as `tools/prepare_data.py cifar100` makes it (CIFAR100_ROOT, or '
+        'data/cifar100)',
+    )
     parser.add_argument('--verbose', action='store_true', help='print the whole verdict')
     args = parser.parse_args(argv)
     try:
-        look(args.out, args.images, args.verbose)
+        look(args.out, args.model, args.images, args.data, args.verbose)
     except Exception as error:
         fail(error, running=False)
 
 
-def look(out: Path, images: int = 100, verbose: bool = False) -> dict:
-    """Generate images, and analyse the shipped model on them.
+def look(
+    out: Path,
+    model: str = 'digits',
+    images: int | None = None,
+    data: Path | None = None,
+    verbose: bool = False,
+) -> dict:
+    """Analyse a shipped model, on images that are generated where it is one of those.
 
     Args:
-        out: Folder of the images, the checkpoint and the results, which a second call reuses.
-        images: Their number.
+        out: Folder of generated images, the checkpoint and the results, which a second call reuses.
+        model: One of :data:`MODELS`.
+        images: How many; by default the model's own number.
+        data: Folder of images that are not generated; by default what the config says.
         verbose: Whether to print the whole verdict.
 
     Returns:
         The content of ``experts.json``.
 
     Raises:
-        ConfigError: If ``out`` cannot be written, or scikit-learn or scikit-image is missing.
+        ConfigError: If ``out`` cannot be written, images are missing or not asked for, or
+            scikit-learn or scikit-image is missing.
     """
-    if images < 1:
+    shipped = MODELS[model]
+    images = shipped.images if images is None else images
+    if images is not None and images < 1:
         raise ConfigError(f'--images={images} must be at least 1')
     check_folder(out, '--out')
-    data, checkpoint = out / f'images_{images}', out / ASSET.name
-    digit_scenes.generate(data, num_train=1, num_val=images, size=256, seed=0)
-    content = unpack()
+    number = 'all' if images is None else images
+    if shipped.generated:
+        if data is not None:
+            raise ConfigError(f'--data: the images of {model} are generated; leave it out')
+        data = out / f'images_{number}'
+        digit_scenes.generate(data, num_train=1, num_val=images, size=256, seed=0)
+    options = [] if data is None else [f'data_root={data}']
+    check_config(load_config(shipped.config, parse_options(options)), 'val', str(shipped.asset))
+    out.mkdir(parents=True, exist_ok=True)
+    checkpoint, content = out / shipped.asset.name, unpack(shipped.asset)
     # Again each time: what is there may be that of an earlier version, or of an interrupted run.
     write_checkpoint(checkpoint, content['state_dict'], content['meta'])
-    arguments = [config_path(CONFIG), str(checkpoint), f'--out={out / f"experts_{images}"}']
+    folder = f'experts_{number}' if shipped.generated else f'experts_{model}_{number}'
+    arguments = [shipped.config, str(checkpoint), f'--out={out / folder}']
+    if images is not None:
+        arguments.append(f'--max-images={images}')
     if verbose:
         arguments.append('--verbose')
-    return analyse(parse([*arguments, '--cfg-options', f'data_root={data}']))
+    return analyse(parse([*arguments, *(['--cfg-options', *options] if options else [])]))
