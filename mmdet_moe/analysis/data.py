@@ -80,6 +80,11 @@ class AnalysisData:
         return len(self.chosen)
 
     @property
+    def is_whole(self) -> bool:
+        """Whether these are all images of the data set."""
+        return len(self.chosen) == len(self.dataset)
+
+    @property
     def classes(self) -> list[str]:
         """Their names, all different (ImageNet has one twice); numbers where there are none."""
         classes = self.dataset.metainfo.get('classes')
@@ -183,6 +188,7 @@ class AnalysisData:
         """Another one if an image of the whole data set is another file, or something else is known
         of it.
         """
+        self._annotations  # noqa: B018 - read once for both
         whole, seen = copy.copy(self), hashlib.sha256()
         whole.chosen = range(len(self.dataset))
         for index in whole.chosen:

@@ -68,7 +68,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         type=int,
         default=20,
         metavar='N',
-        help='how many images to check with (20); 0, with --size, needs no images',
+        help='so many images, drawn at random, to check with (20); 0, with --size, needs none',
     )
     parser.add_argument(
         '--time', action='store_true', help='also compare the CPU time with that of PyTorch'

@@ -233,7 +233,7 @@ def boxes_of(index: int, found: InstanceData) -> BoxRecords:
     """The detections of one image.
 
     Args:
-        index: The image's in the data set.
+        index: The image's among those analysed.
         found: Its ``pred_instances``.
     """
     box, score, label = (found[key].cpu().numpy() for key in ('bboxes', 'scores', 'labels'))

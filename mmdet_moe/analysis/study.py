@@ -92,7 +92,7 @@ class Study:
         self.left_out, self.order = self._leave_out(left_out, plan)
         known = {'plan': plan, 'left_out': self.left_out, 'order': self.order}
         content = json.dumps(known).encode()
-        images = len(data) if len(data) == len(data.dataset) else data.chosen
+        images = len(data) if data.is_whole else data.chosen
         plan = {**plan, 'layers': list(self.layers), 'images': images}
         kind = DetectorRecords if self.is_detector else ClassifierRecords
         self.records = RecordFiles(kind, folder / 'statistics', plan, overwrite)

@@ -256,7 +256,7 @@ def test_subset_of_the_classes(root):
     assert data.objects(0).labels.tolist() == [0, 1]
 
 
-def test_first_images(root):
+def test_number_of_images(root):
     assert len(AnalysisData(config(root), 'val', 3)) == 3
     assert len(AnalysisData(config(root), 'val', 300)) == 8
 

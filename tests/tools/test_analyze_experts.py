@@ -696,7 +696,7 @@ def test_few_images_are_in_memory(detector, tmp_path, monkeypatch):
 def test_some_images_only(detector, tmp_path):
     experts = detector(tmp_path / 'out', '--max-images', '3', '--no-interventions')
     rows, count = loops(detector, drawn(IMAGES, 3))
-    assert experts['run']['num_images'] == 3
+    assert (experts['run']['num_images'], experts['run']['images']) == (3, drawn(IMAGES, 3))
     assert experts['run']['num_detections'] == count
     assert experts['interventions'] == []
     layer = experts['layers'][LAYERS[0]]
@@ -706,7 +706,7 @@ def test_some_images_only(detector, tmp_path):
     np.testing.assert_allclose(found, counts, atol=1e-5)
     # More than there are is all.
     experts = detector(tmp_path / 'all', '--max-images', '100', '--no-interventions')
-    assert experts['run']['num_images'] == IMAGES
+    assert (experts['run']['num_images'], experts['run']['images']) == (IMAGES, None)
 
 
 def test_interventions_can_follow_later(detector, finished_half, tmp_path):

@@ -16,7 +16,7 @@ from torch import nn
 
 from mmdet_moe.analysis import measuring
 from mmdet_moe.analysis.attacks import MAX_BATCH, Attack
-from mmdet_moe.analysis.data import AnalysisData
+from mmdet_moe.analysis.data import AnalysisData, drawn
 from mmdet_moe.analysis.robustness import (
     COLUMNS,
     TITLES,
@@ -139,6 +139,11 @@ def test_pixels_are_those_that_the_model_is_tested_on(classifier):
     scores = torch.stack([sample.pred_score for sample in model.test_step(batch)])
     robustness = Robustness(model, Attack('pgd', 0, 1))
     torch.testing.assert_close(robustness.logits(x).softmax(1), scores)
+    few, of_few = images(classifier, 7)
+    chosen = drawn(IMAGES, 7)
+    assert chosen != list(range(7))
+    assert torch.equal(few, x[chosen])
+    assert torch.equal(of_few, labels[chosen])
     assert MAX_BATCH <= 128  # the toolbox predicts as many at once
 
 

@@ -10,7 +10,7 @@ from tiny_tools import DETECTOR, IMAGES, Tool, tiny_classifier
 
 from mmdet_moe.analysis import measuring
 from mmdet_moe.analysis.command import run_analysis
-from mmdet_moe.analysis.data import AnalysisData
+from mmdet_moe.analysis.data import AnalysisData, drawn
 from mmdet_moe.analysis.editing import edit_checkpoint, parse, parse_edit
 from mmdet_moe.errors import ConfigError
 from mmdet_moe.moe import Edit
@@ -113,7 +113,8 @@ def test_factorised_experts(classifier, tmp_path):
 
 
 def test_detector(detector, tmp_path, capsys, monkeypatch):
-    halves = {'first': np.arange(4), 'second': np.arange(4, 8)}
+    first = np.array(drawn(8, 4))
+    halves = {'first': first, 'second': np.setdiff1d(np.arange(8), first)}
     monkeypatch.setattr(AnalysisData, 'groups', halves)
     monkeypatch.setattr(AnalysisData, 'superclasses', {'low': [0, 2, 4], 'rest': [1]})
     out = tmp_path / 'edited.pth'
@@ -134,7 +135,7 @@ def test_detector(detector, tmp_path, capsys, monkeypatch):
     assert re.search(r'^class 7 +\d', capsys.readouterr().out, re.MULTILINE)
 
 
-def test_first_images(classifier, tmp_path, monkeypatch):
+def test_some_images(classifier, tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(
         measuring, 'predictions_of', lambda i, r: seen.extend(i) or np.zeros(len(i))

@@ -16,7 +16,7 @@ from mmengine.registry import init_default_scope
 import mmdet_moe
 from mmdet_moe import cli
 from mmdet_moe.analysis import deployment
-from mmdet_moe.analysis.data import AnalysisData
+from mmdet_moe.analysis.data import AnalysisData, drawn
 from mmdet_moe.analysis.deployment import export_model, parse, run_export
 from mmdet_moe.analysis.models import build_model
 from mmdet_moe.moe import find_moe_layers
@@ -239,11 +239,16 @@ def test_classifier_on_images_that_choose_differently(tmp_path, pictures, capsys
     assert frozenset.union(*decisions) == {0, 1, 2, 3}
 
 
-def test_experts_for_regions(tmp_path, digit_scenes_folder, capsys):
+def test_experts_for_regions(tmp_path, digit_scenes_folder, capsys, monkeypatch):
     """Two files: up to the proposals, and from the features of regions on."""
     tool = Tool(tmp_path, 'regions', digit_scenes_folder)
     tool.centre()
+    images, taken = deployment._images, []
+    monkeypatch.setattr(
+        deployment, '_images', lambda data, chosen: taken.extend(chosen) or images(data, chosen)
+    )
     assert export_model(parse(tool.argv('--verify', '2')))
+    assert taken == [0, *drawn(8, 2)]
     printed = capsys.readouterr().out
     names = [f'{n}_{i}' for n in ('features', 'rpn_cls_scores', 'rpn_bbox_preds') for i in range(5)]
     assert f'model.onnx: images -> {", ".join(names)}' in printed

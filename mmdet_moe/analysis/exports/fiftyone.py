@@ -50,7 +50,7 @@ def write_fiftyone(
     slugs = _slugs(list(outcomes.weights))
     borders = np.searchsorted(outcomes.image, np.arange(len(data) + 1))
     samples = []
-    for index in range(len(data)):
+    for index, place in enumerate(data.chosen):
         height, width = data.image_size(index)
         rows = range(borders[index], borders[index + 1])
         labels = {'ground_truth': [], 'predictions': []}
@@ -62,13 +62,13 @@ def write_fiftyone(
                 box = [x0 / width, y0 / height, (x1 - x0) / width, (y1 - y0) / height]
                 labels[name].append({'_cls': 'Detection', **label, 'bounding_box': box})
         sample = {
-            '_id': _oid(1, index),
+            '_id': _oid(1, place),
             '_media_type': 'image',
-            '_rand': (index * 0.6180339887498949) % 1,
+            '_rand': (place * 0.6180339887498949) % 1,
             'filepath': _path(data, index, folder),
             'tags': [],
             'metadata': {'_cls': 'ImageMetadata', 'width': width, 'height': height},
-            'index': index,
+            'index': place,
         }
         if is_detector:
             sample |= {n: {'_cls': 'Detections', 'detections': of} for n, of in labels.items()}
@@ -136,7 +136,7 @@ def _path(data: AnalysisData, index: int, folder: Path) -> str:
     path = data.path(index)
     if path is not None:
         return path if '://' in path else str(Path(path).absolute())
-    name = Path('data') / f'{index:06d}.png'
+    name = Path('data') / f'{data.chosen[index]:06d}.png'
     (folder / 'data').mkdir(exist_ok=True)
     image = np.ascontiguousarray(data.image(index)[..., ::-1])
     write_file(folder / name, cv2.imencode('.png', image)[1].tobytes())

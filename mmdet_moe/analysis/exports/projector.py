@@ -80,7 +80,7 @@ def write_projector(study: Study, folder: Path) -> None:
             most = -(-MAX_POINTS // len(images))
             chosen = np.sort(rng.permutation(len(of_image))[:most])
             for vector, told, cell in (of_image[i] for i in chosen):
-                points[name].append((vector, [*told, str(index), *extra], cell))
+                points[name].append((vector, [*told, str(data.chosen[index]), *extra], cell))
     for path in folder.glob(f'*/*/{_POINTS}'):
         shutil.rmtree(path.parent)
     for path in folder.glob('events.out.tfevents.*'):

@@ -33,7 +33,8 @@ def write_looks(study: Study, number: int, folder: Path) -> list[tuple[str, str,
     Args:
         study: Its model is run on the images once more.
         number: How many images, drawn at random.
-        folder: Of the figures; ``<layer>/routing_<index>.png`` and ``<layer>/cam_<index>.png``.
+        folder: Of the figures; ``<layer>/routing_<place>.png`` and ``<layer>/cam_<place>.png``,
+            by the image's place in the data set.
 
     Returns:
         ``(layer, title, path)`` of each picture.
@@ -41,13 +42,14 @@ def write_looks(study: Study, number: int, folder: Path) -> list[tuple[str, str,
     data, tracer, written = study.data, study.tracer, []
     classes = data.classes
 
-    def write(figure, layer: str, kind: str, index: int, title: str) -> None:
-        path = folder_of(folder, layer) / f'{kind}_{index:06d}.png'
+    def write(figure, layer: str, kind: str, place: int, title: str) -> None:
+        path = folder_of(folder, layer) / f'{kind}_{place:06d}.png'
         path.parent.mkdir(parents=True, exist_ok=True)
         write_file(path, to_bytes(figure, 'png'))
-        written.append((layer, f'{title}, image {index}', path))
+        written.append((layer, f'{title}, image {place}', path))
 
     for index in drawn(len(data), number):
+        place = data.chosen[index]
         with tracer, page_style():
             batch = next(data.batches([index], batch_size=1, num_workers=0))
             inputs = study.model.data_preprocessor(batch, False)
@@ -64,15 +66,15 @@ def write_looks(study: Study, number: int, folder: Path) -> list[tuple[str, str,
                 if is_divided:
                     placement = Placement((1.0, 1.0), (0.0, 0.0), (width, height))
                     maps = routed_maps(decisions, placement, padded)
-                    title = f'image {index}: main expert e of every {layer.granularity} and its '
+                    title = f'image {place}: main expert e of every {layer.granularity} and its '
                     title += f'weight (opacity)\n{name}'
                     figure = draw_routing(picture, maps, title, (0, 0, width, height))
-                    write(figure, name, 'routing', index, 'Routing')
+                    write(figure, name, 'routing', place, 'Routing')
             for name, found in looks.items():  # which run the model again: the last thing to do
                 if found:
-                    title = f'image {index}: where the main experts e look, and their weights'
+                    title = f'image {place}: where the main experts e look, and their weights'
                     figure = draw_looks(study.model, inputs, tracer, name, found, title)
-                    write(figure, name, 'cam', index, 'Where the main experts look')
+                    write(figure, name, 'cam', place, 'Where the main experts look')
     return written
 
 

@@ -218,7 +218,7 @@ class Association:
             count: float (n,), not negative.
             weights: float32 (n, E), not negative; the same for all entries of a decision. Rows are
                 divided by their sums.
-            image: int64 (n,), at least 0, the index of the decision's image in the data set.
+            image: int64 (n,), at least 0, the index of the decision's image among those analysed.
                 Default: every decision is an image of its own.
             given: int64 (n,) by the names of what is given, which are all needed; any numbers.
 

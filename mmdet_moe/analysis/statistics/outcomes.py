@@ -36,7 +36,7 @@ class Outcomes:
     class, a detection as the predicted one (:attr:`counted_label`).
     """
 
-    image: np.ndarray  #: int32 (n,), index of the image in the data set, ascending
+    image: np.ndarray  #: int32 (n,), index of the image among those analysed, ascending
     is_detection: np.ndarray  #: bool (n,)
     box: np.ndarray  #: float32 (n, 4), ``(x1, y1, x2, y2)`` in px of the original image
     #: int32 (n,), the predicted class; of an object that of its partner, -1 without one

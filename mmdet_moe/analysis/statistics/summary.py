@@ -78,6 +78,7 @@ def summarise(study: Study, run: dict, permutations: int = 999) -> dict:
             **run,
             'task': 'detection' if study.is_detector else 'classification',
             'num_images': len(study.data),
+            'images': None if study.data.is_whole else study.data.chosen,
             'num_objects': num_objects,
             'num_detections': num_detections,
             'score_thr': study.score_thr if study.is_detector else None,

@@ -65,10 +65,10 @@ class FactorisedEntry:
         Raises:
             ConfigError: If the module is none that a μMoE can stand for, or hooks would be lost.
         """
-        check_no_hooks(*module.modules())
         factorisation, linear = KINDS[self.kind]
         conv, _ = plain_conv(module)
         if isinstance(module, nn.Linear):
+            check_no_hooks(module)
             sizes = (module.in_features, module.out_features)
             return linear(*sizes, bias=module.bias is not None, **self.options)
         if conv is not None:
@@ -81,11 +81,14 @@ class FactorisedEntry:
                     f'{conv.padding} and {conv.groups} groups cannot become a μMoE; choose a 1×1 '
                     'convolution without padding'
                 )
+            check_no_hooks(*module.modules())
             return MuMoEConv1x1(
                 conv.in_channels, conv.out_channels, factorisation=factorisation,
                 stride=conv.stride[0], bias=conv.bias is not None, **self.options,
             )  # fmt: skip
         first, act, hidden_drop, second, drop = _parts_of_mlp(module)
+        kept = {act, hidden_drop, drop}  # whose hooks are run as before
+        check_no_hooks(*(part for part in module.modules() if part not in kept))
         layer = MuMoEMLP(
             first.in_features, first.out_features, second.out_features,
             factorisation=factorisation, bias=first.bias is not None, act=copy.deepcopy(act),

@@ -27,6 +27,8 @@ class Images:
     def image_size(self, index):
         return 100, 200
 
+    chosen = (5, 6, 8)  # of a larger data set
+
     def path(self, index):
         return [f'{index}.jpg', 's3://bucket/1.jpg', None][index]
 
@@ -89,6 +91,8 @@ def test_detector(tmp_path):
     first, second, third = samples
     assert Path(first['filepath']) == Path('0.jpg').absolute()
     assert second['filepath'] == 's3://bucket/1.jpg'
+    assert [sample['index'] for sample in samples] == [5, 6, 8]
+    assert third['filepath'].endswith('000008.png')
     (truth,), (found,) = (first[n]['detections'] for n in ('ground_truth', 'predictions'))
     assert truth['bounding_box'] == pytest.approx([10 / 200, 20 / 100, 20 / 200, 40 / 100])
     assert {k: truth[k] for k in ('label', 'kind', 'level', 'loss', 'partner_iou')} == {

@@ -9,8 +9,8 @@ from PIL import Image
 from tiny_models import MOE_NECK, build_single, make_batch
 
 from mmdet_moe.analysis.attribution import Tracer
-from mmdet_moe.analysis.data import drawn
 from mmdet_moe.analysis.image_demo import drawing, looks
+from mmdet_moe.analysis.report import pictures as pictures_module
 from mmdet_moe.analysis.report.explorer.report import FOLDER
 from mmdet_moe.analysis.report.pictures import pictures_of, write_looks
 
@@ -19,6 +19,8 @@ pytest.importorskip('captum')
 
 class Data:
     classes = ('a', 'b', 'c')
+
+    chosen = (4, 7, 9)
 
     def __len__(self):
         return 3
@@ -36,13 +38,14 @@ def test_looks_of_images(randomise, tmp_path, monkeypatch):
     model = randomise(build_single('moe retina', neck=MOE_NECK)).eval()
     tracer = Tracer(model)
     study = SimpleNamespace(model=model, tracer=tracer, data=Data(), score_thr=0.0)
+    monkeypatch.setattr(pictures_module, 'drawn', lambda *of: {(3, 2): [1, 2]}[of])
     found = write_looks(study, 2, tmp_path)
     neck = next(name for name in tracer.layers if name.startswith('neck'))
     names = [(layer, path.relative_to(tmp_path).as_posix()) for layer, _, path in found]
-    for index in drawn(3, 2):
-        assert (neck, f'{neck}/routing_{index:06d}.png') in names
+    for place in (7, 9):
+        assert (neck, f'{neck}/routing_{place:06d}.png') in names
         for layer in (neck, 'bbox_head.cls_moe', 'bbox_head.reg_moe'):
-            assert (layer, f'{layer}/cam_{index:06d}.png') in names
+            assert (layer, f'{layer}/cam_{place:06d}.png') in names
     assert not any('bbox_head' in layer and 'routing' in name for layer, name in names)
     assert all(path.exists() for _, _, path in found)
     figure = tmp_path / 'bbox_head.cls_moe' / 'counterfactual.png'

@@ -10,6 +10,7 @@ from tiny_models import build_single, make_batch
 from torch import nn
 
 from mmdet_moe.analysis.attribution import Tracer
+from mmdet_moe.analysis.data import drawn
 from mmdet_moe.analysis.statistics import similarity
 from mmdet_moe.analysis.statistics.similarity import (
     cosines,
@@ -157,13 +158,14 @@ class Data:
     def __init__(self, shape=(6, 6)):
         torch.manual_seed(1)
         self.images = torch.randn(6, 4, *shape)
+        self.wanted = ALL
 
     def __len__(self):
         return 6
 
     def batches(self, images, num_workers):
-        assert (images, num_workers) == (ALL, 0)
-        return ({'inputs': part} for part in self.images.split(2))
+        assert (images, num_workers) == (self.wanted, 0)
+        return ({'inputs': part} for part in self.images[images].split(2))
 
 
 @pytest.mark.parametrize('name', ['conv', 'modules', 'linear', 'mlp', 'tr', 'mumlp'])
@@ -229,6 +231,15 @@ def test_examples_are_bounded(randomise, monkeypatch):
     assert every.shape == (3, 6 * 16, 4)
     for example in first.unbind(1):
         assert (every == example[:, None]).all(2).all(0).any()
+
+
+def test_images_are_drawn(monkeypatch):
+    monkeypatch.setattr(similarity, 'IMAGES', 3)
+    layer = MoELayer(nn.Conv2d(4, 5, 1), 3, 2, in_channels=4, granularity='image').eval()
+    data = Data()
+    data.wanted = drawn(6, 3)
+    found = expert_similarity(Model(layer), {'a': layer}, data)['a']
+    assert found['outputs']['num_examples'] == 3 * 16
 
 
 def test_whole_maps_are_looked_at_once(monkeypatch):

@@ -116,18 +116,21 @@ def test_the_only_weights_inside_of_a_module():
 def test_hooks_are_not_lost():
     """Those of what goes are refused; of a module around it, they go on being run."""
     mlp = nn.Sequential(nn.Linear(6, 5), nn.GELU(), nn.Linear(5, 6))
-    for part, with_hook in ((nn.Linear(6, 5), None), (mlp, mlp[2])):
-        handle = (with_hook or part).register_forward_hook(lambda *_: None)
-        with pytest.raises(ConfigError, match=r'"part": Linear has forward hooks, which its exper'):
+    linear, conv = nn.Linear(6, 5), nn.Conv2d(6, 5, 1)
+    for part, with_hook in ((linear, linear), (conv, conv), (mlp, mlp[2]), (mlp, mlp)):
+        handle = with_hook.register_forward_hook(lambda *_: None)
+        kind = type(with_hook).__name__
+        with pytest.raises(ConfigError, match=f'"part": {kind} has forward hooks, which its exper'):
             add_experts(model_of(part), {'part': CP})
         handle.remove()
         add_experts(model_of(part), {'part': CP})
-    around, seen = ConvModule(6, 5, 1), []
-    around.register_forward_hook(lambda *_: seen.append(1))
-    model = model_of(around)
-    add_experts(model, {'part': CP})
-    model['part'](torch.randn(2, 6, 3, 3))
-    assert (list(find_expert_layers(model)), seen) == (['part.conv'], [1])
+    around = ConvModule(6, 5, 1)
+    for part, kept, x in ((around, around, (2, 6, 3, 3)), (mlp, mlp[1], (2, 6))):
+        seen, model = [], model_of(part)
+        kept.register_forward_hook(lambda *_, seen=seen: seen.append(1))
+        add_experts(model, {'part': CP})
+        model['part'](torch.randn(x))
+        assert seen == [1]
 
 
 def test_everything_else_stays():
