@@ -461,7 +461,7 @@
     fileName(image) { return this.payload.files.names[image] ?? ''; }
 
     /* In the data set, of which --max-images draws a part. */
-    number(image) { return this.payload.run.images?.[image] ?? image; }
+    imageNumber(image) { return this.payload.run.images?.[image] ?? image; }
 
     /* Of rows: whether the search finds their class or file. */
     searchTest(text) {
@@ -732,9 +732,9 @@
         element('span', { class: kind[row] === CORRECT ? 'kind' : 'kind wrong', 'aria-hidden': 'true' }, this.detection || kind[row] === CORRECT ? TAGS[kind[row]] : '✗'));
       return element('li', {}, element('button', {
         type: 'button', class: 'tile', tabIndex: index ? -1 : 0, 'data-row': row,
-        title: `${this.describe(row)}${pixels}, ${this.fileName(image[row]) || `image ${this.number(image[row])}`}`,
+        title: `${this.describe(row)}${pixels}, ${this.fileName(image[row]) || `image ${this.imageNumber(image[row])}`}`,
       }, picture, element('span', { class: 'name' }, `${name}${taken}`), element('span', { class: 'numbers' }, sorted),
-      element('span', { class: 'unseen' }, `, ${this.result(row)}, weight ${weight}${pixels}, image ${this.number(image[row])}`)));
+      element('span', { class: 'unseen' }, `, ${this.result(row)}, weight ${weight}${pixels}, image ${this.imageNumber(image[row])}`)));
     }
 
     /* The row's box, in a crop that is shown whole in a square tile. */
@@ -1224,8 +1224,8 @@
 
       const name = run.fileName(image);
       const { folder } = run.payload.files;
-      $('#viewer-title').textContent = name || `Image ${run.number(image)}`;
-      $('#viewer-hint').textContent = `Image ${run.number(image)}, ${width} × ${height} px. Colour and number: main expert in ${run.layer.title}.${run.detection ? ' Dashed: ground truth.' : ''}`;
+      $('#viewer-title').textContent = name || `Image ${run.imageNumber(image)}`;
+      $('#viewer-hint').textContent = `Image ${run.imageNumber(image)}, ${width} × ${height} px. Colour and number: main expert in ${run.layer.title}.${run.detection ? ' Dashed: ground truth.' : ''}`;
       const link = $('#viewer-link');
       link.hidden = !name;
       // Names are others' data: an address is followed, but no script, and no path that looks like one.
@@ -1237,7 +1237,7 @@
       const stage = $('.stage');
       const picture = $('img', stage);
       picture.src = jpeg(data);
-      picture.alt = `Image ${run.number(image)}; what is in it is listed beside it.`;
+      picture.alt = `Image ${run.imageNumber(image)}; what is in it is listed beside it.`;
       stage.style.aspectRatio = `${width} / ${height}`;
       stage.style.width = `min(100%, 960px, (100vh - 150px) * ${width / height})`;
       stage.classList.remove('pointing');
