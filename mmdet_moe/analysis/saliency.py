@@ -113,8 +113,10 @@ def expert_cam(
         return result.pred_instances[target.result : target.result + 1]
 
     def size(inputs: Tensor) -> Tensor:
-        box = found(inputs).bboxes
-        return (box[:, 2:] - box[:, :2]).sum(1)
+        detection = found(inputs)
+        box = detection.bboxes
+        # Boxes do not hang on layers for classes, and a gradient needs a way to the layer.
+        return (box[:, 2:] - box[:, :2]).sum(1) + 0 * detection.scores
 
     def cam_of(method: type, scalar: Callable[[Tensor], Tensor]) -> Tensor:
         with _one_path(layer, target, probe), _differentiable(), torch.enable_grad():
