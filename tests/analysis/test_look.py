@@ -63,7 +63,17 @@ def test_the_shipped_classifier(tmp_path, capsys, monkeypatch):
     """On images that are given: noise here, so that it recognises next to none."""
     folder = write_cifar100(tmp_path / 'data', num_train=20, num_test=40)
     expect_cifar(monkeypatch, folder)
-    run_look(['cifar100', '--data', str(folder.parent), '--out', str(tmp_path / 'look'), '--images', '30'])
+    run_look(
+        [
+            'cifar100',
+            '--data',
+            str(folder.parent),
+            '--out',
+            str(tmp_path / 'look'),
+            '--images',
+            '30',
+        ]
+    )
     (results,) = tmp_path.glob('look/experts_cifar100_30')
     experts = json.loads((results / 'experts.json').read_text())
     assert experts['run']['num_images'] == 30

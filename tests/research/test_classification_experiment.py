@@ -24,7 +24,7 @@ from research.experiments.classification import (
     accuracy_table,
     specialisation_table,
 )
-from research.experiments.experiment import EXPERTS
+from research.experiments.experiment import CONFIGS, EXPERTS
 from research.runs import RunResult
 
 
@@ -261,3 +261,13 @@ def test_what_the_budgets_say(task, budget, width, images, batches, tmp_path):
         assert (budget == 'gpu') == (iterations is None)
         if iterations is not None:
             assert int(iterations[1].replace(',', '')) == epochs * batches
+
+
+def test_the_shipped_config_is_the_budget():
+    """`mmdet-moe look cifar100` shows a model of `reproduce.py cifar100 --budget short`."""
+    budget = CIFAR.budgets['short']
+    options = parse_options([*budget.options, *budget.moe_options])
+    trained = load_config(str(CONFIGS / 'resnet18_moe_soft_kl_cifar100.py'), options)
+    shipped = load_config(str(CONFIGS / 'demo/resnet18_moe_soft_kl_cifar100.py'))
+    for part in ('model', 'train_cfg', 'param_scheduler', 'optim_wrapper', 'custom_hooks'):
+        assert shipped[part] == trained[part]
