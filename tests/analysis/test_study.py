@@ -237,6 +237,7 @@ def test_a_head_that_the_first_images_do_not_need_has_its_place(randomise, tmp_p
 
     class Images(Data):
         loader_cfg = {'batch_size': 3}
+        is_whole = True
 
         def batches(self, batch_size, **_):
             yield make_batch(batch_size)

@@ -251,8 +251,8 @@ def check_schema(experts, task):
     }  # fmt: skip
     run = experts['run']
     assert set(run) == {
-        'config', 'checkpoint', 'task', 'split', 'num_images', 'num_objects', 'num_detections',
-        'score_thr', 'classes', 'superclasses', 'num_levels',
+        'config', 'checkpoint', 'task', 'split', 'num_images', 'images', 'num_objects',
+        'num_detections', 'score_thr', 'classes', 'superclasses', 'num_levels',
     }  # fmt: skip
     assert (run['task'], run['config'], run['checkpoint']) == (task, 'tiny', 'tiny.pth')
     names = {'AP', 'AP50', 'AP small', 'AP medium', 'AP large'}
@@ -627,7 +627,7 @@ def test_damaged_image_in_the_middle(damage, detector, tmp_path, capsys):
     """It is named, and the analysis goes on once it is mended."""
     root, out = tmp_path / 'data', tmp_path / 'out'
     shutil.copytree(detector.data_root, root)
-    image = sorted((root / 'val2017').iterdir())[2]
+    image = sorted((root / 'val2017').iterdir())[drawn(IMAGES, 4)[2]]
     arguments = (out, *HALF, '--no-interventions')
     kept = image.read_bytes()
     image.write_bytes(kept[:20])
@@ -914,8 +914,9 @@ def test_exports_and_looks(detector, tmp_path):
     samples = json.loads((paths[1] / 'samples.json').read_text())['samples']
     assert [Path(sample['filepath']).exists() for sample in samples] == [True, True]
     assert len(list(paths[2].glob('*/*/tensors.tsv'))) == len(LAYERS)
+    place = drawn(IMAGES, 2)[drawn(2, 1)[0]]
     for layer in LAYERS:
-        assert (paths[0] / 'figures' / layer / 'cam_000000.png').exists()
+        assert (paths[0] / 'figures' / layer / f'cam_{place:06d}.png').exists()
     pictures = json.loads((paths[0] / 'explorer.json').read_text())['pictures']
     assert [picture['layer'] for picture in pictures] == LAYERS
 
