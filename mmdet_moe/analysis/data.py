@@ -247,6 +247,13 @@ def drawn(images: int, wanted: int) -> list[int]:
     return sorted(np.random.default_rng(0).permutation(images)[:wanted].tolist())
 
 
+def hashed(x: np.ndarray) -> np.ndarray:
+    """uint32 to uint32, each bit of which hangs on each bit of the other."""
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
+        x = (x ^ (x >> np.uint32(shift))) * np.uint32(factor)
+    return x ^ (x >> np.uint32(16))
+
+
 def _coco_file(dataset: Any) -> str | None:
     is_coco = hasattr(dataset, 'COCOAPI') and hasattr(dataset, 'cat_ids')
     return dataset.ann_file if is_coco else None

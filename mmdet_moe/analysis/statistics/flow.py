@@ -13,6 +13,7 @@ from itertools import pairwise
 import numpy as np
 import torch
 
+from mmdet_moe.analysis.data import hashed
 from mmdet_moe.analysis.records.contents import DecisionRecords
 from mmdet_moe.analysis.study import Study
 from mmdet_moe.moe.metrics import mutual_information
@@ -137,17 +138,9 @@ def _correspond(first: DecisionRecords, second: DecisionRecords) -> bool:
 
 
 def _every(stride: int, mains: Mains) -> Mains:
-    """Those of one in so many images."""
-    wanted = _mixed(mains[0]) % stride == 0
+    """Those of one in so many images, at random: in even steps they could be of a few classes."""
+    wanted = hashed(mains[0].astype(np.uint32)) % np.uint32(stride) == 0
     return tuple(column[wanted] for column in mains)
-
-
-def _mixed(image: np.ndarray) -> np.ndarray:
-    """A number, uint64, as good as random, of each image's: images in even steps could be of a few
-    classes that take turns.
-    """
-    mixed = image.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio
-    return (mixed ^ (mixed >> np.uint64(29))) * np.uint64(0xBF58476D1CE4E5B9) >> np.uint64(32)
 
 
 def _of_images(first: DecisionRecords, second: DecisionRecords) -> Mains:

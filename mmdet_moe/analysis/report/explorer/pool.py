@@ -25,6 +25,7 @@ from functools import partial
 import cv2
 import numpy as np
 
+from mmdet_moe.analysis.data import hashed
 from mmdet_moe.analysis.report.explorer.packing import NO_WEIGHT
 from mmdet_moe.analysis.statistics.matching import CORRECT, KINDS
 from mmdet_moe.analysis.statistics.outcomes import Outcomes
@@ -99,16 +100,9 @@ def random_keys(image: np.ndarray, seed: int = 0) -> np.ndarray:
         int64 (n,); ascending keys are the order.
     """
     place = (np.arange(len(image)) - np.searchsorted(image, image)).astype(np.uint32)
-    of_image = _hashed(image.astype(np.uint32) ^ _hashed(np.array([seed], np.uint32)))
-    of_row = _hashed(of_image ^ place) % np.uint32(ROWS)
+    of_image = hashed(image.astype(np.uint32) ^ hashed(np.array([seed], np.uint32)))
+    of_row = hashed(of_image ^ place) % np.uint32(ROWS)
     return of_image.astype(np.int64) * ROWS + of_row
-
-
-def _hashed(x: np.ndarray) -> np.ndarray:
-    """uint32 to uint32, each bit of which hangs on each bit of the other."""
-    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
-        x = (x ^ (x >> np.uint32(shift))) * np.uint32(factor)
-    return x ^ (x >> np.uint32(16))
 
 
 @dataclass
