@@ -1,8 +1,9 @@
 """Checks of options that come out of a config, where a wrong type is as easily written as a wrong
 number; their errors name the option."""
 
+import inspect
 import math
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from numbers import Integral, Real
 from typing import Any
 
@@ -73,3 +74,17 @@ def check_options(owner: str, field: str, value: Any, known: Collection[str]) ->
         raise ConfigError(f'{owner}: {field}={value!r} must be a dict')
     if unknown := sorted(map(str, set(value) - set(known))):
         raise ConfigError(f'{owner}: {field} has unknown keys {unknown}; known are {list(known)}')
+
+
+def fields_of(built: Callable) -> list[str]:
+    """The arguments that a class, with its base classes, or a function takes by name."""
+    # Arguments pass on to base classes through **kwargs.
+    callables = [c.__init__ for c in inspect.getmro(built)] if inspect.isclass(built) else [built]
+    parameters = [
+        parameter.name
+        for function in callables
+        for parameter in inspect.signature(function).parameters.values()
+        if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+        and parameter.name != 'self'
+    ]
+    return list(dict.fromkeys(parameters))

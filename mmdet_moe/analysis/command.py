@@ -11,9 +11,9 @@ from pathlib import Path
 from mmengine.config import Config
 
 from mmdet_moe.analysis.attribution import KNOWN_HEADS
-from mmdet_moe.analysis.data import SPLITS, AnalysisData
 from mmdet_moe.analysis.exports import check_projector, write_fiftyone, write_projector
 from mmdet_moe.analysis.files import EXPERTS_FILE, PAYLOAD_FILE, REPORT_FILE, write_file
+from mmdet_moe.analysis.measuring import add_options, images_of, read_config
 from mmdet_moe.analysis.models import load_model, task_of
 from mmdet_moe.analysis.report.explorer import (
     build_payload,
@@ -35,9 +35,7 @@ from mmdet_moe.analysis.statistics.similarity import checkpoints_in, over_traini
 from mmdet_moe.analysis.statistics.stability import stability_to
 from mmdet_moe.analysis.statistics.summary import VERSION, summarise
 from mmdet_moe.analysis.study import Study
-from mmdet_moe.cli import check_folder, fail, load_config, set_loader_defaults
-from mmdet_moe.engine.options import add_cfg_options
-from mmdet_moe.engine.preflight import check_config, check_trained_classes
+from mmdet_moe.cli import check_folder, fail
 from mmdet_moe.errors import ConfigError
 from mmdet_moe.progress import progress_bar
 
@@ -59,13 +57,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help='folder of the results (default: next to the checkpoint, '
         'experts_<checkpoint>_<split>)',
     )
-    parser.add_argument('--split', choices=SPLITS, default='val', help='which images (val)')
-    parser.add_argument(
-        '--max-images',
-        type=int,
-        metavar='N',
-        help='so many images, drawn at random, always the same (all)',
-    )
+    add_options(parser)
     parser.add_argument(
         '--score-thr',
         type=float,
@@ -73,7 +65,6 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         metavar='S',
         help='detections with a lower score count for AP alone (0.3)',
     )
-    parser.add_argument('--device', help='cpu, cuda, cuda:1, … (default: a GPU if there is one)')
     parser.add_argument(
         '--no-interventions',
         action='store_true',
@@ -119,10 +110,6 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         '--verbose', action='store_true', help='print the whole verdict, not three lines a layer'
     )
-    parser.add_argument(
-        '--overwrite', action='store_true', help='replace what another analysis left in the folder'
-    )
-    add_cfg_options(parser)
     args = parser.parse_args(argv)
     if args.out is None:
         stem = Path(args.checkpoint).stem
@@ -165,8 +152,7 @@ def analyse(args: argparse.Namespace) -> dict:
     # Before the work, not after it.
     other = read_payload(args.compare[0] / PAYLOAD_FILE, args.out) if args.compare else None
     others = [_read_experts(folder / EXPERTS_FILE) for folder in args.compare]
-    cfg = load_config(args.config, args.cfg_options)
-    check_config(cfg, args.split, args.checkpoint)
+    cfg = read_config(args, args.config, args.checkpoint)
     study = prepare(args, cfg, [experts['run']['task'] for experts in others])
     training = {}
     if args.over_training:
@@ -228,8 +214,6 @@ def _read_experts(path: Path) -> dict:
 
 
 def _check(args: argparse.Namespace) -> None:
-    if args.max_images is not None and args.max_images < 1:
-        raise ConfigError(f'--max-images={args.max_images} must be at least 1')
     if not 0 <= args.cam <= MAX_IMAGES:
         raise ConfigError(f'--cam={args.cam} must lie in 0..{MAX_IMAGES}')
     if args.cam:
@@ -271,7 +255,6 @@ def prepare(args: argparse.Namespace, cfg: Config, compared: Sequence[str] = ())
         ConfigError: If config, checkpoint and data do not fit together, or another run has another
             task.
     """
-    set_loader_defaults(cfg)
     model, meta = load_model(cfg, args.checkpoint, args.device)
     for folder, task in zip(args.compare, compared, strict=False):
         if task != task_of(model):
@@ -279,8 +262,7 @@ def prepare(args: argparse.Namespace, cfg: Config, compared: Sequence[str] = ())
                 f'--compare: {folder} is an analysis of {task}, this model is one of '
                 f'{task_of(model)}; compare runs of the same task'
             )
-    data = AnalysisData(cfg, args.split, args.max_images)
-    check_trained_classes(meta, data.dataset.metainfo, f'{args.split}_dataloader.dataset')
+    data = images_of(args, cfg, meta)
     plan = {
         'checkpoint': _digest(Path(args.checkpoint).read_bytes()),
         'model': _digest(cfg.model),

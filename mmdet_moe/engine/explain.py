@@ -11,6 +11,7 @@ from types import FrameType
 from mmengine.registry import Registry
 
 import mmdet_moe.registry
+from mmdet_moe.checks import fields_of
 from mmdet_moe.errors import UserError
 
 __all__ = ['explain', 'in_one_line']
@@ -161,16 +162,7 @@ def _is_handed_on(built: Callable, frames: list[FrameType], text: str) -> bool:
 
 
 def _accepted_fields(built: Callable, text: str) -> str:
-    # Arguments pass on to base classes through **kwargs.
-    callables = [c.__init__ for c in inspect.getmro(built)] if inspect.isclass(built) else [built]
-    parameters = [
-        parameter.name
-        for function in callables
-        for parameter in inspect.signature(function).parameters.values()
-        if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
-        and parameter.name != 'self'
-    ]
-    parameters = list(dict.fromkeys(parameters))
+    parameters = fields_of(built)
     unexpected = re.search(r"(?:(\w+)\.)?\w+\(\) got an unexpected keyword argument '(\w+)'", text)
     foreign = (
         unexpected

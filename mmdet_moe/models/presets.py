@@ -5,6 +5,7 @@ take all options of an entry there: ``num_experts``, ``top_k``, ``router``, ``gr
 sparse experts, ``num_experts``, ``rank``, ``norm``, ``activation`` and ``budget`` for a μMoE.
 """
 
+import difflib
 from collections.abc import Collection, Sequence
 from dataclasses import fields
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 from mmengine.registry import MODELS as MMENGINE_MODELS
 from torch import nn
 
+from mmdet_moe.checks import fields_of
 from mmdet_moe.errors import ConfigError
 from mmdet_moe.models.toolboxes import require
 from mmdet_moe.moe import add_experts
@@ -25,11 +27,26 @@ OPTIONS = {field.name for field in fields(Entry)} - _NOT_OPTIONS
 
 
 def split_options(
-    kwargs: dict[str, Any], names: Collection[str] = OPTIONS
+    kwargs: dict[str, Any], dense_type: str, names: Collection[str] = OPTIONS
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The options of experts among keyword arguments, and all others."""
+    """The options of experts among keyword arguments, and all others.
+
+    Args:
+        kwargs: Of a preset.
+        dense_type: Of the dense module, which gets the others.
+        names: Of the options.
+
+    Raises:
+        ConfigError: For what the dense module does not take, and almost is an option.
+    """
     own = {key: value for key, value in kwargs.items() if key in names}
-    return own, {key: value for key, value in kwargs.items() if key not in names}
+    dense = {key: value for key, value in kwargs.items() if key not in names}
+    known = fields_of(MMENGINE_MODELS.get(dense_type))
+    for key in sorted(set(dense) - set(known)):
+        meant = difflib.get_close_matches(key, [*names, *known], n=1)
+        if meant and meant[0] in names:
+            raise ConfigError(f"{key}={dense[key]!r} is no option; did you mean '{meant[0]}'?")
+    return own, dense
 
 
 @MODELS.register_module('MoEFPN')
@@ -48,7 +65,7 @@ def moe_fpn(*, moe_levels: int | Sequence[int] | None = None, **kwargs: Any) -> 
         ConfigError: For options out of range.
     """
     require('mmdet', 'MoEFPN')
-    options, dense = split_options(kwargs)
+    options, dense = split_options(kwargs, 'mmdet.FPN')
     neck = MMENGINE_MODELS.build({**dense, 'type': 'mmdet.FPN'})
     num_convs = len(neck.fpn_convs)
     levels = range(len(neck.lateral_convs)) if moe_levels is None else moe_levels
@@ -79,7 +96,7 @@ def moe_resnet(*, moe_stages: int | Sequence[int] = (4,), **kwargs: Any) -> nn.M
         ConfigError: For options out of range.
     """
     require('mmdet', 'MoEResNet')
-    options, dense = split_options(kwargs)
+    options, dense = split_options(kwargs, 'mmdet.ResNet')
     backbone = MMENGINE_MODELS.build({**dense, 'type': 'mmdet.ResNet'})
     stages = (moe_stages,) if isinstance(moe_stages, int) else tuple(moe_stages)
     num_stages = len(backbone.res_layers)
@@ -137,7 +154,7 @@ def _with_mumoe(
         raise ConfigError(
             f'{name}: factorisation={factorisation!r} is unknown; use one of {tuple(types)}'
         )
-    options, dense = split_options(kwargs, MUMOE_OPTIONS)
+    options, dense = split_options(kwargs, dense_type, MUMOE_OPTIONS)
     part = MMENGINE_MODELS.build({**dense, 'type': dense_type})
     add_experts(part, [{**options, 'at': at, 'type': types[factorisation]}])
     return part

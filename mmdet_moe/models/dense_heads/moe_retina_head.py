@@ -45,7 +45,7 @@ class MoERetinaHead(RetinaHead):
             moe_branches = (moe_branches,)
         if not moe_branches or not set(moe_branches) <= set(BRANCHES):
             raise ConfigError(f"moe_branches={tuple(moe_branches)} must name 'cls', 'reg' or both")
-        options, dense = split_options(kwargs)
+        options, dense = split_options(kwargs, 'mmdet.RetinaHead')
         super().__init__(*args, **dense)
         self.moe_branches = tuple(b for b in BRANCHES if b in moe_branches)
         options['decision_weight'] = decision_weight

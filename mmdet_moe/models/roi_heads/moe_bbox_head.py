@@ -32,7 +32,7 @@ class MoEShared2FCBBoxHead(Shared2FCBBoxHead):
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        options, dense = split_options(kwargs)
+        options, dense = split_options(kwargs, 'mmdet.Shared2FCBBoxHead')
         super().__init__(*args, **dense)
         options = {'num_experts': 4, 'top_k': 2, 'expert_init': 'shared', **options}
         first, last = self.shared_fcs
