@@ -2,10 +2,12 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from mmdet_moe.analysis.attacks import ATTACKS
 from mmdet_moe.errors import ConfigError
 from research.experiments.classification import ClassificationExperiment
+from research.experiments.experiment import Method
 from research.experiments.markdown import NOTHING, mean_and_std, table
 from research.runs import REPOSITORY, latest_checkpoint, run_process
 
@@ -29,7 +31,10 @@ class RobustExperiment(ClassificationExperiment):
     """
 
     files = {
-        _result_file(attack, eps): ['rows/what', *(f'rows/{of}/mean' for of in _COLUMNS)]
+        _result_file(attack, eps): [
+            *('steps', 'images', 'rows/what'),
+            *(f'rows/{of}/mean' for of in _COLUMNS),
+        ]
         for attack in ATTACKS
         for eps in EPS
     }
@@ -56,6 +61,12 @@ class RobustExperiment(ClassificationExperiment):
             self._in_parallel(todo, self._attack, 'attacks')
         self.write()
 
+    def read(self, method: Method, seed: int, file: str) -> Any:
+        """As of the base class; an attack with other settings than those of now is none."""
+        found = super().read(method, seed, file)
+        wanted = {'steps': STEPS, 'images': IMAGES}
+        return found if found and wanted.items() <= found.items() else None
+
     def _attack(self, result: Path) -> None:
         folder = result.parent
         (config,) = folder.glob('*.py')
@@ -63,7 +74,7 @@ class RobustExperiment(ClassificationExperiment):
         arguments = [
             str(config), str(latest_checkpoint(folder)), '--attack', attack, '--eps',
             eps.replace('-', '/'), '--steps', str(STEPS), '--max-images', str(IMAGES), '--out',
-            str(result), '--cfg-options', f'data_root={self.data}',
+            str(result), '--overwrite', '--cfg-options', f'data_root={self.data}',
         ]  # fmt: skip
         with (folder / 'output.log').open('a') as log:
             tool = str(REPOSITORY / 'tools' / 'attack_experts.py')

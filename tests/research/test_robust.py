@@ -32,7 +32,7 @@ def content(robust, expert=None):
         rows += [row('changed', 0.7, None, 0.1, 'a'), row('clean_routing', 0.3, None, 0.8, 'a')]
         rows += [row('clean_image', 0.6, None, 0.85, 'a'), row('held', 0.2, None, None, 'a')]
         rows += [row('alone', x, 0.5, 0.4, 'a', e) for e, x in enumerate((expert, 0.01))]
-    return {'rows': rows}
+    return {'steps': module.STEPS, 'images': module.IMAGES, 'rows': rows}
 
 
 @pytest.fixture
@@ -68,7 +68,7 @@ def experiment(tmp_path, monkeypatch):
     return found, called, page
 
 
-def test_experiment(experiment, tmp_path):
+def test_experiment(experiment, tmp_path, monkeypatch):
     found, called, page = experiment
     found.run()
     assert {(args.attack, args.eps, args.max_images) for args in called} == {
@@ -95,6 +95,12 @@ def test_experiment(experiment, tmp_path):
     found.run()
     assert called == []
     assert text.strip() in page.read_text()
+
+    # What other settings have found is found again.
+    monkeypatch.setattr(module, 'STEPS', module.STEPS + 1)
+    found.run()
+    assert len(called) == 2 * 2 * 2 * len(EPS)
+    assert all(args.overwrite for args in called)
 
 
 def test_nothing_is_trained(experiment, monkeypatch):

@@ -20,7 +20,7 @@ from research.experiments.classification import TASKS, ClassificationExperiment
 from research.experiments.domains_detector import PUBLISHED, DomainsDetectorExperiment
 from research.experiments.photographs import PERSONS, PhotographsExperiment
 from research.experiments.records import add_records, pick, read_records
-from research.experiments.robust import RobustExperiment
+from research.experiments.robust import IMAGES, STEPS, RobustExperiment
 from research.experiments.rotate import BUDGETS, RotateExperiment
 from research.experiments.scenes import DIGIT_SCENES, FASHION_SCENES, ScenesExperiment
 from research.experiments.sizes import SizesExperiment
@@ -130,7 +130,8 @@ def attack_of(folder):
     column = {'mean': number(folder), 'interval': [0, 1]}
     columns = {'clean': column, 'noise': column, 'attacked': column}
     kinds = ('model', 'alone', 'changed', 'clean_routing', 'clean_image', 'held')
-    return {'rows': [{'what': what, 'expert': 0, **columns, 'seen': None} for what in kinds]}
+    rows = [{'what': what, 'expert': 0, **columns, 'seen': None} for what in kinds]
+    return {'steps': STEPS, 'images': IMAGES, 'rows': rows}
 
 
 @pytest.fixture
