@@ -390,7 +390,7 @@ def markdown_table(
             aps = [[100 * ap for ap in of_data_sets(runs, names)] for runs in by_seed.values()]
             paired = gains.get(name)
             first = next(iter(by_seed.values()))
-            seconds = [runs[0].seconds_per_iteration for runs in by_seed.values()]
+            seconds = [r.seconds_per_iteration for runs in by_seed.values() for r in runs]
             cells = [name, str(len(by_seed)), mean_and_std([np.mean(ap) for ap in aps], 1)]
             cells.append(f'{mean_std(paired)[0]:+.1f}' if paired else NOTHING)
             cells += [mean_and_std(of_set, 1) for of_set in zip(*aps, strict=True)]
