@@ -22,8 +22,9 @@ def shown_layer(layer: dict) -> dict:
     ``experts`` are the numbers of those that are shown, ascending; ``load``, ``importance`` (and
     their intervals), ``dead_experts`` and the tables are theirs alone, at their places:
     ``experts[i]`` is the number of the i-th. Shares stay shares of all, and ``num_experts`` the
-    number of all. ``left_out`` says how many are not shown. The tables have these two as well. A
-    layer whose experts can all be shown is returned as it is.
+    number of all, as ``num_dead`` is that of the dead ones. ``left_out`` says how many are not
+    shown. The tables have ``experts`` and ``left_out`` as well, and those of counts in ``totals``
+    what each bin has of all experts. A layer whose experts can all be shown is returned as it is.
     """
     count = layer['num_experts']
     if count <= MAX_SHOWN:
@@ -39,6 +40,8 @@ def shown_layer(layer: dict) -> dict:
     def of_shown(table: dict) -> dict:
         given = [key for key in _TABLES if table.get(key)]
         kept = {key: np.asarray(table[key])[..., experts].tolist() for key in given}
+        if table.get('counts'):
+            kept['totals'] = np.sum(table['counts'], axis=-1).tolist()
         return {**table, **kept, **said}
 
     return {
@@ -49,6 +52,7 @@ def shown_layer(layer: dict) -> dict:
             for name in ('load', 'importance', 'load_interval', 'importance_interval')
             if layer.get(name)
         },
+        'num_dead': len(layer['dead_experts']),
         'dead_experts': [i for i, e in enumerate(experts) if e in set(layer['dead_experts'])],
         'associations': {
             source: {name: of_shown(table) for name, table in attributes.items()}

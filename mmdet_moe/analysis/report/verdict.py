@@ -236,9 +236,12 @@ def _beyond(lead: tuple[Entry, str | None], found: list[Entry]) -> str:
     """What remains of the other attributes beyond the first one."""
     (_, attribute, association), given = lead
     if given is not None:
+        regardless = f'without regard to the {_name(given)}'
         if _is_there(association):
-            return f'without regard to the {_name(given)} random routers can have as much of it'
-        return f'nothing of it shows without regard to the {_name(given)}'
+            return f'{regardless} it is not told from what random routers have'
+        if association['interval'][1] <= MIN_SHARE * association['mi_max']:
+            return f'nothing of it shows {regardless}'
+        return f'whether it shows {regardless} cannot be told ({_numbers(association)})'
     parts, said = [], set(_same(attribute))
     # Size first, which is what detectors are said to divide their work by.
     for _, other, one in sorted(found, key=lambda e: (e[1] not in _SIZES, -_above_chance(e[2]))):
@@ -262,7 +265,8 @@ def _remainder(what: str, rest: dict) -> str:
         return f'also {by.strip()} ({numbers})'
     if _is_there(rest):
         control = f'up to {rest["control"]:.3f} nats'
-        return f'{by.strip()} no more than routers with random weights ({control}; {numbers})'
+        than = 'no more than' if rest['mi'] <= rest['control'] else 'not told from'
+        return f'{by.strip()} {than} routers with random weights ({control}; {numbers})'
     if not rest['num_images']:
         return f'whether {by.strip()} cannot be told ({numbers})'
     low, high = rest['interval']
@@ -290,8 +294,9 @@ def _no_evidence(layer: dict, found: list[Entry], run: dict) -> str:
         source, attribute, best = max(real, key=lambda entry: _excess(entry[2]))
         numbers = f'{_name(attribute)}, {_things_of(source, run)}: {_numbers(best)}'
         if (control := best['control']) is not None and _excess(best) >= MIN_SHARE:
+            told = 'beyond' if best['mi'] <= control else 'that is told from'
             return (
-                'no specialisation beyond what routers with random weights give (up to '
+                f'no specialisation {told} what routers with random weights give (up to '
                 f'{control:.3f} nats; {numbers}).'
             )
         return (

@@ -237,8 +237,13 @@ def test_effects_within_the_levels_alone_are_found():
     found['size'] |= numbers(0.5, 0.01, 0.001)
     found['size']['controls'] = {'random': {'mi': 0.3, 'draws': [0.6]}}
     text = said(layer(associations={'objects': found}))
-    assert 'without regard to the pyramid level random routers can have as much of it' in text
+    regardless = 'without regard to the pyramid level'
+    assert f'{regardless} it is not told from what random routers have' in text
     assert 'nothing of it' not in text
+    # Nothing was found of it by itself, but there may be something.
+    found['size'] |= numbers(0.03, 0.02, 0.2, (0, 0.06))
+    text = said(layer(associations={'objects': found}))
+    assert f'whether it shows {regardless} cannot be told (0.030 nats' in text
 
 
 def test_objects_speak_before_detections():
@@ -254,8 +259,14 @@ def test_no_more_than_random_weights_give():
         0.2, 0.01, 0.001, controls={'random': {'mi': 0.15, 'draws': [0.115, 0.185]}}
     )
     text = said(layer(associations={'objects': {'class': found}}))
-    assert 'no specialisation beyond what routers with random weights give (up to 0.185' in text
+    assert (
+        'no specialisation that is told from what routers with random weights give (up to 0.185'
+        in text
+    )
     assert 'specialised by' not in text
+    found['controls']['random']['draws'] = [0.25]
+    text = said(layer(associations={'objects': {'class': found}}))
+    assert 'no specialisation beyond what routers with random weights give (up to 0.250' in text
     found['controls']['random']['draws'] = [0.05, 0.1]
     text = said(layer(associations={'objects': {'class': found}}))
     assert 'clearly specialised by class' in text
@@ -270,6 +281,9 @@ def test_no_more_than_random_weights_give():
         'by class beyond it no more than routers with random weights (up to 0.300 nats; 0.200'
         in text
     )
+    found['controls']['random']['draws_given'] = {'level': [0.0, 0.199]}
+    text = said(layer(associations={'objects': {'class': found, 'level': level}}))
+    assert 'by class beyond it not told from routers with random weights (up to 0.199' in text
 
 
 def test_collapsed():

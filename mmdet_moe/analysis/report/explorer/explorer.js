@@ -224,6 +224,7 @@
   /* log2 of how many times as much as if the two were independent */
   const LIFTS = { low: -2, high: 2, colours: ['less', 'even', 'more'] };
   const SIGNIFICANT = 0.05;
+  const MIN_SHARE = 0.02; // of the possible information; less is nothing, as in verdict.py
   const DEFAULT_SORTING = { by: 'weight', descending: true, seed: 0, least: 0 };
 
   class Run {
@@ -406,7 +407,7 @@
       const box = this.$('.experts');
       box.classList.toggle('crowded', load.length > CROWDED);
       box.replaceChildren(...load.map((share, expert) => {
-        const note = dead.includes(expert) ? ', never chosen' : '';
+        const note = dead.includes(expert) ? `, ${share ? 'hardly ever' : 'never'} chosen` : '';
         return element('button', {
           type: 'button', class: note ? 'expert dead' : 'expert', role: 'radio', 'data-expert': expert,
           'aria-label': `Expert ${this.number(expert)}, load ${percent(share)}${note}`, title: `Load ${percent(share)}${note}`,
@@ -416,9 +417,12 @@
 
     drawLayerFacts() {
       const { layer } = this;
-      const per = layer.granularity === 'image' && this.levels ? 'image and pyramid level' : layer.granularity;
-      const many = layer.dead_experts.length;
-      const dead = many ? ` Never chosen: ${many > 8 ? `${many} experts, shown pale` : `expert ${layer.dead_experts.map((e) => this.number(e)).join(', ')}`}.` : '';
+      const images = this.payload.run.num_images;
+      // Of an RoI head, the RoIs are the images of its layers.
+      const all = { [images]: 'image', [images * this.levels]: 'image and pyramid level' }[layer.num_decisions] ?? 'item';
+      const per = layer.granularity === 'image' ? all : layer.granularity;
+      const many = layer.num_dead ?? layer.dead_experts.length;
+      const dead = many ? ` Never or hardly ever chosen: ${many > 8 || layer.num_dead ? `${many} experts, shown pale` : `expert ${layer.dead_experts.map((e) => this.number(e)).join(', ')}`}.` : '';
       const dense = layer.kind === 'factorised';
       this.$('.layer-path').textContent = layer.title === this.layerName ? '' : this.layerName;
       const facts = this.$('.layer-facts');
@@ -469,7 +473,7 @@
       const found = new Map();
       const inClass = this.classes.map((name) => String(name).toLowerCase().includes(text));
       const inFile = (image) => {
-        if (!found.has(image)) found.set(image, `${this.fileName(image)} ${image}`.toLowerCase().includes(text));
+        if (!found.has(image)) found.set(image, `${this.fileName(image)} ${this.imageNumber(image)}`.toLowerCase().includes(text));
         return found.get(image);
       };
       return (row) => inClass[this.counted[row]] || inFile(this.columns.image[row]);
@@ -666,7 +670,7 @@
       this.$('.empty').hidden = shown.length > 0;
       const filtered = filtersActive() || this.sorting.least > 0;
       this.$('.empty-reset').hidden = !this.weights || !filtered;
-      const dead = this.layer.dead_experts.includes(this.expert);
+      const dead = this.layer.load[this.expert] === 0;
       this.$('.empty-text').textContent = !this.weights
         ? `Decisions of this layer do not belong to single ${noun}s. Its statistics are below.`
         : this.rows.length
@@ -682,7 +686,7 @@
       const name = (i) => (i < 0 ? '' : this.className(i));
       const levels = this.levels > 1 ? this.levelNames() : [];
       const columns = {
-        image: (row) => image[row],
+        image: (row) => this.imageNumber(image[row]),
         file: (row) => this.fileName(image[row]),
         counted: () => this.noun,
         true_class: (row) => name(truth[row]),
@@ -713,7 +717,9 @@
       const i = found ? found.experts.indexOf(this.number()) : -1;
       if (i < 0) return '';
       if (found.classes[i] === null) return ' · zeroed, no class gets worse';
-      return ` · zeroed, class ${found.classes[i]} loses ${(100 * found.drops[i]).toFixed(1)} points; polysemanticity ${found.values[i].toFixed(2)}`;
+      // Without it, too few images are behind every class to name one.
+      const named = found.largest ? `zeroed, class ${found.classes[i]} loses ${(100 * found.drops[i]).toFixed(1)} points; ` : '';
+      return ` · ${named}polysemanticity ${found.values[i].toFixed(2)}`;
     }
 
     tile(row, index) {
@@ -788,6 +794,8 @@
         div.style.height = '';
         div.classList.add('no-data');
         div.textContent = 'Nothing to count.';
+        const note = $('.note', card);
+        if (note) note.textContent = '';
       };
       const some = Boolean(this.weights);
       show('size', some && this.hasSizes, (div) => this.drawSizes(div, this.shares(sizes.count, (row) => sizes.binOf(size[row]))));
@@ -887,15 +895,19 @@
       this.$('.coactivation-hint').textContent = dense ? 'Share of the decisions in which both coefficients are above 0; the diagonal: above 0 at all.' : 'Share of the decisions in which both experts are chosen; the diagonal: chosen at all.';
       drawSoon(this.chart('load'), () => this.drawLoad());
       drawSoon(this.chart('coactivation'), () => this.drawCoactivation());
-      this.$('[data-chart="history"]').hidden = !this.layer.history;
       const isCompared = Boolean(this.layer.similarity?.weights);
-      for (const name of ['similarity', 'tree']) this.$(`[data-chart="${name}"]`).hidden = !isCompared;
-      if (isCompared) {
-        drawSoon(this.chart('similarity'), () => this.drawSimilarity());
-        drawSoon(this.chart('tree'), () => this.drawTree());
-      }
+      this.drawIf(this.layer.history, 'history', () => this.drawHistory());
+      this.drawIf(isCompared, 'similarity', () => this.drawSimilarity());
+      this.drawIf(isCompared, 'tree', () => this.drawTree());
       this.drawAssociated();
       this.drawInterventions();
+    }
+
+    /* A chart of what not every layer has. */
+    drawIf(known, name, draw) {
+      this.$(`[data-chart="${name}"]`).hidden = !known;
+      if (known) drawSoon(this.chart(name), draw);
+      else pending.delete(this.chart(name)); // of the layer before
     }
 
     /* What is counted by the population of the page. */
@@ -1020,6 +1032,7 @@
         const attribute = card.dataset.attribute;
         const association = attributes[attribute];
         card.hidden = !association?.table;
+        if (card.hidden) pending.delete($('.chart', card));
         if (card.hidden) continue;
         const noun = ATTRIBUTES[attribute];
         const button = $('.all-classes', card);
@@ -1027,14 +1040,15 @@
         const open = button.getAttribute('aria-expanded') === 'true';
         button.hidden = !many;
         button.textContent = open ? `Show the ${CLASSES_IN_HEAT_MAP} most telling` : `Show all ${association.bins.length}`;
-        const rows = many && !open ? mostTelling(association.table).slice(0, CLASSES_IN_HEAT_MAP) : range(association.bins.length).filter((i) => sum(association.table[i]) > 0);
+        const rows = many && !open ? mostTelling(association).slice(0, CLASSES_IN_HEAT_MAP) : range(association.bins.length).filter((i) => sum(association.table[i]) > 0);
         const unit = association.unit ? `, in ${association.unit}` : '';
         $('.hint', card).textContent = `${byExpert ? `Numbers: share of each expert’s weight by ${noun}${unit}; columns sum to 1.` : `Numbers: share of each ${noun}${unit} by expert; rows sum to 1.`} `
           + `${many && !open ? 'Those that tell most about the experts. ' : ''}${inWords(association)}`;
         drawSoon($('.chart', card), () => {
           const { table } = association;
-          const shares = byExpert ? columnShares(table) : table.map(normalised);
-          const lifts = liftsOf(table, association);
+          const totals = totalsOf(association);
+          const shares = byExpert ? columnShares(table) : table.map((row, b) => row.map((x) => (totals[b] ? x / totals[b] : 0)));
+          const lifts = liftsOf(association);
           heatMap($('.chart', card), rows.map((i) => lifts[i]), rows.map((i) => String(association.bins[i])), this.numbers(), {
             texts: rows.map((i) => shares[i].map(percent)),
             scale: LIFTS,
@@ -1059,9 +1073,9 @@
         has((a) => a.controls?.random) && ['random router', ([, , a]) => fixed(a.controls?.random?.mi)],
         ['p, corrected', ([, , a]) => pValue(a)],
         has((a) => a.given?.level) && ['beyond the level (nats)', ([, , { given }]) => (
-          given?.level ? `${fixed(given.level.mi)}${ends(given.level.interval)}, p ${pValue(given.level)}` : '–')],
+          given?.level && given.level.left_out !== 1 ? `${fixed(given.level.mi)}${ends(given.level.interval)}, p ${pValue(given.level)}` : '–')],
         ['decisions', ([, , a]) => whole(a.num_units)],
-        ['reads as', ([, , a]) => (a.p_adjusted > SIGNIFICANT ? 'within chance' : a.given?.level?.p_adjusted > SIGNIFICANT ? 'through the level' : 'more than chance')],
+        ['reads as', ([, , a]) => reading(a)],
       ].filter(Boolean);
       const rows = found.map((entry) => {
         return [entry[2].p_adjusted <= SIGNIFICANT ? '' : 'muted', columns.map(([, of]) => of(entry))];
@@ -1070,7 +1084,7 @@
       this.$('.association-hint').textContent = 'What the choice of the experts tells about an attribute. By chance: the mean of the same with whole images flipped at random.'
         + `${has((a) => a.interval) ? ' In brackets: 95 % interval, by a bootstrap over the images.' : ''}`
         + ' p is corrected for all tests of the layer.'
-        + `${has((a) => a.given?.level) ? ' Beyond the level: within the pyramid levels alone; through the level: clear, but not beyond it.' : ''}`;
+        + `${has((a) => a.given?.level) ? ' Beyond the level: within the pyramid levels alone; through the level: clear, and nothing beyond it; beyond the level not told: what there may be is too much for nothing, and too little to be sure.' : ''}`;
       this.$('.associations .table-scroll').replaceChildren(table(columns.map(([title]) => title), rows, [1, columns.length - 1]));
     }
 
@@ -1095,29 +1109,44 @@
 
   // Tables ---------------------------------------------------------------------------------------
 
-  const normalised = (row) => { const total = sum(row); return row.map((x) => (total ? x / total : 0)); };
-
   function columnShares(rows) {
     const totals = rows[0].map((_, e) => sum(rows.map((row) => row[e])));
     return rows.map((row) => row.map((x, e) => (totals[e] ? x / totals[e] : 0)));
   }
 
+  /* Of each bin, of all experts: those that are not shown as well. */
+  const totalsOf = ({ table, totals }) => totals ?? table.map(sum);
+
   /* log2 of each cell against what independence would give, in the limits of the scale; 0 (white) where it is not told apart from it. */
-  function liftsOf(rows, { marks, p_adjusted: p }) {
-    const total = sum(rows.map(sum)) || 1;
+  function liftsOf(association) {
+    const { table: rows, marks, p_adjusted: p } = association;
+    const bins = totalsOf(association);
+    const total = sum(bins) || 1;
     const experts = rows[0].map((_, e) => sum(rows.map((row) => row[e])));
     return rows.map((row, b) => row.map((x, e) => {
-      const expected = (sum(row) * experts[e]) / total;
+      const expected = (bins[b] * experts[e]) / total;
       if (!expected || (marks ? !marks[b][e] : p > SIGNIFICANT)) return 0;
       return Math.min(Math.max(Math.log2(x / expected), LIFTS.low), LIFTS.high);
     }));
   }
 
   /* Bins by what they contribute to the mutual information, most first. */
-  function mostTelling(rows) {
-    const experts = normalised(rows[0].map((_, e) => sum(rows.map((row) => row[e]))));
-    const gain = rows.map((row) => sum(normalised(row).map((p, e) => (p ? p * Math.log(p / experts[e]) : 0))) * sum(row));
+  function mostTelling(association) {
+    const { table: rows } = association;
+    const bins = totalsOf(association);
+    const total = sum(bins);
+    const experts = rows[0].map((_, e) => sum(rows.map((row) => row[e])) / total);
+    const gain = rows.map((row, b) => sum(row.map((x, e) => (x ? x * Math.log(x / bins[b] / experts[e]) : 0))));
     return range(rows.length).sort((a, b) => gain[b] - gain[a] || a - b);
+  }
+
+  /* What an association says, in few words; as the verdict has it. */
+  function reading({ p_adjusted: p, given }) {
+    if (p > SIGNIFICANT) return 'within chance';
+    const level = given?.level;
+    if (!level || level.p_adjusted <= SIGNIFICANT) return 'more than chance';
+    const open = level.left_out === 1 || !level.interval || level.interval[1] > MIN_SHARE * level.mi_max;
+    return open ? 'beyond the level not told' : 'through the level';
   }
 
   function pValue({ p_adjusted: p, permutations }) {
@@ -1472,7 +1501,7 @@
     matchMedia('(prefers-color-scheme: dark)').addEventListener('change', () => runs.forEach((run) => {
       if (!run.layer) return;
       run.drawHistograms();
-      run.drawOverview();
+      run.drawOverview(); // its history is drawn anew, too
     }));
     addEventListener('beforeprint', () => [...pending.keys()].forEach(drawPending));
     await nextFrame();

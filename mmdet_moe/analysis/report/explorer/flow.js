@@ -66,5 +66,8 @@
   }
 
   const wait = () => (typeof Plotly === 'undefined' ? setTimeout(wait, 100) : divs.forEach(draw));
-  if (divs.length) wait();
+  if (divs.length) {
+    wait();
+    matchMedia('(prefers-color-scheme: dark)').addEventListener('change', wait);
+  }
 })();

@@ -9,6 +9,8 @@ import numpy as np
 WEIGHT_STEPS, NO_WEIGHT = 254, 255
 #: Those of a layer with more experts than this are small; they travel in so many steps for each.
 FEW_EXPERTS, FINE = 32, 257
+#: A smaller weight would be 0 without them.
+_LEAST = 0.5 / WEIGHT_STEPS
 
 
 def pack(array: np.ndarray) -> dict:
@@ -37,11 +39,15 @@ def quantise(values: np.ndarray) -> np.ndarray:
 
 
 def quantise_weights(values: np.ndarray) -> np.ndarray:
-    """Weights (n, E): uint8 as :func:`quantise`; uint16 in finer steps where E is large."""
-    if values.shape[1] <= FEW_EXPERTS:
+    """Weights (n, E): uint8 as :func:`quantise`; uint16 in finer steps where some are small.
+
+    What is 0 took no part, so that a weight above 0 stays above it.
+    """
+    if values.shape[1] <= FEW_EXPERTS and not ((values > 0) & (values <= _LEAST)).any():
         return quantise(values)
     steps = np.where(np.isnan(values), NO_WEIGHT, np.clip(values, 0, 1) * WEIGHT_STEPS)
-    return np.rint(steps * FINE).astype(np.uint16)  # NO_WEIGHT becomes the largest number
+    fine = np.rint(steps * FINE).astype(np.uint16)  # NO_WEIGHT becomes the largest number
+    return np.where((values > 0) & (fine == 0), np.uint16(1), fine)
 
 
 def in_steps(weights: np.ndarray) -> np.ndarray:

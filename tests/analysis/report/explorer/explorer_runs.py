@@ -82,7 +82,9 @@ def association(bins, counts, **extra) -> dict:
         'p_value': 0.001 if mi > 0.02 else 0.31,
         'p_adjusted': 0.001 if mi > 0.02 else 0.62,
         'interval': [0.9 * mi, 1.1 * mi],
-        'given': {'level': {'mi': 0.012, 'interval': [-0.01, 0.03], 'p_adjusted': 0.4}},
+        'given': {
+            'level': {'mi': 0.012, 'interval': [-0.01, 0.03], 'p_adjusted': 0.4, 'mi_max': 1.6}
+        },
         'permutations': 999,
         'num_units': int(counts.sum()),
         'mi_max': float(np.log(min(counts.shape))),
@@ -256,6 +258,7 @@ def detection_run(
         entries['backbone.layer4'] = layer_entry(
             per_image[image], outcomes, classes, superclasses, 'image', True
         )
+        entries['backbone.layer4']['num_decisions'] = num_images
     for layer, experts in layers:
         prefers = rng.normal(0, sharpness, (LEVELS, experts))
         by_image = rng.normal(0, 0.4, (num_images, LEVELS, experts))
@@ -264,6 +267,7 @@ def detection_run(
         weights[rng.random(total) < 0.01] = np.nan
         outcomes.weights[layer] = weights
         entries[layer] = layer_entry(weights, outcomes, classes, superclasses, 'image', True)
+        entries[layer]['num_decisions'] = num_images * LEVELS
     entry = experts_entry(name, outcomes, classes, superclasses, entries, True, seed)
     return FakeRun(entry, outcomes, width, height)
 

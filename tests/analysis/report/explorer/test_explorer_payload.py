@@ -9,7 +9,13 @@ import pytest
 from explorer_runs import classification_run, detection_run
 
 from mmdet_moe.analysis.report.explorer import build_payload, read_payload, write_payload
-from mmdet_moe.analysis.report.explorer.packing import pack, quantise, unpack
+from mmdet_moe.analysis.report.explorer.packing import (
+    in_steps,
+    pack,
+    quantise,
+    quantise_weights,
+    unpack,
+)
 from mmdet_moe.analysis.report.explorer.pool import SAMPLE, random_keys
 from mmdet_moe.analysis.statistics.matching import CORRECT
 from mmdet_moe.errors import ConfigError
@@ -46,6 +52,18 @@ def test_packed_arrays_come_back(dtype, shape):
 def test_weights_are_rounded_to_steps_of_1_254_and_nan_stays_apart():
     weights = np.array([0, 1, 0.5, 1 / 254, np.nan, 1.0001], np.float32)
     assert quantise(weights).tolist() == [0, 254, 127, 1, 255, 254]
+
+
+def test_a_weight_above_0_is_not_0():
+    large = np.array([[0.5, 0.5, 0], [1, 0, np.nan]], np.float32)
+    assert quantise_weights(large).tolist() == [[127, 127, 0], [254, 0, 255]]
+    small = np.array([[1e-3, 1 - 1e-3, 0], [1e-9, 1, np.nan]], np.float32)
+    packed = quantise_weights(small)
+    assert packed.dtype == np.uint16
+    assert (packed[~np.isnan(small)] > 0).tolist() == (small[~np.isnan(small)] > 0).tolist()
+    steps = in_steps(packed)
+    np.testing.assert_allclose(steps[0] / 254, small[0], atol=1e-5)
+    assert steps[1, 2] == 255
 
 
 def test_columns_equal_the_outcomes(run, payload):

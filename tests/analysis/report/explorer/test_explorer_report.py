@@ -115,9 +115,9 @@ def open_report(browser):
 
 
 def expected_rows(run, layer, expert, sizes=(0, 1, 2), kinds=range(7), labels=None, detections=0):
-    """Rows that an expert took part in (weights travel in steps of 1/254) after the filters."""
+    """Rows that an expert took part in, after the filters."""
     outcomes = run.outcomes
-    rows = np.rint(np.nan_to_num(outcomes.weights[layer][:, expert]) * 254) > 0
+    rows = outcomes.weights[layer][:, expert] > 0
     rows &= outcomes.is_detection == detections
     rows &= np.isin(outcomes.kind, list(kinds))
     if len(sizes) < 3:
@@ -222,6 +222,46 @@ def test_another_layer(open_report, soft, single_report):
         arg=f'of {len(rows)} objects shown',
     )
     assert chosen_expert(page) == expert
+
+
+def test_what_one_decision_is_for(open_report, soft, tmp_path):
+    run = type(soft)(json.loads(json.dumps(soft.experts)), soft.outcomes)
+    images = run.experts['run']['num_images']
+    run.experts['layers']['bbox_head.reg_moe']['num_decisions'] = 3 * images + 1  # of RoIs, say
+    page = open_report(make_report(tmp_path, run, budget=500_000))
+    for layer, text in (
+        (BACKBONE, f'One decision per image, {images} in all'),
+        (LAYER, f'One decision per image and pyramid level, {5 * images} in all'),
+        ('bbox_head.reg_moe', f'One decision per item, {3 * images + 1} in all'),
+    ):
+        page.locator('select.layer').select_option(layer)
+        page.locator('.layer-facts', has_text=text).wait_for()
+
+
+def test_experts_that_are_hardly_chosen(open_report, soft, tmp_path):
+    run = type(soft)(json.loads(json.dumps(soft.experts)), soft.outcomes)
+    layer = run.experts['layers'][LAYER]
+    layer['dead_experts'], layer['load'][0], layer['load'][2] = [0, 2], 0, 0.001
+    page = open_report(make_report(tmp_path, run, budget=500_000))
+    page.locator('select.layer').select_option(LAYER)
+    page.locator('.layer-facts', has_text='Never or hardly ever chosen: expert 0, 2.').wait_for()
+    notes = page.locator('.expert').evaluate_all('e => e.map(x => x.getAttribute("aria-label"))')
+    assert notes[0].endswith(', never chosen')
+    assert notes[2].endswith(', hardly ever chosen')
+    assert not any('chosen' in note for note in (notes[1], notes[3]))
+
+
+def test_printing_after_a_choice_of_layer(open_report, single_report):
+    """What is drawn late is of a layer that has it, and all that the new one has is drawn."""
+    page = open_report(single_report)
+    page.locator('select.layer').select_option(LAYER)
+    page.locator('.layer-facts', has_text='pyramid level').wait_for()
+    page.evaluate('dispatchEvent(new Event("beforeprint"))')
+    drawn = page.locator('[data-chart=heat]:visible .chart').evaluate_all(
+        'c => c.map(x => !!x.data)'
+    )
+    assert drawn
+    assert all(drawn)
 
 
 def test_a_layer_without_images_shows_its_statistics(open_report, single_report):
@@ -561,7 +601,7 @@ def test_tables_show_the_associations_and_interventions(open_report, soft, singl
     assert f'{level["mi"]:.3f} [{0.9 * level["mi"]:.3f}, ' in row.inner_text()
     assert '≤ 0.001' in row.inner_text()
     assert '0.012 [−0.010, 0.030], p 0.400' in row.inner_text()
-    assert 'through the level' in row.inner_text()
+    assert row.inner_text().endswith('through the level')
     table = page.locator('.interventions table')
     mine = [i for i in soft.experts['interventions'] if i['layer'] in (LAYER, 'all')]
     assert table.locator('tbody tr').count() == len(mine) + 1
@@ -794,6 +834,7 @@ def test_very_many_experts_with_small_coefficients(open_report, tmp_path):
         'values': [0.5 if e == shown[40] else None for e in range(100)],
         'classes': ['class 3' if e == shown[40] else None for e in range(100)],
         'drops': [0.25 if e == shown[40] else 0 for e in range(100)],
+        'largest': {'expert': shown[40], 'class': 'class 3', 'drop': 0.25, 'p_adjusted': 0.001},
     }  # fmt: skip
     metrics = run.experts['metrics']
     run.experts['interventions'] = [
@@ -823,6 +864,48 @@ def test_very_many_experts_with_small_coefficients(open_report, tmp_path):
     assert 'Of the 100 experts that were zeroed, the 16 that cost most' in hint
     rows = page.locator('.interventions tbody th').all_inner_texts()
     assert rows == ['unchanged', *(f'expert {e} zeroed' for e in range(99, 83, -1))]
+    # Shares are those of all 100.
+    table = np.array(layer['associations']['objects']['class']['counts'])
+    page.locator('select.direction').select_option('bin')
+    card = '[data-chart=heat][data-attribute=class]'
+    page.locator(card).scroll_into_view_if_needed()
+    read = f'document.querySelector("{card} .chart").data?.[0]'
+    page.wait_for_function(f'() => {read}?.text[0].map(parseFloat).reduce((a, b) => a + b) < 99')
+    found = np.array(page.evaluate(f'{read}.customdata')), page.evaluate(f'{read}.text')
+    shares = (table / table.sum(1, keepdims=True))[:, shown]
+    for name, line in zip(*found, strict=True):
+        of_class = shares[int(str(np.ravel(name)[0]).split()[-1])]
+        got = [float(cell.split()[0]) / 100 for cell in line]
+        np.testing.assert_allclose(got, of_class, atol=0.0006)
+
+
+def test_no_class_is_named_that_too_few_images_are_behind(open_report, tmp_path):
+    run = classification_run(num_classes=10, experts=4, top_k=2)
+    run.experts['layers']['backbone.layer3']['polysemanticity'] = {
+        'num_zeroed': 4, 'num_mattering': 4, 'mean': 0.5, 'experts': [0, 1, 2, 3],
+        'values': [0.5] * 4, 'classes': ['class 3'] * 4, 'drops': [1.0] * 4, 'largest': None,
+    }  # fmt: skip
+    page = open_report(make_report(tmp_path, run))
+    text = page.locator('.count').inner_text()
+    assert 'polysemanticity 0.50' in text
+    assert 'loses' not in text
+
+
+def test_numbers_of_images_are_those_in_the_data_set(open_report, tmp_path):
+    """Of a part that was drawn, in the search and the file as on the tiles."""
+    run = classification_run(num_classes=10, experts=4, top_k=2)
+    numbers = 1000 + 7 * np.arange(run.experts['run']['num_images'])
+    run.experts['run']['images'] = numbers.tolist()
+    page = open_report(make_report(tmp_path, run))
+    expert = chosen_expert(page)
+    rows = expected_rows(run, 'backbone.layer3', expert)
+    with page.expect_download() as download:
+        page.get_by_role('button', name='CSV of').click()
+    with open(download.value.path(), newline='', encoding='utf-8') as file:
+        found = [int(line['image']) for line in csv.DictReader(file)]
+    assert sorted(found) == numbers[run.outcomes.image[rows]].tolist()
+    page.get_by_label('Search').fill(str(found[0]))
+    assert counts(page) == (1, 1)
 
 
 def test_pictures_of_two_runs_begin_on_the_first_screen(open_report, double_report):
@@ -871,6 +954,22 @@ def test_dark_screens(open_report, single_report):
     page = open_report(single_report, color_scheme='dark')
     background = page.evaluate('getComputedStyle(document.body).backgroundColor')
     assert all(int(channel) < 60 for channel in re.findall(r'\d+', background))
+
+
+def test_all_charts_follow_a_change_to_dark(open_report, single_report):
+    page = open_report(single_report, color_scheme='light')
+    for name in ('history', 'load', 'coactivation'):
+        chart_values(page, name)
+    page.emulate_media(color_scheme='dark')
+    ink = page.evaluate(
+        'getComputedStyle(document.documentElement).getPropertyValue("--ink").trim()'
+    )
+    for name in ('history', 'load', 'coactivation'):
+        chart = f'[data-chart={name}] .chart'
+        page.locator(chart).scroll_into_view_if_needed()
+        page.wait_for_function(
+            f'ink => document.querySelector("{chart}").layout.font.color === ink', arg=ink
+        )
 
 
 # Without a browser ---------------------------------------------------------------------------
