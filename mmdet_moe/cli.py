@@ -510,6 +510,13 @@ def _build_runner(cfg: Config) -> Runner:
         from mmdet.utils import setup_cache_size_limit_of_dynamo
 
         setup_cache_size_limit_of_dynamo()
+    if cfg.get('launcher', 'none') != 'none':
+        wrapper = dict(
+            type='mmdet_moe.ExpertParallelDDP',
+            broadcast_buffers=False,
+            find_unused_parameters=cfg.get('find_unused_parameters', False),
+        )
+        cfg.model_wrapper_cfg = {**wrapper, **(cfg.get('model_wrapper_cfg') or {})}
     init_cpu_group(cfg)
     if get_device() == 'cpu':
         keep_large_blocks()

@@ -9,6 +9,7 @@ from mmengine.runner.checkpoint import CheckpointLoader
 from torch import nn
 
 from mmdet_moe.compat.malloc import keep_large_blocks
+from mmdet_moe.engine.tested_checkpoint import check_left_out
 from mmdet_moe.errors import ConfigError
 from mmdet_moe.moe.mumoe import Factors
 
@@ -89,7 +90,7 @@ def load_weights(model: nn.Module, path: str) -> dict:
             f"checkpoint: '{key}' has the shape {tuple(state[key].shape)} in '{path}', but "
             f'{tuple(expected[key].shape)} in the model; give the config that it was trained with'
         )
-    model.load_state_dict(state, strict=False)
+    check_left_out(model, model.load_state_dict(state, strict=False).unexpected_keys)
     return checkpoint.get('meta') or {}
 
 

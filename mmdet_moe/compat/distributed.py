@@ -90,23 +90,11 @@ def _set_address(launcher: str) -> None:
     os.environ['MASTER_ADDR'] = _first_slurm_host()
 
 
-def _wrap_model_for_cpu(cfg: Config) -> None:
-    """DistributedDataParallel takes no ``device_ids`` for a module on the CPU."""
-    wrapper = dict(
-        type='MMDistributedDataParallel',
-        broadcast_buffers=False,
-        find_unused_parameters=cfg.get('find_unused_parameters', False),
-    )
-    wrapper.update(cfg.get('model_wrapper_cfg') or {})
-    wrapper['device_ids'] = None
-    cfg.model_wrapper_cfg = wrapper
-
-
 def init_cpu_group(cfg: Config) -> bool:
     """Start a ``gloo`` group and adapt ``cfg`` to it where ``cfg.launcher`` runs without a GPU.
 
     Args:
-        cfg: changed in place (``model_wrapper_cfg``).
+        cfg: with a ``model_wrapper_cfg``, which is changed in place.
 
     Returns:
         Whether a group was started; with an accelerator that is left to MMEngine.
@@ -121,7 +109,8 @@ def init_cpu_group(cfg: Config) -> bool:
     for variable, source in zip(_PROCESS_VARIABLES, _LAUNCHER_VARIABLES[launcher], strict=True):
         os.environ[variable] = os.environ[source]
     _set_address(launcher)
-    _wrap_model_for_cpu(cfg)
+    # DistributedDataParallel takes none for a module on the CPU.
+    cfg.model_wrapper_cfg.device_ids = None
     if not dist.is_initialized():
         dist_cfg = cfg.get('env_cfg', {}).get('dist_cfg', {})
         timeout = datetime.timedelta(seconds=dist_cfg.get('timeout', 1800))

@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from mmdet_moe.compat.distributed import note
 from mmdet_moe.engine.hooks.layers import unwrapped_model
 from mmdet_moe.files import remove_left_overs
+from mmdet_moe.moe.expert_parallel import spread_experts
 from mmdet_moe.moe.kmeans_start import KMeansStart
 
 _KEY = 'mmdet_moe_resumption'
@@ -27,10 +28,10 @@ class ExactResumeHook(Hook):
     """Puts what MMEngine leaves out of its checkpoints into them, and takes it up again.
 
     That is the state of the random numbers of every rank, with ``accumulative_counts`` the
-    gradients between two steps of the optimizer, and the items that ``init='kmeans'`` has seen so
-    far. A validation leaves the random numbers as they were, so that a training goes on alike with
-    and without it. Former checkpoints are deleted once the new one is there, and not before, so
-    that there always is one.
+    gradients between two steps of the optimizer, the size that ``BatchSyncRandomResize`` has drawn
+    for some iterations, and the items that ``init='kmeans'`` has seen so far. A validation leaves
+    the random numbers as they were, so that a training goes on alike with and without it. Former
+    checkpoints are deleted once the new one is there, and not before, so that there always is one.
 
     MMEngine saves a checkpoint before it validates the model, and would never make up for the
     validation that an interruption has cost; the hook does, before the training goes on.
@@ -84,6 +85,8 @@ class ExactResumeHook(Hook):
         model = unwrapped_model(runner)
         for name, seen in self._resumed.get('waiting_items', {}).items():
             model.get_submodule(name)._seen = seen
+        for name, size in self._resumed.get('sizes', {}).items():
+            model.get_submodule(name)._input_size = size
         parameters = dict(model.named_parameters())
         for name, gradient in self._resumed['gradients'].items():
             parameters[name].grad = gradient.to(parameters[name])
@@ -145,6 +148,11 @@ class ExactResumeHook(Hook):
                 for name, module in model.named_modules()
                 if isinstance(module, KMeansStart) and module._seen
             },
+            'sizes': {
+                name: module._input_size
+                for name, module in model.named_modules()
+                if type(module).__name__ == 'BatchSyncRandomResize'
+            },
         }
 
     def _restore(self) -> None:
@@ -165,9 +173,9 @@ def _seed_loader(runner: Runner) -> None:
 
 def _is_whole(runner: Runner) -> bool:
     """Whether every rank has all weights: shards, and spread experts, have no mean."""
-    ignored = getattr(unwrapped_model(runner), '_ddp_params_and_buffers_to_ignore', ())
     is_wrapped = isinstance(runner.model, DistributedDataParallel)
-    return not ignored and (is_wrapped or get_world_size() == 1)
+    is_spread = bool(spread_experts(unwrapped_model(runner)))
+    return not is_spread and (is_wrapped or get_world_size() == 1)
 
 
 def _at_end_of_epoch(loop: EpochBasedTrainLoop) -> bool:

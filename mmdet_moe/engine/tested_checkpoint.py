@@ -1,5 +1,7 @@
 """Whether a checkpoint is one of the model and of the classes that it is tested on."""
 
+import re
+from collections.abc import Iterable
 from typing import Any
 
 from mmengine.hooks import Hook
@@ -11,6 +13,12 @@ from mmdet_moe.compat.distributed import note
 from mmdet_moe.engine.hooks.layers import unwrapped_model
 from mmdet_moe.engine.preflight import check_trained_classes
 from mmdet_moe.errors import ConfigError
+from mmdet_moe.moe.expert_layer import ExpertLayer
+
+#: Entries of a layer of experts that inference does not ask: of a router's start, its noise, masks.
+_IN_TRAINING_ALONE = re.compile(
+    r'\.router\.(start|noise_fc|constraint\.(relative_importance|mean_importance|num_batches))\b'
+)
 
 
 class TestedCheckpointHook(Hook):
@@ -66,7 +74,8 @@ def check_weights(model: nn.Module, state: dict[str, Any], resumed: bool = False
         The names of those that the model has no place for.
 
     Raises:
-        ConfigError: A weight is missing, or has another shape; or, if resumed, is not the model's.
+        ConfigError: A weight is missing, or has another shape; one of a layer of experts, or, if
+            resumed, any one, is not the model's.
     """
     fix = 'give the config that the checkpoint was trained with'
     try:
@@ -86,8 +95,29 @@ def check_weights(model: nn.Module, state: dict[str, Any], resumed: bool = False
             f'--resume: the checkpoint is of another model, {what}; {fix}, or begin a new '
             'training from its weights with --cfg-options load_from=FILE'
         )
+    check_left_out(model, unexpected)
     if missing:
         note(
             'the checkpoint is of a dense model: each expert has its weights, routers are untrained'
         )
     return unexpected
+
+
+def check_left_out(model: nn.Module, unexpected: Iterable[str]) -> None:
+    """Refuse what a checkpoint has of a layer of experts, and the model has no place for.
+
+    Args:
+        model: Into which it is loaded.
+        unexpected: The names of what is left out.
+
+    Raises:
+        ConfigError: One of them is of such a layer, and changes what it computes.
+    """
+    layers = tuple(f'{n}.' for n, m in model.named_modules() if isinstance(m, ExpertLayer) and n)
+    for key in unexpected:
+        if key.startswith(layers) and not _IN_TRAINING_ALONE.search(key):
+            raise ConfigError(
+                f"checkpoint: it has '{key}', for which the layer of experts has no place, so that "
+                'it would compute something else; give the config that the checkpoint was trained '
+                'with'
+            )

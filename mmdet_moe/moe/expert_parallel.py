@@ -25,11 +25,11 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from mmdet_moe.errors import ConfigError
 from mmdet_moe.moe.dispatcher import Dispatcher, EveryExpert, unpack
-from mmdet_moe.moe.distributed import is_distributed, is_sharded
+from mmdet_moe.moe.distributed import from_first_rank_, is_distributed, is_sharded
 from mmdet_moe.moe.experts import Experts, ModuleExperts, StackedExperts
 from mmdet_moe.moe.precision import autocast
 
-_LOCAL = 'local.'
+_LOCAL, _PLACE = 'local.', 'place.0'
 #: Attribute of the parameters of spread experts: N.
 _MARK = 'spread_over'
 
@@ -37,7 +37,8 @@ _MARK = 'spread_over'
 def spread_over_ranks(experts: Experts, parts: int) -> Experts:
     """The part of some experts that this rank holds, with the way to all others.
 
-    A collective operation: all ranks call it, with equal experts.
+    A collective operation: all ranks call it. The experts of the first one count, as data
+    parallelism has it for all other weights.
 
     Args:
         experts: All E of them.
@@ -45,7 +46,7 @@ def spread_over_ranks(experts: Experts, parts: int) -> Experts:
 
     Raises:
         ConfigError: If N divides E or the number of ranks with a remainder, or if the experts are
-            of a kind that cannot be cut into parts.
+            of a kind that cannot be cut into parts, or differ in their shapes.
     """
     if not isinstance(parts, int) or isinstance(parts, bool) or parts < 1:
         raise ConfigError(f'expert_parallel={parts!r} must be an integer of at least 1')
@@ -65,6 +66,13 @@ def spread_over_ranks(experts: Experts, parts: int) -> Experts:
             'are ModuleExperts, or StackedExperts all of whose entries are stacked along a first '
             'axis; leave expert_parallel out'
         )
+    if isinstance(experts, ModuleExperts):
+        shapes = [{name: v.shape for name, v in e.state_dict().items()} for e in experts]
+        if any(of_one != shapes[0] for of_one in shapes):
+            raise ConfigError(
+                f'expert_parallel={parts}: the experts differ in the shapes of their weights, so '
+                'that ranks would hold unequal parts; leave expert_parallel out'
+            )
     if not is_distributed():
         print_log(
             f'expert_parallel={parts} has no effect in one process, which holds all experts.',
@@ -76,6 +84,11 @@ def spread_over_ranks(experts: Experts, parts: int) -> Experts:
             f'expert_parallel={parts} does not divide the {dist.get_world_size()} ranks; start a '
             f'multiple of {parts} processes'
         )
+    device = _mesh(parts, dist.group.WORLD).device_type
+    for value in experts.state_dict().values():
+        first = value.to(device)
+        from_first_rank_([first])
+        value.copy_(first)
     return SpreadExperts(experts, parts)
 
 
@@ -117,7 +130,6 @@ class SpreadExperts(Experts):
     """
 
     separate_parameters = False
-    place: Tensor
 
     def __init__(self, experts: Experts, parts: int) -> None:
         super().__init__()
@@ -129,8 +141,9 @@ class SpreadExperts(Experts):
         self.local = _cut(experts, self.first, self.first + self._num_local)
         for parameter in self.local.parameters():
             setattr(parameter, _MARK, parts)
-        #: Data parallelism that does not know better gives it the value of the first rank.
-        self.register_buffer('place', torch.tensor(rank), persistent=False)
+        #: Data parallelism that does not know better gives it the value of the first rank. No
+        #: buffer, because MMEngine has those left alone.
+        self.place = nn.ParameterList([nn.Parameter(torch.tensor([float(rank)]), False)])
         self._is_checked = False
         #: All entries on the host, within :func:`all_experts`.
         self._all: dict[str, Tensor] | None = None
@@ -189,20 +202,29 @@ class SpreadExperts(Experts):
         """Once: that nobody else has moved the weights, and that replicas start alike."""
         if self._is_checked:
             return
-        # Told to each other, so that all of them stop.
-        wrong = torch.stack([self.place != dist.get_rank(self.group)]).to(torch.uint8)
-        dist.all_reduce(wrong, dist.ReduceOp.MAX, group=self.group)
-        if wrong.item():
-            raise ConfigError(
-                f'expert_parallel={self.parts}: the first rank has given its experts to all '
-                'others; call mmdet_moe.moe.expert_parallel.keep_from_ddp(model) before '
-                'DistributedDataParallel(model)'
-            )
         if is_sharded(self) or not all(hasattr(p, _MARK) for p in self.local.parameters()):
             raise ConfigError(
                 f'expert_parallel={self.parts}: the parameters of the experts have been replaced, '
                 'as fully_shard does, which would cut them as if all ranks had the same; give it '
                 'ignored_params=set(mmdet_moe.moe.expert_parallel.expert_parameters(model))'
+            )
+        # Told to each other, so that all of them stop.
+        trains = any(parameter.requires_grad for parameter in self.local.parameters())
+        found = self.place[0].new_tensor([trains, not trains, 0], dtype=torch.uint8)
+        found[2] = self.place[0].item() != dist.get_rank(self.group)
+        dist.all_reduce(found, dist.ReduceOp.MAX, group=self.group)
+        some, not_all, wrong = found.tolist()
+        if some and not_all:
+            raise ConfigError(
+                f'expert_parallel={self.parts}: all experts of one rank are frozen, and not those '
+                'of another one, which would wait for their gradients; freeze all of them or none'
+            )
+        if wrong:
+            raise ConfigError(
+                f'expert_parallel={self.parts}: the first rank has given its experts to all '
+                'others; call mmdet_moe.moe.expert_parallel.keep_from_ddp(model) before '
+                'DistributedDataParallel(model), or with a Runner set '
+                "model_wrapper_cfg=dict(type='mmdet_moe.ExpertParallelDDP')"
             )
         replicas = _group(self.parts, 'replicas')
         if dist.get_world_size(replicas) > 1:
@@ -433,6 +455,7 @@ def _cut(experts: Experts, first: int, last: int) -> Experts:
 
 
 def _save(experts: SpreadExperts, state_dict: dict, prefix: str, _: Any) -> None:
+    state_dict.pop(prefix + _PLACE)
     local = {}
     for key in [key for key in state_dict if key.startswith(prefix + _LOCAL)]:
         local[key.removeprefix(prefix + _LOCAL)] = state_dict.pop(key)
@@ -455,8 +478,11 @@ def _save(experts: SpreadExperts, state_dict: dict, prefix: str, _: Any) -> None
 
 def _load(experts: SpreadExperts, state_dict: dict, prefix: str, *_: Any) -> None:
     names = [key for key in state_dict if key.startswith(prefix)]
+    if not names:
+        return
     whole = {key.removeprefix(prefix): state_dict.pop(key) for key in names}
     state_dict.update({prefix + _LOCAL + k: v for k, v in experts._own(whole).items()})
+    state_dict[prefix + _PLACE] = experts.place[0].detach()
 
 
 # What a training has to know of spread experts ----------------------------------------------------
@@ -475,7 +501,7 @@ def expert_parameters(model: nn.Module) -> list[nn.Parameter]:
 def keep_from_ddp(model: nn.Module) -> None:
     """Let distributed data parallel leave spread experts alone, which take care of themselves.
 
-    ``add_experts`` does it for the model that it is given.
+    ``add_experts`` does it for the model that it is given, and ``tools/train.py`` for every model.
 
     Args:
         model: What ``DistributedDataParallel`` will be given.

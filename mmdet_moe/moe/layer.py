@@ -219,9 +219,14 @@ class MoELayer(ExpertLayer):
             latest.merged = Routing.cat(latest.routings)
         return latest.merged
 
+    @property
+    def has_run(self) -> bool:
+        """Whether there is a :attr:`routing`."""
+        return bool(self._latest.routings)
+
     def __dir__(self) -> list[str]:
         # torch.jit.trace reads whatever is listed.
-        return [n for n in super().__dir__() if n != 'routing' or self._latest.routings]
+        return [n for n in super().__dir__() if n != 'routing' or self.has_run]
 
     @property
     def items(self) -> tuple[Items, ...]:
@@ -802,9 +807,10 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
     total = sum(p.numel() for p in model.parameters())
     inactive = 0
     for layer in find_moe_layers(model).values():
-        here = sum(p.numel() for p in layer.experts.parameters())
-        experts = here * layer.experts.parts
-        total += experts - here
+        # Spread experts hold more than weights: where they are.
+        weights = getattr(layer.experts, 'local', layer.experts)
+        experts = sum(p.numel() for p in weights.parameters()) * layer.experts.parts
+        total += experts - sum(p.numel() for p in layer.experts.parameters())
         inactive += experts * (layer.num_experts - layer.top_k) // layer.num_experts
     return total - inactive, total
 

@@ -4,9 +4,10 @@ import math
 from dataclasses import asdict, dataclass, field
 
 import torch
+from mmengine.dist import all_gather_object, get_comm_device
 from torch import Tensor
 
-from mmdet_moe.moe.distributed import global_sum_
+from mmdet_moe.moe.distributed import global_sum_, is_distributed
 from mmdet_moe.moe.metrics import (
     coefficient_of_variation_squared,
     entropy,
@@ -220,14 +221,24 @@ class Utilization:
             value = value.detach().to(torch.float64, copy=True)
             self._sums[key] = self._sums[key] + value if key in self._sums else value
 
-    def report(self) -> UtilizationReport:
+    def report(self) -> UtilizationReport | None:
         """Compute the report over everything added since the construction, on all ranks.
 
-        A collective operation under ``torch.distributed``: call it on every rank.
+        A collective operation under ``torch.distributed``: call it on every rank, also on one that
+        has added nothing.
+
+        Returns:
+            None if nothing has been added on any rank.
         """
         sums = {key: value.clone() for key, value in self._sums.items()}
+        if is_distributed():
+            shapes: dict[str, tuple[int, ...]] = {}
+            for of_rank in all_gather_object({key: tuple(v.shape) for key, v in sums.items()}):
+                shapes |= of_rank
+            nothing = torch.zeros((), dtype=torch.float64, device=get_comm_device())
+            sums = {key: sums.get(key, nothing.new_zeros(shapes[key])) for key in sorted(shapes)}
         global_sum_(list(sums.values()))
-        return UtilizationReport.from_sums(sums)
+        return UtilizationReport.from_sums(sums) if sums else None
 
 
 def _by_source(weights_TE: Tensor, routing: Routing, num_sources: int) -> Tensor:

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from mmdet.models.data_preprocessors import BatchSyncRandomResize
 from mmengine.model import BaseModel
 from mmengine.optim import OptimWrapper
 from mmengine.runner import Runner
@@ -16,18 +17,23 @@ from mmdet_moe.moe import GAPRouter, MoELayer
 
 
 class Model(BaseModel):
-    def __init__(self):
+    def __init__(self, resize=False):
         super().__init__()
         torch.manual_seed(0)
+        self.resize = BatchSyncRandomResize((4, 12), interval=3, size_divisor=4) if resize else None
+        self.sizes = []
         router = GAPRouter(3, 2, 1, noise=False, init='kmeans')
         self.moe = MoELayer(nn.Conv2d(3, 2, 1), 2, 1, router)
 
     def forward(self, inputs, mode='tensor'):
+        if self.resize is not None:
+            inputs, _ = self.resize(inputs, [])
+            self.sizes.append(inputs.shape[-1])
         y = self.moe(inputs)
         return {'loss': (y - 1).square().mean()} if mode == 'loss' else [y.mean()]
 
 
-def train(folder, stop=None, by_epoch=False, seed=5, **options):
+def train(folder, stop=None, by_epoch=False, seed=5, model=None, **options):
     """Eight iterations of 24 images, or, by epoch, two of four; k-means needs 128 images."""
     images = torch.randn(8 * 24, 3, 4, 4, generator=torch.Generator().manual_seed(1))
     loader = dict(
@@ -38,7 +44,7 @@ def train(folder, stop=None, by_epoch=False, seed=5, **options):
     )
     hook = dict(type='CheckpointHook', by_epoch=False, **options.pop('checkpoint', {}))
     runner = Runner(
-        model=Model(),
+        model=model or Model(),
         work_dir=str(folder),
         train_dataloader=loader,
         train_cfg=dict(by_epoch=True, max_epochs=2) if by_epoch
@@ -61,6 +67,17 @@ def test_a_start_that_waits_for_items_goes_on(tmp_path):
     resumed = train(tmp_path / 'half', resume=True, checkpoint=dict(interval=8))
     assert expected['moe.router.start.done']
     torch.testing.assert_close(resumed, expected, rtol=0, atol=0)
+
+
+def test_a_size_that_was_drawn_for_some_iterations_stays(tmp_path):
+    whole, half, resumed = Model(True), Model(True), Model(True)
+    expected = train(tmp_path / 'whole', model=whole, checkpoint=dict(interval=8))
+    train(tmp_path / 'half', stop=4, model=half, checkpoint=dict(interval=4))
+    found = train(tmp_path / 'half', model=resumed, resume=True, checkpoint=dict(interval=8))
+    assert half.sizes + resumed.sizes == whole.sizes
+    assert len(set(whole.sizes)) > 1
+    assert whole.sizes[4] != 4  # as it would be without
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
 def test_a_seed_that_nobody_gave_is_kept(tmp_path):

@@ -24,11 +24,12 @@ class Model(BaseModel):
     def __init__(self):
         super().__init__()
         self.conv = nn.Conv2d(3, 4, 1)
-        self.block = nn.Sequential(nn.Conv2d(4, 4, 1), nn.Tanh())
-        self.pixel = nn.Conv2d(4, 2, 1)
+        self.head = nn.Sequential()
+        self.head.block = nn.Sequential(nn.Conv2d(4, 4, 1), nn.Tanh())
+        self.head.pixel = nn.Conv2d(4, 2, 1)
 
     def forward(self, inputs, mode='tensor'):
-        y = self.pixel(self.block(self.conv(inputs)))
+        y = self.head(self.conv(inputs))
         return {'loss': (y - 1).square().mean()} if mode == 'loss' else y
 
 
@@ -36,13 +37,14 @@ def model(parts=2):
     torch.manual_seed(0)
     model = Model()
     entry = dict(num_experts=4, top_k=2, expert_init='independent', expert_parallel=parts)
-    add_experts(model, {'block': entry, 'pixel': entry}, router=dict(noise=False))
+    # Into a part of it, as the presets do.
+    add_experts(model.head, {'block': entry, 'pixel': entry}, router=dict(noise=False))
     return model
 
 
 def runner(folder, world_size, model, epochs=2, **options):
     images = torch.randn(16, 3, 4, 4, generator=torch.Generator().manual_seed(1))
-    wrapper = dict(type='MMDistributedDataParallel', device_ids=None, broadcast_buffers=False)
+    wrapper = dict(type='mmdet_moe.ExpertParallelDDP', device_ids=None, broadcast_buffers=False)
     return Runner(
         model=model,
         work_dir=str(folder),
@@ -125,17 +127,24 @@ def test_tools_register_it_once(own, monkeypatch):
     assert [isinstance(hook, ExpertParallelHook) for hook in own].count(True) == 1
 
 
+def paramwise(key):
+    return {'optim_wrapper': {'paramwise_cfg': {'custom_keys': {key: {'lr_mult': 0.1}}}}}
+
+
 @pytest.mark.parametrize(('changes', 'parts', 'match'), [
     ({}, (2,), None),
     ({}, (2, 4), 'same number in all layers'),
     ({'model': nn.Linear(1, 1)}, (2,), 'use MMDistributedDataParallel'),
     ({'optim_wrapper': OptimWrapperDict()}, (2,), 'use one OptimWrapper'),
+    ({'cfg': paramwise('head.block.experts.0')}, (2,), "'head.block.experts.0' finds none"),
+    ({'cfg': paramwise('head.block')}, (2,), None),
     ({'optim_wrapper': SimpleNamespace(loss_scaler=torch.amp.GradScaler('cpu'))}, (2,), 'bfloat16'),
 ])  # fmt: skip
 def test_refused_by_itself(changes, parts, match):
     """What two processes are not needed for."""
     ddp = DistributedDataParallel.__new__(DistributedDataParallel)
-    runner = SimpleNamespace(**{'model': ddp, 'optim_wrapper': None, 'hooks': [], **changes})
+    runner = {'model': ddp, 'optim_wrapper': None, 'hooks': [], 'cfg': {}, **changes}
+    runner = SimpleNamespace(**runner)
     spread = [SimpleNamespace(parts=number) for number in parts]
     with pytest.raises(ConfigError, match=match) if match else nullcontext():
         ExpertParallelHook()._check(runner, spread)

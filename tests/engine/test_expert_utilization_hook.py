@@ -5,20 +5,22 @@ import math
 import pickle
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import mmcv
 import numpy as np
 import pytest
 import torch
 from mmengine.hooks import Hook
+from ranks import run_on_ranks
 from running import logged
 from torch import nn
 from toy_runs import ToyData
 
 from mmdet_moe.drawing import draw_utilization
-from mmdet_moe.engine.hooks import expert_utilization_hook
+from mmdet_moe.engine.hooks import ExpertUtilizationHook, expert_utilization_hook
 from mmdet_moe.errors import ConfigError, NonFiniteRouterError
-from mmdet_moe.moe import MuMoEConv1x1, find_moe_layers
+from mmdet_moe.moe import MoELayer, MuMoEConv1x1, find_moe_layers
 from mmdet_moe.moe.utilization import UtilizationReport
 
 BALANCING = {
@@ -488,3 +490,38 @@ class _NoEvent:
 
     def synchronize(self):
         pass
+
+
+def play(rank, world_size, folder):
+    """A validation in which the second image, and the second rank, do not run a layer."""
+    torch.manual_seed(0)
+    layers = {name: MoELayer(nn.Conv2d(4, 4, 1), 4, 2, in_channels=4) for name in 'abc'}
+    model, told = nn.ModuleDict(layers).eval(), []
+    runner = SimpleNamespace(
+        model=model, hooks=[], iter=0, work_dir=str(folder / str(rank)),
+        logger=SimpleNamespace(info=lambda *words: told.append(words), warning=told.append),
+        visualizer=SimpleNamespace(add_scalars=lambda *args, **kwargs: None),
+        val_dataloader=SimpleNamespace(dataset=SimpleNamespace(metainfo={})),
+    )  # fmt: skip
+    Path(runner.work_dir).mkdir()
+    hook = ExpertUtilizationHook(draw=False)
+    hook.before_run(runner)
+    hook.before_val_epoch(runner)
+    for i in range(3 * (rank == 0)):
+        hook.before_val_iter(runner, i, {})
+        for name in 'ab' if i != 1 else 'a':
+            model[name](torch.randn(2, 4, 3, 3))
+        hook.after_val_iter(runner, i, {})
+    hook.after_val_epoch(runner)
+    return [words for words in told if 'not run' in words[0]]
+
+
+@pytest.mark.parametrize('world_size', [1, 2])
+def test_what_is_not_run_is_not_counted(world_size, tmp_path):
+    if world_size > 1:
+        told, _ = run_on_ranks(play, 2, tmp_path, tmp_path)
+    else:
+        told = play(0, 1, tmp_path)
+    report = json.loads((tmp_path / '0' / 'expert_utilization_val.json').read_text())
+    assert {name: of['num_items'] for name, of in report['layers'].items()} == {'a': 6, 'b': 4}
+    assert told == [('MoE (%s) %s: was not run', 'val', 'c')]

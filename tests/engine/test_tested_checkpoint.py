@@ -53,3 +53,23 @@ def test_what_is_missing(capsys):
     del state['b.bias']
     with pytest.raises(ConfigError, match=r"^checkpoint: it lacks 1 of .* 9 .*, such as 'b\.bias'"):
         check_weights(dense(), state)
+
+
+def test_what_a_layer_of_experts_has_no_place_for():
+    """It would compute something else, but for what acts in training alone."""
+    shared, bias, masks, plain = dense(), dense(), dense(), dense()
+    entry = {'granularity': 'token'}
+    add_experts(shared, {'a': {**entry, 'shared': 1}})
+    add_experts(bias, {'a': entry}, router={'constraint': {'type': 'mmdet_moe.BiasBalancing'}})
+    constraint = {'type': 'mmdet_moe.RelativeImportanceConstraint', 'threshold': 0.1}
+    add_experts(masks, {'a': entry}, router={'constraint': constraint})
+    add_experts(plain, {'a': entry}, router={'noise': False})
+    for trained, key in ((shared, r'a\.shared\.0\.'), (bias, r'a\.router\.constraint\.bias')):
+        with pytest.raises(ConfigError, match=f"^checkpoint: it has '{key}"):
+            check_weights(plain, trained.state_dict())
+    left_out = check_weights(plain, masks.state_dict())
+    assert left_out == ['a.router.constraint.relative_importance']
+    noisy = dense()
+    add_experts(noisy, {'a': entry}, router={'noise': True})
+    assert check_weights(plain, noisy.state_dict()) == ['a.router.noise_fc.weight']
+    check_weights(dense(), masks.state_dict() | dense().state_dict())

@@ -79,7 +79,7 @@ def train(kind, parts, rank, world_size, constraint=None):
         optimizer.step()
     with expert_parallel.all_experts(model):
         state = model.state_dict()
-    here = sum(p.numel() for p in model.moe.experts.parameters())
+    here = sum(p.numel() for p in model.moe.experts.parameters() if p.requires_grad)
     return {
         'outputs': outputs, 'norms': torch.stack(norms), 'state': state, 'here': here,
         'count': moe.count_parameters(model),
@@ -101,9 +101,19 @@ def play(rank, world_size):
         results['tokens', parts] = tokens_with_another(parts, rank, world_size)
         results['sequences', parts] = sequences(parts, rank, world_size)
     if world_size > 1:
+        results['own seeds'] = {i: begin(i, rank) for i in ('shared', 'independent')}
         results['refused'] = refusals()
         results['bytes'] = {parts: count_bytes(parts) for parts in (2, 4)}
     return results
+
+
+def begin(init, rank):
+    torch.manual_seed(rank)
+    experts = moe.ConvExperts(C, C, 1, 4)
+    layer = moe.MoELayer(experts, 4, 2, in_channels=C, expert_init=init, expert_parallel=2)
+    with expert_parallel.all_experts(layer):
+        state = copy.deepcopy(layer.state_dict())
+    return {name: value for name, value in state.items() if name.startswith('experts.')}
 
 
 def wrap(model):
@@ -228,11 +238,24 @@ def refusals():
     whole = Model('modules', 2, None).eval()
     refused('export', lambda: torch.jit.trace(whole, x, check_trace=False))
     refused('DDP', lambda: DistributedDataParallel(Model('modules', 2, None))(x))
+    # As MMEngine does it; the experts of a part that a preset has put in are named in that part.
+    preset = nn.Sequential(Model('modules', 2, None))
+    expert_parallel.keep_from_ddp(preset[0])
+    ddp = DistributedDataParallel(preset, broadcast_buffers=False)
+    refused('preset', lambda: ddp(x))
+    unequal = nn.ModuleList([nn.Conv2d(C, C, 1), nn.Conv2d(C, C, 3, padding=1)])
+    refused('unequal', lambda: moe.MoELayer(unequal, 2, 1, in_channels=C, expert_parallel=2))
+    frozen = Model('modules', 2, None)
+    frozen.moe.experts.local.requires_grad_(dist.get_rank() % 2 == 1)
+    refused('frozen', lambda: wrap(frozen)(x))
+    start = nn.Sequential(nn.Conv2d(3, C, 1), nn.Conv2d(C, C, 1))
+    moe.add_experts(start, {'1': dict(num_experts=2, top_k=2)}, router=dict(init='kmeans'))
+    refused('k-means', lambda: fully_shard(start)(x))
     refused('FSDP', lambda: fully_shard(Model('modules', 2, None))(x))
     model = Model('modules', 2, None)
     own = set(expert_parallel.expert_parameters(model))
     fully_shard(model, ignored_params=own)(x).sum().backward()
-    assert all(p.grad is not None for p in own)
+    assert all(p.grad is not None for p in own if p.requires_grad)
     return sentences
 
 
@@ -266,11 +289,13 @@ def count_bytes(parts):
     finally:
         dist.all_to_all_single, dist.all_reduce = kept_all_to_all, kept_all_reduce
     load, first = model.moe.routing.load(), model.moe.experts.first
-    here = sum(p.numel() for p in expert_parallel.expert_parameters(model))
+    own = expert_parallel.expert_parameters(model)
+    here = sum(p.numel() for p in own if p.requires_grad)
+    flags = sum(not p.requires_grad for p in own)
     return {
         **sent,
         'rows elsewhere': int(load.sum() - load[first : first + 8 // parts].sum()),
-        'dense': sum(p.numel() for p in model.parameters()) - here,
+        'dense': sum(p.numel() for p in model.parameters()) - here - flags,
         'experts': here * parts,
     }
 
@@ -334,7 +359,21 @@ def test_refused_in_one_sentence(ranks):
         assert 'all_experts(model)' in sentences['state']
         assert 'load the checkpoint in one process' in sentences['export']
         assert 'keep_from_ddp(model)' in sentences['DDP']
+        assert 'keep_from_ddp(model)' in sentences['preset']
         assert 'ignored_params' in sentences['FSDP']
+        assert 'differ in the shapes' in sentences['unequal']
+        assert 'freeze all of them or none' in sentences['frozen']
+        assert 'the start would be lost' in sentences['k-means']
+
+
+@pytest.mark.parametrize('init', ['shared', 'independent'])
+def test_the_first_rank_says_how_all_begin(init, ranks):
+    """As data parallelism has it for other weights, whatever the seeds are."""
+    first = ranks[0]['own seeds'][init]
+    for rank in ranks:
+        torch.testing.assert_close(rank['own seeds'][init], first, rtol=0, atol=0)
+    weight = first['experts.weight']
+    assert all(torch.equal(e, weight[0]) for e in weight[1:]) == (init == 'shared')
 
 
 @pytest.mark.parametrize('parts', [2, 4])

@@ -280,6 +280,21 @@ def test_mistakes_in_pruning(more, message, data, tmp_path):
     assert not (tmp_path / 'out').exists()
 
 
+def test_experts_that_several_ranks_would_hold(data, tmp_path):
+    """In one process the field does nothing, and what is written has to be possible with it."""
+    experts = EXPERTS.replace('num_experts=3', 'num_experts=4, expert_parallel=2')
+    tool = Classifier(tmp_path / 'tool', data, experts)
+    argv = [str(tool.config), str(tool.checkpoint), '--by', 'load']
+    message = r'^model\.experts\.0\.expert_parallel=2 does not divide the 3 experts'
+    with pytest.raises(ConfigError, match=message):
+        prune.prune_checkpoint(
+            prune.parse([*argv, '--keep', '3', '--out', str(tmp_path / 'three'), *tool.options])
+        )
+    tool.run(prune.prune_checkpoint, prune.parse, tmp_path / 'two', '--by', 'load', '--keep', '2')
+    model, _ = loaded(*(tmp_path / 'two' / n for n in ('config.py', 'checkpoint.pth')))
+    assert model.head.fc.num_experts == 2
+
+
 def test_what_is_there_stays(data, tmp_path):
     tool = Classifier(tmp_path / 'tool', data)
     more = ['--by', 'load', '--keep', '2']

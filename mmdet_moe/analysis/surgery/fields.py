@@ -13,7 +13,7 @@ from mmdet_moe.analysis.models import build_model
 from mmdet_moe.errors import ConfigError
 from mmdet_moe.moe import MoELayer, find_moe_layers
 
-_FIELD = 'num_experts'
+_FIELD, _PARTS = 'num_experts', 'expert_parallel'
 #: Keys and numbers from ``cfg.model`` down.
 Place = tuple[str | int, ...]
 
@@ -110,7 +110,19 @@ def node_at(cfg: Config, place: Place) -> Any:
 
 
 def _sizes(cfg: Config) -> dict[str, int]:
+    cfg = copy.deepcopy(cfg)
+    for node in _dicts(cfg.model):
+        if _PARTS in node:
+            node[_PARTS] = 1  # which would have to divide the number
     return {name: layer.num_experts for name, layer in find_moe_layers(build_model(cfg)).items()}
+
+
+def _dicts(node: Any) -> Iterator[Any]:
+    if isinstance(node, Mapping):
+        yield node
+    if isinstance(node, (Mapping, list, tuple)):
+        for inner in node.values() if isinstance(node, Mapping) else node:
+            yield from _dicts(inner)
 
 
 def _candidates(node: Any, place: Place) -> Iterator[Place]:

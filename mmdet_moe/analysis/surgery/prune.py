@@ -2,7 +2,7 @@
 
 import argparse
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from mmengine.config import Config
 from torch import nn
@@ -19,7 +19,12 @@ from mmdet_moe.analysis.measuring import (
 )
 from mmdet_moe.analysis.models import build_model
 from mmdet_moe.analysis.records.contents import BoxRecords
-from mmdet_moe.analysis.surgery.fields import add_layer_option, layers_by_field, node_at
+from mmdet_moe.analysis.surgery.fields import (
+    Place,
+    add_layer_option,
+    layers_by_field,
+    node_at,
+)
 from mmdet_moe.analysis.surgery.outputs import (
     add_output_options,
     check_output,
@@ -90,14 +95,16 @@ def prune_checkpoint(args: argparse.Namespace) -> tuple[dict, dict]:
                     f'--keep {args.keep}: layer "{name}" has {layer.num_experts} experts; keep '
                     'fewer, or name other layers with --layer'
                 )
+        _check_parts(cfg, groups, args.keep)
     data = images_of(args, cfg, meta)
     found, usage = observed(model, data, layers)
     values = {name: usage[name][args.by] for name in layers if args.by != 'effect'}
     if args.by == 'effect':
         values = _effects(model, data, layers, found)
     kept = {}
-    for group in groups.values():
+    for place, group in groups.items():
         kept |= _kept(args, group, values)
+        _check_parts(cfg, [place], len(kept[next(iter(group))]))
     if all(len(kept[name]) == layer.num_experts for name, layer in layers.items()):
         raise ConfigError(
             f'--threshold {args.threshold:g}: every expert has more {args.by}, so that nothing '
@@ -153,6 +160,16 @@ def _check_left(name: str, layer: MoELayer, number: int) -> None:
             f'layer "{name}" chooses top_k={layer.top_k} experts for each item and would be left '
             f'with {number} of {layer.num_experts}; keep more'
         )
+
+
+def _check_parts(cfg: Config, places: Iterable[Place], number: int) -> None:
+    for place in places:
+        if number % (parts := node_at(cfg, place).get('expert_parallel', 1)):
+            field = '.'.join(map(str, ('model', *place, 'expert_parallel')))
+            raise ConfigError(
+                f'{field}={parts} does not divide the {number} experts that would be left; keep '
+                f'another number, or add --cfg-options {field}=1'
+            )
 
 
 def _effects(

@@ -117,6 +117,13 @@ class ExpertUtilizationHook(Hook):
                 ', '.join(free),
             )
 
+    def _before_iter(
+        self, runner: Runner, batch_idx: int, data_batch=None, mode: str = 'train'
+    ) -> None:
+        """What an iteration does not run, as a mask head without detections, is not counted."""
+        for layer in self._layers.values():
+            layer.forget()
+
     def _after_iter(
         self, runner: Runner, batch_idx: int, data_batch=None, outputs=None, mode: str = 'train'
     ) -> None:
@@ -179,15 +186,24 @@ class ExpertUtilizationHook(Hook):
             if name not in window:
                 num_sources = _num_sources(runner, mode) if sources else 0
                 window[name] = Utilization(layer.num_experts, num_sources)
+            if not layer.has_run:
+                continue
             if sources:
                 layer.routing.sources = sources
             window[name].update(layer.routing, layer.router)
 
     def _report(self, runner: Runner, mode: str, warn: bool) -> None:
         self._end()
-        reports = {name: u.report() for name, u in self._windows.pop(mode, {}).items()}
+        window = self._windows.pop(mode, {})
+        if mode != 'train':  # also of a rank without images, which the others wait for
+            for name, layer in self._layers.items():
+                window.setdefault(name, Utilization(layer.num_experts))
+        found = {name: u.report() for name, u in window.items()}
         if not is_main_process():
             return
+        reports = {name: report for name, report in found.items() if report is not None}
+        for name in found.keys() - reports.keys():
+            runner.logger.info('MoE (%s) %s: was not run', mode, name)
         for name, report in reports.items():
             runner.logger.info('MoE (%s) %s: %s', mode, name, report)
             runner.visualizer.add_scalars(

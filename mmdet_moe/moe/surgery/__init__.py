@@ -18,6 +18,7 @@ from torch import nn
 
 from mmdet_moe.checks import check_flag, check_integer, check_number
 from mmdet_moe.errors import ConfigError
+from mmdet_moe.moe.distributed import is_distributed, is_sharded
 from mmdet_moe.moe.expert_layer import ExpertLayer
 from mmdet_moe.moe.expert_parallel import keep_from_ddp
 from mmdet_moe.moe.layer import MoELayer
@@ -461,7 +462,7 @@ class Entrance:
                 layer.forget()
             raise
         for layer, latest in zip(layers, before, strict=True):
-            has_run = bool(layer._latest.routings)
+            has_run = layer.has_run
             layer.end(self.name)
             if not has_run:  # as a head's loss, of what its forward has decided
                 layer._latest = latest
@@ -469,7 +470,15 @@ class Entrance:
 
 
 def _begin(model: nn.Module, _: Any) -> None:
-    for layer in vars(model)[_LAYERS]:
+    layers = vars(model)[_LAYERS]
+    starts = (getattr(layer.router, 'start', None) for layer in layers if layer.training)
+    if is_distributed() and any(start and start.waits for start in starts) and is_sharded(model):
+        raise ConfigError(
+            "init='kmeans': fully_shard computes with a copy of the router's weights, in which the "
+            'start would be lost; begin the training with DDP and go on from its weights, or set '
+            "init='normal'"
+        )
+    for layer in layers:
         layer.begin('forward')
 
 

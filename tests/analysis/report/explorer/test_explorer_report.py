@@ -876,7 +876,7 @@ def test_very_many_experts_with_small_coefficients(open_report, tmp_path):
     for name, line in zip(*found, strict=True):
         of_class = shares[int(str(np.ravel(name)[0]).split()[-1])]
         got = [float(cell.split()[0]) / 100 for cell in line]
-        np.testing.assert_allclose(got, of_class, atol=0.0006)
+        np.testing.assert_allclose(got, of_class, atol=0.0051)  # whole percents from 1 on
 
 
 def test_no_class_is_named_that_too_few_images_are_behind(open_report, tmp_path):
@@ -958,6 +958,7 @@ def test_dark_screens(open_report, single_report):
 
 def test_all_charts_follow_a_change_to_dark(open_report, single_report):
     page = open_report(single_report, color_scheme='light')
+    page.locator('select.layer').select_option(BACKBONE)  # which has a history
     for name in ('history', 'load', 'coactivation'):
         chart_values(page, name)
     page.emulate_media(color_scheme='dark')
