@@ -195,9 +195,9 @@ class ExpertUtilizationHook(Hook):
     def _report(self, runner: Runner, mode: str, warn: bool) -> None:
         self._end()
         window = self._windows.pop(mode, {})
-        if mode != 'train':  # also of a rank without images, which the others wait for
-            for name, layer in self._layers.items():
-                window.setdefault(name, Utilization(layer.num_experts))
+        if mode != 'train':  # on all ranks alike, also on one that has run none of them
+            empty = Utilization(0)
+            window = {name: window.get(name, empty) for name in (*self._layers, *self._dense)}
         found = {name: u.report() for name, u in window.items()}
         if not is_main_process():
             return

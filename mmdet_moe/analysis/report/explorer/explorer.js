@@ -419,7 +419,7 @@
       const { layer } = this;
       const images = this.payload.run.num_images;
       // Of an RoI head, the RoIs are the images of its layers.
-      const all = { [images]: 'image', [images * this.levels]: 'image and pyramid level' }[layer.num_decisions] ?? 'item';
+      const all = { [images * this.levels]: 'image and pyramid level', [images]: 'image' }[layer.num_decisions] ?? 'item';
       const per = layer.granularity === 'image' ? all : layer.granularity;
       const many = layer.num_dead ?? layer.dead_experts.length;
       const dead = many ? ` Never or hardly ever chosen: ${many > 8 || layer.num_dead ? `${many} experts, shown pale` : `expert ${layer.dead_experts.map((e) => this.number(e)).join(', ')}`}.` : '';
