@@ -1,5 +1,6 @@
 """The figures of the README and of docs/results.md. Readable in greyscale; PNG or PDF."""
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -66,6 +67,7 @@ def plot_specialisation(runs: dict[str, dict], path: Path) -> None:
                 px_axis(axes, edges, 3, on_dark=True)
                 axes.set_ylim(0, 1)
                 axes.set_title(f'{layer}: {found["mi"]:.2f} nats', fontsize=8.5)
+            name = textwrap.fill(name, 26)
             row[0].set_ylabel(f'{name}\n\nshare of the objects', fontsize=8.5)
         for axes in grid[-1]:
             axes.set_xlabel('√area of the objects (px)')
