@@ -374,6 +374,7 @@ def _write(part: Part, example: Tensor, about: dict[str, str]) -> None:
             f'it{hint or " in parts with torch.onnx.export"}'
         ) from error
     program.model.metadata_props.update(about)
+    part.path.parent.mkdir(parents=True, exist_ok=True)
     program.save(str(part.path), external_data=False)
 
 

@@ -197,6 +197,7 @@ def _entry(given: Mapping | Entry, router: dict | None) -> Entry | FactorisedEnt
     if entry.width not in (None, EQUAL):
         check_number(f"{owner}: None, '{EQUAL}' or a factor", 'width', entry.width, above=0)
     check_flag(owner, 'residual', entry.residual)
+    check_flag(owner, 'whole_maps', entry.whole_maps)
     if entry.name is not None and not (isinstance(entry.name, str) and entry.name.isidentifier()):
         raise ConfigError(f'{owner}: name={entry.name!r} must be a name without dots')
     return entry
