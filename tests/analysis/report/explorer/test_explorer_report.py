@@ -235,7 +235,9 @@ def test_what_one_decision_is_for(open_report, soft, tmp_path):
         ('bbox_head.reg_moe', f'One decision per item, {3 * images + 1} in all'),
     ):
         page.locator('select.layer').select_option(layer)
-        page.locator('.layer-facts', has_text=text).wait_for()
+        facts = page.locator('.layer-facts', has_text=text)
+        facts.wait_for()
+        assert facts.count() == 1
 
 
 def test_experts_that_are_hardly_chosen(open_report, soft, tmp_path):
@@ -971,6 +973,7 @@ def test_all_charts_follow_a_change_to_dark(open_report, single_report):
         page.wait_for_function(
             f'ink => document.querySelector("{chart}").layout.font.color === ink', arg=ink
         )
+        assert page.locator(chart).evaluate('c => c.layout.font.color') == ink
 
 
 # Without a browser ---------------------------------------------------------------------------
