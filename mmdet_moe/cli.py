@@ -6,6 +6,7 @@ status 2; ``MMDET_MOE_TRACEBACK=1`` shows where it came from.
 """
 
 import argparse
+import ast
 import copy
 import gc
 import inspect
@@ -23,6 +24,7 @@ from mmengine.device import get_device
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
+from mmdet_moe.checks import check_integer
 from mmdet_moe.compat.distributed import (
     check_launcher,
     global_rank,
@@ -42,6 +44,7 @@ from mmdet_moe.engine.options import add_cfg_options
 from mmdet_moe.engine.preflight import (
     check_checkpoint,
     check_config,
+    check_runner,
     datasets_of,
     resumable_checkpoint,
 )
@@ -218,18 +221,38 @@ def _copies(name: str, node: Any, field: str) -> Iterator[str]:
             yield from _copies(name, item, f'{field}.{index}')
 
 
+def _set_there(cfg: Config, key: str, suffix: str = '') -> str:
+    """What to do in place of setting a top-level `router` or `experts` that nobody reads."""
+    places = list(_copies(key, cfg.get('model'), 'model'))
+    if not places:
+        return f'the model of this config has no {key}; use the config of an MoE model'
+    return (
+        f'the config has copied `{key}` into its model already; set it there, '
+        f'{places[0]}{suffix}=...'
+    )
+
+
+def _check_read(path: str, cfg: Config) -> None:
+    """Refuse a `router` or `experts` at the top of a file that inherits, which it does not use."""
+    try:
+        tree = ast.parse(Path(path).read_bytes())
+    except SyntaxError:  # what MMEngine replaces before it reads the file, such as {{$NAME:text}}
+        return
+    names = [node for node in ast.walk(tree) if isinstance(node, ast.Name)]
+    used = {node.id for node in names if isinstance(node.ctx, ast.Load)}
+    set_ = {node.id for node in names if isinstance(node.ctx, ast.Store)}
+    if '_base_' in set_ or 'read_base' in used:
+        for key in ('router', 'experts'):
+            if key in set_ - used:
+                raise ConfigError(f"'{path}' sets `{key}`, but {_set_there(cfg, key)}")
+
+
 def _check_options(cfg: Config, options: Mapping[str, Any]) -> None:
     """Refuse overrides that nobody would read."""
     for option in options:
         key = option.partition('.')[0]
         if key in ('router', 'experts'):
-            places = list(_copies(key, cfg.get('model'), 'model'))
-            there = (
-                f'the config has copied `{key}` into its model already; set it there, '
-                f'{places[0]}{option.removeprefix(key)}=...'
-                if places
-                else f'the model of this config has no {key}; use the config of an MoE model'
-            )
+            there = _set_there(cfg, key, option.removeprefix(key))
             raise ConfigError(f'--cfg-options {option}: {there}')
         if key not in cfg and key not in _RUNNER_KEYS:
             near = get_close_matches(key, [*cfg, *_RUNNER_KEYS], 1)
@@ -256,6 +279,8 @@ def load_config(path: str, options: Mapping[str, Any] | None = None) -> Config:
     except Exception as error:
         # A config is a program: whatever it raises is a mistake in the file or in one of its bases.
         raise ConfigError(f"cannot read the config file '{path}': {in_one_line(error)}") from error
+    if path.endswith('.py'):
+        _check_read(path, cfg)
     options = dict(options or {})
     if 'data_root' in options:
         apply_data_root(cfg, options.pop('data_root'))
@@ -327,7 +352,7 @@ def set_loader_defaults(cfg: Config) -> None:
         loader = cfg.get(field)
         if loader is None:
             continue
-        has_workers = loader.get('num_workers', 0) > 0
+        has_workers = check_integer(field, 'num_workers', loader.get('num_workers', 0), 0) > 0
         if is_mmpretrain:
             loader.setdefault('pin_memory', get_device() != 'cpu')
             loader.setdefault('persistent_workers', has_workers)
@@ -531,6 +556,7 @@ def _build_runner(cfg: Config) -> Runner:
 def _check(cfg: Config, mode: str, checkpoint: str | None = None) -> None:
     # One process per machine reads the annotation files; its failure ends the others.
     if local_rank() == 0:
+        check_runner(cfg)
         check_config(cfg, mode, checkpoint)
 
 

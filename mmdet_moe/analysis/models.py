@@ -9,7 +9,7 @@ from mmengine.runner.checkpoint import CheckpointLoader
 from torch import nn
 
 from mmdet_moe.compat.malloc import keep_large_blocks
-from mmdet_moe.engine.tested_checkpoint import check_left_out
+from mmdet_moe.engine.tested_checkpoint import check_left_out, check_unpacked
 from mmdet_moe.errors import ConfigError
 from mmdet_moe.moe.mumoe import Factors
 
@@ -70,6 +70,7 @@ def load_weights(model: nn.Module, path: str) -> dict:
     checkpoint = CheckpointLoader.load_checkpoint(path, map_location='cpu')
     state = checkpoint.get('state_dict', checkpoint)
     state = {key.removeprefix('module.'): value for key, value in state.items()}
+    check_unpacked(state)
     expected = model.state_dict()
     missing = [key for key in expected if key not in state and 'num_batches_tracked' not in key]
     if missing:

@@ -124,9 +124,9 @@ _WRONG_CALL = re.compile(
 
 
 def _describe_wrong_argument(error: BaseException) -> str | None:
-    """A TypeError because the fields of a config are not the arguments of the class it names."""
+    """The fields of a config are not the arguments of the class it names, or it refuses a value."""
     text = in_one_line(error)
-    if not isinstance(error, TypeError) or not _WRONG_CALL.match(text):
+    if not isinstance(error, (TypeError, ValueError, KeyError, AssertionError)):
         return None
     frames = _frames(error)
     # MMEngine's `build_from_cfg`, and `build` of our registry.
@@ -136,6 +136,10 @@ def _describe_wrong_argument(error: BaseException) -> str | None:
     built = frames[builders[-1]].f_locals['obj_cls']
     module = getattr(built, '__module__', '') or ''
     is_own = module.split('.')[0] == 'mmdet_moe'
+    if not isinstance(error, TypeError) or not _WRONG_CALL.match(text):
+        # Ours refuse in a way of their own: anything else is a bug in them.
+        refused = not is_own and _all_constructors(built, frames[builders[-1] + 1 :])
+        return f"wrong value for type '{built.__name__}': {text}" if refused and text else None
     # Deeper inside a foreign class it may be a bug there, for which the traceback is the answer.
     if not (is_own or _is_handed_on(built, frames[builders[-1] + 1 :], text)):
         return None
@@ -154,11 +158,17 @@ def _is_handed_on(built: Callable, frames: list[FrameType], text: str) -> bool:
         text: The error's.
     """
     bases = inspect.getmro(built) if inspect.isclass(built) else ()
-    codes = [getattr(base.__init__, '__code__', None) for base in bases]
     # A constructor may also have called something else in a wrong way.
     called = re.search(r'(\w+)\.__init__\(\)', text)
     named = called is not None and called[1] in [base.__name__ for base in bases]
-    return not frames or (named and all(frame.f_code in codes for frame in frames))
+    return not frames or (named and _all_constructors(built, frames))
+
+
+def _all_constructors(built: Callable, frames: list[FrameType]) -> bool:
+    """Whether all frames, at least one, are constructors of a class and its base classes."""
+    bases = inspect.getmro(built) if inspect.isclass(built) else ()
+    codes = [getattr(base.__init__, '__code__', None) for base in bases]
+    return bool(frames) and all(frame.f_code in codes for frame in frames)
 
 
 def _accepted_fields(built: Callable, text: str) -> str:

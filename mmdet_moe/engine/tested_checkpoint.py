@@ -7,7 +7,7 @@ from typing import Any
 from mmengine.hooks import Hook
 from mmengine.model import BaseTTAModel
 from mmengine.runner import Runner
-from torch import nn
+from torch import Tensor, int8, nn
 
 from mmdet_moe.compat.distributed import note
 from mmdet_moe.engine.hooks.layers import unwrapped_model
@@ -19,6 +19,9 @@ from mmdet_moe.moe.expert_layer import ExpertLayer
 _IN_TRAINING_ALONE = re.compile(
     r'\.router\.(start|noise_fc|constraint\.(relative_importance|mean_importance|num_batches))\b'
 )
+
+#: What may be missing of one, because inference does not ask it, or because it begins at nothing.
+_NOT_NEEDED = re.compile(r'\.router\.(start|noise_fc|constraint)\b')
 
 
 class TestedCheckpointHook(Hook):
@@ -33,12 +36,13 @@ class TestedCheckpointHook(Hook):
         """Compare them.
 
         Raises:
-            ConfigError: The numbers of the classes do not mean the same, weights are missing, or a
-                training would go on with another model.
+            ConfigError: The numbers of the classes do not mean the same, weights are missing or
+                packed, or a training would go on with another model.
         """
         tested = getattr(runner._test_loop, 'dataloader', None)
         model, state = unwrapped_model(runner), checkpoint.get('state_dict', checkpoint)
         state = {key.removeprefix('module.'): state[key] for key in state}
+        check_unpacked(state)
         if tested is None and not runner._resume:
             if lost := lost_experts(model, state):
                 note(
@@ -55,6 +59,22 @@ class TestedCheckpointHook(Hook):
         check_weights(model, state, resumed=tested is None)
 
 
+def check_unpacked(state: dict[str, Any]) -> None:
+    """Refuse weights in 8 bits, which would be taken for numbers of -127 to 127.
+
+    Raises:
+        ConfigError: They are such, as :func:`mmdet_moe.analysis.look.pack` writes them.
+    """
+    if any(
+        isinstance(weight, Tensor) and weight.dtype == int8 and f'{key}.scale' in state
+        for key, weight in state.items()
+    ):
+        raise ConfigError(
+            'checkpoint: its weights are packed in 8 bits, as those that ship with mmdet_moe; run '
+            'tools/look.py once, and give the file of the same name in its output folder'
+        )
+
+
 def lost_experts(model: nn.Module, state: dict[str, Any]) -> list[str]:
     """The layers of experts in a checkpoint that are none in the model."""
     there, wanted = (
@@ -67,8 +87,9 @@ def lost_experts(model: nn.Module, state: dict[str, Any]) -> list[str]:
 def check_weights(model: nn.Module, state: dict[str, Any], resumed: bool = False) -> list[str]:
     """Load the weights, all of them.
 
-    Routers alone may be missing, because those of a dense checkpoint choose among equal experts;
-    but not where a training is resumed, whose optimizer would have no state for them.
+    The routers of layers that the checkpoint has dense may be missing, because they choose among
+    equal experts; but not where a training is resumed, whose optimizer would have no state for
+    them. So may the state of a constraint, which begins at one that changes no decision.
 
     Returns:
         The names of those that the model has no place for.
@@ -84,7 +105,12 @@ def check_weights(model: nn.Module, state: dict[str, Any], resumed: bool = False
         first = str(error).splitlines()[1].strip() if '\n' in str(error) else str(error)
         raise ConfigError(f'checkpoint: {first}; {fix}') from error
     missing = [key for key in missing if not key.endswith('num_batches_tracked')]
-    if others := [key for key in missing if '.router.' not in key]:
+    sparse = {key.partition(f'.{part}.')[0] for key in state for part in ('router', 'experts')}
+    needed = [key for key in missing if not _NOT_NEEDED.search(key)]
+    untrained = [
+        key for key in needed if '.router.' in key and key.partition('.router.')[0] not in sparse
+    ]
+    if others := [key for key in needed if key not in untrained]:
         raise ConfigError(
             f"checkpoint: it lacks {len(others)} of the model's {len(model.state_dict())} tensors, "
             f"such as '{others[0]}'; {fix}"
@@ -96,7 +122,7 @@ def check_weights(model: nn.Module, state: dict[str, Any], resumed: bool = False
             'training from its weights with --cfg-options load_from=FILE'
         )
     check_left_out(model, unexpected)
-    if missing:
+    if untrained:
         note(
             'the checkpoint is of a dense model: each expert has its weights, routers are untrained'
         )

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from mmdet_moe.engine.tested_checkpoint import check_weights, lost_experts
+from mmdet_moe.analysis.look import pack, unpack
+from mmdet_moe.engine.tested_checkpoint import check_unpacked, check_weights, lost_experts
 from mmdet_moe.errors import ConfigError
 from mmdet_moe.moe import add_experts
 
@@ -22,6 +23,44 @@ def test_a_dense_checkpoint_in_a_model_with_experts(capsys):
     x = torch.randn(5, 3)
     torch.testing.assert_close(model(x), before(x))
     assert 'note: the checkpoint is of a dense model' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    'other',
+    [
+        {'type': 'mmdet_moe.ConvGAPRouter', 'conv_channels': 4},
+        {'type': 'mmdet_moe.GAPRouter', 'normalise_levels': 1},
+    ],
+)
+def test_routers_of_another_kind_are_not_those_of_a_dense_model(other):
+    """They would be tested as they were drawn."""
+    trained, model = nn.Sequential(nn.Conv2d(4, 4, 1)), nn.Sequential(nn.Conv2d(4, 4, 1))
+    add_experts(trained, {'0': {}}, {'type': 'mmdet_moe.GAPRouter'})
+    add_experts(model, {'0': {}}, other)
+    with pytest.raises(ConfigError, match=r"^checkpoint: it lacks .*, such as '0\.router\."):
+        check_weights(model, trained.state_dict())
+
+
+@pytest.mark.parametrize('balancing', ['BiasBalancing', 'MeanImportanceConstraint'])
+def test_a_constraint_that_the_checkpoint_was_not_trained_with(balancing, capsys):
+    """It begins at what changes nothing."""
+    trained, model = dense().eval(), dense().eval()
+    entry = {'granularity': 'token'}
+    add_experts(trained, {'a': entry})
+    add_experts(model, {'a': entry}, router={'constraint': {'type': f'mmdet_moe.{balancing}'}})
+    check_weights(model, trained.state_dict())
+    x = torch.randn(5, 3)
+    torch.testing.assert_close(model(x), trained(x))
+    assert capsys.readouterr().out == ''
+
+
+def test_what_ships_is_not_loaded_as_it_lies(tmp_path):
+    trained = dense()
+    torch.save({'state_dict': trained.state_dict(), 'meta': {'dataset_meta': {}}}, tmp_path / 'a')
+    pack(tmp_path / 'a', tmp_path / 'b')
+    with pytest.raises(ConfigError, match=r'packed in 8 bits.*tools/look\.py'):
+        check_unpacked(torch.load(tmp_path / 'b')['state_dict'])
+    check_unpacked(unpack(tmp_path / 'b')['state_dict'])
 
 
 def test_a_training_goes_on_with_the_same_model():

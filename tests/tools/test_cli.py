@@ -397,6 +397,41 @@ def test_wrong_paths(here, capsys):
     assert sentence.startswith('--out must end in .pkl')
 
 
+@pytest.mark.parametrize(
+    ('option', 'expected'),
+    [
+        ('optim_wrapper.optimizer.type=AdamWW', "no optimizer 'AdamWW'; did you mean 'AdamW'?"),
+        ('optim_wrapper.optimizer.lr=fast', "optim_wrapper.optimizer: lr='fast' must be a finite"),
+        ('optim_wrapper.optimizer.momentum=-1', "wrong value for type 'SGD': Invalid momentum"),
+        ('val_evaluator=None', 'val_evaluator: the config has val_dataloader, but not val_eval'),
+        ('val_evaluator.metric=box', "wrong value for type 'CocoMetric': metric should be one"),
+        ('train_dataloader.batch_size=0', 'train_dataloader: batch_size=0 must be a finite'),
+        ('train_dataloader.num_workers=two', "num_workers='two' must be an integer"),
+        ('train_cfg.max_iters=many', "train_cfg: max_iters='many' must be a finite number"),
+        ('train_cfg.val_interval=0', 'train_cfg: val_interval=0 must be a finite number'),
+    ],
+)
+def test_wrong_values(here, capsys, option, expected):
+    """Of classes that are not ours, too."""
+    assert expected in failure(capsys, cli.run_train, 'detector.py', *MOVED, option)
+    assert not Path('work_dirs', 'detector', 'last_checkpoint').exists()
+
+
+@pytest.mark.parametrize('key', ['router', 'experts'])
+@pytest.mark.parametrize('use', ['', 'model = dict(backbone=dict({0}={0}))\n'])
+def test_what_nobody_reads_in_a_config_file(tmp_path, key, use):
+    """The parents have copied theirs into the model before."""
+    base = ROOT / 'configs' / 'resnet18_moe_soft_cifar100.py'
+    text = f"_base_ = '{base}'\n{key} = dict(type='mmdet_moe.GAPRouter', noise=False)\n"
+    file = tmp_path / 'child.py'
+    file.write_text(text + use.format(key))
+    if use:
+        assert cli.load_config(str(file)).model.backbone[key].noise is False
+    else:
+        with pytest.raises(ConfigError, match=f"child.py' sets `{key}`, but the .*model"):
+            cli.load_config(str(file))
+
+
 def test_folders_that_cannot_be_written(here, capsys, monkeypatch):
     monkeypatch.setattr(cli.os, 'access', lambda path, mode: Path(path) != here / 'locked')
     (here / 'locked').mkdir()

@@ -8,6 +8,7 @@ from mmengine.hooks import Hook
 from mmengine.runner import Runner
 from torch.utils.hooks import RemovableHandle
 
+from mmdet_moe.checks import check_integer
 from mmdet_moe.engine.hooks.balancing_loss_hook import BalancingLossHook
 from mmdet_moe.engine.hooks.layers import expert_layers_of, sources_of
 from mmdet_moe.moe import ExpertLayer, MoELayer, Routing
@@ -66,6 +67,9 @@ class ExpertUtilizationHook(Hook):
         collapse_share: The routing has collapsed when the mutual information between input and
             expert is below this fraction of log E.
         draw: Whether to draw the pictures.
+
+    Raises:
+        ConfigError: ``interval`` is no positive integer.
     """
 
     priority = 'BELOW_NORMAL'
@@ -78,7 +82,7 @@ class ExpertUtilizationHook(Hook):
         collapse_share: float = COLLAPSE_SHARE,
         draw: bool = True,
     ) -> None:
-        self.interval = interval
+        self.interval = check_integer(type(self).__name__, 'interval', interval, 1)
         self.warmup_iters = warmup_iters
         self.dead_share = dead_share
         self.collapse_share = collapse_share

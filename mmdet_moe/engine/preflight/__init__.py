@@ -10,12 +10,13 @@ from mmdet_moe.engine.preflight.checkpoints import (
     recorded_checkpoint,
     resumable_checkpoint,
 )
-from mmdet_moe.engine.preflight.config import check_config
+from mmdet_moe.engine.preflight.config import check_config, check_runner
 from mmdet_moe.engine.preflight.datasets import check_trained_classes, datasets_of
 
 __all__ = [
     'check_checkpoint',
     'check_config',
+    'check_runner',
     'check_trained_classes',
     'datasets_of',
     'recorded_checkpoint',

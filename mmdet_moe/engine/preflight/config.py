@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from mmengine.config import Config
-from mmengine.registry import METRICS
+from mmengine.registry import METRICS, OPTIMIZERS
 from torch.utils.data import DataLoader
 
+from mmdet_moe.checks import check_number
 from mmdet_moe.datasets.coco_file import CocoFile
 from mmdet_moe.engine.preflight.arrays import check_arrays, is_grey, reads_arrays
 from mmdet_moe.engine.preflight.checkpoints import check_checkpoint
@@ -38,6 +39,25 @@ _LOADERS = {
     'test': (('test_dataloader', 'test_evaluator'),),
 }
 
+#: What a runner is given together, or not at all.
+_PARTS = (
+    ('train_dataloader', 'train_cfg', 'optim_wrapper'),
+    ('val_dataloader', 'val_cfg', 'val_evaluator'),
+    ('test_dataloader', 'test_cfg', 'test_evaluator'),
+)
+#: Numbers that are compared, or divided by, long after they were read, and their least values.
+_LEAST = {
+    'train_cfg.max_iters': 1,
+    'train_cfg.max_epochs': 1,
+    'train_cfg.val_interval': 1,
+    'default_hooks.checkpoint.interval': -1,
+    'optim_wrapper.accumulative_counts': 1,
+    'optim_wrapper.optimizer.lr': 0,
+    'train_dataloader.batch_size': 1,
+    'val_dataloader.batch_size': 1,
+    'test_dataloader.batch_size': 1,
+}
+
 
 @dataclass(frozen=True)
 class _Seen:
@@ -60,6 +80,7 @@ def check_config(cfg: Config, mode: str = 'train', checkpoint: str | None = None
         ConfigError: the first thing that is wrong, in one sentence.
     """
     _check_hooks(cfg)
+    _check_numbers(cfg)
     if checkpoint is not None:
         check_checkpoint(checkpoint, 'checkpoint')
     elif cfg.get('load_from'):
@@ -75,6 +96,35 @@ def check_config(cfg: Config, mode: str = 'train', checkpoint: str | None = None
         if cfg.get(loader_field) is None:
             continue
         _check_loader(cfg, loader_field, evaluator_field, seen)
+
+
+def check_runner(cfg: Config) -> None:
+    """Complain about what MMEngine's runner wants together, and about an unknown optimizer.
+
+    It looks the latter up when the model has been built.
+
+    Args:
+        cfg: the whole config, of which a runner will be built.
+
+    Raises:
+        ConfigError: Some are missing, or nothing has the optimizer's name.
+    """
+    for names in _PARTS:
+        missing = [name for name in names if cfg.get(name) is None]
+        if missing and len(missing) < len(names):
+            given = next(name for name in names if name not in missing)
+            raise ConfigError(
+                f'{missing[0]}: the config has {given}, but not {" and ".join(missing)}; give all '
+                f'of {", ".join(names)}, or none of them'
+            )
+    optimizer = (cfg.get('optim_wrapper') or {}).get('optimizer')
+    type_ = optimizer.get('type') if isinstance(optimizer, Mapping) else None
+    if isinstance(type_, str) and class_of(cfg, type_, OPTIMIZERS) is None:
+        close = difflib.get_close_matches(type_, OPTIMIZERS.module_dict, n=1)
+        raise ConfigError(
+            f"optim_wrapper.optimizer.type: there is no optimizer '{type_}'; "
+            + (f"did you mean '{close[0]}'?" if close else 'check its spelling and custom_imports')
+        )
 
 
 def _check_hooks(cfg: Config) -> None:
@@ -94,6 +144,16 @@ def _check_hooks(cfg: Config) -> None:
             'default_hooks must be a dict of dicts such as dict(timer=dict(type=...)); further '
             'hooks belong into the list custom_hooks'
         )
+
+
+def _check_numbers(cfg: Config) -> None:
+    for field, least in _LEAST.items():
+        owner, _, name = field.rpartition('.')
+        node: Any = cfg._cfg_dict
+        for key in owner.split('.'):
+            node = node.get(key) if isinstance(node, Mapping) else None
+        if isinstance(node, Mapping) and node.get(name) is not None:
+            check_number(owner, name, node[name], least)
 
 
 def _check_pretrained(node: Any, field: str) -> None:
