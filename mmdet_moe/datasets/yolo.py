@@ -142,10 +142,11 @@ def _files(folder: Path, suffixes: Sequence[str]) -> Iterator[Path]:
 
 def _read_yaml(file: Path) -> Mapping:
     with explained(f'{file} is not YAML'):
-        content = yaml.safe_load(file.read_bytes())
+        # All as text: a class may be called `no`, and a folder 2017_01.
+        content = yaml.load(file.read_bytes(), yaml.BaseLoader)
     if not isinstance(content, Mapping):
         raise ConfigError(f'{file} has no entries such as `names`')
-    return content
+    return {key: value for key, value in content.items() if value not in ('null', '~')}
 
 
 def _classes(given: Sequence[str], data: Mapping) -> list[str]:
@@ -156,12 +157,14 @@ def _classes(given: Sequence[str], data: Mapping) -> list[str]:
         else:
             names = [line.strip() for line in read_text(file).rstrip().splitlines()]
     if isinstance(names, Mapping):
-        if set(names) != set(range(len(names))):
+        numbers = [str(number) for number in range(len(names))]
+        if set(names) != set(numbers):
             raise ConfigError(f'`names` of data.yaml must be numbered from 0, not {list(names)}')
-        names = [names[number] for number in range(len(names))]
-    if not isinstance(names, list) or not names:
-        raise ConfigError('the classes have no names: give --classes, or `names` in data.yaml')
-    names = [str(name) for name in names]
+        names = [names[number] for number in numbers]
+    if not isinstance(names, list) or not names or not all(isinstance(n, str) for n in names):
+        raise ConfigError(
+            'the classes have no names: give --classes, or a list of `names` in data.yaml'
+        )
     if len(set(names)) < len(names) or '' in names:
         raise ConfigError(f'each class needs a name of its own, which they have not: {names}')
     return names

@@ -23,6 +23,17 @@ def test_orientation(tmp_path, suffix, orientation):
         np.testing.assert_allclose(np.asarray(upright(image), int), theirs, atol=8)
 
 
+@pytest.mark.parametrize('options', [{}, {'progressive': True}, {'format': 'png'}])
+def test_images_that_are_cut_off(tmp_path, options):
+    pixels = np.random.default_rng(0).integers(0, 256, (24, 48, 3), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / 'a.jpg', **options)
+    whole = (tmp_path / 'a.jpg').read_bytes()
+    assert image_size(tmp_path / 'a.jpg') == (48, 24)
+    (tmp_path / 'a.jpg').write_bytes(whole[: len(whole) * 3 // 4])
+    with pytest.raises(ConfigError, match=r'a\.jpg cannot be read as an image \(OSError: '):
+        image_size(tmp_path / 'a.jpg')
+
+
 def test_grey_of_16_bits(tmp_path):
     values = np.arange(800, dtype=np.uint16).reshape(20, 40) * 80
     Image.fromarray(values).save(tmp_path / 'a.png')

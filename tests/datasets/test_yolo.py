@@ -177,6 +177,7 @@ def test_classes(source, tmp_path):
         ('names: {1: cat, 2: dog}', 'must be numbered from 0'),
         ('names: {0: cat, x: dog}', 'must be numbered from 0'),
         ('nc: 2', 'the classes have no names: give --classes'),
+        ('names: [cat, [dog]]', 'the classes have no names: give --classes'),
         ('just text', 'has no entries'),
         ('a: [', 'is not YAML'),
     ):
@@ -190,6 +191,19 @@ def test_classes(source, tmp_path):
     ):
         with pytest.raises(ConfigError, match=message):
             prepare_yolo(source, tmp_path / 'wrong', given)
+
+
+@pytest.mark.parametrize('numbered', [False, True])
+def test_names_that_yaml_takes_for_something_else(tmp_path, numbered):
+    names = ['yes', 'no', 'on', 'Off', 'null', '~', '1.0', '0x10', '2017-01-01']
+    for name in ('2017_01/a', '2017_02/b'):
+        write_image(tmp_path / f'in/{name}.jpg', '1 0.5 0.5 0.5 0.5')
+    lines = [f'  {i}: {n}' if numbered else f'  - {n}' for i, n in enumerate(names)]
+    text = '\n'.join(['path: null', 'train: 2017_01', 'val: 2017_02', 'names:', *lines])
+    (tmp_path / 'in/data.yaml').write_text(text)
+    prepare_yolo(tmp_path / 'in', tmp_path / 'out')
+    assert [c['name'] for c in content(tmp_path / 'out', 'val')['categories']] == names
+    assert names_of(tmp_path / 'out') == [['2017_01/a.jpg'], ['2017_02/b.jpg']]
 
 
 @pytest.mark.parametrize(
