@@ -12,8 +12,8 @@ def read_coco(path: str) -> tuple[Any, list[str]]:
     """The content of an annotation file, mended, and what was.
 
     Boxes without ``iscrowd`` are no crowds, those without ``area`` have that of their box, and a
-    byte-order mark in front is left out. Where an annotation has no ``id``, or 0, all are numbered
-    anew: COCO's evaluation takes the id 0 of a matched object for no match.
+    byte-order mark in front is left out. Where an annotation has no number for an ``id``, or 0, all
+    are numbered anew: COCO's evaluation takes the id 0 of a matched object for no match.
 
     Raises:
         ValueError: It is not JSON.
@@ -26,13 +26,13 @@ def read_coco(path: str) -> tuple[Any, list[str]]:
         ('iscrowd', 'iscrowd=0', lambda box: 0),
         ('area', 'the area of the box', lambda box: box['bbox'][2] * box['bbox'][3]),
     ):
-        missing = [box for box in boxes if key not in box and len(box['bbox'] or ()) == 4]
+        missing = [box for box in boxes if key not in box and is_box(box['bbox'])]
         for box in missing:
             box[key] = value(box)
         if missing:
             mended.append(f'giving {len(missing)} annotations {what}')
     ids = [box.get('id') for box in boxes]
-    given = [id_ for id_ in ids if id_ is not None]
+    given = [id_ for id_ in ids if isinstance(id_, int | float)]
     if (0 in given or len(given) < len(ids)) and len(set(given)) == len(given):
         for number, box in enumerate(boxes, 1):
             box['id'] = number
@@ -46,6 +46,11 @@ def boxes_of(content: Any) -> Iterator[dict]:
     for annotation in annotations if isinstance(annotations, list) else ():
         if isinstance(annotation, dict) and 'bbox' in annotation:
             yield annotation
+
+
+def is_box(bbox: Any) -> bool:
+    """Whether it is a list of four numbers."""
+    return isinstance(bbox, list) and len(bbox) == 4 and {*map(type, bbox)} <= {int, float}
 
 
 def mend(module: ModuleType) -> None:

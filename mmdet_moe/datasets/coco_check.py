@@ -6,6 +6,8 @@ import colorsys
 import hashlib
 import io
 import math
+import os.path as osp
+import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +17,7 @@ from PIL import Image, ImageDraw, UnidentifiedImageError
 
 from mmdet_moe.compat.coco import boxes_of
 from mmdet_moe.datasets.coco_file import (
+    CROWD,
     SIZES,
     USED,
     CocoFile,
@@ -22,8 +25,9 @@ from mmdet_moe.datasets.coco_file import (
     fate,
     read_coco_file,
     size_bin,
+    without_box,
 )
-from mmdet_moe.datasets.coco_folder import oriented_size, upright
+from mmdet_moe.datasets.coco_folder import decode, oriented_size, upright
 from mmdet_moe.errors import ConfigError
 from mmdet_moe.progress import progress_bar
 
@@ -31,12 +35,16 @@ from mmdet_moe.progress import progress_bar
 #: line of text above it.
 _TILES, _COLUMNS = 24, 6
 _TILE, _LINE = (240, 200), 14
+#: So many characters of a class's name are shown; as many as a tile has room for.
+_LONGEST = 40
 _EXAMPLES = 3
 _UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 #: Rounding may put the edge of a box so many px out of its image.
 _TOLERANCE = 1.0
 #: Areas of masks may exceed a box that was rounded.
 _AREA_TOLERANCE = 1.2
+#: Line breaks and other control characters, and halves of characters, which no file can hold.
+_UNPRINTABLE = re.compile('[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]')
 
 
 @dataclass(frozen=True)
@@ -112,7 +120,7 @@ def check(parts: Sequence[Part]) -> Report:
         try:
             content, coco = _read(part)
         except ConfigError as error:
-            report.wrong.append(str(error))
+            report.wrong.append(_printable(str(error)))
             continue
         report.splits[part.name] = count_objects(content)
         names[part.name] = coco.categories
@@ -121,6 +129,9 @@ def check(parts: Sequence[Part]) -> Report:
         _look_at_images(part, coco, digests, wrong)
         if repeated := _repeated(coco.categories):
             wrong['categories have a name that another one has'] += repeated
+        wrong['categories have a name that is empty or has a line break or the like'] += [
+            repr(n) for n in coco.categories if not n.strip() or _UNPRINTABLE.search(n)
+        ]
         _count_classes(part.name, content, report.classes)
         report.wrong += _sentences(part.name, wrong)
         report.notes += _sentences(part.name, notes)
@@ -144,11 +155,7 @@ def _look_at_annotations(
 ) -> None:
     ids = [category['id'] for category in content['categories']]
     wrong['ids of categories are there twice'] += map(str, _repeated(ids))
-    wrong['annotations have no `bbox`'] += [
-        str(a)[:80]
-        for a in content['annotations']
-        if not isinstance(a, Mapping) or not (a.get('ignore') or 'bbox' in a)
-    ]
+    wrong['annotations have no `bbox`'] += [str(a)[:80] for a in without_box(content)]
     known, seen = set(ids), set()
     for box in boxes_of(content):
         file = coco.images.get(box['image_id'], ('',))[0]
@@ -162,7 +169,7 @@ def _look_at_annotations(
             wrong['annotations are of a category that is not listed'].append(where)
         elif box.get('ignore'):
             notes[f'annotations are {outcome}'].append(where)
-        elif outcome != USED:
+        elif outcome not in (USED, CROWD):
             wrong[f'annotations are left out by a training: {outcome}'].append(where)
         elif identity in seen:
             wrong['annotations repeat another one'].append(where)
@@ -190,7 +197,7 @@ def _look_at_images(
     wrong['images are listed twice'] += _repeated(name for name, _ in coco.images.values())
     for name, size in progress_bar(coco.images.values(), desc=part.name, unit='image'):
         path = part.images / name
-        if not path.is_file():
+        if not osp.isfile(path):  # Path.is_file raises for a name that is too long
             wrong['images do not exist'].append(str(path))
             continue
         data = path.read_bytes()
@@ -198,9 +205,7 @@ def _look_at_images(
         try:
             with Image.open(io.BytesIO(data)) as image:
                 found = oriented_size(image)
-                # A JPEG is decoded to its end all the same, in a fraction of the time.
-                image.draft(image.mode, (max(1, image.width // 8), max(1, image.height // 8)))
-                image.load()
+                decode(image)
         except _UNREADABLE as error:
             # Pillow would name the bytes in memory.
             is_image = not isinstance(error, UnidentifiedImageError)
@@ -240,21 +245,30 @@ def _compare_images(digests: Mapping[str, Mapping[str, list]], report: Report) -
 def _sentences(split: str, found: Mapping[str, Sequence[str]]) -> list[str]:
     prefix = f'{split}: ' if split else ''
     return [
-        f'{prefix}{len(examples)} {what}, such as {"; ".join(examples[:_EXAMPLES])}'
+        _printable(f'{prefix}{len(examples)} {what}, such as {"; ".join(examples[:_EXAMPLES])}')
         for what, examples in found.items()
         if examples
     ]
 
 
+def _printable(text: str) -> str:
+    """Text that stays on its line and can be printed."""
+    return _UNPRINTABLE.sub(lambda found: ascii(found[0])[1:-1], text)
+
+
+def _short(name: str) -> str:
+    return _printable(name[:_LONGEST])
+
+
 def format_classes(report: Report) -> str:
     """A table: a row for each class, and objects of each size bin for each split."""
     head = [f'{split} {size}' for split in report.splits for size in SIZES]
-    width = max([len(name) for name in report.classes] + [5])
+    width = max([len(_short(name)) for name in report.classes] + [5])
     lines = [f'{"class":<{width}}' + ''.join(f'{text:>{len(text) + 2}}' for text in head)]
     for name, counts in report.classes.items():
         cells = [counts[split, size] for split in report.splits for size in SIZES]
         row = (f'{n:>{len(text) + 2}}' for n, text in zip(cells, head, strict=True))
-        lines.append(f'{name:<{width}}' + ''.join(row))
+        lines.append(f'{_short(name):<{width}}' + ''.join(row))
     return '\n'.join(lines)
 
 
@@ -312,7 +326,7 @@ def _tile(part: Part, name: str, boxes: Sequence[Mapping], names: Mapping) -> Im
     scale = min((_TILE[0] - 4) / picture.width, (_TILE[1] - _LINE - 4) / picture.height)
     size = tuple(max(1, round(side * scale)) for side in picture.size)
     tile.paste(picture.resize(size), (0, _LINE))
-    draw.text((2, 1), f'{part.name}: {name}'[-38:], 'black')
+    draw.text((2, 1), _printable(f'{part.name}: {name}'[-38:]), 'black')
     numbers = {id_: number for number, id_ in enumerate(names)}
     for box in boxes:
         # Neighbours in number are far apart on the circle of colours.
@@ -321,7 +335,7 @@ def _tile(part: Part, name: str, boxes: Sequence[Mapping], names: Mapping) -> Im
         x, y, w, h = (side * scale for side in box['bbox'])
         (x0, x1), (y0, y1) = sorted((x, x + w)), sorted((y + _LINE, y + h + _LINE))
         draw.rectangle((x0, y0, x1, y1), outline=colour, width=1 if box['iscrowd'] else 2)
-        text = str(names.get(box['category_id'], '?')) + (' (crowd)' if box['iscrowd'] else '')
+        text = _short(names.get(box['category_id'], '?')) + (' (crowd)' if box['iscrowd'] else '')
         left = max(0, min(x0, _TILE[0] - draw.textlength(text)))
         place = (left, max(_LINE, y0))
         draw.rectangle(draw.textbbox(place, text), fill=colour)

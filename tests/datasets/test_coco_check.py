@@ -103,14 +103,28 @@ def repeat(content):
         (lambda c: c['annotations'].append(5), '1 annotations have no `bbox`, such as 5'),
         (without('categories', 'name'), "has {'id': 1} among its categories"),
         (without('categories', 'id'), "has {'name': 'cat'} among its categories"),
-        (first('categories', name=7), 'which must have an `id`, and a `name` that is text'),
+        (first('categories', name=7), 'a number or text, and a `name` that is text'),
         (first('images', width='200'), 'width and height numbers'),
         (first('images', file_name=None), 'whose file_name must be text'),
-        (box(bbox=[5, 5, None, 20]), 'has bbox=[5, 5, None, 20] and area=400 for the annotation 1'),
-        (box(bbox=['5', '5', '20', '20']), 'which must be numbers'),
-        (box(area=None), 'and area=None for the annotation 1, which must be numbers'),
-        (box(bbox=5), 'of no type that COCO has there'),
-        (box(category_id=[1]), 'of no type that COCO has there'),
+        (box(bbox=[5, 5, None, 20]), 'has bbox=[5, 5, None, 20] for the annotation 1, which'),
+        (box(bbox=['5', '5', '20', '20']), 'which must be four numbers'),
+        (box(area=None), 'has area=None and iscrowd=0 for the annotation 1, which must be a'),
+        (box(bbox=5), 'has bbox=5 for the annotation 1, which must be four numbers'),
+        (box(bbox={'x': 5, 'y': 5, 'w': 9, 'h': 9}), 'which must be four numbers'),
+        (box(category_id=[1]), 'has image_id=1 and category_id=[1] for the annotation 1, which'),
+        (box(image_id=[1]), 'has image_id=[1] and category_id=1 for the annotation 1, which'),
+        (box(category_id=None), 'of a category that is not listed, such as annotation 1 of 1.jpg'),
+        (box(iscrowd=None), 'and iscrowd=None for the annotation 1, which must be a number, and 0'),
+        (box(iscrowd='0'), "and iscrowd='0' for the annotation 1, which must be a number, and 0"),
+        (lambda c: c['images'].append(None), 'has no `id` for the image None; add it'),
+        (first('images', id=None), 'id a number or text'),
+        (first('images', id=[1]), 'id a number or text'),
+        (first('images', id='1'), 'has numbers and texts for ids of its images; give all of them'),
+        (first('images', width=None), 'width and height numbers'),
+        (first('images', file_name='a' * 300), '1 images do not exist, such as'),
+        (first('categories', id=None), "has {'id': None, 'name': 'cat'} among its categories"),
+        (first('categories', id='1'), 'has numbers and texts for ids of its categories; give all'),
+        (lambda c: c['categories'].append(None), 'has None among its categories'),
         (box(area=float('nan')), 'boxes are not numbers, or their areas'),
         (box(area=4 * 20 * 20), 'as small or large, exceed their box, such as annotation 1 of'),
         (lambda c: c['images'][0].update(id=2), 'lists two images with the id 2'),
@@ -124,6 +138,31 @@ def repeat(content):
 def test_annotations(folder, change, message):
     report = changed(folder, change)
     assert any(message in sentence for sentence in report.wrong), report.wrong
+
+
+@pytest.mark.parametrize(
+    ('name', 'is_wrong'),
+    [
+        ('a\nb', True),
+        ('a\tb', True),
+        ('a\u2028b', True),
+        ('\ud83d', True),  # half of a character
+        ('', True),
+        (' ', True),
+        ('猫 🐱', False),
+        ('می\u200cخورد', False),
+        ('x' * 30_000, False),
+    ],
+)
+def test_names_of_categories(folder, name, is_wrong):
+    for split in ('val', 'train'):
+        report = changed(folder, first('categories', name=name), split)
+    wrong = [f'{split}: 1 categories have a name that is empty' for split in ('train', 'val')]
+    assert [said.split(' or ')[0] for said in report.wrong] == wrong[: 2 * is_wrong]
+    assert contact_sheet(parts_of(folder)).size == (6 * 240, 200)
+    lines = format_classes(report).encode().decode().splitlines()
+    assert [line.split()[-6:] for line in lines[1:]] == [list('100100'), list('011011')]
+    assert max(map(len, [*lines, *report.wrong])) < 120
 
 
 def test_an_edge_within_a_pixel_is_rounding(folder):

@@ -175,7 +175,7 @@ def test_classes_in_another_order(root):
 
 
 def test_a_part_of_the_classes_may_be_chosen(root):
-    cfg = config(dict(dataset(root), metainfo=dict(classes=('dog',))))
+    cfg = config(dict(dataset(root), metainfo=dict(classes=('cat',))))
     cfg.model.bbox_head.num_classes = 1
     check_config(cfg)
 

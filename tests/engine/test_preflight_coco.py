@@ -42,6 +42,7 @@ def metrics_of_the_truth(path):
         (boxes(area=None), b'', 'giving 3 annotations the area of the box'),
         (boxes(), b'\xef\xbb\xbf', 'leaving out its byte-order mark'),
         ([box | {'id': box['id'] - 1} for box in boxes()], b'', 'numbering its annotations from 1'),
+        ([b | {'id': f'a{b["id"]}'} for b in boxes()], b'', 'numbering its annotations from 1'),
     ],
 )
 def test_what_is_mended(root, capsys, annotations, mark, said):
@@ -80,6 +81,55 @@ def test_what_is_refused(root, content, message):
     assert message in found
 
 
+def test_annotations_without_a_box(root):
+    write_annotations(root, annotations=[*boxes()[:2], dict(id=9, image_id=0, category_id=7)])
+    message = complaint(config(dataset(root)))
+    assert "has 1 annotations without a `bbox`, such as {'id': 9, 'image_id': 0, 'cat" in message
+
+
+@pytest.mark.parametrize(
+    ('changes', 'ap', 'reason'),
+    [
+        (dict(bbox=[0.1, 0.1, 0.3, 0.3], area=0.09), 0, 'smaller than a pixel or outside of the i'),
+        (dict(bbox=[float('nan')] * 4), 1, 'smaller than a pixel or outside of the image'),
+        (dict(area=0), 1, 'smaller than a pixel or outside of the image'),
+        (dict(ignore=1), 1, 'marked with `ignore`'),
+        (dict(iscrowd=1), -1, 'marked with `iscrowd`'),
+        (dict(category_id=5), -1, 'of other categories'),
+    ],
+)
+def test_annotations_none_of_which_is_used(root, capsys, changes, ap, reason):
+    """Nothing to train on; -1 is COCO's figure where nothing can be measured."""
+    path = root / 'annotations' / 'all.json'
+    write_annotations(root, annotations=boxes(**changes))
+    train = {k: v for k, v in dataset(root).items() if k != 'type'}
+    infos = [info for i in range(3) for info in CocoDataset(**train).get_data_info(i)['instances']]
+    assert all(info['ignore_flag'] for info in infos)
+    said = f"dataset.ann_file: none of the 3 annotations in '{path}' is used: 3 {reason}"
+    assert complaint(config(dataset(root))).startswith(f'train_dataloader.{said}')
+    assert metrics_of_the_truth(path)['coco/bbox_mAP'] == ap
+    if ap < 0:
+        assert complaint(measured_on(dataset(root)), 'test').startswith(f'test_dataloader.{said}')
+    else:
+        check_config(measured_on(dataset(root)), 'test')
+        assert f'0 are used: 3 {reason}' in capsys.readouterr().out
+    check_config(measured_on(dataset(root), format_only=True, outfile_prefix='x'), 'test')
+    write_annotations(root, annotations=[])
+    check_config(config(dataset(root)))
+    assert 'note: train_dataloader.dataset: there are no annotations' in capsys.readouterr().out
+
+
+def test_one_of_several_data_sets_may_show_other_classes_only(root, capsys):
+    write_annotations(root, annotations=boxes(category_id=9))
+    cats = dict(dataset(root), metainfo=dict(classes=('cat',)))
+    cfg = config(dict(type='ConcatDataset', datasets=[cats, cats]))
+    cfg.model.bbox_head.num_classes = 1
+    check_config(cfg)
+    assert '0 are used: 3 of other categories' in capsys.readouterr().out
+    cfg.train_dataloader.dataset = cats
+    assert 'is used: 3 of other categories; give it boxes [x, y, width, height]' in complaint(cfg)
+
+
 def test_annotations_that_are_left_out_are_counted(root, capsys):
     others = [
         dict(category_id=9),  # chosen below
@@ -89,6 +139,7 @@ def test_annotations_that_are_left_out_are_counted(root, capsys):
         dict(bbox=[3, 3, 0.5, 9]),
         dict(bbox=[70, 3, 9, 9]),
         dict(ignore=1),
+        dict(iscrowd=1, category_id=9),
     ]
     more = [boxes(category_id=9)[0] | other | {'id': i + 4} for i, other in enumerate(others)]
     write_annotations(root, annotations=boxes(category_id=9) + more)
@@ -96,15 +147,16 @@ def test_annotations_that_are_left_out_are_counted(root, capsys):
     cfg.model.bbox_head.num_classes = 1
     check_config(cfg)
     assert capsys.readouterr().out == (
-        'note: train_dataloader.dataset: of the 10 annotations in '
+        'note: train_dataloader.dataset: of the 11 annotations in '
         f"'{root / 'annotations' / 'all.json'}', 4 are used: 2 of other categories, 2 smaller than "
         'a pixel or outside of the image, 1 of images that the file does not list, 1 marked with '
-        '`ignore`\n'
+        '`ignore`, 1 marked with `iscrowd`\n'
     )
     train = cfg.train_dataloader.dataset.to_dict()
     train.pop('type')
     data = CocoDataset(**train)
-    assert sum(len(data.get_data_info(i)['instances']) for i in range(len(data))) == 4
+    infos = [info for i in range(len(data)) for info in data.get_data_info(i)['instances']]
+    assert [info['ignore_flag'] for info in infos].count(0) == 4
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,14 @@ from itertools import islice
 from typing import Any
 
 from mmdet_moe.compat.distributed import note
-from mmdet_moe.datasets.coco_file import USED, CocoFile, read_coco_file
+from mmdet_moe.datasets.coco_file import (
+    IGNORED,
+    TOO_SMALL,
+    USED,
+    CocoFile,
+    read_coco_file,
+    without_box,
+)
 from mmdet_moe.engine.preflight.datasets import (
     GET_DATA,
     Dataset,
@@ -19,6 +26,7 @@ from mmdet_moe.engine.preflight.datasets import (
 from mmdet_moe.errors import ConfigError
 
 _IMAGES_TO_LOOK_AT = 5
+_OTHERS = 'of other categories'
 
 
 def reads_coco(cls: type | None) -> bool:
@@ -50,7 +58,7 @@ def check_coco(dataset: Dataset, needs_annotations: bool, coco_files: dict[str, 
         raise ConfigError(f"{field}: '{path}' lists no images")
     _check_classes(dataset, coco, path)
     _check_images(dataset, coco)
-    _count_what_is_left_out(dataset, coco, path)
+    _count_what_is_left_out(dataset, coco, path, needs_annotations)
 
 
 def check_coco_metric(
@@ -109,24 +117,44 @@ def check_coco_metric(
 def _read_coco(path: str, field: str) -> CocoFile:
     if not osp.isfile(path):
         raise ConfigError(f"{field}: there is no file '{path}'; {GET_DATA}")
-    return read_coco_file(path, f"{field}: '{path}'")[1]
+    content, coco = read_coco_file(path, f"{field}: '{path}'")
+    if coco.has_annotations and (without := without_box(content)):
+        raise ConfigError(
+            f"{field}: '{path}' has {len(without)} annotations without a `bbox`, such as "
+            f'{str(without[0])[:80]}; give them [x, y, width, height], or take them out'
+        )
+    return coco
 
 
-def _count_what_is_left_out(dataset: Dataset, coco: CocoFile, path: str) -> None:
+def _count_what_is_left_out(
+    dataset: Dataset, coco: CocoFile, path: str, needs_annotations: bool
+) -> None:
     """Say which annotations and images of a file take no part.
 
     Raises:
-        ConfigError: ``filter_cfg`` leaves no image.
+        ConfigError: None of its annotations does, or ``filter_cfg`` leaves no image.
     """
     classes = classes_of(dataset)
     chosen = set(coco.categories if classes is None else classes)
     left_out = Counter()
     for (name, fate), count in coco.boxes.items():
-        left_out[fate if name in chosen else 'of other categories'] += count
+        left_out[fate if name in chosen else _OTHERS] += count
     used, total = left_out.pop(USED, 0), coco.boxes.total()
     if left_out:
         reasons = ', '.join(f'{count} {reason}' for reason, count in left_out.most_common())
+        # Metrics that read the file count some boxes that no training uses. One of several data
+        # sets may hold nothing but counterexamples.
+        counted = {} if dataset.field.startswith('train') else {IGNORED, TOO_SMALL} & {*left_out}
+        is_background = {*left_out} == {_OTHERS} and '.datasets[' in dataset.field
+        if needs_annotations and not used and not counted and not is_background:
+            raise ConfigError(
+                f"{dataset.field}.ann_file: none of the {total} annotations in '{path}' is used: "
+                f'{reasons}; give it boxes [x, y, width, height] in px that belong to the chosen '
+                'classes, without `iscrowd` and `ignore`'
+            )
         note(f"{dataset.field}: of the {total} annotations in '{path}', {used} are used: {reasons}")
+    if needs_annotations and not total:
+        note(f"{dataset.field}: there are no annotations in '{path}'")
     cfg = dataset.cfg.get('filter_cfg') or {}
     if dataset.cfg.get('test_mode') or not cfg:
         return
