@@ -35,7 +35,7 @@ def get_flops(args: argparse.Namespace) -> str:
     cfg = load_config(args.config, args.cfg_options)
     size = image_size(cfg, args.shape)
     model = build_model(cfg)
-    run = dry_run(model, cfg.default_scope, size, num_images=1)
+    run = dry_run(model, cfg.default_scope, size, num_images=1, suggest=True)
     return cost_table(costs_of(model, run)) + '\n' + LEGEND.format(*size)
 
 

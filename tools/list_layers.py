@@ -15,7 +15,7 @@ if importlib.util.find_spec('mmdet_moe') is None:
 
 from mmdet_moe.cli import load_config
 from mmdet_moe.engine.dry_run import add_options, build_model, dry_run, image_size
-from mmdet_moe.errors import ConfigError, exit_on_user_error
+from mmdet_moe.errors import exit_on_user_error
 from mmdet_moe.moe.surgery.paths import find_places
 from mmdet_moe.moe.surgery.survey import survey, table
 
@@ -43,11 +43,8 @@ def list_layers(args: argparse.Namespace) -> str:
         if args.at is None
         else [path for place in find_places(model, args.at) for path in place.paths]
     )
-    run = dry_run(model, cfg.default_scope, size)
-    try:
-        return table(survey(model, run, places, args.depth))
-    except ConfigError as error:
-        raise ConfigError(f'{error}; give another --shape') from error
+    run = dry_run(model, cfg.default_scope, size, suggest=True)
+    return table(survey(model, run, places, args.depth))
 
 
 if __name__ == '__main__':
