@@ -13,6 +13,7 @@ from scipy import ndimage
 
 from mmdet_moe.datasets.rotated_pairs import rotated_square
 from mmdet_moe.errors import ConfigError
+from research.checks import rotation_traces
 
 PACK = [dict(type='PackInputs', algorithm_keys=('cluster',))]
 
@@ -144,18 +145,6 @@ def test_border_alone_does_not_tell():
     assert accuracy_of_a_probe(np.stack(black), labels[: len(black)]) > 0.95
 
 
-def noise_without_direction(count, size=32, period=128):
-    """uint8 noise whose amplitude falls with the frequency, as that of photographs does."""
-    frequency = np.hypot(*np.meshgrid(np.fft.fftfreq(period), np.fft.fftfreq(period)))
-    frequency[0, 0] = np.inf
-    amplitude = np.where(frequency <= 0.5, 1 / frequency, 0)  # no more of it along the diagonals
-    rng = np.random.default_rng(0)
-    white = (rng.normal(size=(period, period)) for _ in range(count))
-    noise = [np.fft.ifft2(amplitude * np.fft.fft2(one)).real[:size, :size] for one in white]
-    noise = np.stack(noise)
-    return (128 + 40 * noise / noise.std()).round().clip(0, 255).astype(np.uint8)
-
-
 def accuracy_of_a_probe_of_details(images, labels):
     """Of a linear classifier that sees how rough each part is, on a fifth it was not fitted to."""
     x = images.astype(float)
@@ -177,15 +166,20 @@ def accuracy_of_a_probe_of_details(images, labels):
 
 def test_details_do_not_tell():
     """Traces of the interpolation do, where nothing is blurred before."""
-    originals = noise_without_direction(1500)
+    originals = rotation_traces.noise_without_direction(1500)
     labels = np.arange(2 * len(originals)) % 2
-    by_blur = {
-        blur: np.stack([rotated_square(image, 30, r, blur) for image in originals for r in (0, 1)])
-        for blur in (0.0, 1.0)
-    }
+    by_blur = {blur: rotation_traces.pairs(originals, blur) for blur in (0.0, 1.0)}
     chance = 0.5 / 300**0.5  # of the 300 pairs that it was not fitted to
     assert accuracy_of_a_probe_of_details(by_blur[0.0], labels) > 0.5 + 4 * chance
     assert accuracy_of_a_probe_of_details(by_blur[1.0], labels) < 0.5 + 2 * chance
+
+
+def test_a_network_finds_what_there_is():
+    """So that one that finds nothing says something."""
+    plain = rotation_traces.noise_without_direction(300)
+    shown = rotation_traces.pairs(plain, 1.0)
+    shown[1::2, 10:20, 10:20] = 255
+    assert rotation_traces.accuracy(shown) > 0.9
 
 
 @pytest.fixture(params=['cifar10', 'fashion_mnist'])
