@@ -43,8 +43,11 @@ def list_layers(args: argparse.Namespace) -> str:
         if args.at is None
         else [path for place in find_places(model, args.at) for path in place.paths]
     )
-    run = dry_run(model, cfg.default_scope, size, suggest=True)
-    return table(survey(model, run, places, args.depth))
+    run, *also = (
+        dry_run(model, cfg.default_scope, size, mode=mode, suggest=mode == 'tensor')
+        for mode in ('tensor', 'predict', 'loss')
+    )
+    return table(survey(model, run, places, args.depth, also))
 
 
 if __name__ == '__main__':

@@ -33,25 +33,34 @@ def counting(model: nn.Module) -> Iterator['FlopCounter']:
     model that routes images. They do not depend on the device: k experts that are convolutions
     count as k, also where mixing their kernels first makes one of them.
     """
-    modes = {part: part.training for part in model.modules()}
     # Without mixed kernels, and without the margins of sheets.
-    impls = {m: 'subbatches' for m in modes if isinstance(m, ConvExperts)}
-    impls |= {m: 'levels' for m in modes if isinstance(m, ModuleExperts)}
+    impls = {m: 'subbatches' for m in model.modules() if isinstance(m, ConvExperts)}
+    impls |= {m: 'levels' for m in model.modules() if isinstance(m, ModuleExperts)}
     trainable = [p for p in model.parameters() if p.requires_grad]
-    model.eval()
     try:
         impls = _exchanged(impls)
         # PyTorch's counter hooks into gradients, and fails where a parameter is an input.
         for parameter in trainable:
             parameter.requires_grad_(False)
-        with torch.no_grad(), FlopCounter() as counter:
+        with evaluating(model), FlopCounter() as counter:
             yield counter
     finally:
         for parameter in trainable:
             parameter.requires_grad_(True)
+        _exchanged(impls)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """In eval mode and without gradients inside of the ``with``; then each part as it was."""
+    modes = {part: part.training for part in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
         for part, training in modes.items():
             part.training = training
-        _exchanged(impls)
 
 
 def _exchanged(impls: dict[Any, str]) -> dict[Any, str]:

@@ -27,6 +27,8 @@ from mmdet_moe import moe
 from mmdet_moe.engine.dry_run import dry_run
 from mmdet_moe.errors import ConfigError
 from mmdet_moe.moe.flops import counting
+from mmdet_moe.moe.surgery.paths import find_places
+from mmdet_moe.moe.surgery.survey import survey
 
 ZOO = sorted((CONFIGS / 'zoo').glob('*.py'))
 
@@ -274,6 +276,31 @@ def test_report_knows_what_the_dense_model_costs(case):
     assert report.whole.dense == sum(p.numel() for p in dense.parameters())
     assert report.whole.dense_flops == counter.get_total_flops()
     assert report.whole.flops > report.whole.dense_flops
+
+
+@all_cases
+def test_what_is_listed_can_become_experts(case):
+    """One module of each class, in every way; and what the case makes experts of is listed."""
+    dense = build(tiny_config(case).model, case).eval()
+    run, *also = (
+        dry_run(dense, case.toolbox, (SIZE, SIZE), mode=mode)
+        for mode in ('tensor', 'predict', 'loss')
+    )
+    infos = survey(dense, run, also=also)
+    ways = {
+        (path, way): info for info in infos for path in info.paths for way in info.granularities
+    }
+    for path, way in {(info.kind, way): (path, way) for (path, way), info in ways.items()}.values():
+        entry = {'at': path, 'granularity': way, 'in_channels': ways[path, way].in_channels}
+        model = copy.deepcopy(dense)
+        moe.add_experts(model, [{**FOUR, **entry, 'grid_size': 1 + (way == 'patch')}])
+        outputs_of(model, case, 'predict')
+        assert model.get_submodule(path).has_run
+    called = {path for info in infos for path in info.paths if info.obstacle != 'is frozen'}
+    for entry in case.experts:
+        for place in find_places(dense, entry['at'], entry.get('every')):
+            way = entry.get('granularity', 'image')
+            assert (str(place), way) in ways or str(place) not in called
 
 
 def run_one_iteration(config: Config, case, work_dir):

@@ -144,7 +144,7 @@ class ModuleExperts(ModuleList, Experts):
         """One expert of each structure: those left out differ in their weights alone."""
         distinct: dict[tuple, nn.Module] = {}
         for expert in self:
-            distinct.setdefault(_structure(expert), expert)
+            distinct.setdefault(structure_of(expert), expert)
         return list(distinct.values())
 
     def share_weights(self) -> None:
@@ -168,7 +168,7 @@ class ModuleExperts(ModuleList, Experts):
             state_dict[f'{prefix}{e}.{name}'] = value
 
 
-def _structure(module: nn.Module) -> tuple:
+def structure_of(module: nn.Module) -> tuple:
     """All that a module is but for its parameters and running statistics.
 
     What has no telling text, as an object with its address, differs even if it is alike.

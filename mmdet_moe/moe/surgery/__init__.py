@@ -37,7 +37,16 @@ from mmdet_moe.moe.surgery.report import Report, report_of
 from mmdet_moe.moe.surgery.siblings import Chain, placeholders
 from mmdet_moe.moe.surgery.width import equal_width, narrow
 
-__all__ = ['Entry', 'Report', 'Site', 'add_experts', 'install', 'report_of']
+__all__ = [
+    'Entry',
+    'Report',
+    'Site',
+    'add_experts',
+    'build_site',
+    'check_places',
+    'install',
+    'report_of',
+]
 
 EQUAL = 'equal'
 #: Attributes of a model that was changed.
@@ -127,8 +136,8 @@ def add_experts(
     places = [
         (entry, place) for entry in entries for place in find_places(model, entry.at, entry.every)
     ]
-    _check_places(model, [place for _, place in places])
-    sites = [_build(model, entry, place) for entry, place in places]
+    check_places(model, [place for _, place in places])
+    sites = [build_site(model, entry, place) for entry, place in places]
     install(model, sites)  # nothing can fail any more
     return report_of(model)
 
@@ -203,7 +212,12 @@ def _entry(given: Mapping | Entry, router: dict | None) -> Entry | FactorisedEnt
     return entry
 
 
-def _check_places(model: nn.Module, places: list[Place]) -> None:
+def check_places(model: nn.Module, places: list[Place]) -> None:
+    """Refuse places that overlap each other, or others of the model that use the same weights.
+
+    Raises:
+        ConfigError: With the reason.
+    """
     paths: dict[str, Place] = {}
     for place in places:
         for path in place.paths:
@@ -258,7 +272,12 @@ def _take(model: nn.Module, place: Place) -> nn.Module:
     return copy.deepcopy(modules[0])
 
 
-def _build(model: nn.Module, entry: Entry | FactorisedEntry, place: Place) -> Site:
+def build_site(model: nn.Module, entry: Entry | FactorisedEntry, place: Place) -> Site:
+    """The layer for a place, with a copy of what stands there; the model stays as it was.
+
+    Raises:
+        ConfigError: If what stands there cannot become experts, with the reason.
+    """
     if isinstance(entry, FactorisedEntry):
         return _build_factorised(model, entry, place)
     module = _take(model, place)

@@ -6,15 +6,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from mmdet_moe.errors import ConfigError
+from mmdet_moe.moe.expert_layer import ExpertLayer
 from mmdet_moe.moe.flops import counting
-from mmdet_moe.moe.receptive_field import probe_of, receptive_field
-from mmdet_moe.moe.surgery.experts import begins_in_place, find_in_channels, sharers
 from mmdet_moe.moe.surgery.report import in_columns
+from mmdet_moe.moe.surgery.trial import try_as_experts
 
 
 @dataclass
@@ -31,6 +29,7 @@ class LayerInfo:
         inputs: Shape of the first input of the first call.
         output: Shape of the first output of the first call.
         granularities: What one decision may cover.
+        in_channels: What :func:`add_experts` has to be told, because it cannot tell it; else None.
         obstacle: Why it cannot become experts; None if it can.
     """
 
@@ -43,6 +42,7 @@ class LayerInfo:
     inputs: tuple[int, ...] | None = None
     output: tuple[int, ...] | None = None
     granularities: tuple[str, ...] = ()
+    in_channels: int | None = None
     obstacle: str | None = None
 
 
@@ -51,14 +51,21 @@ def survey(
     run: Callable[[], Any],
     places: Sequence[str] = ('',),
     depth: int = 4,
+    also: Sequence[Callable[[], Any]] = (),
 ) -> list[LayerInfo]:
     """List the modules of a model that compute something, in the order of the model.
+
+    What lies inside of experts is left out. Whether another one can become experts is tried:
+    :func:`add_experts` has to take it, and they have to compute what it does. That costs a copy of
+    the model and as many passes as its modules are nested.
 
     Args:
         model: Any module; left as it was.
         run: Runs it once, on a batch of at least two images.
         places: Paths below which to look, the modules there included.
         depth: How many names deep below each place; numbers do not count.
+        also: Other ways to run it, as for its loss, where it may read what experts have not; one
+            that fails is passed by.
 
     Returns:
         First the model itself. Modules of the same class and abilities in a numbered list are one
@@ -79,15 +86,20 @@ def survey(
     finally:
         for hook in hooks:
             hook.remove()
+    for path, info in infos.items():
+        if not path:
+            info.obstacle = 'is the model'
+        elif not any(p.requires_grad for p in found[path].parameters()):
+            info.obstacle = info.obstacle or 'is frozen'
+    candidates = [info for info in infos.values() if info.calls and not info.obstacle]
+    try_as_experts(model, candidates, [run, *also])
     flops = counter.by_module(model)
     alike: dict[str, tuple] = {}
     for path, info in infos.items():
         info.flops = flops.get(path, 0)
-        info.obstacle = _obstacle(model, found[path], info)
         around = infos.get(path.rpartition('.')[0]) if path else None
         if info.calls and not (around and _is_wrapped(info, around)):
-            reason = info.obstacle and re.sub('".*"', '', info.obstacle)
-            alike[path] = (_glob(path), info.kind, info.calls, reason)
+            alike[path] = (_glob(path), info.kind, info.calls, *_verdict(info))
     everywhere = Counter(_glob(path) for path, _ in model.named_modules(remove_duplicate=False))
     numbers = Counter(alike.values())
     groups: dict[tuple, LayerInfo] = {}
@@ -103,9 +115,6 @@ def survey(
         group.label = first or '(all)'
         if number > 1:
             group.label = f'{key[0]} ({number})' if is_whole else f'{first} (+{number - 1} alike)'
-    for group in groups.values():
-        if group.obstacle is None and group.inputs is not None:
-            group.granularities = _granularities(found[group.paths[0]], group.inputs)
     return list(groups.values())
 
 
@@ -114,6 +123,11 @@ def table(infos: Sequence[LayerInfo]) -> str:
     parameters, flops = max(infos[0].parameters, 1), max(infos[0].flops, 1)
     lines = [('path', 'layer', 'input', 'output', 'calls', 'parameters', 'GFLOPs', 'experts per')]
     for info in infos:
+        ability = ', '.join(info.granularities)
+        if info.in_channels:
+            ability += f' (in_channels={info.in_channels})'
+        if info.obstacle:
+            ability = f'not: {info.obstacle.split("; ")[0]}'
         lines.append(
             (
                 info.label,
@@ -123,7 +137,7 @@ def table(infos: Sequence[LayerInfo]) -> str:
                 str(info.calls),
                 f'{info.parameters / 1e6:.2f} M {info.parameters / parameters:4.0%}',
                 f'{info.flops / 1e9:.2f} {info.flops / flops:4.0%}',
-                f'not: {info.obstacle}' if info.obstacle else ', '.join(info.granularities),
+                ability,
             )
         )
     return in_columns(lines)
@@ -131,10 +145,16 @@ def table(infos: Sequence[LayerInfo]) -> str:
 
 def _is_wrapped(info: LayerInfo, around: LayerInfo) -> bool:
     """Whether a module is all there is to the one that holds it, which is listed already."""
-    same = ('calls', 'inputs', 'output', 'obstacle')
-    return info.parameters == around.parameters and all(
+    same = ('parameters', 'calls', 'inputs', 'output')
+    return _verdict(info) == _verdict(around) and all(
         getattr(info, name) == getattr(around, name) for name in same
     )
+
+
+def _verdict(info: LayerInfo) -> tuple:
+    """What is found of a module, without names and numbers in the reason."""
+    reason = info.obstacle and re.sub(r'".*?"|\(\w+\)|\d+', '', info.obstacle)
+    return info.granularities, info.in_channels, reason
 
 
 def _shape(shape: tuple[int, ...] | None) -> str:
@@ -146,7 +166,10 @@ def _glob(path: str) -> str:
 
 
 def _below(model: nn.Module, places: Sequence[str], depth: int) -> Iterator[tuple[str, nn.Module]]:
+    layers = [path for path, module in model.named_modules() if isinstance(module, ExpertLayer)]
     for path, module in model.named_modules():
+        if any(path.startswith(f'{layer}.') for layer in layers):
+            continue
         dotted = path and f'.{path}'
         below = [
             dotted.removeprefix(p)
@@ -168,63 +191,11 @@ def _note(info: LayerInfo) -> Callable:
         first = args[0] if args else None
         results = [t for t in tree_leaves(output) if isinstance(t, Tensor)]
         info.output = tuple(results[0].shape) if results else None
-        others = [t for t in tree_leaves((args[1:], kwargs)) if isinstance(t, Tensor)]
         if not isinstance(first, Tensor):
             given = type(first).__name__ if args else 'keywords only'
             info.obstacle = f'its input is no tensor ({given})'
-        elif others and any(t.dim() == 0 or len(t) != len(first) for t in others):
-            info.obstacle = f'takes {1 + len(others)} tensors, not all of the same items'
         elif len(results) != 1:
             info.obstacle = f'returns {len(results)} tensors'
         info.inputs = tuple(first.shape) if isinstance(first, Tensor) else None
 
     return hook
-
-
-def _obstacle(model: nn.Module, module: nn.Module, info: LayerInfo) -> str | None:
-    if not info.paths[0]:
-        return 'is the model'
-    if info.obstacle:
-        return info.obstacle
-    if shared := sharers(model, info.paths):
-        return f'shares its weights with "{shared[0]}"'
-    if begins_in_place(module):
-        return 'begins in place'
-    if not any(p.requires_grad for p in module.parameters()):
-        return 'is frozen'
-    return None
-
-
-def _granularities(module: nn.Module, shape: tuple[int, ...]) -> tuple[str, ...]:
-    try:
-        channels = find_in_channels(module)
-    except ConfigError:
-        channels = 0
-    is_last = shape[-1] == channels and (len(shape) < 4 or shape[1] != channels)
-    if len(shape) == 4 and not is_last:
-        try:
-            reach = receptive_field(module, shape[1])
-        except ConfigError:
-            return ('image',)
-        return ('image', 'patch', 'pixel') if reach == (0, 1) else ('image', 'patch')
-    fits = ('image',) if len(shape) in (2, 3) else ()
-    return (*fits, 'token') if _is_tokenwise(module, shape) else fits
-
-
-def _is_tokenwise(module: nn.Module, shape: tuple[int, ...]) -> bool:
-    """Whether a token reaches no other: a NaN in one of them shows in no other."""
-    x = torch.ones(shape, dtype=torch.float64)
-    tokens = x.view(-1, shape[-1])
-    if len(tokens) < 2:
-        return False
-    tokens[1] = torch.nan
-    try:
-        with torch.no_grad():
-            y = probe_of(module)(x)
-    except Exception:  # of any kind: the module is the user's
-        return False
-    y = next((t for t in tree_leaves(y) if isinstance(t, Tensor)), None)
-    if y is None or y.shape[:-1] != x.shape[:-1]:
-        return False
-    hit = y.isnan().flatten(0, -2).any(1)
-    return bool(hit[1]) and int(hit.sum()) == 1
