@@ -51,7 +51,9 @@ def test_detr(main, capsys):
 
 
 def test_resnet(main, capsys):
-    main([str(MMPRETRAIN / 'resnet' / 'resnet18_8xb16_cifar10.py'), '--depth', '2'])
+    options = ['model.backbone.base_channels=8', 'model.backbone.stem_channels=8']
+    config = str(MMPRETRAIN / 'resnet' / 'resnet18_8xb16_cifar10.py')
+    main([config, '--depth', '2', '--cfg-options', *options, 'model.head.in_channels=64'])
     table = rows(capsys)
     assert table['(all)'][1] == '2×3×32×32'  # as it is trained
     assert table['backbone.layer2.* (2)'][-1] == 'image, patch'
@@ -61,10 +63,21 @@ def test_resnet(main, capsys):
 
 def test_swin(main, capsys):
     main([str(MMPRETRAIN / 'swin_transformer' / 'swin-tiny_16xb64_in1k.py'), '--shape', '64', '64',
-          '--at', 'backbone.stages.*', '--cfg-options', 'model.backbone.img_size=64',
-          'model.backbone.pad_small_map=True'])  # fmt: skip
+          '--at', 'backbone.stages.*.blocks.*', '--depth', '1', '--cfg-options',
+          'model.backbone.img_size=64', 'model.backbone.pad_small_map=True'])  # fmt: skip
     table = rows(capsys)
     assert table['backbone.stages.*.blocks.*.ffn (12)'][-1] == 'image, token'
+
+
+def test_what_only_the_loss_reads(main, capsys):
+    """Of the mask head, which a pass without a loss does no more than call."""
+    config = str(MMDET / 'mask_rcnn' / 'mask-rcnn_r50_fpn_1x_coco.py')
+    options = [*SMALL, 'model.neck.in_channels=[8,16,32,64]', 'model.test_cfg.rpn.max_per_img=9',
+               'model.roi_head.bbox_head.fc_out_channels=8']  # fmt: skip
+    main([config, '--shape', '64', '64', '--at', 'roi_head.mask_head', '--depth', '0',
+          '--cfg-options', *options])  # fmt: skip
+    table = rows(capsys)
+    assert table['roi_head.mask_head'][-1] == 'not: the model reads its attribute "loss_and_target"'
 
 
 @pytest.mark.parametrize('tool', ['list_layers', 'get_flops'])

@@ -140,7 +140,8 @@ class _Candidate(ExpertLayer):
             return super().__getattr__(name)
         except AttributeError:
             value = getattr(self._dense[0], name)
-            self._info.obstacle = f'the model reads its attribute "{name}"'
+            reason = f'the model reads its attribute "{name}"'
+            self._info.obstacle = self._info.obstacle or reason
             self._info.granularities = ()
             return value
 
