@@ -63,7 +63,7 @@ def test_resnet(main, capsys):
 
 def test_swin(main, capsys):
     main([str(MMPRETRAIN / 'swin_transformer' / 'swin-tiny_16xb64_in1k.py'), '--shape', '64', '64',
-          '--at', 'backbone.stages.*.blocks.*', '--depth', '1', '--cfg-options',
+          '--at', 'backbone.stages.*.blocks.*.ffn', '--depth', '0', '--cfg-options',
           'model.backbone.img_size=64', 'model.backbone.pad_small_map=True'])  # fmt: skip
     table = rows(capsys)
     assert table['backbone.stages.*.blocks.*.ffn (12)'][-1] == 'image, token'
