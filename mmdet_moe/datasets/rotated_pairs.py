@@ -34,10 +34,10 @@ class RotatedPairs:
     a side of ``(S − 1 − 2 m) / (|cos| + |sin|)`` pixel distances, S the image's shorter side, and
     ``m`` is twice the standard deviation of the blur.
 
-    The traces are in details of the size of a pixel. Where both versions were interpolated by the
-    same rule alone, a network of three convolutions told those of noise without any direction
-    apart 94 times out of 100. So both are blurred before, from what lies beyond the square too, and
-    interpolated by splines of the fifth order: then it can but guess.
+    The traces are in details of the size of a pixel: on noise without any direction, a network of
+    three convolutions tells versions apart that were only interpolated by the same rule. So both
+    are blurred before, from what lies beyond the square too, and interpolated by splines of the
+    fifth order: then it can but guess (``python -m research.checks.rotation_traces``).
 
     The order of events is: the pipeline of ``dataset`` (loading and augmentation), the rotation,
     ``pipeline``. An augmentation that changes directions, as a flip does, belongs into the former,

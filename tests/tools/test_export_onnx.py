@@ -133,7 +133,7 @@ class Tool:
         self.save()
 
     def argv(self, *more):
-        out = str(self.folder / 'model.onnx')
+        out = str(self.folder / 'new' / 'model.onnx')
         return [
             str(self.config), str(self.checkpoint), '--out', out, '--overwrite', *more,
             *self.options,
@@ -156,7 +156,7 @@ def test_head(head, capsys):
     assert 'bbox_head.cls_moe 3 of 3' in printed
     assert 'CPU time for an image, one thread, median of 4: PyTorch (chosen experts) ' in printed
 
-    file = str(tool.folder / 'model.onnx')
+    file = str(tool.folder / 'new' / 'model.onnx')
     about = {p.key: p.value for p in onnx.load(file).metadata_props}
     assert json.loads(about['in_the_graph']) == {
         'mean': [123.675, 116.28, 103.53], 'std': [58.395, 57.12, 57.375], 'swap_channels': True
@@ -175,7 +175,7 @@ def test_head(head, capsys):
 
 def test_what_differs_is_told(head, monkeypatch, capsys):
     """The file is that of other weights."""
-    if not (head.folder / 'model.onnx').exists():
+    if not (head.folder / 'new' / 'model.onnx').exists():
         pytest.skip('test_head writes the file')
     content = torch.load(head.checkpoint, weights_only=False)
     content['state_dict']['bbox_head.cls_moe.experts.2.retina_cls.weight'].mul_(1.01)
@@ -222,7 +222,7 @@ def test_classifier_on_images_that_choose_differently(tmp_path, pictures, capsys
     assert 'onnxruntime equals PyTorch on 20 images' in printed
     assert printed.endswith('backbone.layer4 4 of 4\n')
 
-    session = onnxruntime.InferenceSession(str(tool.folder / 'model.onnx'))
+    session = onnxruntime.InferenceSession(str(tool.folder / 'new' / 'model.onnx'))
     (layer,) = find_moe_layers(tool.model.eval()).values()
     decisions, seen = set(), 0
     for batch in AnalysisData(tool.cfg, 'val').batches():
@@ -270,7 +270,9 @@ def test_experts_for_regions(tmp_path, digit_scenes_folder, capsys, monkeypatch)
     given = {'images': batch['inputs'][0][None].float(), 'regions': regions}
     for (name, x), wanted in zip(given.items(), expected, strict=True):
         file = 'model.onnx' if name == 'images' else 'model_regions.onnx'
-        found = onnxruntime.InferenceSession(str(tmp_path / file)).run(None, {name: x.numpy()})
+        found = onnxruntime.InferenceSession(str(tmp_path / 'new' / file)).run(
+            None, {name: x.numpy()}
+        )
         for y, z in zip(wanted, found, strict=True):
             np.testing.assert_allclose(z, y, rtol=1e-4, atol=1e-4)
 
@@ -288,7 +290,7 @@ def test_boxes(head, capsys):
     printed = capsys.readouterr().out
     assert 'model.onnx: images -> boxes, scores, labels' in printed
     assert 'onnxruntime equals PyTorch on 2 images: largest difference' in printed
-    about = {p.key: p.value for p in onnx.load(head.folder / 'model.onnx').metadata_props}
+    about = {p.key: p.value for p in onnx.load(head.folder / 'new' / 'model.onnx').metadata_props}
     assert about['outputs'].startswith('boxes (n, 4) float32: x1 y1 x2 y2 in pixels')
     assert json.loads(about['test_cfg'])['nms'] == {'type': 'nms', 'iou_threshold': 0.5}
 

@@ -251,7 +251,8 @@ def test_an_iteration_of_the_runner(case, tmp_path):
         {'type': 'mmdet_moe.ExpertUtilizationHook'},
         {'type': 'mmdet_moe.BalancingLossHook', 'loss': {'type': 'mmdet_moe.ImportanceLoss'}},
     ]
-    run_one_iteration(config, case, tmp_path)
+    runner = run_one_iteration(config, case, tmp_path)
+    assert len(moe.find_moe_layers(runner.model)) == len(moe.report_of(runner.model).rows) > 0
 
 
 @pytest.mark.parametrize('path', ZOO, ids=lambda path: path.stem)
@@ -321,6 +322,7 @@ def run_one_iteration(config: Config, case, work_dir):
     config.work_dir = str(work_dir)
     runner = Runner.from_cfg(config)
     layers = moe.find_moe_layers(runner.model)
+    assert layers
     before = {name: copy.deepcopy(layer.router.state_dict()) for name, layer in layers.items()}
     runner.train()
     balanced = any('BalancingLoss' in hook['type'] for hook in config.custom_hooks)

@@ -194,6 +194,8 @@ def _note(info: LayerInfo) -> Callable:
         if not isinstance(first, Tensor):
             given = type(first).__name__ if args else 'keywords only'
             info.obstacle = f'its input is no tensor ({given})'
+        elif first.dim() < 2:
+            info.obstacle = f'its input has the shape {tuple(first.shape)}'
         elif len(results) != 1:
             info.obstacle = f'returns {len(results)} tensors'
         info.inputs = tuple(first.shape) if isinstance(first, Tensor) else None

@@ -242,6 +242,14 @@ def test_what_is_listed_can_be_and_nothing_else(awkward):
     assert tried == 18
 
 
+def test_a_single_vector():
+    """There is nothing to route."""
+    model, x = nn.Sequential(nn.Linear(4, 4), nn.Flatten(0), nn.Linear(8, 3)), torch.randn(2, 4)
+    infos = {info.label: info for info in survey(model, lambda: model(x))}
+    assert infos['0'].granularities == ('image', 'token')
+    assert infos['2'].obstacle == 'its input has the shape (8,)'
+
+
 def test_places_and_depth():
     model, x = Model(), torch.randn(2, 3, 16, 16)
     labels = [info.label for info in survey(model, lambda: model(x), ['ffn', 'merge'], depth=0)]
