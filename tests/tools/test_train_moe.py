@@ -132,7 +132,7 @@ def test_resumed_run_equals_uninterrupted_one(run):
 
 def test_dense_checkpoint_becomes_experts(run):
     dense = run('retinanet_dense_digits', 'dense', 1)['state_dict']
-    still = ('load_from=dense/iter_1.pth', 'optim_wrapper.optimizer.lr=0', 'param_scheduler=[]')
+    still = ('load_from=dense/iter_1.pth', 'optim_wrapper.optimizer.lr=1e20', 'param_scheduler=[]')
     moe = run('retinanet_moe_soft_digits', 'moe', 1, *still)['state_dict']
     for name in ('cls_convs.1.conv.weight', 'retina_cls.bias'):
         for expert in range(4):
@@ -180,10 +180,10 @@ def test_checkpoint_of_another_number_of_experts(run, capsys):
 
 
 def test_nan_names_layer_and_iteration(run, capsys):
-    # An infinite learning rate spoils the weights in the first step; the second forward sees it.
+    # So large a learning rate spoils the weights in the first step; the second forward sees it.
     sentence = failure(
         capsys, run, 'retinanet_moe_soft_digits', 'nan', 3,
-        'optim_wrapper.optimizer.lr=inf', 'param_scheduler=[]', 'model.backbone.norm_eval=True',
+        'optim_wrapper.optimizer.lr=1e20', 'param_scheduler=[]', 'model.backbone.norm_eval=True',
     )  # fmt: skip
     assert 'bbox_head.cls_moe' in sentence
     assert 'iteration 2' in sentence

@@ -37,16 +37,7 @@ from mmdet_moe.moe.surgery.report import Report, report_of
 from mmdet_moe.moe.surgery.siblings import Chain, placeholders
 from mmdet_moe.moe.surgery.width import equal_width, narrow
 
-__all__ = [
-    'Entry',
-    'Report',
-    'Site',
-    'add_experts',
-    'build_site',
-    'check_places',
-    'install',
-    'report_of',
-]
+__all__ = ['Entry', 'Report', 'Site', 'add_experts', 'install', 'report_of']
 
 EQUAL = 'equal'
 #: Attributes of a model that was changed.
