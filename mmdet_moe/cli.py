@@ -33,7 +33,7 @@ from mmdet_moe.compat.distributed import (
     note,
 )
 from mmdet_moe.compat.malloc import keep_large_blocks
-from mmdet_moe.engine.channels_last import ChannelsLastHook
+from mmdet_moe.engine.channels_last import ChannelsLastHook, check_float32
 from mmdet_moe.engine.exact_resume import ExactResumeHook
 from mmdet_moe.engine.expert_report import ExpertReportHook
 from mmdet_moe.engine.explain import explain, in_one_line
@@ -112,7 +112,8 @@ def _parse_train(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         '--amp',
         action='store_true',
-        help='mixed precision, float16 on a GPU and bfloat16 on a CPU, with --channels-last',
+        help='mixed precision, float16 on a GPU and bfloat16 on a CPU that has it, with '
+        '--channels-last',
     )
     parser.add_argument(
         '--channels-last',
@@ -361,29 +362,39 @@ def set_loader_defaults(cfg: Config) -> None:
             loader.persistent_workers = False
 
 
-def _set_amp(cfg: Config, requested: bool) -> None:
-    """Mixed precision by ``--amp`` or by the config, in the kind that the device can do."""
+def _set_amp(cfg: Config, requested: bool) -> bool:
+    """Mixed precision by ``--amp`` or by the config, in the kind that the device can do.
+
+    Returns:
+        Whether the training is in mixed precision.
+    """
     wrapper = cfg.get('optim_wrapper')
     type_ = wrapper.get('type', 'OptimWrapper') if wrapper is not None else None
-    if type_ not in ('OptimWrapper', 'AmpOptimWrapper'):
-        if requested:
-            raise ConfigError(
-                "--amp: optim_wrapper.type must be 'OptimWrapper' or 'AmpOptimWrapper', got "
-                f'{type_!r}'
-            )
-        return
-    if not requested and type_ == 'OptimWrapper':
-        return
+    # As a stored config asks for it that was begun without a GPU.
+    is_asked = type_ in ('AmpOptimWrapper', 'CpuAmpOptimWrapper')
+    if not is_asked and type_ != 'OptimWrapper' and requested:
+        raise ConfigError(
+            f"--amp: optim_wrapper.type must be 'OptimWrapper' or 'AmpOptimWrapper', got {type_!r}"
+        )
+    if not is_asked and not requested:
+        return False
     if get_device() != 'cpu':
         wrapper.type = 'AmpOptimWrapper'
         wrapper.setdefault('loss_scale', 'dynamic')
-        return
-    import mmdet_moe.compat.amp  # noqa: F401  (registers the wrapper)
+        return True
+    from mmdet_moe.compat.amp import has_bfloat16  # which registers the wrapper, too
 
-    note('mixed precision without a GPU: bfloat16, no loss scale')
     wrapper.type = 'CpuAmpOptimWrapper'
     for key in ('loss_scale', 'dtype', 'use_fsdp'):
         wrapper.pop(key, None)
+    if has_bfloat16():
+        note('mixed precision without a GPU: bfloat16, no loss scale')
+        return True
+    note(
+        'this processor has no instructions for bfloat16, which would be many times slower than '
+        'float32 here: the training is in float32, without mixed precision'
+    )
+    return False
 
 
 def _set_auto_scale_lr(cfg: Config) -> None:
@@ -564,7 +575,7 @@ def _prepare_training(args: argparse.Namespace) -> Runner:
     cfg = _prepare(args)
     if args.no_validate:
         cfg.val_cfg = cfg.val_dataloader = cfg.val_evaluator = None
-    _set_amp(cfg, args.amp)
+    is_mixed = _set_amp(cfg, args.amp)
     if args.auto_scale_lr:
         _set_auto_scale_lr(cfg)
     if args.resume is not None:
@@ -573,8 +584,9 @@ def _prepare_training(args: argparse.Namespace) -> Runner:
     runner = _build_runner(cfg)
     # Convolutions in mixed precision are faster so: always on a CPU, on a GPU in most measurements
     # (docs/dispatch.md).
-    precision = (cfg.get('optim_wrapper') or {}).get('type')
-    if args.channels_last or precision in ('AmpOptimWrapper', 'CpuAmpOptimWrapper'):
+    if args.channels_last or is_mixed:
+        if get_device() == 'cpu' and not is_mixed:
+            check_float32(runner.model)
         runner.register_hook(ChannelsLastHook())
     runner.register_hook(ExactResumeHook())
     runner.register_hook(ResumedScheduleHook())

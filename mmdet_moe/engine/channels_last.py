@@ -5,6 +5,11 @@ from mmengine.hooks import Hook
 from mmengine.runner import Runner
 from torch import Tensor, nn
 
+from mmdet_moe.errors import ConfigError
+
+#: Numbers of float32 in the longest vector of an x86 processor, with AVX512.
+_VECTOR = 16
+
 
 class ChannelsLastHook(Hook):
     """Gives the weights of convolutions that memory format before the training begins.
@@ -24,6 +29,27 @@ class ChannelsLastHook(Hook):
         for module in runner.model.modules():
             if isinstance(module, nn.GroupNorm):
                 module.register_forward_pre_hook(_channel_by_channel)
+
+
+def check_float32(model: nn.Module) -> None:
+    """Refuse a model whose gradients PyTorch gets wrong in this memory format, in float32 on a CPU.
+
+    They are those of 1×1 convolutions with a stride and with fewer input channels than a vector of
+    the processor has numbers: oneDNN's kernel writes beyond its memory (its issue 6035), which ends
+    in other gradients or in a crash.
+
+    Raises:
+        ConfigError: With the name of the convolution.
+    """
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.Conv2d) or module.kernel_size != (1, 1):
+            continue
+        if max(module.stride) > 1 and module.in_channels // module.groups < _VECTOR:
+            raise ConfigError(
+                f'--channels-last: {name} is a 1×1 convolution with a stride and fewer than '
+                f'{_VECTOR} input channels, of which PyTorch gets wrong gradients in float32 on a '
+                'CPU; leave --channels-last out'
+            )
 
 
 def _pixel_by_pixel(x: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from filelock import FileLock
 from mmengine.device import get_device
 
 from mmdet_moe.analysis.files import write_file
+from mmdet_moe.compat.amp import has_bfloat16
 from mmdet_moe.errors import ConfigError
 from research.benchmarks.environment import environment
 from research.runs import REPOSITORY
@@ -109,4 +110,6 @@ def machine() -> dict[str, Any]:
     """What the times of a run, and in the last digits its figures, depend on."""
     found = environment(torch.device(get_device()))
     versions = ', '.join(f'{name} {version}' for name, version in found['versions'].items())
-    return {key: found[key] for key in ('commit', 'cpu', 'device')} | {'versions': versions}
+    kept = {key: found[key] for key in ('commit', 'cpu', 'device')} | {'versions': versions}
+    # Runs "in mixed precision" are in float32 on a processor without bfloat16.
+    return kept | {'bfloat16': has_bfloat16()} if get_device() == 'cpu' else kept

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from mmdet_moe import cli
-from mmdet_moe.engine.channels_last import ChannelsLastHook
+from mmdet_moe.engine.channels_last import ChannelsLastHook, check_float32
+from mmdet_moe.errors import ConfigError
 
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
@@ -38,18 +39,37 @@ def test_other_dimensions_stay():
     assert model['3d'].is_contiguous()
 
 
-@pytest.mark.parametrize(('options', 'expected'), [
-    ([], False), (['--channels-last'], True), (['--amp'], True),
-    (['--cfg-options', 'optim_wrapper.type=AmpOptimWrapper'], True),
-])  # fmt: skip
-def test_options(options, expected, tmp_path, monkeypatch):
-    """Mixed precision on a CPU brings the memory format along."""
+@pytest.mark.parametrize('kind', ['AmpOptimWrapper', 'CpuAmpOptimWrapper', 'OptimWrapper'])
+@pytest.mark.parametrize('amp', [True, False])
+@pytest.mark.parametrize('asked', [True, False])
+@pytest.mark.parametrize('has_bfloat16', [True, False])
+def test_options(kind, amp, asked, has_bfloat16, tmp_path, monkeypatch):
+    """Mixed precision on a CPU that has it brings the memory format along."""
+    monkeypatch.setattr('mmdet_moe.compat.amp.has_bfloat16', lambda: has_bfloat16)
+    options = ['--amp'] * amp + ['--channels-last'] * asked
+    options += ['--cfg-options', f'optim_wrapper.type={kind}']
+    expected = asked or (has_bfloat16 and (amp or kind != 'OptimWrapper'))
     path = tmp_path / 'config.py'
     path.write_text("default_scope = 'mmpretrain'\noptim_wrapper = dict(optimizer=dict(lr=1))\n")
     hooks = []
     monkeypatch.setattr(cli, 'get_device', lambda: 'cpu')
     monkeypatch.setattr(cli, '_check', lambda *args: None)
-    runner = SimpleNamespace(register_hook=hooks.append)
+    runner = SimpleNamespace(register_hook=hooks.append, model=nn.Conv2d(3, 3, 1))
     monkeypatch.setattr(cli, '_build_runner', lambda cfg: runner)
     cli._prepare_training(cli._parse_train([str(path), '--work-dir', str(tmp_path), *options]))
     assert any(isinstance(hook, ChannelsLastHook) for hook in hooks) == expected
+
+
+@pytest.mark.parametrize(('conv', 'is_refused'), [
+    (nn.Conv2d(8, 32, 1, stride=2), True), (nn.Conv2d(32, 32, 1, stride=2, groups=4), True),
+    (nn.Conv2d(16, 8, 1, stride=2), False), (nn.Conv2d(8, 8, 1), False),
+    (nn.Conv2d(8, 8, 3, stride=2), False), (nn.Linear(8, 8), False),
+])  # fmt: skip
+def test_wrong_gradients_in_float32(conv, is_refused):
+    """By the conditions of the kernel's defect."""
+    model = nn.Sequential(nn.Identity(), conv)
+    if is_refused:
+        with pytest.raises(ConfigError, match=r'^--channels-last: 1 is a 1×1 convolution with'):
+            check_float32(model)
+    else:
+        check_float32(model)

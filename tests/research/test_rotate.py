@@ -102,7 +102,7 @@ def test_without_the_data(tmp_path):
 
 @pytest.mark.parametrize(('data_set', 'budget', 'width', 'images', 'iterations'), [
     (FASHION_MNIST, 'cpu', 16, 5_000, 785), (FASHION_MNIST, 'gpu', 64, 60_000, 28_140),
-    (CIFAR10, 'cpu', 16, 25_000, 1_955), (CIFAR10, 'gpu', 64, 50_000, 23_460),
+    (CIFAR10, 'cpu', 16, 12_500, 1_955), (CIFAR10, 'gpu', 64, 50_000, 23_460),
 ])  # fmt: skip
 def test_what_the_budgets_say(data_set, budget, width, images, iterations, tmp_path):
     """The texts name widths, images and iterations; these are what the trainings get."""
