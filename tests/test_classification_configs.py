@@ -236,13 +236,16 @@ def write_data(tmp_path, monkeypatch):
     ],
 )
 def test_config_trains(name, write_data, monkeypatch):
-    """Nothing is changed but the data root, and 180 epochs to one."""
+    """Nothing is changed but the data root, and 180 epochs to one; analysed, an eighth as wide."""
     analysed = name == 'resnet18_moe_soft_cifar100'
     num_test = 100 if analysed else 20
     folders = write_data(num_test)
     monkeypatch.chdir(folders)
     root = folders / next(data for data in DATA if name.endswith(data))
     options = [f'data_root={root}', 'train_cfg.max_epochs=1']
+    if analysed:
+        widths = ('backbone.stem_channels=8', 'backbone.base_channels=8', 'head.in_channels=64')
+        options += [f'model.{width}' for width in widths]
     path = str(CONFIGS / f'{name}.py')
     cli.run_train([path, '--work-dir', 'run', '--cfg-options', *options])
     trained = torch.load('run/epoch_1.pth', map_location='cpu', weights_only=False)['state_dict']
@@ -254,7 +257,7 @@ def test_config_trains(name, write_data, monkeypatch):
     assert report['layers']['backbone.layer4']['num_items'] == num_test
     if not analysed:
         return
-    run_analysis([path, 'run/epoch_1.pth', '--cfg-options', options[0], '--out', 'experts'])
+    run_analysis([path, 'run/epoch_1.pth', '--cfg-options', *options, '--out', 'experts'])
     experts = json.loads(Path('experts/experts.json').read_text())
     associations = experts['layers']['backbone.layer4']['associations']['objects']
     assert len(associations['class']['bins']) == 100

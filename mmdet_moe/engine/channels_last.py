@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 from mmdet_moe.errors import ConfigError
 
-#: Numbers of float32 in the longest vector of an x86 processor, with AVX512.
-_VECTOR = 16
+#: Numbers of float32 in a vector of AVX2.
+_VECTOR = 8
 
 
 class ChannelsLastHook(Hook):
@@ -35,7 +35,7 @@ def check_float32(model: nn.Module) -> None:
     """Refuse a model whose gradients PyTorch gets wrong in this memory format, in float32 on a CPU.
 
     They are those of 1×1 convolutions with a stride and with fewer input channels than a vector of
-    the processor has numbers: oneDNN's kernel writes beyond its memory (its issue 6035), which ends
+    AVX2 has numbers: oneDNN's kernel writes beyond its memory (its issue 6035), which ends
     in other gradients or in a crash.
 
     Raises:

@@ -199,33 +199,64 @@ class DatasetLoss(BalancingLoss):
         weight: λ.
         sources: How many data sets D there are: experts ``⌈dE/D⌉ … ⌈(d+1)E/D⌉ − 1`` are those of
             data set d, or expert d mod E where there are more data sets than experts. Or a list
-            with the expert, or the experts, of each.
+            with the expert, or the experts, of each. By default as many as the training's
+            :class:`~mmdet_moe.datasets.JointDataset` joins, which
+            :class:`~mmdet_moe.engine.BalancingLossHook` looks up.
 
     Raises:
         ConfigError: For no data set, or one without experts; in the first iteration for an expert
-            that the layer, or an image of a data set that ``sources`` does not have.
+            that the layer, or an image of a data set that ``sources`` does not have, and where
+            nobody has told how many there are.
     """
 
     needs_sources = True
 
     def __init__(
-        self, weight: float = 0.1, sources: int | Sequence[int | Sequence[int]] = 2
+        self, weight: float = 0.1, sources: int | Sequence[int | Sequence[int]] | None = None
     ) -> None:
         super().__init__(weight)
-        known: int | list[list[int]] = (
+        known: int | list[list[int]] | None = (
             sources
-            if isinstance(sources, int)
+            if sources is None or isinstance(sources, int)
             else [[of] if isinstance(of, int) else list(of) for of in sources]
         )
-        if (known < 1) if isinstance(known, int) else not (known and all(known)):
+        if known is not None and (
+            (known < 1) if isinstance(known, int) else not (known and all(known))
+        ):
             raise ConfigError(
                 f'DatasetLoss: sources={known} must be the number of data sets, at least 1, or a '
                 'list with at least one expert for each of them'
             )
         self.sources = known
 
+    def tell_sources(self, found: int | None) -> None:
+        """How many data sets the training has.
+
+        Args:
+            found: None if that is not known.
+
+        Raises:
+            ConfigError: Nobody knows, or ``sources`` says otherwise.
+        """
+        if self.sources is None:
+            if found is None:
+                raise ConfigError(
+                    'DatasetLoss has to know how many data sets there are; join them by '
+                    'mmdet_moe.JointDataset, which tells it and marks each image with its '
+                    '`dataset_source`, or set sources'
+                )
+            self.sources = found
+        known = self.sources if isinstance(self.sources, int) else len(self.sources)
+        if found not in (None, known):
+            raise ConfigError(
+                f'DatasetLoss: sources={self.sources} is for {known} data sets, but the training '
+                f'has {found}; leave it out to have it as many'
+            )
+
     def experts_of(self, num_experts: int) -> list[list[int]]:
         """The experts of each data set, of E."""
+        if self.sources is None:
+            raise ConfigError('DatasetLoss: set sources to the number of data sets')
         if not isinstance(self.sources, int):
             return self.sources
         if self.sources > num_experts:

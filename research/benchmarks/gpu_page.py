@@ -22,7 +22,7 @@ def write_page(page: Path, report: dict[str, Any], checks: list[str]) -> None:
     lines = [
         f'{facts["device"]}, CUDA {facts["cuda"]}, PyTorch {facts["versions"]["torch"]}, '
         f'{settings["dtype"]}, {facts["date"][:10]}: what `make gpu` found. Medians in '
-        'milliseconds.',
+        'milliseconds; × and % are medians over the rounds of a ratio, not the ratio of medians.',
         '',
         *(f'- {check}' for check in checks),
     ]

@@ -1,6 +1,8 @@
 """The hook in a Runner with a toy model; the values again by hand from the routings."""
 
+import re
 from statistics import fmean, variance
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -197,9 +199,28 @@ def test_data_sets_of_inputs_that_are_no_images(make_runner, toy_model):
             samples = [BaseDataElement(metainfo={'dataset_source': i}) for i in range(2)]
             return super().train_step({**data, 'data_samples': samples}, optim_wrapper)
 
-    runner = make_runner(OfTwo(), [hook({'type': 'mmdet_moe.DatasetLoss'})])
+    runner = make_runner(OfTwo(), [hook({'type': 'mmdet_moe.DatasetLoss', 'sources': 2})])
     with pytest.raises(ConfigError, match=r'"stem" decides on 4 inputs .* not on the 2 images'):
         runner.train()
+
+
+@pytest.mark.parametrize(('sources', 'said'), [
+    (None, None), (3, None), ([0, 1, (2, 3)], None), (2, 'sources=2 is for 2 data sets, but the t'),
+    ([0, 1, 2, 3], 'is for 4 data sets, but the training has 3; leave it out'),
+])  # fmt: skip
+def test_how_many_data_sets_there_are(sources, said, toy_model):
+    """By the data set that joins them; whoever says otherwise is told before the training."""
+    loss = {'type': 'mmdet_moe.DatasetLoss'} | ({} if sources is None else {'sources': sources})
+    joined = SimpleNamespace(metainfo={'sources': ('cells', 'tarmac', 'photographs')})
+    loader = SimpleNamespace(dataset=joined)
+    runner = SimpleNamespace(model=toy_model(), train_dataloader=loader)
+    adds = BalancingLossHook(loss)
+    if said:
+        with pytest.raises(ConfigError, match=re.escape(said)):
+            adds.before_train(runner)
+    else:
+        adds.before_train(runner)
+        assert len(adds.losses[0].experts_of(4)) == 3
 
 
 def test_all_calls_of_a_forward_pass_pay_together(make_runner, toy_model):

@@ -61,9 +61,9 @@ def test_options(kind, amp, asked, has_bfloat16, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(('conv', 'is_refused'), [
-    (nn.Conv2d(8, 32, 1, stride=2), True), (nn.Conv2d(32, 32, 1, stride=2, groups=4), True),
-    (nn.Conv2d(16, 8, 1, stride=2), False), (nn.Conv2d(8, 8, 1), False),
-    (nn.Conv2d(8, 8, 3, stride=2), False), (nn.Linear(8, 8), False),
+    (nn.Conv2d(7, 32, 1, stride=2), True), (nn.Conv2d(16, 32, 1, stride=2, groups=4), True),
+    (nn.Conv2d(8, 8, 1, stride=2), False), (nn.Conv2d(4, 8, 1), False),
+    (nn.Conv2d(4, 8, 3, stride=2), False), (nn.Linear(8, 8), False),
 ])  # fmt: skip
 def test_wrong_gradients_in_float32(conv, is_refused):
     """By the conditions of the kernel's defect."""

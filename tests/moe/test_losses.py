@@ -345,6 +345,9 @@ def test_data_sets_that_do_not_fit_are_refused():
     routing.sources = None
     with pytest.raises(ConfigError, match=r'set routing\.sources to the number of the data set'):
         DatasetLoss()(routing)
+    routing.sources = (0, 1)
+    with pytest.raises(ConfigError, match='set sources to the number of data sets'):
+        DatasetLoss()(routing)
 
 
 @pytest.mark.parametrize('name', LOSSES)

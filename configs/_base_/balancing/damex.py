@@ -6,6 +6,6 @@ custom_hooks = [
     dict(type='mmdet_moe.ExpertUtilizationHook'),
     dict(
         type='mmdet_moe.BalancingLossHook',
-        loss=dict(type='mmdet_moe.DatasetLoss', weight=0.1, sources=2),
+        loss=dict(type='mmdet_moe.DatasetLoss', weight=0.1),
     ),
 ]

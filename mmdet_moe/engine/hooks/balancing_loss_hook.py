@@ -11,7 +11,7 @@ from torch.utils.hooks import RemovableHandle
 
 from mmdet_moe.engine.hooks.layers import moe_layers_of, sources_of, unwrapped_model
 from mmdet_moe.errors import ConfigError
-from mmdet_moe.moe import BalancingLoss
+from mmdet_moe.moe import BalancingLoss, DatasetLoss
 from mmdet_moe.registry import HOOKS, MODELS
 
 _PASS = 'BalancingLossHook'
@@ -30,13 +30,14 @@ class BalancingLossHook(Hook):
             each entry also carries the name of its loss, and a number if a name repeats. Those of
             several data sets (:class:`~mmdet_moe.moe.DatasetLoss`) get the image's from
             ``dataset_source`` in the metainfo of its data sample, which
-            :class:`~mmdet_moe.datasets.JointDataset` puts there.
+            :class:`~mmdet_moe.datasets.JointDataset` puts there, and their number from it.
         layers: Glob patterns of the names of the MoE layers (``'backbone.*'``) that pay; all by
             default.
 
     Raises:
         ConfigError: For an empty list, and at the start of training if no MoE layer matches, or
-            if one that matches is frozen; in the first iteration if a loss needs the data set of
+            if one that matches is frozen, or a loss is for another number of data sets than the
+            training has; in the first iteration if a loss needs the data set of
             an image that does not tell it.
     """
 
@@ -78,6 +79,10 @@ class BalancingLossHook(Hook):
                     f'BalancingLossHook: MoE layer "{name}" is frozen, so that its loss would do '
                     'nothing; unfreeze it, or leave it out with layers=[...]'
                 )
+        for loss in self.losses:
+            if isinstance(loss, DatasetLoss):
+                joined = getattr(runner.train_dataloader.dataset, 'metainfo', {}).get('sources')
+                loss.tell_sources(joined and len(joined))
         model, add = unwrapped_model(runner), _AddLosses(self.losses, names)
         self._handles = [
             model.register_forward_pre_hook(add.begin, with_kwargs=True),

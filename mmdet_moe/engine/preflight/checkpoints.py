@@ -28,7 +28,10 @@ def check_checkpoint(path: str, field: str) -> None:
     if is_remote(path):
         return
     if not osp.isfile(path):
-        fix = 'give the path of an existing checkpoint'
+        fix = (
+            'give the path of an existing checkpoint (`python tools/prepare_data.py --help` lists '
+            'the weights that it prepares)'
+        )
         if field == 'load_from':
             fix = 'train that model first, or choose with --cfg-options load_from=FILE (or None)'
         raise ConfigError(f"{field}: there is no file '{path}'; {fix}")
