@@ -104,9 +104,7 @@ class FeatureCache:
     def labels(self, split: str) -> Tensor:
         """(N,) int64 of all images of a split."""
         dataset = self._dataset(split)
-        return torch.tensor(
-            [int(dataset.get_data_info(i)['gt_label']) for i in range(len(dataset))]
-        )
+        return torch.tensor(_labels(dataset, range(len(dataset))))
 
     def _dataset(self, split: str) -> BaseDataset:
         init_default_scope(self.cfg.default_scope)

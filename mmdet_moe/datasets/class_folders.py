@@ -12,6 +12,7 @@ import json
 import pickle
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,29 @@ NOTE = 'made_from_class_folders.json'
 #: What Pillow calls formats that keep every pixel.
 LOSSLESS = ('PNG', 'BMP', 'PPM')
 SIZE = 32
+#: The 20 coarse classes of CIFAR-100 (Krizhevsky 2009), fine names as MMPretrain writes them.
+COARSE_CLASSES = {
+    'aquatic mammals': ('beaver', 'dolphin', 'otter', 'seal', 'whale'),
+    'fish': ('aquarium_fish', 'flatfish', 'ray', 'shark', 'trout'),
+    'flowers': ('orchid', 'poppy', 'rose', 'sunflower', 'tulip'),
+    'food containers': ('bottle', 'bowl', 'can', 'cup', 'plate'),
+    'fruit and vegetables': ('apple', 'mushroom', 'orange', 'pear', 'sweet_pepper'),
+    'household electrical devices': ('clock', 'keyboard', 'lamp', 'telephone', 'television'),
+    'household furniture': ('bed', 'chair', 'couch', 'table', 'wardrobe'),
+    'insects': ('bee', 'beetle', 'butterfly', 'caterpillar', 'cockroach'),
+    'large carnivores': ('bear', 'leopard', 'lion', 'tiger', 'wolf'),
+    'large man-made outdoor things': ('bridge', 'castle', 'house', 'road', 'skyscraper'),
+    'large natural outdoor scenes': ('cloud', 'forest', 'mountain', 'plain', 'sea'),
+    'large omnivores and herbivores': ('camel', 'cattle', 'chimpanzee', 'elephant', 'kangaroo'),
+    'medium-sized mammals': ('fox', 'porcupine', 'possum', 'raccoon', 'skunk'),
+    'non-insect invertebrates': ('crab', 'lobster', 'snail', 'spider', 'worm'),
+    'people': ('baby', 'boy', 'girl', 'man', 'woman'),
+    'reptiles': ('crocodile', 'dinosaur', 'lizard', 'snake', 'turtle'),
+    'small mammals': ('hamster', 'mouse', 'rabbit', 'shrew', 'squirrel'),
+    'trees': ('maple_tree', 'oak_tree', 'palm_tree', 'pine_tree', 'willow_tree'),
+    'vehicles 1': ('bicycle', 'bus', 'motorcycle', 'pickup_truck', 'train'),
+    'vehicles 2': ('lawn_mower', 'rocket', 'streetcar', 'tank', 'tractor'),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -67,22 +91,13 @@ def _published(
 
 
 _CLASSES_10 = 'airplane automobile bird cat deer dog frog horse ship truck'
-_CLASSES_100 = (
-    'apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus '
-    'butterfly camel can castle caterpillar cattle chair chimpanzee clock cloud cockroach couch '
-    'crab crocodile cup dinosaur dolphin elephant flatfish forest fox girl hamster house kangaroo '
-    'keyboard lamp lawn_mower leopard lion lizard lobster man maple_tree motorcycle mountain mouse '
-    'mushroom oak_tree orange orchid otter palm_tree pear pickup_truck pine_tree plain plate poppy '
-    'porcupine possum rabbit raccoon ray road rocket rose sea seal shark shrew skunk skyscraper '
-    'snail snake spider squirrel streetcar sunflower sweet_pepper table tank telephone television '
-    'tiger tractor train trout tulip turtle wardrobe whale willow_tree wolf woman worm'
-)
+_CLASSES_100 = sorted(chain.from_iterable(COARSE_CLASSES.values()))
 PUBLISHED = {
     'cifar10': _published(
         CIFAR10, _CLASSES_10.split(), (5000, 1000), (125.307, 122.950, 113.865), 'labels'
     ),
     'cifar100': _published(
-        CIFAR100, _CLASSES_100.split(), (500, 100), (129.304, 124.070, 112.434), 'fine_labels'
+        CIFAR100, _CLASSES_100, (500, 100), (129.304, 124.070, 112.434), 'fine_labels'
     ),
 }
 

@@ -40,7 +40,7 @@ class BalancingLoss(nn.Module, ABC):
     #: Whether it reads :attr:`Routing.sources`.
     needs_sources = False
 
-    def __init__(self, weight: float, within: str | None = None) -> None:
+    def __init__(self, weight: float = 0.5, within: str | None = None) -> None:
         super().__init__()
         check_number(type(self).__name__, 'weight', weight, least=0)
         if within not in (None, 'level'):
@@ -81,9 +81,6 @@ class ImportanceLoss(BalancingLoss):
     arXiv 2204.10598 after arXiv 1701.06538, equation 7.
     """
 
-    def __init__(self, weight: float = 0.5, within: str | None = None) -> None:
-        super().__init__(weight, within)
-
     def compute(self, routing: Routing) -> Tensor:
         return coefficient_of_variation_squared(global_sum(routing.importance(balancing=True)))
 
@@ -96,9 +93,6 @@ class KLLoss(BalancingLoss):
     importance stands for T: the two are equal when the weights of an item sum to 1, and with Switch
     weights, which sum to less, dividing by T would reward low confidence instead of balance.
     """
-
-    def __init__(self, weight: float = 0.5, within: str | None = None) -> None:
-        super().__init__(weight, within)
 
     def compute(self, routing: Routing) -> Tensor:
         importance = global_sum(routing.importance(balancing=True)) + _EPS
@@ -115,9 +109,6 @@ class VarianceLoss(BalancingLoss):
     """
 
     balances = False
-
-    def __init__(self, weight: float = 0.5, within: str | None = None) -> None:
-        super().__init__(weight, within)
 
     def compute(self, routing: Routing) -> Tensor:
         weights_TE = routing.dense_weights()

@@ -13,13 +13,8 @@ from research.experiments.budget import (
     BudgetedExperiment,
     DataSet,
 )
-from research.experiments.experiment import EXPERTS, Method, changed_by, dead_experts
-from research.experiments.markdown import (
-    NOTHING,
-    mean_and_std,
-    mean_per_layer,
-    table,
-)
+from research.experiments.experiment import EXPERTS, Method, changed_by, dead_experts, per_layer
+from research.experiments.markdown import NOTHING, mean_and_std, table
 from research.plots import plot_class_specialisation
 from research.runs import RunResult, mean_std
 
@@ -249,19 +244,15 @@ def accuracy_table(results: dict[str, list[RunResult]], flops: dict[str, int]) -
             cells.append(f'{runs[0].total_parameters / 1e3:,.0f} k')
             if runs[0].layers:
                 cells += [
-                    _of_reports(runs, 'load_cv2'),
+                    per_layer(runs, 'load_cv2'),
                     dead_experts(runs),
-                    _of_reports(runs, 'mi_input'),
+                    per_layer(runs, 'mi_input'),
                 ]
             else:
                 cells += [NOTHING] * 3
             yield cells
 
     return table(columns, rows())
-
-
-def _of_reports(runs: Sequence[RunResult], key: str) -> str:
-    return mean_per_layer([[report[key] for report in run.layers.values()] for run in runs])
 
 
 def specialisation_table(found: dict[str, list[dict]]) -> str:

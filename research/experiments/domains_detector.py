@@ -27,8 +27,15 @@ from mmdet_moe.errors import ConfigError
 from mmdet_moe.moe.flops import count_flops
 from research.experiments.budget import MIXED_PRECISION, NO_WORKERS
 from research.experiments.domains import plot_gains
-from research.experiments.experiment import CONFIGS, Experiment, Method, dead_experts, folder_name
-from research.experiments.markdown import NOTHING, mean_and_std, mean_per_layer, table
+from research.experiments.experiment import (
+    CONFIGS,
+    Experiment,
+    Method,
+    dead_experts,
+    folder_name,
+    per_layer,
+)
+from research.experiments.markdown import NOTHING, mean_and_std, table
 from research.runs import RunResult, mean_std
 
 NAME = 'domains-detector'
@@ -400,7 +407,6 @@ def markdown_table(
                 yield [*cells, NOTHING, NOTHING]
                 continue
             runs = [of_seed[0] for of_seed in by_seed.values()]
-            known = [[r['mi_source'] for r in run.layers.values()] for run in runs]
-            yield [*cells, mean_per_layer(known), dead_experts(runs)]
+            yield [*cells, per_layer(runs, 'mi_source'), dead_experts(runs)]
 
     return table(columns, rows())

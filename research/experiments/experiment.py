@@ -17,7 +17,7 @@ from mmdet_moe.errors import ConfigError
 from mmdet_moe.moe import UtilizationReport
 from mmdet_moe.moe.utilization import DEAD_SHARE
 from research.experiments import records
-from research.experiments.markdown import replace_between_markers
+from research.experiments.markdown import mean_per_layer, replace_between_markers
 from research.experiments.settings import check_settings, fingerprint
 from research.runs import REPOSITORY, RunResult, analyse, collect, latest_checkpoint, train
 
@@ -391,6 +391,11 @@ def publish(
     for name, draw in pictures.items():
         draw(folder / name)
     return RESULTS if complete else folder
+
+
+def per_layer(runs: Sequence[RunResult], key: str) -> str:
+    """``a / b``: a figure of each MoE layer on the validation set, mean over the seeds."""
+    return mean_per_layer([[report[key] for report in run.layers.values()] for run in runs])
 
 
 def dead_experts(runs: Sequence[RunResult]) -> str:

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from mmdet_moe.analysis.files import write_file
-from mmdet_moe.analysis.superclasses import CIFAR100
 from mmdet_moe.cli import load_config
+from mmdet_moe.datasets.class_folders import COARSE_CLASSES
 from mmdet_moe.moe import CPMuMoE
 from mmdet_moe.moe.editing import Edit, apply_edits
 from research.experiments.experiment import CONFIGS, SEEDS, check_amounts, publish
@@ -27,7 +27,7 @@ from research.experiments.mumoe import in_processes
 from research.features import FeatureCache
 from research.heads import Data, Recipe, predict, train_head
 
-CLASSES = (*CIFAR100['large carnivores'], *CIFAR100['medium-sized mammals'])
+CLASSES = (*COARSE_CLASSES['large carnivores'], *COARSE_CLASSES['medium-sized mammals'])
 #: Share of the biased class's training images with the mark, and of the others'.
 MARKED, OTHERS_MARKED = 0.95, 0.05
 SIZE, COLOUR = 6, (255, 0, 255)
@@ -270,7 +270,7 @@ def _images(data: Path, work_dir: Path, split: str) -> Images:
         str(CONFIGS / 'efficientnet_lite0_dense_cifar100.py'), {'data_root': str(data)}
     )
     cache_of = FeatureCache(cfg, work_dir / 'features')
-    names = sorted(name for group in CIFAR100.values() for name in group)
+    names = sorted(name for group in COARSE_CLASSES.values() for name in group)
     labels = cache_of.labels(split)
     new = torch.full((len(names),), -1)
     new[[names.index(name) for name in CLASSES]] = torch.arange(len(CLASSES))

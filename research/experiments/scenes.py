@@ -22,6 +22,7 @@ from research.experiments.experiment import (
     Method,
     changed_by,
     dead_experts,
+    per_layer,
 )
 from research.experiments.markdown import (
     NOTHING,
@@ -243,8 +244,9 @@ def markdown_table(results: dict[str, list[RunResult]], objects: Tensor) -> str:
         'dead experts', 'information on input', 'on level', 'on level, by objects',
     )  # fmt: skip
 
-    def on_objects(report: dict) -> float:
-        return information_on_level(report['level_shares'], objects)
+    def on_objects(run: RunResult) -> list[float]:
+        reports = run.layers.values()
+        return [information_on_level(report['level_shares'], objects) for report in reports]
 
     def rows() -> Iterator[list[str]]:
         for name, runs in results.items():
@@ -254,21 +256,17 @@ def markdown_table(results: dict[str, list[RunResult]], objects: Tensor) -> str:
             cells += [mean_and_std([run.metrics[m] for run in runs]) for m in columns[2:7]]
             if runs[0].layers:
                 cells += [
-                    _per_layer(runs, lambda report: report['load_cv2']),
+                    per_layer(runs, 'load_cv2'),
                     dead_experts(runs),
-                    _per_layer(runs, lambda report: report['mi_input']),
-                    _per_layer(runs, lambda report: report['mi_level']),
-                    _per_layer(runs, on_objects),
+                    per_layer(runs, 'mi_input'),
+                    per_layer(runs, 'mi_level'),
+                    mean_per_layer([on_objects(run) for run in runs]),
                 ]
             else:
                 cells += [NOTHING] * 5
             yield cells
 
     return table(columns, rows())
-
-
-def _per_layer(runs: Sequence[RunResult], value: Callable[[dict], float]) -> str:
-    return mean_per_layer([[value(report) for report in run.layers.values()] for run in runs])
 
 
 def specialisation_table(found: dict[str, list[dict]]) -> str:

@@ -19,8 +19,8 @@ from mmdet_moe.cli import load_config, parse_options
 from mmdet_moe.engine.preflight import check_config
 from mmdet_moe.files import scratch_folder
 from mmdet_moe.moe.flops import count_flops
-from research.experiments.experiment import CONFIGS, EXPERTS, Method, dead_experts
-from research.experiments.markdown import NOTHING, mean_and_std, mean_per_layer, table
+from research.experiments.experiment import CONFIGS, EXPERTS, Method, dead_experts, per_layer
+from research.experiments.markdown import NOTHING, mean_and_std, table
 from research.experiments.photographs import Photographs, PhotographsExperiment
 from research.runs import COCO_METRICS, RunResult, evaluate, mean_std
 
@@ -157,16 +157,8 @@ def markdown_table(
             if not runs[0].layers:
                 yield [*cells, *[NOTHING] * 3]
                 continue
-            of_layers = {
-                key: [[report[key] for report in run.layers.values()] for run in runs]
-                for key in ('load_cv2', 'mi_input')
-            }
-            yield [
-                *cells,
-                mean_per_layer(of_layers['load_cv2']),
-                dead_experts(runs),
-                mean_per_layer(of_layers['mi_input']),
-            ]
+            information = per_layer(runs, 'mi_input')
+            yield [*cells, per_layer(runs, 'load_cv2'), dead_experts(runs), information]
 
     return table(columns, rows())
 

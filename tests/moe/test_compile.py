@@ -4,13 +4,23 @@ import os
 import shutil
 from itertools import product
 
+import mumoe_by_hand as by_hand
 import pytest
 import torch
 from torch import nn
 from torch._dynamo.utils import counters
 
 from mmdet_moe.errors import ConfigError, NonFiniteRouterError
-from mmdet_moe.moe import ConvExperts, CPMuMoE, LinearExperts, MLPExperts, MoELayer
+from mmdet_moe.moe import (
+    ConvExperts,
+    CPMuMoE,
+    LinearExperts,
+    MLPExperts,
+    MoELayer,
+    MuMoEConv1x1,
+    MuMoEMLP,
+    TRMuMoE,
+)
 
 C, E = 8, 4
 MAPS, TOKENS = (4, C, 6, 6), (4, 5, C)
@@ -55,7 +65,12 @@ CASES = {
         }}),
         MAPS,
     ),
-    'factors': (lambda: CPMuMoE(C, C, E, rank=4), TOKENS),
+    'factors': (lambda: by_hand.randomise(CPMuMoE(C, C, (E, 3), 3)), TOKENS),
+    'factors, ring': (lambda: by_hand.randomise(TRMuMoE(C, C, E, 3, norm='ln')), TOKENS),
+    'factors, pixels': (lambda: by_hand.randomise(MuMoEConv1x1(C, C, E, 3, stride=2)), MAPS),
+    'factors, mlp': (
+        lambda: by_hand.randomise(MuMoEMLP(C, 8, C, (E, 3), 2, factorisation='tr')), TOKENS
+    ),
 }  # fmt: skip
 
 
@@ -110,8 +125,20 @@ def test_with_breaks(name, training):
     with torch._dynamo.config.patch(error_on_recompile=True):
         compare(built, torch.compile(built, backend='aot_eager'), inputs)
     # A break is one of the caller, too.
-    expected = {'factors': 0, 'two levels': 2}.get(name, 1)
+    expected = 0 if 'factors' in name else {'two levels': 2}.get(name, 1)
     assert sum(counters['graph_break'].values()) == expected
+
+
+@pytest.mark.parametrize('training', [False, True], ids=['inference', 'training'])
+def test_factors_of_any_batch(training):
+    """One graph for batches of several sizes."""
+    torch._dynamo.reset()
+    build, shape = CASES['factors, mlp']
+    built = build().train(training)
+    compiled = torch.compile(built, fullgraph=True, dynamic=True, backend='aot_eager')
+    inputs = [torch.randn(size, *shape[1:]) for size in (shape[0], 3)]
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        compare(built, compiled, inputs)
 
 
 def cases_of_the_default_backend():

@@ -1,5 +1,6 @@
 """Exports and traces against the sparse layer, on inputs that go to other experts than theirs."""
 
+import mumoe_by_hand as by_hand
 import pytest
 import torch
 from torch import nn
@@ -13,6 +14,7 @@ from mmdet_moe.moe import (
     MLPExperts,
     MoELayer,
     MuMoEConv1x1,
+    MuMoEMLP,
     TRMuMoE,
 )
 
@@ -34,12 +36,6 @@ def layer(expert, num_experts=E, top_k=2, router=None, **options):
     """With a router whose decisions differ from input to input."""
     router = {'noise': False, 'init_std': 3.0, **(router or {})}
     return MoELayer(expert, num_experts, top_k, router, in_channels=C, **options)
-
-
-def mu(built):
-    for weight in built.gate.weights:
-        nn.init.normal_(weight)
-    return built
 
 
 class Levels(nn.Module):
@@ -102,9 +98,13 @@ CASES = {
     'regions': (lambda: layer(MLPExperts(C * 9, 8, 5, E)), (6, C, 3, 3)),
     'tokens': (lambda: layer(MLPExperts(C, 8, C, E), granularity='token'), TOKENS),
     'tokens, modules': (lambda: layer(nn.Linear(C, C), granularity='token'), TOKENS),
-    'factors': (lambda: mu(CPMuMoE(C, C, (4, 3), rank=4)), TOKENS),
-    'a ring of factors': (lambda: mu(TRMuMoE(C, C, 4, rank=2)), TOKENS),
-    'factors, pixels': (lambda: mu(MuMoEConv1x1(C, C, 4, rank=4)), MAPS),
+    'factors': (lambda: by_hand.randomise(CPMuMoE(C, C, (4, 3), rank=4)), TOKENS),
+    'a ring of factors': (lambda: by_hand.randomise(TRMuMoE(C, C, 4, 2, norm='ln')), TOKENS),
+    'factors, pixels': (lambda: by_hand.randomise(MuMoEConv1x1(C, C, 4, 4, stride=2)), MAPS),
+    'factors, mlp': (
+        lambda: by_hand.randomise(MuMoEMLP(C, 8, C, (4, 3), 2, factorisation='tr')),
+        TOKENS,
+    ),
 }
 
 
@@ -203,7 +203,7 @@ def test_onnx(dynamo, tmp_path):
     pytest.importorskip('onnxscript')
     onnxruntime = pytest.importorskip('onnxruntime')
     file = str(tmp_path / 'layer.onnx')
-    for name in ('two levels', 'pixels, linear'):
+    for name in ('two levels', 'pixels, linear', 'factors, pixels'):
         built, inputs = build(name)
         torch.onnx.export(built, (inputs[0],), file, dynamo=dynamo, verbose=False)
         session = onnxruntime.InferenceSession(file)

@@ -359,7 +359,7 @@ def layer(request):
 def test_what_is_not_finite_in_the_input_is_named(layer, value):
     x = torch.randn(2, C, 4, 4)
     x[1, 0, 2, 2] = value
-    with pytest.raises(NonFiniteRouterError, match='input'):
+    with pytest.raises(NonFiniteRouterError, match='the input or a weight has become NaN'):
         layer(x)
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from mmcv.cnn import ConvModule
 from torch import nn
 from torchvision.models.mobilenetv3 import InvertedResidual, InvertedResidualConfig
 from torchvision.ops import SqueezeExcitation
@@ -68,6 +69,11 @@ class Spin(nn.Module):
         return x.roll(1, dims=3)
 
 
+class Blur(nn.Module):
+    def forward(self, x):
+        return x - x.mean((2, 3), keepdim=True)
+
+
 class Deaf(nn.Module):
     def forward(self, x):
         return torch.zeros_like(x)
@@ -82,6 +88,12 @@ class Deaf(nn.Module):
         nn.ConvTranspose2d(C, C, 2, stride=2),
         conv(padding_mode='circular'),
         Spin(),
+        Blur(),
+        nn.Sequential(conv(), Blur()),
+        nn.AdaptiveAvgPool2d(1),
+        ConvModule(C, 2, 3, padding=1, norm_cfg={'type': 'GN', 'num_groups': 1}),
+        nn.Upsample(scale_factor=2),
+        nn.Linear(C, C),
         Deaf(),
         nn.Flatten(),
         nn.Conv2d(C + 1, C, 1),

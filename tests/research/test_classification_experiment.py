@@ -10,11 +10,11 @@ import torch
 from miniature import note_checksums, write_cifar100, write_fashion_mnist
 from mmengine.config import Config
 from mmengine.registry import DefaultScope
+from tables_by_hand import cells, report
 
 from mmdet_moe.analysis.models import build_model
 from mmdet_moe.cli import load_config, parse_options
 from mmdet_moe.errors import ConfigError
-from mmdet_moe.moe import UtilizationReport
 from research import runs as runs_module
 from research.experiments import experiment as experiment_module
 from research.experiments.budget import MIXED_PRECISION, Budget
@@ -27,21 +27,11 @@ from research.experiments.classification import (
 from research.experiments.experiment import CONFIGS, EXPERTS
 from research.runs import RunResult
 
-
-def cells(line):
-    return [cell.strip() for cell in line.split('|')[1:-1]]
-
-
 FASHION, CIFAR = TASKS['fashion-mnist'], TASKS['cifar100']
 
 
 def result(accuracy, load=None, seconds=0.2):
-    layers = {}
-    if load is not None:
-        layers['layer4'] = UtilizationReport(
-            num_items=10, load=load, importance=load, load_cv2=0.5, usage_entropy=0.6,
-            decision_entropy=0.1, mi_input=0.3, mi_level=0.0, level_shares=[load],
-        ).as_dict()  # fmt: skip
+    layers = {} if load is None else {'layer4': report(load)}
     return RunResult({'accuracy': accuracy}, seconds, 1000, 2_345_678, 8, layers)
 
 
@@ -51,15 +41,15 @@ def test_table_of_accuracies():
         'soft': [result(0.5, [0.999, 0.001], seconds=0.25)],
         'none yet': [],
     }
-    dense, soft = accuracy_table(results, {'dense': 12_345_678, 'soft': 10**9}).splitlines()[2:]
-    assert cells(dense) == [
+    dense, soft = cells(accuracy_table(results, {'dense': 12_345_678, 'soft': 10**9}))
+    assert dense == [
         'dense', '2', '0.500 ± 0.141', '12.3', '0.200 (1.00)', '2,346 k', '–', '–', '–',
     ]  # fmt: skip
-    assert cells(soft) == [
+    assert soft == [
         'soft', '1', '0.500', '1000.0', '0.250 (1.25)', '2,346 k', '0.50', '1 of 2', '0.30',
     ]  # fmt: skip
-    (alone,) = accuracy_table({'dense': [], 'soft': results['soft']}, {'soft': 1}).splitlines()[2:]
-    assert cells(alone)[4] == '0.250 (–)'
+    (alone,) = cells(accuracy_table({'dense': [], 'soft': results['soft']}, {'soft': 1}))
+    assert alone[4] == '0.250 (–)'
 
 
 def experts_of(accuracy, mi, p, alone, equal, random, without):
@@ -82,16 +72,16 @@ def test_table_of_specialisation():
         experts_of(0.6, 0.2, 0.001, [0.5, 0.3], 0.55, 0.45, [0.2, 0.4]),
         experts_of(0.4, 0.4, 0.020, [0.1, 0.3], 0.35, 0.25, [0.5, 0.3]),
     ]
-    (line,) = specialisation_table({'some': runs, 'none yet': []}).splitlines()[2:]
-    assert cells(line) == [
+    (row,) = cells(specialisation_table({'some': runs, 'none yet': []}))
+    assert row == [
         'some', '2', '0.30 ± 0.14', '0.020', '0.500 ± 0.141', '0.400', '0.200', '0.450', '0.350',
         '0.250',
     ]  # fmt: skip
     for run, mi in zip(runs, (0.1, 0.2), strict=True):
         told = run['layers']['layer4']['associations']['objects']
         told['superclass'] = {'mi': mi, 'p_adjusted': 0.5, 'p_value': 0.0}
-    (line,) = specialisation_table({'some': runs}).splitlines()[2:]
-    assert cells(line)[2:6] == ['0.30 ± 0.14', '0.020', '0.15 ± 0.07', '0.500']
+    (row,) = cells(specialisation_table({'some': runs}))
+    assert row[2:6] == ['0.30 ± 0.14', '0.020', '0.15 ± 0.07', '0.500']
 
 
 TINY = Budget(
@@ -133,7 +123,7 @@ def test_experiment(tmp_path, monkeypatch, capsys):
     lines = first.splitlines()
     assert (lines[0], lines[-1]) == ('before', 'after')
     assert 'Budget `tiny`: very small.' in lines
-    dense, soft = ([cells(x) for x in lines if x.startswith(f'| {m.name} ')] for m in methods)
+    dense, soft = ([row for row in cells(first) if row[0] == m.name] for m in methods)
     assert [len(dense), len(soft)] == [1, 2]
     found = json.loads((experiment.run_dir(methods[1], 3) / EXPERTS).read_text())
     # The 40 test images, with the accuracy that the training has measured.

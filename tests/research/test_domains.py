@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from miniature import expect_cifar, expect_fashion_mnist, write_cifar100, write_fashion_mnist
+from tables_by_hand import cells
 
 from mmdet_moe.errors import ConfigError
 from mmdet_moe.models import EfficientNetLite0
@@ -123,8 +124,7 @@ def test_table_and_picture(tmp_path):
         METHODS[3]: {1: run([0.5, 0.9], [[1, 0]]), 2: run([0.42, 0.8], [[1, 0]])},
         METHODS[4]: {},
     }
-    dense, switch = ([c.strip() for c in line.split('|')[1:-1]]
-                     for line in markdown_table(results).splitlines()[2:])  # fmt: skip
+    dense, switch = cells(markdown_table(results))
     assert dense[:8] == [
         'dense, equal cost', '2', '60.50 ± 0.71', '–', '41.0', '80.0', '123', '54 k'
     ]  # fmt: skip

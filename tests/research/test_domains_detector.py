@@ -6,10 +6,10 @@ import pytest
 import torch
 from mmengine.config import Config
 from mmengine.registry import DATASETS, DefaultScope
+from tables_by_hand import cells, renamed_digits, report
 
 from mmdet_moe.errors import ConfigError
 from mmdet_moe.models import EfficientNetLite0
-from mmdet_moe.moe import UtilizationReport
 from research.experiments import domains_detector
 from research.experiments import experiment as experiment_module
 from research.experiments.domains_detector import (
@@ -29,11 +29,8 @@ NARROW = '4 narrow experts, k = 2: DAMEX'
 def result(aps, mi=None):
     layers = {}
     if mi is not None:
-        report = UtilizationReport(
-            num_items=10, load=[0.999, 0.001], importance=[1, 0], load_cv2=0.5, usage_entropy=0.6,
-            decision_entropy=0.1, mi_input=0.3, mi_level=0.0, level_shares=[[1, 0]], mi_source=mi,
-        )  # fmt: skip
-        layers = {'cls': report.as_dict(), 'reg': {**report.as_dict(), 'mi_source': mi / 2}}
+        sources = {'cls': mi, 'reg': mi / 2}
+        layers = {name: report([0.999, 0.001], mi_source=of) for name, of in sources.items()}
     metrics = {f'AP {name}': ap for name, ap in aps.items()}
     return RunResult(metrics, 0.25, 1000, 2_345_678, 8, layers)
 
@@ -47,10 +44,7 @@ def test_table_by_hand():
         'none yet': {},
     }
     flops = dict.fromkeys(found, 12_345_678)
-    dense, apart, experts = (
-        [cell.strip() for cell in line.split('|')[1:-1]]
-        for line in markdown_table(found, NAMES, flops).splitlines()[2:]
-    )
+    dense, apart, experts = cells(markdown_table(found, NAMES, flops))
     assert dense == [DENSE, '1', '25.0', '–', '40.0', '10.0', '12', '0.25', '2,346 k', '–', '–']
     assert apart[1:6] == ['2', '12.5 ± 17.7', '+0.0', '25.0 ± 35.4', '0.0 ± 0.0']
     assert apart[8] == '4,691 k'  # of both
@@ -62,17 +56,8 @@ def test_table_by_hand():
 def data(tmp_path, digit_scenes_folder):
     """Two data sets: the same digits, some of which are called letters."""
     for name, prefix in zip(NAMES, ('digit ', 'letter '), strict=True):
-        folder = tmp_path / 'data' / name
-        folder.mkdir(parents=True)
-        (folder / 'images').symlink_to(digit_scenes_folder)
-        for split in ('train', 'val'):
-            path = digit_scenes_folder / 'annotations' / f'instances_{split}2017.json'
-            content = json.loads(path.read_text())
-            for image in content['images']:
-                image['file_name'] = f'{split}2017/{image["file_name"]}'
-            for category in content['categories']:
-                category['name'] = prefix + category['name']
-            (folder / f'{split}.json').write_text(json.dumps(content))
+        names = [prefix + digit for digit in map(str, range(10))]
+        renamed_digits(digit_scenes_folder, tmp_path / 'data' / name, names)
     return tmp_path / 'data'
 
 

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from tables_by_hand import cells
 from torch.nn import functional as F
 
 from mmdet_moe.errors import ConfigError
@@ -136,9 +137,9 @@ def test_experiment(quick, tmp_path, monkeypatch):
     monkeypatch.setattr(mumoe_editing, 'compare', lambda *_: result)
     EditingExperiment(tmp_path, tmp_path / 'runs', [5], 1).run()
     assert json.loads((tmp_path / 'runs' / 'bear' / 'seed5.json').read_text()) == result
-    lines = [[c.strip() for c in line.split('|')[1:-1]] for line in page.read_text().splitlines()]
-    assert [line[0] for line in lines[3:-1]] == list(METHODS)
-    assert lines[4] == [
+    rows = cells(page.read_text())
+    assert [row[0] for row in rows] == list(METHODS)
+    assert rows[1] == [
         'edited', '2', '50.0 ± 0.0', '51.0 ± 0.0', *['50.0 ± 0.0'] * 3, '0.00 ± 0.00',
         '1.00 ± 0.00', '2.0',
     ]  # fmt: skip

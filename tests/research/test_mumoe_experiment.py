@@ -7,6 +7,7 @@ import pytest
 import torch
 from miniature import expect_cifar, write_cifar100
 from mmengine.config import Config
+from tables_by_hand import cells
 
 from mmdet_moe.analysis.models import load_model
 from mmdet_moe.errors import ConfigError
@@ -24,10 +25,6 @@ from research.experiments.mumoe import (
     summary,
 )
 from research.heads import Recipe, accuracy
-
-
-def cells(line):
-    return [cell.strip() for cell in line.split('|')[1:-1]]
 
 
 def result(accuracy, values, by_chance):
@@ -55,9 +52,9 @@ def test_table_and_picture(tmp_path):
         result(0.6, [None, 2.0, 3.0], [0.1, None, 5.0]),
     ]
     results = {LINEAR: [{**result(0.7, [], []), 'experts': None}], CP: runs}
-    linear, cp = markdown_table({**results, HEADS[-1]: []}).splitlines()[2:]
-    assert cells(linear) == ['linear', '1', '12,345', '1.500', '70.00', *['–'] * 6]
-    assert cells(cp) == [
+    linear, cp = cells(markdown_table({**results, HEADS[-1]: []}))
+    assert linear == ['linear', '1', '12,345', '1.500', '70.00', *['–'] * 6]
+    assert cp == [
         'CP, matched, E = 2', '2', '12,345', '1.500 ± 0.000', '55.00 ± 7.07', '2.00 ± 0.71',
         '4.00 ± 1.41', '0.50 ± 0.00', '2 of 2', '3.0', '50.0',
     ]  # fmt: skip
@@ -103,8 +100,7 @@ def test_experiment(data, tmp_path, monkeypatch, capsys):
     experiment = MuMoEExperiment(data, tmp_path / 'runs', [3], 1, TINY, recipes)
     experiment.run()
     first = page.read_text()
-    lines = [cells(line) for line in first.splitlines() if line.startswith('| ')][2:]
-    assert [line[0] for line in lines] == [head.name for head in TINY]
+    assert [row[0] for row in cells(first)] == [head.name for head in TINY]
     assert (tmp_path / 'pictures' / 'mumoe-polysemanticity.png').exists()
 
     test = mumoe._data(data.resolve(), (tmp_path / 'runs').resolve(), 'test')

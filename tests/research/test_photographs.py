@@ -1,12 +1,12 @@
 """The experiments on photographs: their configs, and one of them in miniature."""
 
-import json
 import re
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from tables_by_hand import renamed_digits
 
 from mmdet_moe.cli import load_config, parse_options
 from mmdet_moe.errors import ConfigError
@@ -25,22 +25,8 @@ from tools.reproduce import experiment, parse_args
 @pytest.fixture
 def data(tmp_path, digit_scenes_folder):
     """Digits that are called by the first names of VOC."""
-    folder = tmp_path / 'data'
-    folder.mkdir()
-    (folder / 'images').symlink_to(digit_scenes_folder)
     names = load_config(f'{experiment_module.CONFIGS}/{VOC.methods[0].config}.py').metainfo.classes
-    for split in ('train', 'val'):
-        path = digit_scenes_folder / 'annotations' / f'instances_{split}2017.json'
-        content = json.loads(path.read_text())
-        for image in content['images']:
-            image['file_name'] = f'{split}2017/{image["file_name"]}'
-        ids = [category['id'] for category in content['categories']]
-        ids += [max(ids) + 1 + i for i in range(len(names) - len(ids))]
-        content['categories'] = [
-            {'id': i, 'name': name} for i, name in zip(ids, names, strict=True)
-        ]
-        (folder / f'{split}.json').write_text(json.dumps(content))
-    return folder
+    return renamed_digits(digit_scenes_folder, tmp_path / 'data', names)
 
 
 @pytest.mark.usefixtures('in_process')

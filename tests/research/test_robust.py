@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from tables_by_hand import cells
 
 from mmdet_moe.analysis.files import write_file
 from mmdet_moe.analysis.robustness import parse
@@ -79,11 +80,7 @@ def test_experiment(experiment, tmp_path, monkeypatch):
     # A method is not trained, so that nothing is published.
     text = (found.written / 'robust-cifar100-tiny.md').read_text()
     assert all(f'eps = {eps}:' in text for eps in EPS)
-    first, second = [
-        [cell.strip() for cell in line.split('|')[1:-1]]
-        for line in text.splitlines()
-        if line.startswith(('| dense', '| soft'))
-    ][:2]
+    first, second = cells(text)[:2]
     robust = ['0.250 ± 0.071', '0.150 ± 0.071']
     assert first == ['dense', '2', '0.900 ± 0.000', '0.800 ± 0.000', *robust, *['–'] * 8]
     assert second[:6] == [SOFT.name, *first[1:6]]

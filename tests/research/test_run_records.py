@@ -8,10 +8,10 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
+from tables_by_hand import report
 
 from mmdet_moe.analysis.files import write_file
 from mmdet_moe.errors import ConfigError
-from mmdet_moe.moe import UtilizationReport
 from research.experiments import domains_detector, photographs
 from research.experiments import experiment as experiment_module
 from research.experiments import scenes as scenes_module
@@ -78,14 +78,10 @@ def number(folder):
 def result(folder, layers):
     """Of one run, with layers that are not in the order of their names."""
     x = number(folder)
-    report = UtilizationReport(
-        num_items=10, load=[x, 1 - x], importance=[1, 0], load_cv2=x, usage_entropy=0.6,
-        decision_entropy=0.1, mi_input=x / 2, mi_level=x / 3, level_shares=[[x, 1 - x]],
-        mi_source=x / 4,
-    ).as_dict()  # fmt: skip
+    figures = report([x, 1 - x], load_cv2=x, mi_input=x / 2, mi_level=x / 3)
     metrics = dict.fromkeys((*COCO_METRICS.values(), 'accuracy', 'dispatch entropy'), x)
     metrics |= {f'AP {name}': x / (i + 1) for i, name in enumerate(PUBLISHED)}
-    reports = {name: {**report, 'mi_source': x / (i + 5)} for i, name in enumerate(layers)}
+    reports = {name: {**figures, 'mi_source': x / (i + 5)} for i, name in enumerate(layers)}
     is_dense = folder.parent.name in ('dense', 'single', 'start', 'pretraining')
     if 'moe' in layers and is_dense:
         reports['moe']['load'] = [1.0]

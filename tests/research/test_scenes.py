@@ -5,9 +5,9 @@ import shutil
 
 import pytest
 import torch
+from tables_by_hand import cells, report
 
 from mmdet_moe.cli import parse_options
-from mmdet_moe.moe import UtilizationReport
 from research.experiments import experiment
 from research.experiments import scenes as module
 from research.experiments.scenes import (
@@ -22,22 +22,17 @@ from research.runs import COCO_METRICS, RunResult
 
 def result(ap, load, mi):
     metrics = dict.fromkeys(COCO_METRICS.values(), ap)
-    report = UtilizationReport(
-        num_items=10, load=load, importance=load, load_cv2=0.5, usage_entropy=0.6,
-        decision_entropy=0.1, mi_input=mi, mi_level=mi / 2, level_shares=[load],
-    ).as_dict()  # fmt: skip
-    return RunResult(metrics, 0.2, 1, 2, 10, {'cls': report, 'reg': report})
+    layers = dict.fromkeys(('cls', 'reg'), report(load, mi_input=mi, mi_level=mi / 2))
+    return RunResult(metrics, 0.2, 1, 2, 10, layers)
 
 
 def test_table_has_mean_and_deviation_over_the_seeds():
     runs = [result(0.4, [0.5, 0.5], 0.2), result(0.6, [0.996, 0.004], 0.4)]
     # Both layers' only level has all objects.
     table = markdown_table({'some': runs, 'none yet': []}, torch.ones(1))
-    lines = table.splitlines()
-    assert len(lines) == 3
-    cells = [cell.strip() for cell in lines[2].split('|')[1:-1]]
+    (row,) = cells(table)
     # Two of the eight experts (two layers, two experts, two seeds) get less than 1 % of 1 / 2.
-    assert cells == [
+    assert row == [
         'some', '2', *['0.500 ± 0.141'] * 5, '0.50 / 0.50', '2 of 8', '0.30 / 0.30', '0.15 / 0.15',
         '0.00 / 0.00',
     ]  # fmt: skip
@@ -72,10 +67,9 @@ def test_table_of_specialisation():
         experts_of(0.6, 0.2, 0.001, [0.5, 0.3], 0.55, 0.45, 0.35),
         experts_of(0.4, 0.4, 0.020, [0.1, 0.3], 0.35, 0.25, 0.15),
     ]
-    (line,) = specialisation_table({'some': runs}).splitlines()[2:]
-    cells = [cell.strip() for cell in line.split('|')[1:-1]]
+    (row,) = cells(specialisation_table({'some': runs}))
     # The best and the worst expert of each seed, whichever they are.
-    assert cells == [
+    assert row == [
         'some', '2', '0.30', '0.60', '0.020', '0.0030', '0.0400', '0.010', '0.03',
         '0.500 ± 0.141', '0.400', '0.200', '0.450',
         '0.350', '0.250',

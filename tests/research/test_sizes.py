@@ -4,6 +4,7 @@ import re
 import shutil
 
 import pytest
+from tables_by_hand import cells
 
 from mmdet_moe.cli import load_config, parse_options
 from mmdet_moe.errors import ConfigError
@@ -34,13 +35,12 @@ def test_table():
         'pixel': [run(0.5, 0.1), run(0.5, 0.2)],
         'pixel: both': [run(0.49, 0.3)],
     }
-    lines = markdown_table(found).splitlines()[2:]
-    cells = [[cell.strip() for cell in line.split('|')[1:-1]] for line in lines]
-    assert cells[0][:4] == ['dense', '1', '0.700', '0.700']
-    assert set(cells[0][6:]) == {'–'}
-    assert [row[-1] for row in cells[1:]] == ['no', 'yes', 'no']
-    assert cells[1][9] == '0.500'
-    assert cells[2][6:] == [
+    rows = cells(markdown_table(found))
+    assert rows[0][:4] == ['dense', '1', '0.700', '0.700']
+    assert set(rows[0][6:]) == {'–'}
+    assert [row[-1] for row in rows[1:]] == ['no', 'yes', 'no']
+    assert rows[1][9] == '0.500'
+    assert rows[2][6:] == [
         '0.150 ± 0.071 / 0.150 ± 0.071', '0.010 / 0.010', '0.075 / 0.075', '0.005', '0.25 / 0.25',
         '0.20 / 0.20', '0.15 / 0.15', '0.15 / 0.15', 'yes',
     ]  # fmt: skip

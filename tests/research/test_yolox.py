@@ -1,16 +1,15 @@
 """YOLOX made sparse by path: its tables by hand, and the experiment in miniature."""
 
-import json
 from dataclasses import replace
 
 import pytest
 import torch
 from mmdet.datasets import CocoDataset
 from mmengine.registry import MODELS, init_default_scope
+from tables_by_hand import cells, renamed_digits, report
 
 from mmdet_moe.cli import load_config
 from mmdet_moe.errors import ConfigError
-from mmdet_moe.moe import UtilizationReport
 from research.experiments import experiment as experiment_module
 from research.experiments import yolox
 from research.experiments.experiment import CONFIGS
@@ -24,16 +23,9 @@ from research.runs import COCO_METRICS, REPOSITORY, RunResult
 from tools.reproduce import experiment, parse_args
 
 
-def cells_of(text):
-    return [[c.strip() for c in line.split('|')[1:-1]] for line in text.splitlines()[2:]]
-
-
 def test_table_by_hand():
-    report = UtilizationReport(
-        num_items=10, load=[0.999, 0.001], importance=[1, 0], load_cv2=0.5, usage_entropy=0.6,
-        decision_entropy=0.1, mi_input=0.3, mi_level=0.0, level_shares=[[1, 0]],
-    ).as_dict()  # fmt: skip
-    layers = {'backbone.stage4': report, 'neck': {**report, 'load_cv2': 0.1}}
+    load = [0.999, 0.001]
+    layers = {'backbone.stage4': report(load), 'neck': report(load, load_cv2=0.1)}
     runs = [
         RunResult(dict.fromkeys(COCO_METRICS.values(), ap), 0.5, 904_463, total, 3, of)
         for ap, total, of in (
@@ -43,7 +35,7 @@ def test_table_by_hand():
         )
     ]
     results = {'dense': runs[:1], 'backbone': runs[1:], 'none yet': []}
-    dense, backbone = cells_of(markdown_table(results, {'dense': {'AP': 0.2612}}))
+    dense, backbone = cells(markdown_table(results, {'dense': {'AP': 0.2612}}))
     assert dense == ['dense', '1', '0.261', *['0.250'] * 5, '904 k', '–', '–', '–']
     assert backbone[:4] == ['backbone', '2', '–', '0.250 ± 0.071']
     assert backbone[-4:] == ['1,999 k', '0.50 / 0.10', '4 of 8', '0.30 / 0.30']
@@ -60,29 +52,18 @@ def test_specialisation_by_hand():
         associations = {'objects': {'class': {**found, 'mi': 9}}, 'detections': detections}
         return {'layers': {'neck': {'associations': associations}}}
 
-    (row,) = cells_of(specialisation_table({'neck': [run(0.5, 0.001), run(0.3, 0.02)], 'all': []}))
+    (row,) = cells(specialisation_table({'neck': [run(0.5, 0.001), run(0.3, 0.02)], 'all': []}))
     assert row == ['neck', '`neck`', '2', '10', '0.40', '0.25', '0.020', *['–'] * 6]
     # No detections are no measurement of 0.
-    (row,) = cells_of(specialisation_table({'neck': [run(0, 1, images=0, mi_max=0)]}))
+    (row,) = cells(specialisation_table({'neck': [run(0, 1, images=0, mi_max=0)]}))
     assert row[3:] == ['0', *['–'] * 9]
 
 
 @pytest.fixture
 def data(tmp_path, digit_scenes_folder):
     """Digits that are called by the first names of COCO."""
-    folder = tmp_path / 'data'
-    folder.mkdir()
-    (folder / 'images').symlink_to(digit_scenes_folder)
-    for split in ('train', 'val'):
-        path = digit_scenes_folder / 'annotations' / f'instances_{split}2017.json'
-        content = json.loads(path.read_text())
-        for image in content['images']:
-            image['file_name'] = f'{split}2017/{image["file_name"]}'
-        names = CocoDataset.METAINFO['classes']
-        first = content['categories'][0]['id']
-        content['categories'] = [{'id': first + i, 'name': name} for i, name in enumerate(names)]
-        (folder / f'{split}.json').write_text(json.dumps(content))
-    return folder
+    names = CocoDataset.METAINFO['classes']
+    return renamed_digits(digit_scenes_folder, tmp_path / 'data', names)
 
 
 @pytest.mark.usefixtures('in_process')
@@ -98,9 +79,9 @@ def test_in_miniature(tmp_path, data, monkeypatch):
     table = (made.written / 'yolox.md').read_text()
     assert table.startswith('1 epochs, 16 images an iteration')
     assert 'Cost of the whole model for an image' in table
-    (dense, backbone) = (row for row in cells_of(table.partition('\n\n')[2]))
+    dense, backbone = cells(table)
     assert dense[2] == backbone[2] != '–'  # before the training
-    (layer,) = cells_of((made.written / 'yolox-specialisation.md').read_text())
+    (layer,) = cells((made.written / 'yolox-specialisation.md').read_text())
     assert layer[:3] == ['backbone', '`backbone.stage4`', '1']
     # What is kept of a run for later is enough for the table.
     (kept,) = made.analyses(made.methods[1])

@@ -217,25 +217,17 @@ def test_cifar_from_images(main, tmp_path, capsys, monkeypatch, name):
         assert 'are for a download: leave them out with --source' in capsys.readouterr().err
 
 
-def test_efficientnet_lite0(main, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize(('name', 'module', 'function', 'default'), [
+    ('efficientnet-lite0', efficientnet_lite, 'prepare_lite0', None),
+    ('yolox-nano', yolox_nano, 'prepare_yolox_nano', 'x.pth'),  # which has to be given
+])  # fmt: skip
+def test_weights(name, module, function, default, main, tmp_path, capsys, monkeypatch):
     calls = []
-    monkeypatch.setattr(
-        efficientnet_lite, 'prepare_lite0', lambda *args: calls.append(args) or 'the file'
-    )
-    assert main(['efficientnet-lite0']) == 0
-    assert main(['efficientnet-lite0', '--out', str(tmp_path), '--source', 'x.pth']) == 0
-    assert calls == [('data', None), (str(tmp_path), 'x.pth')]
-    assert capsys.readouterr().out == 'the file: written\n' * 2
-
-
-def test_yolox_nano(main, tmp_path, capsys, monkeypatch):
-    calls = []
-    monkeypatch.setattr(
-        yolox_nano, 'prepare_yolox_nano', lambda *args: calls.append(args) or 'the file'
-    )
-    assert main(['yolox-nano', '--source', 'x.pth']) == 0
-    assert main(['yolox-nano', '--out', str(tmp_path), '--source', 'x.pth']) == 0
-    assert calls == [('data', 'x.pth'), (str(tmp_path), 'x.pth')]
+    monkeypatch.setattr(module, function, lambda *args: calls.append(args) or 'the file')
+    source = ['--source', 'x.pth']
+    assert main([name, *(source if default else [])]) == 0
+    assert main([name, '--out', str(tmp_path), *source]) == 0
+    assert calls == [('data', default), (str(tmp_path), 'x.pth')]
     assert capsys.readouterr().out == 'the file: written\n' * 2
 
 

@@ -75,6 +75,14 @@ DENSE_HEAD = {
         bbox_head__stacked_convs=2,
     ),
 }
+CSP = _model(  # of YOLOX and RTMDet
+    backbone__widen_factor=0.125,
+    neck__in_channels=[32, 64, 128],
+    neck__out_channels=32,
+    bbox_head__num_classes=NUM_CLASSES,
+    bbox_head__in_channels=32,
+    bbox_head__feat_channels=32,
+)
 GROUP_NORM = {'type': 'GN', 'num_groups': 4}
 RPN = {
     **RESNET_FPN,
@@ -147,6 +155,16 @@ def _head_experts(*paths: str, backbone: str = 'backbone.layer4') -> tuple[dict,
     return tuple({'at': path, **FOUR} for path in (*paths, backbone))
 
 
+def _dense(config: str, *paths: str) -> Case:
+    """A head with group normalisation that five levels share."""
+    return Case(
+        f'mmdet::{config}_1x_coco.py',
+        {**DENSE_HEAD, **_model(bbox_head__norm_cfg=GROUP_NORM)},
+        _head_experts(*(f'bbox_head.{path}' for path in paths)),
+        (5, 5, 1),
+    )
+
+
 DETECTORS = {
     'retinanet': Case(
         'mmdet::retinanet/retinanet_r18_fpn_1x_coco.py',
@@ -160,46 +178,19 @@ DETECTORS = {
         (5, 5, 1, 1),
     ),
     # The centerness reads what cls_convs give, so that their last layer is no part of the expert.
-    'fcos': Case(
-        'mmdet::fcos/fcos_r50-caffe_fpn_gn-head_1x_coco.py',
-        {**DENSE_HEAD, **_model(bbox_head__norm_cfg=GROUP_NORM)},
-        _head_experts('bbox_head.cls_convs', 'bbox_head.{reg_convs,conv_reg}'),
-        (5, 5, 1),
-    ),
+    'fcos': _dense('fcos/fcos_r50-caffe_fpn_gn-head', 'cls_convs', '{reg_convs,conv_reg}'),
     # Here it reads what reg_convs give.
-    'atss': Case(
-        'mmdet::atss/atss_r50_fpn_1x_coco.py',
-        {**DENSE_HEAD, **_model(bbox_head__norm_cfg=GROUP_NORM)},
-        _head_experts('bbox_head.{cls_convs,atss_cls}', 'bbox_head.reg_convs'),
-        (5, 5, 1),
-    ),
-    'gfl': Case(
-        'mmdet::gfl/gfl_r50_fpn_1x_coco.py',
-        {**DENSE_HEAD, **_model(bbox_head__norm_cfg=GROUP_NORM)},
-        _head_experts('bbox_head.{cls_convs,gfl_cls}', 'bbox_head.{reg_convs,gfl_reg}'),
-        (5, 5, 1),
-    ),
+    'atss': _dense('atss/atss_r50_fpn', '{cls_convs,atss_cls}', 'reg_convs'),
+    'gfl': _dense('gfl/gfl_r50_fpn', '{cls_convs,gfl_cls}', '{reg_convs,gfl_reg}'),
     # The output of every one of the inter_convs is used: each is a layer of its own.
-    'tood': Case(
-        'mmdet::tood/tood_r50_fpn_1x_coco.py',
-        {**DENSE_HEAD, **_model(bbox_head__norm_cfg=GROUP_NORM)},
-        _head_experts('bbox_head.inter_convs.*', 'bbox_head.cls_prob_module'),
-        (5, 5, 1),
-    ),
+    'tood': _dense('tood/tood_r50_fpn', 'inter_convs.*', 'cls_prob_module'),
     # A head per level.
     'yolox': Case(
         'mmdet::yolox/yolox_tiny_8xb8-300e_coco.py',
         {
             'custom_hooks.0.num_last_epochs': -1,  # its last epochs want its own data set
-            **_model(
-                data_preprocessor__batch_augments=None,
-                backbone__widen_factor=0.125,
-                neck__in_channels=[32, 64, 128],
-                neck__out_channels=32,
-                bbox_head__num_classes=NUM_CLASSES,
-                bbox_head__in_channels=32,
-                bbox_head__feat_channels=32,
-            ),
+            **_model(data_preprocessor__batch_augments=None),
+            **CSP,
         },
         _head_experts(
             'bbox_head.multi_level_cls_convs.*',
@@ -212,15 +203,7 @@ DETECTORS = {
     # turned into experts.
     'rtmdet': Case(
         'mmdet::rtmdet/rtmdet_tiny_8xb32-300e_coco.py',
-        _model(
-            backbone__init_cfg=None,
-            backbone__widen_factor=0.125,
-            neck__in_channels=[32, 64, 128],
-            neck__out_channels=32,
-            bbox_head__num_classes=NUM_CLASSES,
-            bbox_head__in_channels=32,
-            bbox_head__feat_channels=32,
-        ),
+        {**CSP, **_model(backbone__init_cfg=None)},
         _head_experts('bbox_head.rtm_cls.*', 'neck.out_convs.*', backbone='backbone.stage4.1'),
         (1, 1, 1),
     ),

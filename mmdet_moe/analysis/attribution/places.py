@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,8 @@ from mmdet_moe.moe.items import Items
 #: Field of ``pred_instances``: float64 (n, 4), see :meth:`Places.pack`.
 PLACE_FIELD = 'moe_places'
 UNKNOWN = -1
+#: ``with replaced(owner, name, value)``: ``owner.name`` is another thing for a while.
+replaced = patch.object
 
 
 @dataclass
@@ -68,21 +71,6 @@ class Places:
         return cls(
             *(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(cls))
         )
-
-
-@contextmanager
-def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """``owner.name`` is another thing for a while."""
-    had_own = name in vars(owner)
-    before = vars(owner).get(name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        if had_own:
-            setattr(owner, name, before)
-        else:
-            delattr(owner, name)
 
 
 class Remembering:

@@ -7,12 +7,12 @@ from functools import partial
 from typing import Any
 
 import torch
+from mmcv.cnn import build_conv_layer, build_norm_layer
 from mmpretrain.models.backbones import ResNet_CIFAR
 from mmpretrain.models.backbones.resnet import ResLayer
 from torch import nn
 
 from mmdet_moe.errors import ConfigError
-from mmdet_moe.models.backbones.shortcut import make_shortcut
 from mmdet_moe.moe import ConvExperts, Experts, MoELayer
 from mmdet_moe.moe.flops import count_flops
 from mmdet_moe.registry import MODELS
@@ -160,11 +160,12 @@ class MoEResNet_CIFAR(ResNet_CIFAR):
     def _layer(
         self, experts: Experts | list[nn.Module], in_channels: int, out_channels: int, stride: int
     ) -> MoELayer:
-        shortcut = None
-        if self.residual:
-            shortcut = make_shortcut(
-                in_channels, out_channels, stride, self.conv_cfg, self.norm_cfg
+        shortcut = nn.Identity() if self.residual else None
+        if self.residual and (in_channels != out_channels or stride > 1):
+            conv = build_conv_layer(
+                self.conv_cfg, in_channels, out_channels, kernel_size=1, stride=stride, bias=False
             )
+            shortcut = nn.Sequential(conv, build_norm_layer(self.norm_cfg, out_channels)[1])
         return MoELayer(experts, in_channels=in_channels, shortcut=shortcut, **self._moe_cfg)
 
 

@@ -23,111 +23,49 @@ from mmdet_moe.moe.layout import memory_format_of
 if TYPE_CHECKING:
     from mmdet_moe.moe.experts.conv import ConvExperts
 
-#: Milliseconds: (forward, forward and backward).
-_COSTS: dict[tuple[torch.dtype, torch.memory_format], dict[str, dict[str, tuple[float, float]]]] = {
+#: Milliseconds per unit, of each way (forward, forward and backward) of these terms in this order:
+#:
+#: * subbatches: the call, an expert that has items, a GFLOP, a million numbers in the kernels of
+#:   those experts, a million numbers in the outputs of all routes
+#: * grouped and views: the call, an item, a GFLOP, a million numbers in the mixed kernels of all
+#:   items, the same times k (to mix them), a million numbers in the outputs of all items
+#: * grouped, last: the numbers in the mixed kernels times E (million multiplications of a matrix
+#:   product, to take the mixing back)
+_COSTS: dict[
+    tuple[torch.dtype, torch.memory_format],
+    dict[str, tuple[tuple[float, ...], tuple[float, ...]]],
+] = {
     (torch.float32, torch.contiguous_format): {
-        'subbatches': {
-            'call': (0.054, 0.50),
-            'expert': (0.059, 0.17),  # that has items
-            'gflop': (3.3, 9.1),
-            'expert_kernel': (0.37, 1.4),  # million numbers in the kernels of those experts
-            'route_pixel': (0.86, 3.4),  # million numbers in the outputs of all routes
-        },
-        'grouped': {
-            'call': (0.14, 0.53),
-            'item': (0.003, 0.004),
-            'gflop': (3.4, 10.8),
-            'item_kernel': (0.51, 1.6),  # million numbers in the mixed kernels of all items
-            'mixing': (0.1, 0.1),  # times k
-            'unmixing': (0.0, 0.11),  # times E: million multiplications of a matrix product
-            'item_pixel': (0.55, 1.5),  # million numbers in the outputs of all items
-        },
-        'views': {
-            'call': (0.092, 0.36),
-            'item': (0.022, 0.078),
-            'gflop': (4.2, 13.2),
-            'item_kernel': (0.22, 0.93),
-            'mixing': (0.11, 0.48),  # times k
-            'item_pixel': (0.95, 2.6),
-        },
+        'subbatches': ((0.054, 0.059, 3.3, 0.37, 0.86), (0.5, 0.17, 9.1, 1.4, 3.4)),
+        'grouped': (
+            (0.14, 0.003, 3.4, 0.51, 0.1, 0.55, 0.0),
+            (0.53, 0.004, 10.8, 1.6, 0.1, 1.5, 0.11),
+        ),
+        'views': ((0.092, 0.022, 4.2, 0.22, 0.11, 0.95), (0.36, 0.078, 13.2, 0.93, 0.48, 2.6)),
     },
     (torch.bfloat16, torch.contiguous_format): {
-        'subbatches': {
-            'call': (0.18, 1.2),
-            'expert': (0.17, 0.38),
-            'gflop': (2.3, 4.1),
-            'expert_kernel': (0.42, 5.2),
-            'route_pixel': (3.3, 8.5),
-        },
-        'grouped': {
-            'call': (0.33, 1.3),
-            'item': (0.0041, 0.0032),
-            'gflop': (0.72, 2.2),
-            'item_kernel': (0.3, 0.0),
-            'mixing': (0.69, 0.95),
-            'item_pixel': (4.6, 12.0),
-            'unmixing': (0.0, 0.41),
-        },
-        'views': {
-            'call': (0.26, 0.98),
-            'item': (0.14, 0.45),
-            'gflop': (1.8, 9.6),
-            'item_kernel': (0.024, 1.4),
-            'mixing': (0.88, 16.0),
-            'item_pixel': (2.6, 6.1),
-        },
+        'subbatches': ((0.18, 0.17, 2.3, 0.42, 3.3), (1.2, 0.38, 4.1, 5.2, 8.5)),
+        'grouped': (
+            (0.33, 0.0041, 0.72, 0.3, 0.69, 4.6, 0.0),
+            (1.3, 0.0032, 2.2, 0.0, 0.95, 12.0, 0.41),
+        ),
+        'views': ((0.26, 0.14, 1.8, 0.024, 0.88, 2.6), (0.98, 0.45, 9.6, 1.4, 16.0, 6.1)),
     },
     (torch.float32, torch.channels_last): {
-        'subbatches': {
-            'call': (0.26, 0.65),
-            'expert': (0.015, 0.047),
-            'gflop': (7.7, 23.0),
-            'expert_kernel': (1.6, 6.4),
-            'route_pixel': (2.2, 6.9),
-        },
-        'grouped': {
-            'call': (0.21, 0.67),
-            'item': (0.0017, 0.0045),
-            'gflop': (8.9, 27.0),
-            'item_kernel': (0.65, 3.4),
-            'mixing': (0.44, 0.047),
-            'item_pixel': (3.6, 7.9),
-            'unmixing': (0.0, 0.15),
-        },
-        'views': {
-            'call': (0.15, 0.53),
-            'item': (0.024, 0.083),
-            'gflop': (9.6, 32.0),
-            'item_kernel': (0.44, 1.5),
-            'mixing': (0.43, 2.4),
-            'item_pixel': (0.94, 3.1),
-        },
+        'subbatches': ((0.26, 0.015, 7.7, 1.6, 2.2), (0.65, 0.047, 23.0, 6.4, 6.9)),
+        'grouped': (
+            (0.21, 0.0017, 8.9, 0.65, 0.44, 3.6, 0.0),
+            (0.67, 0.0045, 27.0, 3.4, 0.047, 7.9, 0.15),
+        ),
+        'views': ((0.15, 0.024, 9.6, 0.44, 0.43, 0.94), (0.53, 0.083, 32.0, 1.5, 2.4, 3.1)),
     },
     (torch.bfloat16, torch.channels_last): {
-        'subbatches': {
-            'call': (0.42, 1.3),
-            'expert': (0.075, 0.23),
-            'gflop': (1.0, 3.8),
-            'expert_kernel': (2.0, 8.7),
-            'route_pixel': (1.5, 4.2),
-        },
-        'grouped': {
-            'call': (0.34, 1.3),
-            'item': (0.0029, 0.00077),
-            'gflop': (2.8, 9.0),
-            'item_kernel': (1.5, 5.4),
-            'mixing': (0.39, 0.25),
-            'item_pixel': (5.5, 13.0),
-            'unmixing': (0.0, 0.066),
-        },
-        'views': {
-            'call': (0.2, 0.77),
-            'item': (0.086, 0.3),
-            'gflop': (1.4, 4.2),
-            'item_kernel': (1.7, 7.9),
-            'mixing': (0.44, 3.2),
-            'item_pixel': (0.81, 2.4),
-        },
+        'subbatches': ((0.42, 0.075, 1.0, 2.0, 1.5), (1.3, 0.23, 3.8, 8.7, 4.2)),
+        'grouped': (
+            (0.34, 0.0029, 2.8, 1.5, 0.39, 5.5, 0.0),
+            (1.3, 0.00077, 9.0, 5.4, 0.25, 13.0, 0.066),
+        ),
+        'views': ((0.2, 0.086, 1.4, 1.7, 0.44, 0.81), (0.77, 0.3, 4.2, 7.9, 3.2, 2.4)),
     },
 }
 #: The mixed kernels of all items have to be in memory at once, until the backward pass.
@@ -185,27 +123,17 @@ def _cheapest(
     kernel = math.prod(kernel_shape) / 1e6
     gflop = 2e-3 * kernel * pixels  # of one item and one expert
     output = kernel_shape[0] * pixels / 1e6
-    mixed = {
-        'call': 1,
-        'item': num_items,
-        'gflop': num_items * gflop,
-        'item_kernel': num_items * kernel,
-        'mixing': num_items * k * kernel,
-        'item_pixel': num_items * output,
-    }
+    items_kernel = num_items * kernel
+    mixed = (1, num_items, num_items * gflop, items_kernel, k * items_kernel, num_items * output)
     amounts = {
-        'subbatches': {
-            'call': 1,
-            'expert': used,
-            'gflop': num_rows * gflop,
-            'expert_kernel': used * kernel,
-            'route_pixel': num_rows * output,
-        },
-        'grouped': {**mixed, 'unmixing': num_items * num_experts * kernel},
+        'subbatches': (1, used, num_rows * gflop, used * kernel, num_rows * output),
+        'grouped': (*mixed, num_experts * items_kernel),
         'views': mixed,
     }
     costs = {
-        way: sum(_COSTS[kind][way][name][trains] * amount for name, amount in of_way.items())
+        way: sum(
+            cost * amount for cost, amount in zip(_COSTS[kind][way][trains], of_way, strict=True)
+        )
         for way, of_way in amounts.items()
     }
     if num_items * 1e6 * kernel * kernel_bytes > MOST_MIXED_BYTES:

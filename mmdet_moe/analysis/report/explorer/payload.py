@@ -1,13 +1,11 @@
 """What a report knows about one run, as JSON."""
 
 import json
-import math
 import os
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -60,7 +58,7 @@ def build_payload(
     :mod:`~mmdet_moe.analysis.report.explorer.pool`).
 
     Args:
-        experts: The content of ``experts.json``.
+        experts: The content of ``experts.json``, JSON-able.
         outcomes: n rows; their weights by the layers of ``experts``. Layers without weights are
             shown without crops.
         load_image: The image of an index, RGB uint8 ``(H, W, 3)``, in its original size.
@@ -101,7 +99,6 @@ def build_payload(
         'verdict': experts.get('verdict') or [],
         'flows': experts.get('flows') or [],
     }
-    payload = _jsonable(payload)
     room = budget - len(_dumps(payload))
     total = len(outcomes)
     outcomes = _known_layers(outcomes, layers)
@@ -236,17 +233,6 @@ def _thinned(outcomes: Outcomes, columns: dict, limit: float) -> tuple[Outcomes,
         thinned = select(outcomes, rows)
         columns = _columns(thinned)
     return thinned, columns
-
-
-def _jsonable(value: Any) -> Any:
-    """NumPy's values as Python's, and numbers that JSON does not know as null."""
-    if isinstance(value, dict):
-        return {str(key): _jsonable(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_jsonable(entry) for entry in value]
-    if isinstance(value, np.generic | np.ndarray):
-        return _jsonable(value.tolist())
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _dumps(payload: dict) -> str:

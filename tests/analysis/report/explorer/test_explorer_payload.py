@@ -93,15 +93,6 @@ def test_columns_equal_the_outcomes(run, payload):
         np.testing.assert_allclose(steps[~unknown] / 254, weights[~unknown], atol=0.5 / 254 + 1e-6)
 
 
-def test_payload_is_json_without_nan(run):
-    run.experts['metrics']['AP small'] = float('nan')
-    run.experts['metrics']['AP50'] = np.float32(0.5)
-    payload = build_payload(run.experts, run.outcomes, run.load_image, budget=200_000)
-    text = json.dumps(payload, allow_nan=False)
-    assert json.loads(text)['metrics']['AP small'] is None
-    run.experts['metrics'] |= {'AP small': 0.7, 'AP50': 0.66}
-
-
 def test_tables_of_the_associations_are_kept_as_counts(run, payload):
     for name, layer in run.experts['layers'].items():
         for source, attributes in layer['associations'].items():
