@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from copies import check_gradients, check_same
+from copies import check_detections, check_gradients, check_same
 from mmdet.registry import MODELS
 from mmengine.runner import load_checkpoint, load_state_dict
 from tiny_models import CLASSES, FOUR, faster_config, two_images
@@ -188,16 +188,7 @@ class TestDetector:
     def test_copies_have_the_dense_detections(self, randomise):
         dense, model = randomise(build_detector()), randomise(build_detector(FOUR))
         load_state_dict(model, dense.state_dict())
-        images, samples = two_images()
-        with torch.no_grad():
-            expected, found = (
-                m.double().eval()(images.double(), copy.deepcopy(samples), mode='predict')
-                for m in (dense, model)
-            )
-        for a, b in zip(found, expected, strict=True):
-            assert len(b.pred_instances) > 0
-            for field in ('bboxes', 'scores', 'labels'):
-                torch.testing.assert_close(a.pred_instances[field], b.pred_instances[field])
+        check_detections(dense, model, *two_images())
 
     def test_trains_a_step(self):
         model = build_detector({**FOUR, 'expert_init': 'independent'})

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from copies import check_gradients, check_same
+from copies import check_detections, check_gradients, check_same
 from mmdet.registry import MODELS
 from mmengine.runner import load_checkpoint, load_state_dict
 from tiny_models import ASSIGNER, FOUR, RESNET_18, RETINA, TEST_CFG, two_images
@@ -118,16 +118,7 @@ def test_detector_with_copies_has_the_dense_losses(moe, randomise):
 def test_detector_with_copies_has_the_dense_detections(randomise):
     dense, model = randomise(build_detector()), randomise(build_detector(FOUR))
     load_state_dict(model, dense.state_dict())
-    dense, model = dense.double().eval(), model.double().eval()
-    images, samples = two_images()
-    with torch.no_grad():
-        expected, found = (
-            m(images.double(), copy.deepcopy(samples), mode='predict') for m in (dense, model)
-        )
-    for a, b in zip(found, expected, strict=True):
-        assert len(b.pred_instances) > 0
-        for field in ('bboxes', 'scores', 'labels'):
-            torch.testing.assert_close(a.pred_instances[field], b.pred_instances[field])
+    check_detections(dense, model, *two_images())
 
 
 def test_decisions_count_the_positive_anchors_of_their_level():

@@ -1,5 +1,7 @@
 """Experts that began as copies of dense modules, against a model of these."""
 
+import copy
+
 import torch
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -51,3 +53,16 @@ def check_same(dense, moe, inputs, rtol=1e-7):
         gradients.append([x.grad for x in tree_leaves(leaves)])
     torch.testing.assert_close(*gradients, rtol=rtol, atol=1e-9)
     check_gradients(dense, moe, rtol)
+
+
+def check_detections(dense, moe, images, samples):
+    """Both detectors find the same, and something in every image."""
+    with torch.no_grad():
+        expected, found = (
+            model.double().eval()(images.double(), copy.deepcopy(samples), mode='predict')
+            for model in (dense, moe)
+        )
+    for a, b in zip(found, expected, strict=True):
+        assert len(b.pred_instances) > 0
+        for field in ('bboxes', 'scores', 'labels'):
+            torch.testing.assert_close(a.pred_instances[field], b.pred_instances[field])
