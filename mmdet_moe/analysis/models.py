@@ -9,7 +9,11 @@ from mmengine.runner.checkpoint import CheckpointLoader
 from torch import nn
 
 from mmdet_moe.compat.malloc import keep_large_blocks
-from mmdet_moe.engine.tested_checkpoint import check_left_out, check_unpacked
+from mmdet_moe.engine.tested_checkpoint import (
+    check_left_out,
+    check_unpacked,
+    note_other_settings,
+)
 from mmdet_moe.errors import ConfigError
 from mmdet_moe.moe.mumoe import Factors
 
@@ -92,7 +96,9 @@ def load_weights(model: nn.Module, path: str) -> dict:
             f'{tuple(expected[key].shape)} in the model; give the config that it was trained with'
         )
     check_left_out(model, model.load_state_dict(state, strict=False).unexpected_keys)
-    return checkpoint.get('meta') or {}
+    meta = checkpoint.get('meta') or {}
+    note_other_settings(model, meta)
+    return meta
 
 
 def _has_router(names: Iterable[str]) -> bool:

@@ -55,7 +55,7 @@ def prepare_yolo(
 
     Raises:
         ConfigError: Classes are not to be had, a line of a label file is wrong, a label file has
-            no image, no image has one, or a split is empty.
+            no image, no image has one, a split is empty, or the training has no object.
     """
     source = Path(source)
     if not source.is_dir():
@@ -71,6 +71,12 @@ def prepare_yolo(
         raise ConfigError(f'--source {source}: there is no image in it')
     _check_labels(source, images)
     splits = _splits(source, data, images, val_share)
+    if splits['train'] and not any(_read(source, image).strip() for image in splits['train']):
+        raise ConfigError(
+            f'--source {source}: the label files of the training, of images such as '
+            f'{splits["train"][0]}, are all empty or missing, so that there is nothing to learn; '
+            'give the folder that holds the labels, or divide all images anew with --val-share'
+        )
     made_of = {
         'data': 'yolo',
         'splits': {
@@ -167,6 +173,11 @@ def _classes(given: Sequence[str], data: Mapping) -> list[str]:
         )
     if len(set(names)) < len(names) or '' in names:
         raise ConfigError(f'each class needs a name of its own, which they have not: {names}')
+    if not given and data.get('nc', str(len(names))) != str(len(names)):
+        raise ConfigError(
+            f'data.yaml says nc: {data["nc"]}, but has {len(names)} names: mend it, or give '
+            '--classes'
+        )
     return names
 
 

@@ -1,7 +1,7 @@
 """Whether a checkpoint is one of the model and of the classes that it is tested on."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from mmengine.hooks import Hook
@@ -13,7 +13,7 @@ from mmdet_moe.compat.distributed import note
 from mmdet_moe.engine.hooks.layers import unwrapped_model
 from mmdet_moe.engine.preflight import check_trained_classes
 from mmdet_moe.errors import ConfigError
-from mmdet_moe.moe.expert_layer import ExpertLayer
+from mmdet_moe.moe.expert_layer import ExpertLayer, find_expert_layers
 
 #: Entries of a layer of experts that inference does not ask: of a router's start, its noise, masks.
 _IN_TRAINING_ALONE = re.compile(
@@ -23,14 +23,22 @@ _IN_TRAINING_ALONE = re.compile(
 #: What may be missing of one, because inference does not ask it, or because it begins at nothing.
 _NOT_NEEDED = re.compile(r'\.router\.(start|noise_fc|constraint)\b')
 
+#: Settings of a layer of experts that change what it computes, and that no weight tells.
+_SETTINGS = ('top_k', 'granularity', 'grid_size')
+
 
 class TestedCheckpointHook(Hook):
     """Compares a checkpoint with the model and the data, once all are there.
 
     That is before a test, and before a training goes on; one that begins from other weights may
     have classes, and lack weights, of its own. MMEngine tests a model whose weights are not in the
-    checkpoint as they were drawn, with a warning among its first lines.
+    checkpoint as they were drawn, with a warning among its first lines. What no weight tells of the
+    layers of experts, such as k, goes into the checkpoint's ``meta``.
     """
+
+    def before_save_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
+        """Add it."""
+        checkpoint['meta']['expert_layers'] = _settings_of(unwrapped_model(runner))
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
         """Compare them.
@@ -53,10 +61,41 @@ class TestedCheckpointHook(Hook):
         field = 'train_dataloader.dataset' if tested is None else 'test_dataloader.dataset'
         loader = runner.train_dataloader if tested is None else tested
         metainfo = getattr(loader.dataset, 'metainfo', None)
-        check_trained_classes(checkpoint.get('meta') or {}, metainfo, field)
+        meta = checkpoint.get('meta') or {}
+        check_trained_classes(meta, metainfo, field)
         if isinstance(model, BaseTTAModel):
             model = model.module
         check_weights(model, state, resumed=tested is None)
+        note_other_settings(model, meta)
+
+
+def note_other_settings(model: nn.Module, meta: Mapping[str, Any]) -> None:
+    """Say where layers of experts are set to something else than in the training.
+
+    Args:
+        model: What the config builds.
+        meta: What the checkpoint says of itself; those of other programs do not tell.
+    """
+    here, trained = _settings_of(model), meta.get('expert_layers') or {}
+    others = [
+        f'{key}={there[key]!r} in {name}, which has {here[name].get(key)!r} here'
+        for name, there in trained.items()
+        for key in there
+        if name in here and there[key] != here[name].get(key)
+    ]
+    if others:
+        more = f' ({len(others) - 1} more of this kind)' if others[1:] else ''
+        note(
+            f'the checkpoint was trained with {others[0]}{more}: all figures are those of a model '
+            'that was not trained so'
+        )
+
+
+def _settings_of(model: nn.Module) -> dict[str, dict[str, Any]]:
+    return {
+        name: {key: getattr(layer, key) for key in _SETTINGS if key in vars(layer)}
+        for name, layer in find_expert_layers(model).items()
+    }
 
 
 def check_unpacked(state: dict[str, Any]) -> None:

@@ -177,6 +177,7 @@ def test_classes(source, tmp_path):
         ('names: {1: cat, 2: dog}', 'must be numbered from 0'),
         ('names: {0: cat, x: dog}', 'must be numbered from 0'),
         ('nc: 2', 'the classes have no names: give --classes'),
+        ('nc: 3\nnames: [cat, dog]', r'data\.yaml says nc: 3, but has 2 names'),
         ('names: [cat, [dog]]', 'the classes have no names: give --classes'),
         ('just text', 'has no entries'),
         ('a: [', 'is not YAML'),
@@ -232,6 +233,11 @@ def test_wrong_files(source, tmp_path):
     with pytest.raises(ConfigError, match=r'c\.txt has no image: add it'):
         prepare_yolo(source, out)
     extra.unlink()
+    objects = (source / 'labels/train/a.txt').read_text()
+    (source / 'labels/train/a.txt').write_text(' \n')
+    with pytest.raises(ConfigError, match=r'train/a\.jpg, are all empty or missing'):
+        prepare_yolo(source, out)
+    (source / 'labels/train/a.txt').write_text(objects)
     with pytest.raises(ConfigError, match='lies in --source'):
         prepare_yolo(source, source / 'coco')
     (source / 'images/train/b.png').write_bytes(b'no image')

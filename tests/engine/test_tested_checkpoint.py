@@ -1,13 +1,20 @@
 """A test begins with all weights of the model, or not at all."""
 
 from collections import OrderedDict
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
 from mmdet_moe.analysis.look import pack, unpack
-from mmdet_moe.engine.tested_checkpoint import check_unpacked, check_weights, lost_experts
+from mmdet_moe.analysis.models import load_weights
+from mmdet_moe.engine.tested_checkpoint import (
+    TestedCheckpointHook,
+    check_unpacked,
+    check_weights,
+    lost_experts,
+)
 from mmdet_moe.errors import ConfigError
 from mmdet_moe.moe import add_experts
 
@@ -112,3 +119,36 @@ def test_what_a_layer_of_experts_has_no_place_for():
     add_experts(noisy, {'a': entry}, router={'noise': True})
     assert check_weights(plain, noisy.state_dict()) == ['a.router.noise_fc.weight']
     check_weights(dense(), masks.state_dict() | dense().state_dict())
+
+
+def test_settings_that_no_weight_tells(tmp_path, capsys):
+    """The weights of k = 2 fit into a model of k = 1, which computes something else."""
+    trained, other, patch = (nn.Sequential(OrderedDict(a=nn.Conv2d(4, 4, 1))) for _ in range(3))
+    add_experts(trained, {'a': {'top_k': 2}})
+    add_experts(other, {'a': {'top_k': 1}})
+    add_experts(patch, {'a': {'top_k': 2, 'granularity': 'patch', 'grid_size': 2}})
+    checkpoint = {'state_dict': trained.state_dict(), 'meta': {}}
+    TestedCheckpointHook().before_save_checkpoint(SimpleNamespace(model=trained), checkpoint)
+    torch.save(checkpoint, tmp_path / 'a.pth')
+
+    def notes():
+        lines = capsys.readouterr().out.splitlines()
+        return ''.join(line for line in lines if line.startswith('note: '))
+
+    def loaded_by_both(model):
+        """What the analysis says, which a test says, too."""
+        notes()
+        load_weights(model, str(tmp_path / 'a.pth'))
+        said = notes()
+        loop = SimpleNamespace(dataloader=SimpleNamespace(dataset=None))
+        runner = SimpleNamespace(model=model, _test_loop=loop)
+        TestedCheckpointHook().after_load_checkpoint(runner, checkpoint)
+        assert notes() == said
+        return said
+
+    assert loaded_by_both(trained) == ''
+    assert 'was trained with top_k=2 in a, which has 1 here: all' in loaded_by_both(other)
+    assert "with granularity='image' in a, which has 'patch' here (1 more" in loaded_by_both(patch)
+    checkpoint['meta'].clear()  # of another program
+    torch.save(checkpoint, tmp_path / 'a.pth')
+    assert loaded_by_both(other) == ''

@@ -71,7 +71,9 @@ def run(tmp_path, digit_scenes_folder, monkeypatch):
     ],
 )
 def test_every_balancing_trains_validates_and_reports(run, config, loss_expected):
-    run(config, 'w', 2, 'default_hooks.logger.interval=1', 'custom_hooks.0.interval=1')
+    options = ('default_hooks.logger.interval=1', 'custom_hooks.0.interval=1')
+    told = run(config, 'w', 2, *options)['meta']['expert_layers']
+    assert list(told.values()) == [{'top_k': 2, 'granularity': 'image', 'grid_size': 1}] * 2
     lines = logged('w')
     losses = [line for line in lines if 'loss' in line]
     assert len(losses) == 2

@@ -246,10 +246,11 @@ def distill(
             if not losses:
                 continue
             optimizer.zero_grad()
-            sum(losses).backward()
+            total = sum(losses)
+            total.backward()
             optimizer.step()
             schedule.step()
-            bar.set_postfix(error=f'{float(sum(losses)) / len(losses):.4f}', refresh=False)
+            bar.set_postfix(error=f'{total.item() / len(losses):.4f}', refresh=False)
 
 
 def _student(dense: nn.Module, layer: MoELayer, name: str) -> nn.Module:
