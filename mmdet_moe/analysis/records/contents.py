@@ -197,6 +197,12 @@ def from_arrays(kind: type[T], arrays: Arrays) -> T:
     for path, array in arrays.items():
         name, _, rest = path.partition('/')
         parts.setdefault(name, {})[rest] = array
+    found = {name: from_arrays(kind_of_part(kind, name), parts[name]) for name in parts}
+    return [found[str(i)] for i in range(len(found))] if get_origin(kind) is list else kind(**found)
+
+
+def kind_of_part(kind: type, name: str) -> type:
+    """Of a field of records, or of an item of a list of them, by name or number."""
     if get_origin(kind) is list:
-        return [from_arrays(get_args(kind)[0], parts[str(i)]) for i in range(len(parts))]
-    return kind(**{f.name: from_arrays(f.type, parts[f.name]) for f in fields(kind)})
+        return get_args(kind)[0]
+    return next(field.type for field in fields(kind) if field.name == name)

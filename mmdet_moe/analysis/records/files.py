@@ -10,12 +10,12 @@ import shutil
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 
 from mmdet_moe.analysis.files import write_file
-from mmdet_moe.analysis.records.contents import from_arrays, to_arrays
+from mmdet_moe.analysis.records.contents import from_arrays, kind_of_part, to_arrays
 from mmdet_moe.compat.distributed import note
 from mmdet_moe.errors import ConfigError
 
@@ -80,6 +80,18 @@ class RecordFiles(Generic[T]):
         for _, _, path in self._files():
             with np.load(path) as file:
                 yield from_arrays(self.kind, dict(file))
+
+    def part(self, name: str) -> Iterator[Any]:
+        """One field of each file's records, or one item of its list; nothing else is read."""
+        for _, _, path in self._files():
+            with np.load(path) as file:
+                arrays = {
+                    rest: file[key]
+                    for key in file.files
+                    for first, _, rest in [key.partition('/')]
+                    if first == name
+                }
+            yield from_arrays(kind_of_part(self.kind, name), arrays)
 
     def _files(self) -> list[tuple[int, int, Path]]:
         return sorted(

@@ -114,9 +114,9 @@ def metrics_of(study: Study, resamples: int = 999) -> dict:
     """
     if study.is_detector:
         metrics = DetectionMetrics(study.data, len(study.data))
-        unchanged = concatenated([records.detections for records in study.records])
+        unchanged = concatenated(list(study.records.part('detections')))
     else:
-        classes = concatenated([records.classes for records in study.records])
+        classes = concatenated(list(study.records.part('classes')))
         metrics = ClassificationMetrics(study.data.classes, classes.label)
         unchanged = classes.prediction
     times = resampled_images(len(study.data), resamples)
@@ -166,7 +166,7 @@ def _changed(study: Study) -> Iterator[BoxRecords | np.ndarray]:
     """What was predicted for all images, with one intervention after the other."""
     if study.is_detector:  # only those of one are in memory
         for number in range(len(study.interventions)):
-            yield concatenated([changed[number] for changed in study.changed])
+            yield concatenated(list(study.changed.part(str(number))))
     else:
         yield from concatenated(list(study.changed)).prediction.T
 

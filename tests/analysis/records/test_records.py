@@ -53,6 +53,9 @@ def test_lists_of_records_on_disk(tmp_path):
     files.write(0, 4, many)
     (read,) = files
     assert [found.score.tolist() for found in read] == [list(range(i)) for i in range(12)]
+    for number in (1, 11):
+        (one,) = files.part(str(number))
+        assert one.score.tolist() == list(range(number))
     files = RecordFiles(list[np.ndarray], tmp_path / 's', PLAN)
     files.write(0, 4, [np.array([i]) for i in range(12)])
     assert [array.tolist() for (read,) in [files] for array in read] == [[i] for i in range(12)]
