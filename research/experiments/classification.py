@@ -220,18 +220,15 @@ def accuracy_table(results: dict[str, list[RunResult]], flops: dict[str, int]) -
     """Mean ± standard deviation over the seeds, one row per method.
 
     Args:
-        results: The finished runs by method; times are compared with those of the first one.
+        results: The finished runs by method. Times are those of the first seed, since others may
+            come from another machine, and are compared with the first method's.
         flops: Active FLOPs of one image by method.
     """
     columns = (
         'method', 'seeds', 'accuracy', 'active MFLOPs', 's/iteration (× dense)', 'parameters',
         'load CV²', 'dead experts', 'information on input',
     )  # fmt: skip
-    seconds = {
-        name: mean_std([run.seconds_per_iteration for run in runs])[0]
-        for name, runs in results.items()
-        if runs
-    }
+    seconds = {name: runs[0].seconds_per_iteration for name, runs in results.items() if runs}
     of_dense = seconds.get(next(iter(results)))
 
     def rows() -> Iterator[list[str]]:

@@ -142,6 +142,7 @@ class Experiment(ABC):
         """
         if self.is_default:
             self._write_records()
+            tables = {marker: text + self._machines() for marker, text in tables.items()}
         complete = complete and self.is_default and self.seeds == list(SEEDS)
         self.written = publish(complete, self.work_dir, tables, pictures)
 
@@ -263,6 +264,20 @@ class Experiment(ABC):
                 }
         if runs:
             records.add_records(self._records_file, runs, self._of_data)
+
+    def _machines(self) -> str:
+        """Where the seeds were trained, if not all on one kind of machine."""
+        seeds: dict[str, set[int]] = {}
+        for name, record in self.records()['runs'].items():
+            seed = int(name.rpartition('/seed')[2])
+            if seed in self.seeds and 'trained_on' in record:
+                on = record['trained_on']
+                kind = on['device'] + ('' if on.get('bfloat16', True) else ' (without bfloat16)')
+                seeds.setdefault(kind, set()).add(seed)
+        if len(seeds) < 2:
+            return ''
+        places = (f'{", ".join(map(str, sorted(of)))} on {kind}' for kind, of in seeds.items())
+        return f'\n\nSeeds were trained on unlike machines: {"; ".join(places)}.'
 
     def train(self, methods: Iterable[Method]) -> None:
         """Train those runs of some methods that are not finished, and before what they start from.

@@ -399,3 +399,22 @@ def test_fingerprint(of, tmp_path, monkeypatch):
         found.append(made._fingerprint(method, 0))
     assert found[0] == found[1] != found[2]
     assert made._fingerprint(method, 1) != found[2]
+
+
+def test_tables_say_that_machines_differ(make, disk, records_folder):
+    """Their times, and a processor without bfloat16, are of some seeds alone."""
+    made = make('one', [0, 1])
+    made.run()
+    assert 'unlike machines' not in ''.join(texts(made.written).values())
+    path = records_folder / 'fashion-scenes.json'
+    content = json.loads(path.read_text())
+    for name, record in content['runs'].items():
+        if name.endswith('seed1'):
+            record['trained_on'] |= {'device': 'Some Processor', 'bfloat16': False}
+    path.write_text(json.dumps(content))
+    made = make('one', [0, 1])
+    made.run(table_only=True)
+    here = content['runs']['dense/seed0']['trained_on']['device']
+    for text in texts(made.written).values():
+        assert text.endswith('; 1 on Some Processor (without bfloat16).\n')
+        assert f'unlike machines: 0 on {here}' in text
