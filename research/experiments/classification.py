@@ -186,7 +186,7 @@ class ClassificationExperiment(BudgetedExperiment):
         self.check(self.task.methods)
         if not table_only:
             self.prepare(dense)
-            self.train(self.task.methods)
+            self.train(self.task.methods, analysed=experts)
             self.analyse(experts)
         self.write()
 

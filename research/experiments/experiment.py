@@ -279,8 +279,13 @@ class Experiment(ABC):
         places = (f'{", ".join(map(str, sorted(of)))} on {kind}' for kind, of in seeds.items())
         return f'\n\nSeeds were trained on unlike machines: {"; ".join(places)}.'
 
-    def train(self, methods: Iterable[Method]) -> None:
+    def train(self, methods: Iterable[Method], analysed: Sequence[Method] = ()) -> None:
         """Train those runs of some methods that are not finished, and before what they start from.
+
+        Args:
+            methods: What is trained.
+            analysed: Whose runs are looked at right after their training, so that the records of
+                those are whole that were finished before an interruption.
 
         Raises:
             ConfigError: If a run fails.
@@ -295,13 +300,19 @@ class Experiment(ABC):
             else ''
         )
         print(f'{len(runs) - len(todo)} of {len(runs)} runs are finished{note}.', flush=True)
-        self._train_here(todo)
+        self._train_here(todo, analysed)
 
-    def _train_here(self, runs: Iterable[Run]) -> None:
+    def _train_here(self, runs: Iterable[Run], analysed: Sequence[Method] = ()) -> None:
         """Train the runs that are not on the disk, recorded or not."""
         todo = [run for run in runs if self._here(*run) is None]
         self._train_starts(todo)
-        self._in_parallel(todo, lambda run: self._train_one(*run), 'runs')
+
+        def work(run: Run) -> None:
+            self._train_one(*run)
+            if run[0] in analysed:
+                self._analyse_one(run)
+
+        self._in_parallel(todo, work, 'runs')
 
     def _train_starts(self, runs: Iterable[Run]) -> None:
         """Train what some runs start from, where it is not on the disk."""
@@ -349,13 +360,12 @@ class Experiment(ABC):
         """
         todo = [run for run in self._runs(methods) if self.read(*run, EXPERTS) is None]
         self._train_here(todo)
+        self._in_parallel(todo, self._analyse_one, 'analyses')
 
-        def analyse_one(run: Run) -> None:
-            work_dir = self.run_dir(*run)
-            with (work_dir / 'output.log').open('a') as log:
-                analyse(work_dir, threads=1, output=log, options=self.analysis_options)
-
-        self._in_parallel(todo, analyse_one, 'analyses')
+    def _analyse_one(self, run: Run) -> None:
+        work_dir = self.run_dir(*run)
+        with (work_dir / 'output.log').open('a') as log:
+            analyse(work_dir, threads=1, output=log, options=self.analysis_options)
 
     def _in_parallel(self, todo: Sequence[Item], work: Callable[[Item], None], name: str) -> None:
         started = time.time()

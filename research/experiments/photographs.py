@@ -174,7 +174,7 @@ class PhotographsExperiment(MeasuredExperiment):
             if self.sizes:
                 self.train_and_measure()
             else:
-                self.train(self.methods)
+                self.train(self.methods, self.task.sparse)
             self.analyse(self.task.sparse)
         self.write()
 

@@ -155,7 +155,7 @@ class DetectorExperiment(Experiment):
             self.prepare()
         self.check([*self.pretraining, *self._unique_methods()])
         if not table_only:
-            self.train(self._unique_methods())
+            self.train(self._unique_methods(), self.task.sparse)
             self.analyse(self.task.sparse)
         self.write()
 

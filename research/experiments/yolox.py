@@ -85,10 +85,10 @@ class YoloxExperiment(PhotographsExperiment):
             # Before there are trainings, which it would disturb in one process.
             self._flops[method.name] = count_flops(model, torch.randn(1, 3, SIDE, SIDE))
 
-    def train(self, methods: Sequence[Method]) -> None:
+    def train(self, methods: Sequence[Method], analysed: Sequence[Method] = ()) -> None:
         starts = [method for method in methods if self._start(method) is None]
         self._in_parallel(starts, self._evaluate_start, 'tests before the training')
-        super().train(methods)
+        super().train(methods, analysed)
 
     def _start_file(self, method: Method) -> Path:
         return self.work_dir / method.key / 'start.json'

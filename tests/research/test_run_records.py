@@ -418,3 +418,23 @@ def test_tables_say_that_machines_differ(make, disk, records_folder):
     for text in texts(made.written).values():
         assert text.endswith('; 1 on Some Processor (without bfloat16).\n')
         assert f'unlike machines: 0 on {here}' in text
+
+
+def test_what_was_finished_before_an_interruption_is_whole(
+    make, disk, records_folder, tmp_path, monkeypatch
+):
+    train = experiment_module.train
+
+    def until_the_second_seed(config, work_dir, *args, **kwargs):
+        if work_dir == tmp_path / 'one' / 'dense' / 'seed1':
+            raise ConfigError('no more')
+        train(config, work_dir, *args, **kwargs)
+
+    monkeypatch.setattr(experiment_module, 'train', until_the_second_seed)
+    with pytest.raises(ConfigError, match='no more'):
+        make('one', [0, 1]).run()
+    recorded = read_records(records_folder / 'fashion-scenes.json')['runs']
+    assert recorded['soft_importance/seed0']['files'].keys() == {'experts/experts.json'}
+    del disk[:]
+    make('two', [0]).run()
+    assert disk == []
