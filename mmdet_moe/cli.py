@@ -21,6 +21,8 @@ from typing import Any
 
 from mmengine.config import Config, ConfigDict
 from mmengine.device import get_device
+from mmengine.evaluator import Evaluator
+from mmengine.hooks import Hook
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
@@ -425,7 +427,8 @@ def _set_visualization(cfg: Config, args: argparse.Namespace) -> None:
     is_detector = cfg.default_scope == 'mmdet'
     hooks = cfg.setdefault('default_hooks', ConfigDict())
     hook_type = 'DetVisualizationHook' if is_detector else 'VisualizationHook'
-    hook = hooks.setdefault('visualization', ConfigDict(type=hook_type))
+    # None switches a hook off.
+    hook = hooks['visualization'] = hooks.get('visualization') or ConfigDict(type=hook_type)
     hook.update(show=args.show, wait_time=args.wait_time)
     hook['draw' if is_detector else 'enable'] = True
     if not is_detector:
@@ -470,7 +473,7 @@ def _set_tta(cfg: Config) -> None:
     if 'tta_model' not in cfg:
         cfg.tta_model = _default_tta_model(is_detector)
     for dataset in image_sets(cfg.test_dataloader.dataset):
-        if 'tta_pipeline' not in cfg and 'pipeline' not in dataset:
+        if 'tta_pipeline' not in cfg and not dataset.get('pipeline'):
             raise ConfigError(
                 '--tta: the config needs tta_pipeline, for a data set of test_dataloader has no '
                 'pipeline to flip the images in'
@@ -640,18 +643,27 @@ def _prepare_test(args: argparse.Namespace) -> Runner:
     if args.show_dir and cfg.default_scope == 'mmpretrain':
         _set_show_dir(runner, args.show_dir)
     if args.out is not None:
-        runner.test_evaluator.metrics.append(_dump_metric(cfg.default_scope, args.out))
+        runner.register_hook(_DumpHook(cfg.default_scope, args.out))
     return runner
 
 
-def _dump_metric(scope: str, path: str) -> Any:
-    if scope == 'mmdet':
-        from mmdet.evaluation import DumpDetResults
+class _DumpHook(Hook):
+    """Writes the predictions, whatever evaluator the config has."""
 
-        return DumpDetResults(out_file_path=path)
-    from mmengine.evaluator import DumpResults
+    def __init__(self, scope: str, path: str) -> None:
+        if scope == 'mmdet':
+            from mmdet.evaluation import DumpDetResults as Dump
+        else:
+            from mmengine.evaluator import DumpResults as Dump
+        self._evaluator = Evaluator(Dump(out_file_path=path))
 
-    return DumpResults(out_file_path=path)
+    def after_test_iter(
+        self, runner: Runner, batch_idx: int, data_batch: Any, outputs: Sequence
+    ) -> None:
+        self._evaluator.process(outputs, data_batch)
+
+    def after_test_epoch(self, runner: Runner, metrics: dict[str, float]) -> None:
+        self._evaluator.evaluate(len(runner.test_dataloader.dataset))
 
 
 def run_test(argv: Sequence[str] | None = None) -> None:

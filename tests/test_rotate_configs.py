@@ -14,6 +14,8 @@ from mmdet_moe import cli
 from mmdet_moe.analysis import command
 from mmdet_moe.analysis.command import run_analysis
 from mmdet_moe.analysis.report import figures
+from mmdet_moe.engine.dry_run import image_size
+from mmdet_moe.errors import ConfigError
 from mmdet_moe.moe.flops import count_flops
 
 ROTATE = sorted(CONFIGS.glob('moe_rotate_*.py'))
@@ -56,6 +58,9 @@ def test_config_is_what_its_name_says(path):
     with torch.no_grad():
         (y,) = model.moe.experts[0].backbone(torch.randn(1, DATA[data][1], 32, 32))
     assert y.shape == (1, features, 4, 4)
+    assert image_size(cfg) == {1: (28, 28), 3: (32, 32)}[DATA[data][1]]
+    with pytest.raises(ConfigError, match='--tta: the config needs tta_pipeline'):
+        cli._set_tta(cfg)
     assert len(cfg.data_preprocessor.mean) == len(cfg.data_preprocessor.std) == DATA[data][1]
 
 

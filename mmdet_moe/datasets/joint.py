@@ -92,8 +92,10 @@ class JointDataset(ConcatDataset):
             info = self.get_data_info(index)
             results = self.pipeline(info)
             if results is not None:
-                if 'data_samples' in results:
-                    results['data_samples'].set_metainfo({'dataset_source': info['dataset_source']})
+                samples = results.get('data_samples', [])
+                # Test-time augmentation makes several.
+                for sample in samples if isinstance(samples, list) else [samples]:
+                    sample.set_metainfo({'dataset_source': info['dataset_source']})
                 return results
             # An augmentation left no object: another image, as in the data sets of MMEngine.
             index = int(torch.randint(len(self), ()))

@@ -13,6 +13,8 @@ from torch import nn
 
 from mmdet_moe.engine.explain import explain, in_one_line
 from mmdet_moe.engine.options import add_cfg_options
+from mmdet_moe.engine.preflight import datasets_of
+from mmdet_moe.engine.preflight.arrays import side_of
 from mmdet_moe.errors import ConfigError
 
 #: Of images that classifiers and detectors are made for.
@@ -49,8 +51,8 @@ def build_model(cfg: Config) -> nn.Module:
 
 
 def image_size(cfg: Config, shape: Sequence[int] | None = None) -> tuple[int, int]:
-    """(H, W) for a dry run: ``--shape``, or what the images of a classifier are cropped to; 320
-    for a detector, which takes any.
+    """(H, W) for a dry run: ``--shape``, or what the images of a classifier are cropped to, or what
+    those of CIFAR and MNIST have; 320 for a detector, which takes any.
 
     Raises:
         ConfigError: If ``shape`` is none of an image.
@@ -63,9 +65,15 @@ def image_size(cfg: Config, shape: Sequence[int] | None = None) -> tuple[int, in
     size: Any = 320
     if cfg.default_scope == 'mmpretrain':
         dataset = cfg.get('train_dataloader', {}).get('dataset', {})
-        pipeline = dataset.get('pipeline') or cfg.get('train_pipeline', [])
-        sizes = [t.get('crop_size', t.get('scale')) for t in pipeline]
-        size = next((s for s in reversed(sizes) if s), 224)
+        inside = next(datasets_of(cfg, dataset, 'train_dataloader.dataset'), None)
+        # What a wrapper does comes later.
+        steps = [
+            *((inside and inside.cfg.get('pipeline')) or ()),
+            *(dataset.get('pipeline') or cfg.get('train_pipeline', ())),
+        ]
+        sizes = [t.get('crop_size', t.get('scale')) for t in steps]
+        usual = (inside and side_of(inside.cls)) or 224
+        size = next((s for s in reversed(sizes) if s), usual)
     return (size, size) if isinstance(size, int) else tuple(size)[:2]
 
 

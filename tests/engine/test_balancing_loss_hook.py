@@ -188,16 +188,19 @@ def test_frozen_layer_is_refused(make_runner, toy_model):
         runner.train()
 
 
-def test_data_sets_of_inputs_that_are_no_images(make_runner, toy_model):
+@pytest.mark.parametrize('by_name', [False, True])
+def test_data_sets_of_inputs_that_are_no_images(by_name, make_runner, toy_model):
     """Such as RoIs: hundreds of them have not the sources of 2 images."""
 
     class OfTwo(toy_model):
-        def forward(self, inputs, targets, mode='tensor', data_samples=None):
-            return super().forward(inputs, targets, mode)
+        def forward(self, inputs, data_samples, mode='tensor'):
+            return super().forward(inputs, self.targets, mode)
 
         def train_step(self, data, optim_wrapper):
+            self.targets = data['targets']
             samples = [BaseDataElement(metainfo={'dataset_source': i}) for i in range(2)]
-            return super().train_step({**data, 'data_samples': samples}, optim_wrapper)
+            both = {'inputs': data['inputs'], 'data_samples': samples}
+            return super().train_step(both if by_name else (*both.values(),), optim_wrapper)
 
     runner = make_runner(OfTwo(), [hook({'type': 'mmdet_moe.DatasetLoss', 'sources': 2})])
     with pytest.raises(ConfigError, match=r'"stem" decides on 4 inputs .* not on the 2 images'):

@@ -1,6 +1,7 @@
 """Two data sets in one detector: training with the data-set loss, and expert against data set."""
 
 import json
+import pickle
 from pathlib import Path
 
 import miniature
@@ -79,6 +80,13 @@ def test_experts_follow_the_data_set(folders, monkeypatch):
         # Those of the validation are told apart less well than those of so short a training.
         assert np.sum(found['source_shares'][1][2:]) > 0.8
         assert found['mi_source'] > 0.05
+    tested = [str(CONFIG), 'run/iter_60.pth', '--tta', '--out', 'found.pkl']
+    cli.run_test([*tested, '--cfg-options', *SMALL])
+    found = pickle.loads(Path('found.pkl').read_bytes())
+    contents = [
+        json.loads((root / 'annotations/instances_val2017.json').read_text()) for root in folders
+    ]
+    assert len(found) == sum(len(content['images']) for content in contents)
     arguments = ['--out', 'out', '--device', 'cpu', '--split', 'train', '--no-interventions']
     run_analysis([str(CONFIG), 'run/iter_60.pth', *arguments, '--cfg-options', *SMALL])
     experts = json.loads(Path('out/experts.json').read_text())

@@ -126,7 +126,7 @@ class _AddLosses:
                     'holds the checkpoint (a whole stage)'
                 )
             if any(loss.needs_sources for loss in self.losses):
-                samples = kwargs.get('data_samples', (*args, None)[1:2])
+                samples = kwargs.get('data_samples', (*args, None, None)[1])
                 routing.sources = _sources(samples, name, routing.num_images)
             key = 'loss_moe_' + name.replace('.', '_')
             for loss in self.losses:

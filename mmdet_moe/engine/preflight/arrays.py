@@ -26,6 +26,11 @@ def reads_arrays(cls: type | None) -> bool:
     return _reads_cifar(cls) or _reads_idx(cls)
 
 
+def side_of(cls: type | None) -> int | None:
+    """Of the images of such a data set in px; None for another one."""
+    return 32 if _reads_cifar(cls) else 28 if _reads_idx(cls) else None
+
+
 def _reads_cifar(cls: type | None) -> bool:
     return inherits(cls, 'mmpretrain.datasets.cifar', 'CIFAR10', 'load_data_list')
 
