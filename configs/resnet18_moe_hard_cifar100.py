@@ -1,10 +1,7 @@
 # Stage 4 of a ResNet-18 becomes 4 narrow experts (arXiv 2204.10598) on CIFAR-100;
 # experts above their share of importance are masked.
 _base_ = [
-    './_base_/models/resnet18_cifar.py',
-    './_base_/datasets/cifar100.py',
-    './_base_/schedules/cifar_adam.py',
-    './_base_/classification_runtime.py',
+    './resnet18_moe_dense_cifar100.py',
     './_base_/balancing/hard_relative_classification.py',
 ]
 model = dict(
@@ -16,5 +13,4 @@ model = dict(
         expert_channels=(25, 50, 90, 180),  # of stages 1 to 4: two experts cost what the stage does
         router={{_base_.router}},
     ),
-    head=dict(loss={{_base_.classification_loss}}),
 )

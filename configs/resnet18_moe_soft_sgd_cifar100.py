@@ -1,9 +1,6 @@
 # As resnet18_moe_soft_cifar100.py, with a modern recipe.
 _base_ = [
-    './_base_/models/resnet18_cifar.py',
-    './_base_/datasets/cifar100.py',
-    './_base_/schedules/cifar_sgd.py',
-    './_base_/classification_runtime.py',
+    './resnet18_moe_dense_sgd_cifar100.py',
     './_base_/balancing/soft_importance.py',
 ]
 model = dict(
@@ -15,5 +12,4 @@ model = dict(
         expert_channels=(25, 50, 90, 180),  # of stages 1 to 4: two experts cost what the stage does
         router={{_base_.router}},
     ),
-    head=dict(loss={{_base_.classification_loss}}),
 )

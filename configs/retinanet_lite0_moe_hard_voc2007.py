@@ -1,9 +1,6 @@
 # As retinanet_lite0_moe_soft_voc2007.py; experts above their share of importance are masked.
 _base_ = [
-    './_base_/models/retinanet_lite0.py',
-    './_base_/datasets/voc2007.py',
-    './_base_/schedules/voc_adamw.py',
-    './_base_/default_runtime.py',
+    './retinanet_lite0_dense_voc2007.py',
     './_base_/balancing/hard_relative.py',
 ]
 model = dict(

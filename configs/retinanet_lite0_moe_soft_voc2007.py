@@ -1,9 +1,6 @@
 # Both subnets of the head become 4 experts, balanced by the importance loss.
 _base_ = [
-    './_base_/models/retinanet_lite0.py',
-    './_base_/datasets/voc2007.py',
-    './_base_/schedules/voc_adamw.py',
-    './_base_/default_runtime.py',
+    './retinanet_lite0_dense_voc2007.py',
     './_base_/balancing/soft_importance.py',
 ]
 model = dict(

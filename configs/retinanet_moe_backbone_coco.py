@@ -1,10 +1,7 @@
 # Feature MoE (arXiv 2204.10598): backbone stage 4 becomes 4 experts that start as copies of the
 # pretrained stage; KL loss with weight 0.25.
 _base_ = [
-    './_base_/models/retinanet_r50_fpn.py',
-    './_base_/datasets/coco_detection.py',
-    './_base_/schedules/schedule_1x.py',
-    './_base_/default_runtime.py',
+    './retinanet_dense_coco.py',
     './_base_/balancing/soft_kl.py',
 ]
 model = dict(

@@ -1,9 +1,6 @@
 # Predictor MoE, balanced by the importance loss.
 _base_ = [
-    './_base_/models/retinanet_r50_fpn.py',
-    './_base_/datasets/coco_detection.py',
-    './_base_/schedules/schedule_1x.py',
-    './_base_/default_runtime.py',
+    './retinanet_dense_coco.py',
     './_base_/balancing/soft_importance.py',
 ]
 model = dict(

@@ -2,10 +2,7 @@
 # full, so that the model starts with the dense one's outputs and costs what it does. Routers start
 # as clusters: with the usual start most of these layers send nearly all images to one expert.
 _base_ = [
-    './_base_/models/yolox_nano.py',
-    './_base_/datasets/coco_subset.py',
-    './_base_/schedules/yolox_adamw.py',
-    './_base_/default_runtime.py',
+    './yolox_nano_dense_coco_subset.py',
     './_base_/balancing/clustered.py',
 ]
 one = dict(num_experts=4, top_k=1)

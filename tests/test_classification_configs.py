@@ -196,7 +196,7 @@ def test_position_and_number_of_experts_in_one_line_each(position, num_experts, 
         assert source.count(line) == 1
         source = source.replace(line, new)
     path = tmp_path / 'edited.py'
-    path.write_text(source.replace("'./_base_/", f"'{CONFIGS}/_base_/"))
+    path.write_text(source.replace("'./", f"'{CONFIGS}/"))
     cfg = Config.fromfile(path)
     init_default_scope('mmpretrain')
     model = MODELS.build(cfg.model)

@@ -1,9 +1,6 @@
 # As retinanet_moe_soft_digits.py; experts above their share of importance are masked.
 _base_ = [
-    '../_base_/demo_runtime.py',
-    '../_base_/models/retinanet_demo.py',
-    '../_base_/datasets/digit_scenes.py',
-    '../_base_/schedules/demo.py',
+    './retinanet_dense_digits.py',
     '../_base_/balancing/hard_relative.py',
 ]
 model = dict(

@@ -1,9 +1,6 @@
 # One decision for each pixel of each level: sharp ones, that use all experts within every level.
 _base_ = [
-    '../_base_/demo_runtime.py',
-    '../_base_/models/retinanet_demo.py',
-    '../_base_/datasets/digit_scenes.py',
-    '../_base_/schedules/demo.py',
+    './retinanet_dense_digits.py',
     '../_base_/balancing/sharp_within_levels.py',
 ]
 model = dict(

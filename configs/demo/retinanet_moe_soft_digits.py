@@ -1,10 +1,7 @@
 # The demo's MoE: both subnets of the pretrained RetinaNet become 4 experts, which start as copies
 # and are balanced by the importance loss.
 _base_ = [
-    '../_base_/demo_runtime.py',
-    '../_base_/models/retinanet_demo.py',
-    '../_base_/datasets/digit_scenes.py',
-    '../_base_/schedules/demo.py',
+    './retinanet_dense_digits.py',
     '../_base_/balancing/soft_importance.py',
 ]
 model = dict(
