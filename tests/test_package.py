@@ -360,6 +360,16 @@ def test_models_of_a_missing_toolbox(tmp_path, blocked, missing):
             assert f'mmdet_moe.{name} needs {toolbox}, which is not installed' in lines[name]
 
 
+def test_classifiers_are_analysed_without_mmdet(tmp_path):
+    """Nor with what comes with it."""
+    code = NO_TOOLBOX.format(blocked=('mmdet', 'pycocotools'))
+    code += (
+        'from mmdet_moe.analysis import command\nfrom mmdet_moe.analysis.image_demo import command'
+    )
+    done = run(tmp_path, code, site=ROOT)
+    assert done.returncode == 0, done.stderr
+
+
 # As MMDetection's own mmdet/configs/, which its wheels do not hold.
 PURE_BASE = """\
 from mmdet.models import FPN, DetDataPreprocessor, ResNet, RetinaHead, RetinaNet

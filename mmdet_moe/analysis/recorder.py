@@ -180,11 +180,12 @@ class Recorder:
         kept = np.arange(len(image))
         most = max(1, min(MAX_DECISIONS, MAX_WEIGHTS // decisions.weights.shape[1]))
         if np.bincount(image).max(initial=0) > most:
-            chosen, number = [], list(self.tracer.layers).index(name)
+            chosen = []
             for i, index in enumerate(indices.tolist()):
                 mine = kept[image == i]
                 if len(mine) > most:
-                    rng = np.random.default_rng([index, number])
+                    # The same of all layers, whose decisions can so be compared.
+                    rng = np.random.default_rng(index)
                     mine = np.sort(rng.choice(mine, most, replace=False))
                 chosen.append(mine)
             kept = np.concatenate(chosen)

@@ -42,7 +42,7 @@ from mmdet_moe.analysis.records.files import RecordFiles
 from mmdet_moe.analysis.statistics.similarity import expert_similarity
 
 #: Raise it whenever the records of the same analysis would have other contents.
-RECORD_FORMAT = 6
+RECORD_FORMAT = 7
 #: Images in one file of records: what an interruption costs at most.
 IMAGES_PER_FILE = 64
 # Enough to tell a layer's items from images; they are predicted once more with all others.

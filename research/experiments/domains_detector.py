@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -401,7 +402,7 @@ def markdown_table(
             cells = [name, str(len(by_seed)), mean_and_std([np.mean(ap) for ap in aps], 1)]
             cells.append(f'{mean_std(paired)[0]:+.1f}' if paired else NOTHING)
             cells += [mean_and_std(of_set, 1) for of_set in zip(*aps, strict=True)]
-            cells += [f'{flops[name] / 1e6:.0f}', f'{mean_std(seconds)[0]:.2f}']
+            cells += [f'{flops[name] / 1e6:.0f}', f'{median(seconds):.2f}']
             cells.append(f'{sum(run.total_parameters for run in first) / 1e3:,.0f} k')
             if not first[0].layers:
                 yield [*cells, NOTHING, NOTHING]

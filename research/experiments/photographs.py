@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from mmdet_moe.analysis.files import write_file
@@ -19,7 +20,6 @@ from research.experiments.domains_detector import SIDE, WIDTH, neck_and_head_flo
 from research.experiments.experiment import CONFIGS, Method
 from research.experiments.scenes import Task
 from research.experiments.sizes import MeasuredExperiment, markdown_table, plot
-from research.runs import mean_std
 
 
 @dataclass(frozen=True)
@@ -197,7 +197,7 @@ class PhotographsExperiment(MeasuredExperiment):
         costs = []
         for method in self.methods:
             if runs := self.results(method):
-                seconds = mean_std([run.seconds_per_iteration for run in runs])[0]
+                seconds = median(run.seconds_per_iteration for run in runs)
                 flops = self._flops[method.name] / 1e6
                 costs.append(f'{method.name} {flops:.0f} MFLOPs, {seconds:.2f} s')
         text = f'{self.headline}. Cost of {self.measured} for an image, and time of an iteration: '

@@ -73,10 +73,12 @@ def write_projector(study: Study, folder: Path) -> None:
             for name, layer in study.layers.items():
                 _watch(stack, layer, given.setdefault(name, []).append)
             study.model(**inputs, mode='predict')
-        picture = network_picture(inputs)
+        picture, padded = network_picture(inputs), inputs['inputs'].shape[-2:]
         extra = [data.classes[data.label(index)]] if is_labelled else []
         for name, calls in given.items():
-            of_image = [point for call in _numbered(calls) for point in _points(*call, picture)]
+            of_image = [
+                point for call in _numbered(calls) for point in _points(*call, picture, padded)
+            ]
             most = -(-MAX_POINTS // len(images))
             chosen = np.sort(rng.permutation(len(of_image))[:most])
             for vector, told, cell in (of_image[i] for i in chosen):
@@ -134,16 +136,24 @@ def _numbered(calls: list[tuple]) -> list[tuple]:
 
 
 def _points(
-    vectors: Tensor, routing: Routing, items: list[Items], first: int, picture: np.ndarray
+    vectors: Tensor,
+    routing: Routing,
+    items: list[Items],
+    first: int,
+    picture: np.ndarray,
+    padded: tuple[int, int],
 ) -> list[tuple[Tensor, list[str], np.ndarray]]:
-    """Vector, what is told, and picture (3, side, side) of each decision of a call."""
+    """Vector, what is told, and picture (3, side, side) of each decision of a call.
+
+    The maps are of the picture with the padding around it, as high and wide as ``padded``.
+    """
     vectors = vectors.float().cpu()
     weights = routing.dense_weights().float().cpu()
     weights = weights / weights.sum(1, keepdim=True)
     top, main = weights.max(1)
     found, row = [], 0
     for number, (of_map, rows) in enumerate(zip(items, routing.items_per_level, strict=True)):
-        cells = _cells(of_map, rows, picture)
+        cells = _cells(of_map, rows, picture, padded)
         for i in range(rows):
             told = [f'e{int(main[row])}', f'{float(top[row]):.3f}', str(first + number)]
             found.append((vectors[row], told, cells[i % len(cells)]))
@@ -151,14 +161,17 @@ def _points(
     return found
 
 
-def _cells(items: Items, rows: int, picture: np.ndarray) -> list[np.ndarray]:
+def _cells(
+    items: Items, rows: int, picture: np.ndarray, padded: tuple[int, int]
+) -> list[np.ndarray]:
     """What each item covers; the whole picture where that is not known."""
     borders = items.borders()
     if borders is None or len(items) != rows:
         return [_thumbnail(picture)]
-    height, width = picture.shape[:2]
-    x, y = (b.numpy() for b in borders)
-    x, y = np.clip(x * width, 0, width), np.clip(y * height, 0, height)
+    x, y = (
+        np.clip(b.numpy() * whole, 0, seen)
+        for b, whole, seen in zip(borders, padded[::-1], picture.shape[1::-1], strict=True)
+    )
     return [
         _thumbnail(picture[int(top) : int(np.ceil(bottom)), int(left) : int(np.ceil(right))])
         for top, bottom in pairwise(y)

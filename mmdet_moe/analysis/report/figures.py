@@ -591,7 +591,9 @@ def _information(layer: str, content: dict, run: dict) -> Figure | None:
                 label=label, clip_on=False,
             )  # fmt: skip
     for place, (_, given, association, _) in zip(places, rows, strict=True):
-        text = f'{association["mi"]:.3f} nats, {_p_value(association)}'
+        text = 'not tested'
+        if association.get('left_out') != 1:
+            text = f'{association["mi"]:.3f} nats, {_p_value(association)}'
         _beside(axes, place, text, 4, color='black' if given is None else '0.35')
     names = [f'    {name}' if given else name for name, given, *_ in rows]
     axes.set_yticks(places, [_shortened(name, 40) for name in names])

@@ -9,19 +9,23 @@ the detections of an image as often as it drew the image, and accumulates the cu
 over recall again, to the same AP as COCOeval on a data set in which the images are repeated.
 """
 
+from __future__ import annotations
+
 import contextlib
 import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING
 
 import numpy as np
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
 from scipy import sparse
 
 from mmdet_moe.analysis.data import AnalysisData
 from mmdet_moe.analysis.records.contents import BoxRecords
+
+if TYPE_CHECKING:
+    from pycocotools.cocoeval import COCOeval
 
 _AREAS = {'AP small': 1, 'AP medium': 2, 'AP large': 3}  # indices of COCOeval's area ranges
 _MAX_DETECTIONS = 100
@@ -56,6 +60,8 @@ class DetectionMetrics:
     """
 
     def __init__(self, data: AnalysisData, num_images: int) -> None:
+        from pycocotools.coco import COCO  # which comes with MMDetection
+
         self.classes = data.classes
         annotations = []
         for index in range(num_images):
@@ -100,6 +106,8 @@ class DetectionMetrics:
         Args:
             found, images: As when called.
         """
+        from pycocotools.cocoeval import COCOeval
+
         image, boxes, scores, labels = found.image, found.box, found.score, found.label
         if len(image) == 0:
             # COCO's API cannot read an empty list; one detection outside of every image finds
@@ -183,7 +191,7 @@ class _Curve:
     objects: np.ndarray  #: int (G,), the image of each object there is to find
 
     @classmethod
-    def of_class(cls, images: list[dict]) -> '_Curve':
+    def of_class(cls, images: list[dict]) -> _Curve:
         """From the entries of ``COCOeval.evalImgs``."""
         if not images:
             none = np.zeros(0, int)

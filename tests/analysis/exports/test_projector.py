@@ -13,6 +13,7 @@ from mmdet_moe.analysis.exports import check_projector, projector, write_project
 from mmdet_moe.errors import ConfigError
 from mmdet_moe.moe import MoELayer, find_expert_layers
 from mmdet_moe.moe.mumoe import CPMuMoE
+from mmdet_moe.moe.patches import PatchGrid
 
 pytest.importorskip('tensorboard')
 
@@ -110,3 +111,12 @@ def test_what_would_fail_is_refused_before_the_work(tmp_path, monkeypatch):
     monkeypatch.setattr(projector, 'find_spec', lambda name: None)
     with pytest.raises(ConfigError, match='pip install tensorboard'):
         check_projector(tmp_path / 'new')
+
+
+def test_cells_of_a_padded_picture():
+    """A third of the map is padding: its lowest row of cells shows the end of the picture alone."""
+    picture = np.zeros((40, 60, 3), np.uint8)
+    picture[20:] = 200
+    cells = projector._cells(PatchGrid((6, 6), 3, 1, 0), 9, picture, (60, 60))
+    means = np.array([cell.mean() for cell in cells]).reshape(3, 3)
+    assert means.tolist() == [[0, 0, 0], [200, 200, 200], [0, 0, 0]]

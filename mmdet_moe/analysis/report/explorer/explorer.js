@@ -704,8 +704,10 @@
           ...Object.fromEntries(['x1', 'y1', 'x2', 'y2'].map((side, i) => [side, (row) => box[4 * row + i]])),
         }),
       };
+      // A spreadsheet computes what begins as a formula; a negative number is none.
+      const plain = (value) => (/^[=+\-@\t\r]/.test(value) && Number.isNaN(Number(value)) ? `'${value}` : value);
       const cell = (value) => (/[",\n\r]/.test(value) ? `"${String(value).replaceAll('"', '""')}"` : value);
-      const lines = [Object.keys(columns), ...this.sorted.map((row) => Object.values(columns).map((of) => cell(of(row))))];
+      const lines = [Object.keys(columns), ...this.sorted.map((row) => Object.values(columns).map((of) => cell(plain(of(row)))))];
       const url = URL.createObjectURL(new Blob([`${lines.map((line) => line.join(',')).join('\r\n')}\r\n`], { type: 'text/csv' }));
       element('a', { href: url, download: `${this.payload.run.config}_${this.layerName}_expert${this.number()}_${this.noun}s.csv` }).click();
       setTimeout(() => URL.revokeObjectURL(url), 10000);
