@@ -165,8 +165,6 @@ def metrics_of(found: BoxRecords | np.ndarray, data: AnalysisData) -> dict:
         metrics = ClassificationMetrics(data.classes, labels)(found)
         per_group = {
             group: ClassificationMetrics(data.classes, labels[images])(found[images])
-            if len(images)
-            else {main: None}
             for group, images in data.groups.items()
         }
     if per_group:

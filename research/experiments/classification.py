@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from statistics import median
 
 from research.experiments.budget import (
     CIFAR100,
@@ -220,15 +221,18 @@ def accuracy_table(results: dict[str, list[RunResult]], flops: dict[str, int]) -
     """Mean ± standard deviation over the seeds, one row per method.
 
     Args:
-        results: The finished runs by method. Times are those of the first seed, since others may
-            come from another machine, and are compared with the first method's.
+        results: The finished runs by method; times are compared with those of the first one.
         flops: Active FLOPs of one image by method.
     """
     columns = (
         'method', 'seeds', 'accuracy', 'active MFLOPs', 's/iteration (× dense)', 'parameters',
         'load CV²', 'dead experts', 'information on input',
     )  # fmt: skip
-    seconds = {name: runs[0].seconds_per_iteration for name, runs in results.items() if runs}
+    seconds = {
+        name: median(run.seconds_per_iteration for run in runs)
+        for name, runs in results.items()
+        if runs
+    }
     of_dense = seconds.get(next(iter(results)))
 
     def rows() -> Iterator[list[str]]:

@@ -228,6 +228,21 @@ def test_few_decisions_of_many_experts_are_kept(randomise, monkeypatch):
     assert np.bincount(records.decisions.image).tolist() == [0, 0, 0, 0, 5, 5, 5]
 
 
+def test_layers_keep_the_same_decisions(randomise, monkeypatch):
+    """So that flows between them can be told: of maps of one size, the same of 9 patches."""
+    monkeypatch.setattr('mmdet_moe.analysis.recorder.MAX_WEIGHTS', 16)
+    model = build_single('retina')
+    experts = dict(num_experts=4, granularity='patch', grid_size=3)
+    paths = ('neck.lateral_convs.0.conv', 'neck.fpn_convs.0.conv')
+    add_experts(model, [dict(at=path, **experts) for path in paths])
+    with Tracer(randomise(model).eval()) as tracer:
+        recorder = Recorder(tracer, Data())
+        recorder.add([4, 5, 6], tracer.predict(make_batch()))
+    one, two = (layer.decisions for layer in recorder.take().layers)
+    assert np.bincount(one.image).tolist() == [0, 0, 0, 0, 4, 4, 4]
+    assert one.unit.tolist() == two.unit.tolist()
+
+
 def test_a_head_that_the_first_images_do_not_need_has_its_place(randomise, tmp_path):
     """No masks are computed for images in which nothing is found."""
     path, mask_path = 'roi_head.bbox_head.shared_fcs.1', 'roi_head.mask_head.convs.0'

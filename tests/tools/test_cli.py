@@ -293,16 +293,8 @@ def test_classifier(here, capsys):
     checkpoint = 'work_dirs/classifier/iter_1.pth'
     assert Path(checkpoint).is_file()
     cli.run_test(['classifier.py', checkpoint, '--tta', '--out', 'classes.pkl', *MOVED])
-    cli.run_test(
-        [
-            'classifier.py',
-            checkpoint,
-            '--show-dir',
-            'drawn',
-            *MOVED,
-            'default_hooks.visualization=None',
-        ]
-    )
+    no_hook = 'default_hooks.visualization=None'
+    cli.run_test(['classifier.py', checkpoint, '--show-dir', 'drawn', *MOVED, no_hook])
     assert 'accuracy/top1' in ''.join(capsys.readouterr())
     assert len(pickle.loads(Path('classes.pkl').read_bytes())) == 4
     # As a detector's, and not in the current folder.

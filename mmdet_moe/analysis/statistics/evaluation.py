@@ -268,7 +268,8 @@ class ClassificationMetrics:
         """Evaluate the predicted classes, int (n,).
 
         Returns:
-            ``accuracy`` and ``per_class``, the accuracy on each class's own images, in 0..1.
+            ``accuracy`` and ``per_class``, the accuracy on each class's own images, in 0..1; None
+            without an image.
         """
         return self.evaluated(labels).metrics
 
@@ -278,7 +279,7 @@ class ClassificationMetrics:
         images = np.bincount(self.true_labels, minlength=count)
         hits = np.bincount(self.true_labels, correct, count)
         metrics = {
-            'accuracy': float(correct.mean()),
+            'accuracy': float(correct.mean()) if correct.size else None,
             'per_class': {
                 name: float(hit / number) if number else None
                 for name, hit, number in zip(self.classes, hits, images, strict=True)

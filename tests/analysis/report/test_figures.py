@@ -349,6 +349,15 @@ def small(**options):
     return experts, table
 
 
+def test_what_was_not_tested_is_not_zero():
+    """Each of its values is on too few images."""
+    experts, table = small()
+    table['given']['level']['left_out'] = 1.0
+    (axes,) = draw_all(experts)[LAYER, 'information'].axes
+    assert [text.get_text() for text in axes.texts[1:2]] == ['not tested']
+    assert 'nats, p = ' in axes.texts[0].get_text()
+
+
 def test_controls_are_marks_beside_the_bars():
     experts, table = small()
     table['controls'] = {'random': {'mi': 0.05, 'given': {'level': 0.02}}, 'level': {'mi': 0.1}}

@@ -163,6 +163,9 @@ def test_accuracy():
     metrics = ClassificationMetrics(['a', 'b', 'c'], np.array([0, 1, 0, 0]))
     found = metrics(np.array([0, 1, 1, 0]))
     assert found == {'accuracy': 0.75, 'per_class': {'a': 2 / 3, 'b': 1.0, 'c': None}}
+    # Of a data set, say, of which no image was drawn.
+    none = np.zeros(0, int)
+    assert ClassificationMetrics(['a'], none)(none) == {'accuracy': None, 'per_class': {'a': None}}
 
 
 @pytest.mark.parametrize('seed', [0, 2])
