@@ -5,50 +5,20 @@ is kept in buffers, so that a resumed run decides exactly as the uninterrupted o
 with sums over all ranks.
 """
 
-import weakref
 from abc import ABC, abstractmethod
-from collections import deque
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from mmdet_moe.errors import ConfigError
+from mmdet_moe.checks import check_number
 from mmdet_moe.moe.distributed import global_sum
+from mmdet_moe.moe.pass_states import PassStates
 from mmdet_moe.moe.precision import KeepsPrecision
 from mmdet_moe.moe.routing import Routing
 from mmdet_moe.registry import MODELS
 
 _TINY = torch.finfo(torch.float32).tiny
-
-
-def in_backward() -> bool:
-    """Whether a backward pass runs, in which an activation checkpoint computes something again."""
-    if torch.compiler.is_compiling():  # which does so by itself, and not in Python
-        return False
-    return torch._C._current_graph_task_id() != -1
-
-
-class _Graph:
-    """Lives in a graph for as long as that can be asked for a gradient."""
-
-
-class _Call:
-    """What one decision in training went by, and whether a backward pass may ask for it again."""
-
-    def __init__(self, state: Tensor, logits: Tensor) -> None:
-        self.state = state
-        self.is_done = False
-        self.graph: weakref.ref[_Graph] | None = None
-        # There is none to be seen where a reentrant checkpoint runs, or where nothing is trained.
-        node: Any = logits.grad_fn
-        if node is not None:
-            self.graph = weakref.ref(node.metadata.setdefault(__name__, _Graph()))
-
-    @property
-    def is_awaited(self) -> bool:
-        return not self.is_done and (self.graph is None or self.graph() is not None)
 
 
 class Constraint(KeepsPrecision, ABC):
@@ -67,46 +37,11 @@ class Constraint(KeepsPrecision, ABC):
     def __init__(self, num_experts: int) -> None:
         super().__init__()
         self.num_experts = num_experts
-        # In their order. The bound is for passes of which no graph says when they are over.
-        self._calls: deque[_Call] = deque(maxlen=64)
+        self._states = PassStates(type(self).__name__)
 
     def remembered(self, state: Callable[[], Tensor], logits: Tensor) -> Tensor:
-        """What a decision of a training goes by: ``state()``, or what that was in the forward pass.
-
-        Args:
-            state: Computes it; the result must not change afterwards.
-            logits: (T, E), those that are decided on.
-
-        Raises:
-            ConfigError: In a backward pass through several forward passes that went by different
-                states: to which of them an activation checkpoint belongs, nothing tells. A forward
-                pass without gradients counts, as it may be that of a reentrant checkpoint.
-        """
-        if torch.compiler.is_compiling():
-            return state()
-        if not in_backward():
-            waiting = [call for call in self._calls if call.is_awaited]
-            self._calls.clear()
-            self._calls.extend([*waiting, _Call(state(), logits)])
-            return self._calls[-1].state
-        calls = [call for call in self._calls if call.is_awaited] or list(self._calls)[-1:]
-        if not calls:
-            return state()
-        if any(not torch.equal(call.state, calls[0].state) for call in calls[1:]):
-            raise ConfigError(
-                f'{type(self).__name__}: an activation checkpoint (with_cp=True) computes one of '
-                'several forward passes again, between which the constraint has changed; call '
-                'backward() after each of them, enclose them by begin() and end() of the MoE '
-                'layer, or leave out the checkpoint'
-            )
-        # One of them is over, whichever: all went by the same. Several with graphs end with these.
-        if calls[0].graph is None or len(calls) == 1:
-            calls[0].is_done = not torch._C._autograd._get_current_graph_task_keep_graph()
-        return calls[0].state
-
-    def __getstate__(self) -> dict[str, Any]:
-        # What graphs are waited for is no part of a copy.
-        return {**self.__dict__, '_calls': deque(maxlen=self._calls.maxlen)}
+        """What a decision in training goes by: :meth:`.PassStates.remembered`."""
+        return self._states.remembered(state, logits)
 
     @abstractmethod
     def select(self, logits: Tensor, training: bool) -> Tensor:
@@ -131,11 +66,8 @@ class _HardConstraint(Constraint):
 
     def __init__(self, num_experts: int, threshold: float) -> None:
         super().__init__(num_experts)
-        if threshold < 0:
-            raise ConfigError(
-                f'{type(self).__name__}: threshold={threshold} could mask every expert; '
-                'use a value of at least 0'
-            )
+        # A negative one could mask every expert.
+        check_number(type(self).__name__, 'threshold', threshold, least=0)
         self.threshold = threshold
 
     @abstractmethod
@@ -262,10 +194,7 @@ class BiasBalancing(Constraint):
 
     def __init__(self, num_experts: int, update_rate: float = 0.001) -> None:
         super().__init__(num_experts)
-        if update_rate <= 0:
-            raise ConfigError(
-                f'BiasBalancing: update_rate={update_rate} never balances; use a positive value'
-            )
+        check_number('BiasBalancing', 'update_rate', update_rate, above=0)
         self.update_rate = update_rate
         self.register_buffer('bias', torch.zeros(num_experts))
 

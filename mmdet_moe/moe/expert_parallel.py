@@ -139,8 +139,7 @@ class SpreadExperts(Experts):
         rank = dist.get_rank(self.group)
         self.first = rank * self._num_local
         self.local = _cut(experts, self.first, self.first + self._num_local)
-        for parameter in self.local.parameters():
-            setattr(parameter, _MARK, parts)
+        self._mark()
         #: Data parallelism that does not know better gives it the value of the first rank. No
         #: buffer, because MMEngine has those left alone.
         self.place = nn.ParameterList([nn.Parameter(torch.tensor([float(rank)]), False)])
@@ -151,6 +150,14 @@ class SpreadExperts(Experts):
         self.gives_part = False
         self.register_state_dict_post_hook(_save)
         self.register_load_state_dict_pre_hook(_load)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._mark()  # copies of parameters do not keep attributes
+
+    def _mark(self) -> None:
+        for parameter in self.local.parameters():
+            setattr(parameter, _MARK, self.parts)
 
     @property
     def num_experts(self) -> int:

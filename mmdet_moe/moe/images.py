@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mmdet_moe.errors import ConfigError
 from mmdet_moe.moe.experts import ModuleExperts
-from mmdet_moe.moe.items import Items, at_least_float32
+from mmdet_moe.moe.items import Items, at_least_float32, check_map
 from mmdet_moe.moe.patches import PatchGrid
 from mmdet_moe.moe.receptive_field import check_images_apart
 
@@ -33,6 +33,7 @@ class Images(Items):
     @classmethod
     def divide(cls, layer: 'MoELayer', x: Tensor) -> Items:
         if x.dim() == 4:
+            check_map(layer, x)
             return PatchGrid(tuple(x.shape[-2:]))
         if x.dim() not in (2, 3) or x.shape[-1] != layer.router.in_channels:
             raise ConfigError(

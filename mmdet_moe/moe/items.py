@@ -311,7 +311,7 @@ class Tokens(Items):
 
 
 def check_map(layer: 'MoELayer', x: Tensor) -> None:
-    """Refuse an input that is no feature map.
+    """Refuse an input that is no feature map, or one without pixels.
 
     Raises:
         ConfigError: Naming the layer and the shape.
@@ -320,6 +320,11 @@ def check_map(layer: 'MoELayer', x: Tensor) -> None:
         raise ConfigError(
             f'MoE layer "{layer.name}" with granularity={layer.granularity!r} takes inputs '
             f'(N, C, H, W), got {tuple(x.shape)}; choose another granularity or path'
+        )
+    if 0 in x.shape[2:]:
+        raise ConfigError(
+            f'MoE layer "{layer.name}" is given maps without pixels, {tuple(x.shape)}; give the '
+            'model larger images'
         )
 
 

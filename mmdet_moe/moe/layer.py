@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from torch.utils.hooks import RemovableHandle
 
+from mmdet_moe.checks import check_number
 from mmdet_moe.errors import ConfigError, NonFiniteRouterError, explained
 from mmdet_moe.moe.build import build_experts, build_router
 from mmdet_moe.moe.capacity import overflow
-from mmdet_moe.moe.constraints import in_backward
 from mmdet_moe.moe.dispatcher import (
     Dispatcher,
     EveryExpert,
@@ -32,6 +32,7 @@ from mmdet_moe.moe.expert_parallel import spread_over_ranks
 from mmdet_moe.moe.experts import Experts, ModuleExperts, upcycle
 from mmdet_moe.moe.granularity import GRANULARITIES
 from mmdet_moe.moe.items import Items
+from mmdet_moe.moe.pass_states import in_backward
 from mmdet_moe.moe.routers import Router
 from mmdet_moe.moe.routing import Routing
 from mmdet_moe.ops.functional import is_exporting, is_one_graph, uncompiled
@@ -818,21 +819,15 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
 def _check_options(
     capacity_factor: Any, expert_init: Any, decision_weight: Any, upcycle_noise: Any, batch_dim: Any
 ) -> None:
-    if capacity_factor is not None and not (
-        isinstance(capacity_factor, (int, float)) and 0 < capacity_factor < float('inf')
-    ):
-        raise ConfigError(
-            f'capacity_factor={capacity_factor!r} must be a number above 0 (1.25 is usual), or '
-            'None for no bound'
-        )
+    if capacity_factor is not None:
+        check_number('MoELayer', 'capacity_factor', capacity_factor, above=0)
     if expert_init not in EXPERT_INITS:
         raise ConfigError(f'expert_init={expert_init!r} is unknown; use one of {EXPERT_INITS}')
     if decision_weight not in DECISION_WEIGHTS:
         raise ConfigError(
             f'decision_weight={decision_weight!r} is unknown; use one of {DECISION_WEIGHTS}'
         )
-    if not isinstance(upcycle_noise, (int, float)) or upcycle_noise < 0:
-        raise ConfigError(f'upcycle_noise={upcycle_noise!r} must be a number of at least 0')
+    check_number('MoELayer', 'upcycle_noise', upcycle_noise, least=0)
     if batch_dim not in (0, 1):
         raise ConfigError(f'batch_dim={batch_dim!r} must be 0 or 1')
 

@@ -3,7 +3,7 @@
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -11,11 +11,13 @@ import torch.nn.functional as F
 from mmengine.logging import print_log
 from torch import Tensor, nn
 
+from mmdet_moe.checks import check_number
 from mmdet_moe.errors import ConfigError
-from mmdet_moe.moe.constraints import Constraint, in_backward
+from mmdet_moe.moe.constraints import Constraint
 from mmdet_moe.moe.distributed import global_sum_, own_random
 from mmdet_moe.moe.items import Items
 from mmdet_moe.moe.kmeans_start import KMeansStart
+from mmdet_moe.moe.pass_states import PassStates, in_backward
 from mmdet_moe.moe.patches import PatchGrid
 from mmdet_moe.moe.precision import KeepsPrecision, no_autocast
 from mmdet_moe.moe.routing import Routing
@@ -311,9 +313,9 @@ class LevelNorm(KeepsPrecision):
         self.register_buffer('variance', torch.ones(num_levels, features))
         self.register_buffer('batches', torch.zeros(num_levels))
         self._in_pass = False
-        # By level: sums of this pass, and the mean and variance that the latest one went by.
-        self._seen: dict[int, Tensor] = {}
-        self._went_by: dict[int, tuple[Tensor, Tensor]] = {}
+        # By level, of this pass: sums, and the mean and variance (2, F) that it goes by.
+        self._seen: dict[int, tuple[Tensor, Tensor]] = {}
+        self._states = [PassStates(f'normalise_levels, level {i}') for i in range(num_levels)]
 
     def begin(self) -> None:
         """A pass of the model begins, in which a level may come in several calls."""
@@ -323,7 +325,7 @@ class LevelNorm(KeepsPrecision):
     def end(self) -> None:
         """It ends: what its calls have seen counts as one batch."""
         self._in_pass = False
-        for level, sums in self._seen.items():
+        for level, (sums, _) in self._seen.items():
             mean, variance = self._moved(level, sums)
             self.mean[level], self.variance[level] = mean, variance
             self.batches[level] += sums[0, 0] > 0
@@ -331,11 +333,10 @@ class LevelNorm(KeepsPrecision):
 
     def forward(self, features: Tensor, level: int) -> Tensor:
         """(items, F) of one level, at least float32, to the same."""
-        if self.training and not in_backward():
-            self._see(features.detach(), level)
-        known = self.mean[level], self.variance[level]
-        mean, variance = self._went_by.get(level, known) if self.training else known
-        return _standardised(features, mean, variance)
+        if not self.training:
+            return _standardised(features, self.mean[level], self.variance[level])
+        see = partial(self._see, features.detach(), level)
+        return _standardised(features, *self._states[level].remembered(see, features))
 
     def of_rows(self, rows: Tensor) -> Tensor:
         """(items, F + 1), the last column being the level, to (items, F), as at inference."""
@@ -344,23 +345,25 @@ class LevelNorm(KeepsPrecision):
         return _standardised(rows[:, :-1], mean, variance)
 
     @torch.no_grad()
-    def _see(self, features: Tensor, level: int) -> None:
+    def _see(self, features: Tensor, level: int) -> Tensor:
+        """Take a call into account, and give the mean and variance (2, F) that it goes by."""
         # Around the mean so far, as the difference of two large squares would be mostly rounding.
         features = features - self.mean[level].to(features.dtype)
         count = features.new_full((features.shape[1],), len(features))
         sums = torch.stack([count, features.sum(0), (features**2).sum(0)])
         global_sum_([sums])
         if level in self._seen:
-            self._seen[level] = self._seen[level] + sums
-            return
+            earlier, goes_by = self._seen[level]
+            self._seen[level] = earlier + sums, goes_by
+            return goes_by
         # Without asking how many there were, which would wait for a GPU.
         is_early = self.batches[level] * self.momentum < 1
-        moved, known = self._moved(level, sums), (self.mean[level], self.variance[level])
-        mean, variance = (torch.where(is_early, *pair) for pair in zip(moved, known, strict=True))
-        self._went_by[level] = mean, variance
-        self._seen[level] = sums
+        known = torch.stack([self.mean[level], self.variance[level]])
+        goes_by = torch.where(is_early, torch.stack(self._moved(level, sums)), known)
+        self._seen[level] = sums, goes_by
         if not self._in_pass:
             self.end()
+        return goes_by
 
     def _moved(self, level: int, sums: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and variance with a batch of which these sums (3, F) have been seen."""
@@ -395,8 +398,7 @@ class _PooledRouter(Router):
         **kwargs: Any,
     ) -> None:
         super().__init__(in_channels, num_experts, top_k, **kwargs)
-        if init_std < 0:
-            raise ConfigError(f'init_std={init_std} must not be negative')
+        check_number(type(self).__name__, 'init_std', init_std, least=0)
         if init not in ('normal', 'kmeans'):
             raise ConfigError(f"init={init!r} is unknown; use 'normal' or 'kmeans'")
         if init == 'kmeans' and not bias:

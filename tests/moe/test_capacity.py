@@ -131,7 +131,7 @@ def test_dropped_rows_are_counted():
     assert f'dropped {100 * report.dropped:.1f} %' in str(report)
 
 
-@pytest.mark.parametrize('factor', [0, -1.0, float('nan'), float('inf'), '1'])
+@pytest.mark.parametrize('factor', [0, -1.0, float('nan'), float('inf'), '1', True])
 def test_capacity_of_nothing(factor):
-    with pytest.raises(ConfigError, match=r'capacity_factor=.* must be a number above 0'):
+    with pytest.raises(ConfigError, match=r'capacity_factor=.* must be a finite number'):
         layer(capacity_factor=factor)

@@ -318,9 +318,10 @@ class TestEveryConstraint:
 @pytest.mark.parametrize(
     ('make', 'options', 'message'),
     [
-        (RelativeImportanceConstraint, {'threshold': -0.1}, 'threshold=-0.1 could mask every'),
-        (MeanImportanceConstraint, {'threshold': -1}, 'threshold=-1 could mask every'),
-        (BiasBalancing, {'update_rate': 0}, 'update_rate=0 never balances'),
+        (RelativeImportanceConstraint, {'threshold': -0.1}, 'threshold=-0.1 must be a finite'),
+        (MeanImportanceConstraint, {'threshold': -1}, 'threshold=-1 must be a finite'),
+        (MeanImportanceConstraint, {'threshold': float('nan')}, 'threshold=nan must be a finite'),
+        (BiasBalancing, {'update_rate': 0}, 'update_rate=0 must be .* greater than 0'),
     ],
 )
 def test_refused(make, options, message):

@@ -103,6 +103,7 @@ def play(rank, world_size):
     if world_size > 1:
         results['own seeds'] = {i: begin(i, rank) for i in ('shared', 'independent')}
         results['refused'] = refusals()
+        results['copied'] = norms_of_a_copy()
         results['bytes'] = {parts: count_bytes(parts) for parts in (2, 4)}
     return results
 
@@ -259,6 +260,16 @@ def refusals():
     return sentences
 
 
+def norms_of_a_copy():
+    model = Model('modules', 2, None)
+    model(torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(9))).sum().backward()
+    twin = copy.deepcopy(model)
+    for parameter, other in zip(model.parameters(), twin.parameters(), strict=True):
+        other.grad = parameter.grad
+    twin(torch.randn(2, 3, 4, 4))  # nobody has replaced its parameters
+    return [expert_parallel.clip_grad_norm_(m.parameters(), 1e9).item() for m in (model, twin)]
+
+
 def count_bytes(parts):
     """Bytes that this rank sent to others in a step, and the rows that it had computed there."""
     model = Model('modules', parts, None)
@@ -364,6 +375,11 @@ def test_refused_in_one_sentence(ranks):
         assert 'differ in the shapes' in sentences['unequal']
         assert 'freeze all of them or none' in sentences['frozen']
         assert 'the start would be lost' in sentences['k-means']
+
+
+def test_a_copy_knows_its_part(ranks):
+    for norm, of_copy in (result['copied'] for result in ranks):
+        assert norm == of_copy > 0
 
 
 @pytest.mark.parametrize('init', ['shared', 'independent'])

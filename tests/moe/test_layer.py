@@ -181,6 +181,12 @@ def test_empty_batch(options, decision_weight):
     assert not any(p.grad.any() for p in layer.parameters())
 
 
+@pytest.mark.parametrize('options', [{}, {'granularity': 'patch', 'grid_size': 2}])
+def test_maps_without_pixels_are_refused(options):
+    with pytest.raises(ConfigError, match=r'without pixels, \(2, 3, 0, 4\)'):
+        conv_layer(**options)(torch.zeros(2, C, 0, 4, dtype=torch.float64))
+
+
 def test_float_output_under_autocast():
     layer = conv_layer().float()
     x = torch.randn(4, C, 5, 5)
@@ -372,8 +378,9 @@ class TestExperts:
         ({'grid_size': 3}, "grid_size=3 has no effect with granularity='image'"),
         ({'decision_weight': 'size'}, "decision_weight='size' is unknown; use one of"),
         ({'expert_init': 'random'}, "expert_init='random' is unknown; use one of"),
-        ({'upcycle_noise': -0.5}, 'upcycle_noise=-0.5 must be a number'),
-        ({'capacity_factor': 0}, 'capacity_factor=0 must be a number above 0'),
+        ({'upcycle_noise': -0.5}, 'upcycle_noise=-0.5 must be a finite number'),
+        ({'upcycle_noise': float('nan')}, 'upcycle_noise=nan must be a finite number'),
+        ({'capacity_factor': 0}, 'capacity_factor=0 must be a finite number greater than 0'),
         ({'top_k': 5}, 'top_k=5 must lie between 1 and num_experts=4'),
         ({'num_experts': 0}, 'num_experts=0'),
         ({'router': {'num_experts': 8}}, r"router.num_experts=8 contradicts the layer's .*=4"),
@@ -413,7 +420,7 @@ def test_find_and_count():
         ({'router': 'mmdet_moe.GAPRouter'}, 'must be a config, such as dict'),
         ({'router': {'constraint': 'mmdet_moe.BiasBalancing'}}, 'constraint=.* must be a config'),
         ({'router': {'constraint': BiasBalancing(3)}}, 'constraint is for 3 experts'),
-        ({'upcycle_noise': '0.1'}, "upcycle_noise='0.1' must be a number"),
+        ({'upcycle_noise': '0.1'}, "upcycle_noise='0.1' must be a finite number"),
     ],
 )
 def test_wrong_types_are_refused(options, message):

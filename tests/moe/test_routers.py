@@ -286,7 +286,7 @@ def test_constraint_from_config_and_instance():
         ({'softmax': 'some'}, r"softmax='some' is unknown; use one of .*'over_all'"),
         ({'noise': 'normal'}, r"noise='normal' is unknown; use True, False or 'uniform'"),
         ({'noise': 1}, r"noise=1 is unknown; use True, False or 'uniform'"),
-        ({'init_std': -1.0}, r'init_std=-1.0 must not be negative'),
+        ({'init_std': -1.0}, r'init_std=-1.0 must be a finite number of at least 0'),
         (
             {'noise': 'uniform', 'constraint': {'type': 'mmdet_moe.MeanImportanceConstraint'}},
             r"noise='uniform' cannot be combined with constraint=MeanImportanceConstraint",

@@ -25,6 +25,7 @@ from mmdet_moe.moe.layer import MoELayer
 from mmdet_moe.moe.surgery.experts import (
     begins_in_place,
     check_sheets,
+    dtype_of,
     find_in_channels,
     make_experts,
     make_shortcut,
@@ -415,8 +416,8 @@ def example(module: nn.Module, in_channels: int, granularity: str) -> torch.Tens
     """An input by which the costs of a module and of narrower ones are compared."""
     has_maps = any(isinstance(part, nn.Conv2d) for part in module.modules())
     if has_maps and granularity != 'token':
-        return torch.zeros(1, in_channels, 32, 32)
-    return torch.zeros(1, 4, in_channels)
+        return torch.zeros(1, in_channels, 32, 32, dtype=dtype_of(module))
+    return torch.zeros(1, 4, in_channels, dtype=dtype_of(module))
 
 
 def _replace(site: Site) -> None:

@@ -155,10 +155,11 @@ def make_shortcut(module: nn.Module, in_channels: int) -> nn.Module:
             stride gives.
     """
     side = 64
+    dtype = dtype_of(module)
     try:
         twin = copy.deepcopy(module).to('meta')
         twin.eval()  # some classes return nothing
-        shape = twin(torch.empty(1, in_channels, side, side, device='meta')).shape
+        shape = twin(torch.empty(1, in_channels, side, side, dtype=dtype, device='meta')).shape
         out_channels, stride = shape[1], -(-side // shape[2])
     except Exception as error:
         raise ConfigError(
@@ -175,7 +176,12 @@ def make_shortcut(module: nn.Module, in_channels: int) -> nn.Module:
     return nn.Sequential(
         nn.Conv2d(in_channels, out_channels, 1, stride=stride, bias=False),
         _norm_like(module, out_channels),
-    )
+    ).to(dtype)
+
+
+def dtype_of(module: nn.Module) -> torch.dtype:
+    """What the inputs of the module are in."""
+    return next((p.dtype for p in module.parameters()), torch.get_default_dtype())
 
 
 def _norm_like(module: nn.Module, channels: int) -> nn.Module:

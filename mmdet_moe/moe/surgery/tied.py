@@ -250,11 +250,13 @@ class _Watch(TorchDispatchMode):
     def _expand(self, x: Tensor, *_: Any, result: Tensor, **__: Any) -> Dims:
         return (None,) * (result.dim() - x.dim()) + self.dims(x)
 
-    def _mean(self, x: Tensor, axes: Sequence[int], *_: Any, result: Tensor, **__: Any) -> Dims:
+    def _mean(
+        self, x: Tensor, axes: Sequence[int] = (), *_: Any, result: Tensor, **__: Any
+    ) -> Dims:
         dims = self.dims(x)
         if result.dim() == x.dim():  # those of size 1 do not change
             return dims
-        gone = {axis % x.dim() for axis in axes}
+        gone = {axis % x.dim() for axis in axes or range(x.dim())}
         return tuple(n for axis, n in enumerate(dims) if axis not in gone)
 
     _sum = _amax = _mean

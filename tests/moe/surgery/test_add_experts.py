@@ -486,6 +486,14 @@ def test_residual():
     torch.testing.assert_close(moe.layer4(x), expected, rtol=1e-4, atol=1e-4)
 
 
+def test_shortcut_and_narrow_experts_in_the_dtype_of_the_model():
+    model = torchvision.models.resnet18(num_classes=7).bfloat16().eval()
+    add_experts(model, {'layer4': {'residual': True, 'width': 'equal'}})
+    for part in (model.layer4.shortcut, model.layer4.experts):
+        assert {p.dtype for p in part.parameters()} == {torch.bfloat16}
+    assert model(torch.randn(2, 3, 32, 32, dtype=torch.bfloat16)).dtype == torch.bfloat16
+
+
 def test_a_checkpoint_of_torchvision(tmp_path):
     """Weights in a file, as torchvision's are; only the backbone has experts."""
     dense = torchvision.models.resnet50(num_classes=10).eval()
@@ -596,6 +604,30 @@ def test_activation_checkpoint_of_normalised_levels(router, reentrant):
     plain(maps)
     assert torch.equal(plain.conv.routing.expert_ids, expected.conv.routing.expert_ids)
     assert len(plain.conv.routing.expert_ids.unique()) == 3
+
+
+@pytest.mark.parametrize('reentrant', [False, True])
+def test_checkpoints_of_passes_that_are_normalised_differently(reentrant):
+    """Two passes of one backward pass are refused, unless they are told to be one."""
+    plain = CheckpointedLevels()
+    router = dict(normalise_levels=1, init_std=3.0, noise=False)
+    add_experts(plain, {'conv.0': dict(router=router, expert_init='independent')})
+    again = copy.deepcopy(plain)
+    again.is_on, again.reentrant = True, reentrant
+
+    def loss_of(model):
+        return sum(model([scale * torch.randn(8, 3, 4, 4)]) for scale in (1, 9))
+
+    with pytest.raises(ConfigError, match='normalise_levels, level 0: an activation checkpoint'):
+        loss_of(copy.deepcopy(again)).backward()
+    for model in (plain, again):
+        torch.manual_seed(0)
+        model.zero_grad()
+        model.conv[0].begin()
+        loss = loss_of(model)
+        model.conv[0].end()
+        loss.backward()
+    check_same_gradients(plain, again)
 
 
 @pytest.mark.parametrize('reentrant', [False, True])

@@ -182,6 +182,24 @@ def test_what_is_too_dear_even_narrow():
     assert factor == 1 / 8
 
 
+class Calibrated(nn.Module):
+    """Means over everything, of its input as of its hidden layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(C, 32), nn.Linear(32, C)
+
+    def forward(self, x):
+        h = self.up(x)
+        return self.down(h / h.abs().mean()) + x.sum()
+
+
+def test_reductions_of_all_axes():
+    twin = narrow(Calibrated(), torch.zeros(TOKENS), 0.5)
+    assert twin.up.weight.shape == (16, C)
+    assert twin(torch.randn(TOKENS)).shape == TOKENS
+
+
 @pytest.mark.parametrize('factor', [0.01, 0.1, 0.3, 0.77])
 def test_widths_fit_groups(factor):
     """Group norm and grouped convolutions divide what is left; at least a channel per group."""
