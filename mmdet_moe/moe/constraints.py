@@ -71,19 +71,14 @@ class _HardConstraint(Constraint):
         self.threshold = threshold
 
     @abstractmethod
-    def usage(self) -> Tensor:
-        """(E,): what is compared with :meth:`limit`."""
-
-    @abstractmethod
-    def limit(self) -> float:
-        """Experts whose usage is above it are masked."""
+    def excess(self) -> Tensor:
+        """(E,): how far each expert is above the limit from which on it is masked."""
 
     def masked(self) -> Tensor:
         """bool (E,): the experts that the next training batch cannot choose."""
-        usage = self.usage()
-        mask = usage > self.limit()
+        excess = self.excess()
         # On paper the least used expert is always below the limit; rounding must not break that.
-        return mask.index_fill(0, usage.argmin(), False)
+        return (excess > 0).index_fill(0, excess.argmin(), False)
 
     def select(self, logits: Tensor, training: bool) -> Tensor:
         if not training:
@@ -116,11 +111,8 @@ class RelativeImportanceConstraint(_HardConstraint):
         super().__init__(num_experts, threshold)
         self.register_buffer('relative_importance', torch.zeros(num_experts))
 
-    def usage(self) -> Tensor:
-        return self.relative_importance
-
-    def limit(self) -> float:
-        return self.threshold
+    def excess(self) -> Tensor:
+        return self.relative_importance - self.threshold
 
     @torch.no_grad()
     def update(self, routing: Routing) -> None:
@@ -156,11 +148,8 @@ class MeanImportanceConstraint(_HardConstraint):
         # No integer: averages of weights (MMEngine's EMA) leave these at the first iteration's.
         self.register_buffer('num_batches', torch.zeros(()))
 
-    def usage(self) -> Tensor:
-        return self.mean_importance
-
-    def limit(self) -> float:
-        return 1 / self.num_experts + self.threshold
+    def excess(self) -> Tensor:
+        return self.mean_importance - (1 / self.num_experts + self.threshold)
 
     @torch.no_grad()
     def update(self, routing: Routing) -> None:

@@ -270,9 +270,6 @@ class SpreadExperts(Experts):
         for value in self.local.state_dict().values():
             dist.broadcast(value, group=self.group, group_src=0)
 
-    def parameters_of(self, expert: int) -> list[nn.Parameter]:
-        return []
-
     def entries(self, expert: int = 0) -> dict[str, Tensor]:
         """Of one of those that are here, from 0."""
         return self.local.entries(expert)

@@ -102,16 +102,14 @@ def _grouped_product(rows: torch.Size, matrices: torch.Size, *_: Any, **__: Any)
     return 2 * rows.numel() * matrices[-1]
 
 
-def _attention(query: torch.Size, key: torch.Size, value: torch.Size, *_: Any, **__: Any) -> int:
-    return sdpa_flop_count(query, key, value)
-
-
 #: Of what PyTorch's counter takes for nothing; older versions of PyTorch do not have them.
 _FORMULAS = {
     getattr(torch.ops.aten, name): formula
     for name, formula in {
         '_grouped_mm': _grouped_product,
-        '_scaled_dot_product_flash_attention_for_cpu': _attention,
+        '_scaled_dot_product_flash_attention_for_cpu': lambda q, k, v, *_, **__: sdpa_flop_count(
+            q, k, v
+        ),
     }.items()
     if hasattr(torch.ops.aten, name)
 }

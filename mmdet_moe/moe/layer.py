@@ -415,7 +415,7 @@ class MoELayer(ExpertLayer):
             return
         latest = self._latest
         if not latest.is_open:  # a call by itself is a forward pass by itself
-            latest.clear()
+            self._latest = latest = _Calls()
         latest.routings.append(routing)
         latest.items += items
         latest.merged = None
@@ -631,7 +631,10 @@ class MoELayer(ExpertLayer):
 
     def _dense_dispatchers(self, routing: Routing) -> list[Dispatcher]:
         """One for each map, in which no expert depends on what the router decided."""
-        if self.training and any(_has_batch_statistics(m) for m in self.experts.modules()):
+        if self.training and any(
+            isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training
+            for m in self.experts.modules()
+        ):
             raise ConfigError(
                 f'The experts of MoE layer "{self.name}" hold BN in training mode, whose '
                 'statistics would be those of all items in one graph; use BN with norm_eval=True, '
@@ -764,9 +767,6 @@ class _Calls:
     items: list[Items] = field(default_factory=list)
     merged: Routing | None = None
 
-    def clear(self) -> None:
-        self.__init__()
-
     def weigh(self, decision_weights: Tensor) -> None:
         """Set the ``decision_weights`` of the latest calls, as many as these are of."""
         sizes = [call.num_items for call in self.routings]
@@ -830,10 +830,6 @@ def _check_options(
     check_number('MoELayer', 'upcycle_noise', upcycle_noise, least=0)
     if batch_dim not in (0, 1):
         raise ConfigError(f'batch_dim={batch_dim!r} must be 0 or 1')
-
-
-def _has_batch_statistics(module: nn.Module) -> bool:
-    return isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training
 
 
 def _areas(routing: Routing, maps: list[Tensor], items: list[Items]) -> Tensor:

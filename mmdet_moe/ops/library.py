@@ -47,12 +47,9 @@ def _dispatch_shape(x: Tensor, inverse: Tensor, num_rows: int) -> Tensor:
     return x.new_empty(num_rows, *x.shape[1:])
 
 
-def _dispatch_backward_shape(grad: Tensor, inverse: Tensor) -> Tensor:
-    return grad.new_empty(inverse.shape[0], *grad.shape[1:])
-
-
-def _combine_shape(y: Tensor, weights: Tensor, inverse: Tensor) -> Tensor:
-    return y.new_empty(inverse.shape[0], *y.shape[1:])
+def _items_shape(rows: Tensor, *others: Tensor) -> Tensor:
+    inverse = others[-1]
+    return rows.new_empty(inverse.shape[0], *rows.shape[1:])
 
 
 def _combine_backward_shapes(
@@ -61,12 +58,8 @@ def _combine_backward_shapes(
     return y.new_empty(y.shape), weights.new_empty(weights.shape)
 
 
-def _entmax15_shape(x: Tensor) -> Tensor:
-    return x.new_empty(x.shape)
-
-
-def _entmax15_backward_shape(grad: Tensor, p: Tensor) -> Tensor:
-    return p.new_empty(p.shape)
+def _entmax15_shape(*tensors: Tensor) -> Tensor:
+    return tensors[-1].new_empty(tensors[-1].shape)
 
 
 def _save_for_dispatch(ctx, inputs, output) -> None:
@@ -183,14 +176,14 @@ sort_routes = _op('sort_routes', _sort_routes_shapes)
 dispatch = _op('dispatch', _dispatch_shape, _dispatch_gradient, _save_for_dispatch)
 dispatch_backward = _op(
     'dispatch_backward',
-    _dispatch_backward_shape,
+    _items_shape,
     _dispatch_backward_gradient,
     _save_for_dispatch_backward,
 )
-combine = _op('combine', _combine_shape, _combine_gradient, _save_inputs)
+combine = _op('combine', _items_shape, _combine_gradient, _save_inputs)
 combine_backward = _op('combine_backward', _combine_backward_shapes, _no_second_derivative)
 entmax15 = _op('entmax15', _entmax15_shape, _entmax15_gradient, _save_for_entmax15)
 entmax15_backward = _op(
-    'entmax15_backward', _entmax15_backward_shape, _entmax15_backward_gradient, _save_inputs
+    'entmax15_backward', _entmax15_shape, _entmax15_backward_gradient, _save_inputs
 )
 native.load()

@@ -392,24 +392,9 @@ def _make_layer(module: nn.Module, entry: Entry) -> tuple[MoELayer, float]:
                 "expert_parallel; use 'auto'"
             )
         check_sheets(expert, in_channels)
-    options = (
-        *('granularity', 'grid_size', 'whole_maps', 'decision_weight', 'expert_init'),
-        'upcycle_noise',
-    )
-    layer = MoELayer(
-        experts,
-        entry.num_experts,
-        entry.top_k,
-        entry.router,
-        in_channels,
-        **{option: getattr(entry, option) for option in options},
-        capacity_factor=entry.capacity_factor,
-        batch_dim=entry.batch_dim,
-        expert_parallel=entry.expert_parallel,
-        shortcut=shortcut,
-        shared=shared,
-    )
-    return layer, float(factor)
+    options = {n: v for n, v in vars(entry).items() if n in inspect.signature(MoELayer).parameters}
+    options.update(in_channels=in_channels, shortcut=shortcut, shared=shared)
+    return MoELayer(experts, **options), float(factor)
 
 
 def example(module: nn.Module, in_channels: int, granularity: str) -> torch.Tensor:

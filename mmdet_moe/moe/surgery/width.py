@@ -37,7 +37,9 @@ def narrow(module: nn.Module, x: Tensor, factor: float) -> nn.Module:
         ConfigError: For a factor out of range; if nothing inside can be narrower; if an operator
             between the layers is unknown.
     """
-    _check_factor(factor)
+    check_number('experts', 'width', factor, above=0)
+    if factor > 1:
+        raise ConfigError(f'experts: width={factor!r} must be at most 1, the width of the module')
     tied, dims = trace(module, x)
     _check_inner(module, tied, dims)
     twin = _cut(copy.deepcopy(module), tied, dims, factor)
@@ -90,12 +92,6 @@ def equal_width(
     above = bisect.bisect_left(candidates, 1.0, key=relative_cost)
     nearest = candidates[max(above - 1, 0) : above + 1]
     return min(nearest, key=lambda step: abs(relative_cost(step) - 1)) / steps
-
-
-def _check_factor(factor: float) -> None:
-    check_number('experts', 'width', factor, above=0)
-    if factor > 1:
-        raise ConfigError(f'experts: width={factor!r} must be at most 1, the width of the module')
 
 
 def _check_inner(module: nn.Module, tied: Tied, dims: dict[str, Dims]) -> int:
