@@ -131,7 +131,7 @@ UNCHANGED_BUT_SMALL = (
 )
 
 
-@pytest.mark.sweep(keep=2 / 7)
+@pytest.mark.sweep(keep=1 / 7)
 @pytest.mark.parametrize(
     'name',
     [

@@ -135,6 +135,7 @@ def test_stored_outputs_are_complete_small_and_of_no_machine(path):
                 assert (path.parent / target).exists(), target
 
 
+@pytest.mark.sweep(keep=0)  # takes long
 def test_routing_study(run):
     probe = np.load(run('routing_study') / 'probe.npz')
     classes, chosen = probe['classes'], probe['chosen']
@@ -152,6 +153,7 @@ def test_routing_study(run):
     assert (probe['information'][soft] > 0.2).all()
 
 
+@pytest.mark.sweep(keep=0)  # takes long
 def test_timm_classifier(run):
     folder = run('timm_classifier')
     probe = torch.load(folder / 'probe.pt', weights_only=True)

@@ -87,6 +87,7 @@ def places(tmp_path_factory):
 
 
 @pytest.mark.parametrize('place', ['checkout', 'editable', 'wheel'])
+@pytest.mark.sweep(keep=2 / 3)
 def test_configs_by_name(places, place, tmp_path):
     """The values are those of the files of the checkout, whatever the place."""
     (tmp_path / 'child.py').write_text(CHILD)
@@ -126,6 +127,7 @@ for tool, *arguments in (
 
 
 @pytest.mark.parametrize('place', ['editable', 'wheel'])
+@pytest.mark.sweep(keep=1 / 2)
 def test_tools_of_the_toolboxes(places, place, tmp_path, digit_scenes_folder):
     """Nothing of theirs imports mmdet_moe before it reads the config."""
     (tmp_path / 'child.py').write_text(CHILD)

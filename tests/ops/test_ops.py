@@ -349,6 +349,7 @@ def test_bitwise_equal_from_run_to_run(ops, device, width, set_threads):
                 assert torch.equal(result, first)
 
 
+@pytest.mark.sweep(keep=0)  # takes long
 def test_more_than_two_to_the_31_values(device):
     """Offsets are computed in 64 bits. Zeros that are only read take no memory on the CPU."""
     width = 800_000_000  # the third row starts at 1.6e9, and ends at 2.4e9 > 2^31

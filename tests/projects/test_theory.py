@@ -67,6 +67,7 @@ class OneProcess:
 
 
 @pytest.mark.usefixtures('small')
+@pytest.mark.sweep(keep=0)  # takes long
 def test_everything_and_again(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(theory, 'ProcessPoolExecutor', OneProcess)
     page, pictures = tmp_path / 'page.md', tmp_path / 'pictures'

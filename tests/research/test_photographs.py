@@ -30,6 +30,7 @@ def data(tmp_path, digit_scenes_folder):
 
 
 @pytest.mark.usefixtures('in_process')
+@pytest.mark.sweep(keep=0)  # takes long
 def test_voc_in_miniature(tmp_path, data, monkeypatch):
     monkeypatch.setattr(experiment_module, 'RESULTS', tmp_path / 'results.md')
     weights = tmp_path / 'weights.pth'

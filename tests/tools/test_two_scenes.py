@@ -58,6 +58,7 @@ def folders(tmp_path, digit_scenes_folder, monkeypatch):
 
 
 @pytest.mark.usefixtures('quick_analysis')
+@pytest.mark.sweep(keep=0)  # takes long
 def test_experts_follow_the_data_set(folders, monkeypatch):
     drawn = set()  # but not written
 

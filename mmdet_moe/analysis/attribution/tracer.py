@@ -1,7 +1,7 @@
 """Records what the layers of experts decide, and finds what stands behind a model's outputs."""
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -103,7 +103,8 @@ class Tracer:
             if name in self.controls:
                 self._stack.callback(self.controls[name].attach().remove)
         if self.is_detector:
-            self._stack.enter_context(_hook(self.model.backbone, self._keep_sizes))
+            handle = self.model.backbone.register_forward_hook(self._keep_sizes)
+            self._stack.callback(handle.remove)
         self._stack.enter_context(self._origins.carried())
         return self
 
@@ -159,9 +160,8 @@ class Tracer:
             )
 
         with ExitStack() as stack, torch.enable_grad():
-            for name, layer in self.layers.items():
-                stack.enter_context(_hook(layer, keep(name)))
-            stack.enter_context(_hook(self.model.backbone, keep('backbone')))
+            for name, module in {**self.layers, 'backbone': self.model.backbone}.items():
+                stack.callback(module.register_forward_hook(keep(name)).remove)
             image = data['inputs'][:1].detach().clone().requires_grad_()
             features = self.model.extract_feat(image)
             backbone = outputs.pop('backbone')
@@ -403,15 +403,6 @@ class _Grid:
 
     def rows(self, image: Tensor, local: Tensor) -> Tensor:
         return self.first + image * self.step + local
-
-
-@contextmanager
-def _hook(module: nn.Module, function: Callable) -> Iterator[None]:
-    handle = module.register_forward_hook(function)
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 def _tensors(output: Any) -> list[Tensor]:

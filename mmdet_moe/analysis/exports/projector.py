@@ -76,9 +76,10 @@ def write_projector(study: Study, folder: Path) -> None:
         picture, padded = network_picture(inputs), inputs['inputs'].shape[-2:]
         extra = [data.classes[data.label(index)]] if is_labelled else []
         for name, calls in given.items():
-            of_image = [
-                point for call in _numbered(calls) for point in _points(*call, picture, padded)
-            ]
+            of_image, first = [], 0
+            for vectors, routing, items in calls:
+                of_image += _points(vectors, routing, items, first, picture, padded)
+                first += len(items)
             most = -(-MAX_POINTS // len(images))
             chosen = np.sort(rng.permutation(len(of_image))[:most])
             for vector, told, cell in (of_image[i] for i in chosen):
@@ -124,15 +125,6 @@ def _watch(stack: ExitStack, layer: ExpertLayer, tell: Callable[[tuple], Any]) -
         tell((torch.cat(pooled), routing, list(items)))
 
     stack.callback(layer.router.register_forward_hook(after).remove)
-
-
-def _numbered(calls: list[tuple]) -> list[tuple]:
-    """With the number of the first map of each call."""
-    first, found = 0, []
-    for vectors, routing, items in calls:
-        found.append((vectors, routing, items, first))
-        first += len(items)
-    return found
 
 
 def _points(

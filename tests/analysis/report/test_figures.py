@@ -77,7 +77,7 @@ def texts_of(figure):
     return [t for t in texts if t is not None and t.get_visible() and t.get_text()]
 
 
-@pytest.mark.sweep(keep=2 / 7)
+@pytest.mark.sweep(keep=1 / 7)
 @pytest.mark.parametrize('case', CASES)
 def test_texts_neither_overlap_nor_leave_the_figure(case):
     _, figures = draw(**CASES[case])
