@@ -7,8 +7,9 @@ import json
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import Executor, ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -368,23 +369,36 @@ class Experiment(ABC):
             analyse(work_dir, threads=1, output=log, options=self.analysis_options)
 
     def _in_parallel(self, todo: Sequence[Item], work: Callable[[Item], None], name: str) -> None:
-        started = time.time()
-        with ThreadPoolExecutor(self.jobs) as pool:
-            futures = [pool.submit(work, item) for item in todo]
-            try:
-                for done, future in enumerate(as_completed(futures), start=1):
-                    future.result()
-                    minutes = (time.time() - started) / 60
-                    rest = minutes / done * (len(todo) - done)
-                    print(
-                        f'{done}/{len(todo)} {name}, {minutes:.0f} min, {rest:.0f} min left',
-                        flush=True,
-                    )
-                    self.write()
-            except BaseException:
-                # What has not begun would only delay the message.
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
+        calls = [partial(work, item) for item in todo]
+        work_through(ThreadPoolExecutor(self.jobs), calls, name, self.write)
+
+
+def work_through(
+    pool: Executor,
+    calls: Sequence[Callable[[], None]],
+    name: str = 'runs',
+    after_each: Callable[[], None] = lambda: None,
+) -> None:
+    """Make all calls in a pool, and say how many are done and how long the others will take.
+
+    If one fails, those that have not begun are left out: they would only delay the message.
+    """
+    started = time.time()
+    with pool:
+        futures = [pool.submit(call) for call in calls]
+        try:
+            for done, future in enumerate(as_completed(futures), start=1):
+                future.result()
+                minutes = (time.time() - started) / 60
+                left = minutes / done * (len(calls) - done)
+                print(
+                    f'{done}/{len(calls)} {name}, {minutes:.0f} min, {left:.0f} min left',
+                    flush=True,
+                )
+                after_each()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
 def publish(

@@ -8,7 +8,7 @@ import json
 import multiprocessing
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import cache, partial
 from itertools import product
@@ -28,7 +28,14 @@ from mmdet_moe.cli import load_config
 from mmdet_moe.drawing import new_figure, style
 from mmdet_moe.errors import ConfigError
 from mmdet_moe.moe import ImportanceLoss, MoELayer
-from research.experiments.experiment import CONFIGS, SEEDS, check_amounts, folder_name, publish
+from research.experiments.experiment import (
+    CONFIGS,
+    SEEDS,
+    check_amounts,
+    folder_name,
+    publish,
+    work_through,
+)
 from research.experiments.markdown import NOTHING, mean_and_std, table
 from research.features import FeatureCache
 from research.heads import Data, Recipe, accuracy, look_at_experts, predict, train_head
@@ -310,35 +317,10 @@ def _train(head: Head, seed: int, recipe: Recipe, data: Path, work_dir: Path) ->
 def in_processes(
     work: Sequence[Callable[[], None]], jobs: int, after_each: Callable[[], None]
 ) -> None:
-    """Do all of it, in this process or in several.
-
-    Args:
-        work: What is to be done; picklable for more than one job.
-        jobs: Processes.
-        after_each: Done here whenever a part is finished.
-    """
-    started = time.time()
-
-    def report(done: int) -> None:
-        minutes = (time.time() - started) / 60
-        left = minutes / done * (len(work) - done)
-        print(f'{done}/{len(work)} runs, {minutes:.0f} min, {left:.0f} min left', flush=True)
-        after_each()
-
-    if jobs == 1:
-        for done, part in enumerate(work, start=1):
-            part()
-            report(done)
-        return
-    with ProcessPoolExecutor(jobs, multiprocessing.get_context('spawn')) as pool:
-        futures = [pool.submit(part) for part in work]
-        try:
-            for done, future in enumerate(as_completed(futures), start=1):
-                future.result()
-                report(done)
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    """Make all calls in so many processes; one job is this one, in which they share their data."""
+    spawn = multiprocessing.get_context('spawn')
+    pool = ThreadPoolExecutor(1) if jobs == 1 else ProcessPoolExecutor(jobs, spawn)
+    work_through(pool, work, after_each=after_each)
 
 
 def markdown_table(results: Mapping[Head, Sequence[dict]]) -> str:
