@@ -364,6 +364,11 @@ def set_loader_defaults(cfg: Config) -> None:
             loader.persistent_workers = False
 
 
+def _name_of(type_: Any) -> str:
+    """Of a class: in a config of pure Python it is there itself; a text may name a registry."""
+    return getattr(type_, '__name__', str(type_)).rpartition('.')[2]
+
+
 def _set_amp(cfg: Config, requested: bool) -> bool:
     """Mixed precision by ``--amp`` or by the config, in the kind that the device can do.
 
@@ -372,9 +377,10 @@ def _set_amp(cfg: Config, requested: bool) -> bool:
     """
     wrapper = cfg.get('optim_wrapper')
     type_ = wrapper.get('type', 'OptimWrapper') if wrapper is not None else None
+    name = _name_of(type_)
     # As a stored config asks for it that was begun without a GPU.
-    is_asked = type_ in ('AmpOptimWrapper', 'CpuAmpOptimWrapper')
-    if not is_asked and type_ != 'OptimWrapper' and requested:
+    is_asked = name in ('AmpOptimWrapper', 'CpuAmpOptimWrapper')
+    if not is_asked and name != 'OptimWrapper' and requested:
         raise ConfigError(
             f"--amp: optim_wrapper.type must be 'OptimWrapper' or 'AmpOptimWrapper', got {type_!r}"
         )
@@ -544,18 +550,24 @@ def _leave_group() -> None:
 # Tools -------------------------------------------------------------------------------------------
 
 
+def _model_wrapper(cfg: Config) -> dict:
+    ours = dict(
+        type='mmdet_moe.ExpertParallelDDP',
+        broadcast_buffers=False,
+        find_unused_parameters=cfg.get('find_unused_parameters', False),
+    )
+    wrapper = {**ours, **(cfg.get('model_wrapper_cfg') or {})}
+    is_ddp = _name_of(wrapper['type']).endswith(('DistributedDataParallel', 'ParallelDDP'))
+    return wrapper if is_ddp else cfg.model_wrapper_cfg  # FSDP has none of these options
+
+
 def _build_runner(cfg: Config) -> Runner:
     if cfg.default_scope == 'mmdet':
         from mmdet.utils import setup_cache_size_limit_of_dynamo
 
         setup_cache_size_limit_of_dynamo()
     if cfg.get('launcher', 'none') != 'none':
-        wrapper = dict(
-            type='mmdet_moe.ExpertParallelDDP',
-            broadcast_buffers=False,
-            find_unused_parameters=cfg.get('find_unused_parameters', False),
-        )
-        cfg.model_wrapper_cfg = {**wrapper, **(cfg.get('model_wrapper_cfg') or {})}
+        cfg.model_wrapper_cfg = _model_wrapper(cfg)
     init_cpu_group(cfg)
     if get_device() == 'cpu':
         keep_large_blocks()

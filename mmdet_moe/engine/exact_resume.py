@@ -11,7 +11,7 @@ import torch
 from mmengine.dist import all_gather_object, all_reduce, get_rank, get_world_size, is_main_process
 from mmengine.hooks import CheckpointHook, Hook
 from mmengine.logging import print_log
-from mmengine.optim import OptimWrapper
+from mmengine.optim import OptimWrapper, OptimWrapperDict
 from mmengine.runner import EpochBasedTrainLoop, Runner
 from torch.nn.parallel import DistributedDataParallel
 
@@ -39,7 +39,8 @@ class ExactResumeHook(Hook):
     Random numbers that the workers of a data loader draw start anew in a resumed training of
     iterations; with ``num_workers=0``, and in one of epochs without ``persistent_workers``, they
     are those of the uninterrupted one. Gradients between two steps are lost where ranks hold
-    different weights (``expert_parallel``, FSDP); the log says so at the start.
+    different weights (``expert_parallel``, FSDP), or there are several optimizers; the log says so
+    at the start.
     """
 
     priority = 'LOWEST'
@@ -49,6 +50,11 @@ class ExactResumeHook(Hook):
         self._saved: dict | None = None
         self._resumed: dict | None = None
         self._deletions: list[tuple[Callable, str]] = []
+        self._seed: int | None = None
+
+    def before_run(self, runner: Runner) -> None:
+        """Remember the seed that the data loader was built with."""
+        self._seed = runner.seed
 
     def before_train(self, runner: Runner) -> None:
         """See to the checkpoints of this training, and take up the gradients."""
@@ -61,7 +67,8 @@ class ExactResumeHook(Hook):
 
         @wraps(theirs)
         def save_checkpoint(out_dir: str, filename: str, *args: Any, **kwargs: Any) -> None:
-            self._saved = self._state(runner)  # all ranks come here, and the first one saves
+            # All ranks come here, and the first one saves.
+            self._saved = {**self._state(runner), 'by_epoch': kwargs.get('by_epoch', True)}
             theirs(out_dir, filename, *args, **kwargs)
             while self._deletions:
                 delete, path = self._deletions.pop()
@@ -69,24 +76,31 @@ class ExactResumeHook(Hook):
                     delete(path)
 
         runner.save_checkpoint = save_checkpoint
-        counts = getattr(runner.optim_wrapper, '_accumulative_counts', 1)
-        if counts > 1 and not _is_whole(runner):
+        wrapper = runner.optim_wrapper
+        several = isinstance(wrapper, OptimWrapperDict)
+        wrappers = wrapper.optim_wrappers.values() if several else [wrapper]
+        counts = max(getattr(one, '_accumulative_counts', 1) for one in wrappers)
+        if counts > 1 and (several or not _is_whole(runner)):
             note(
                 f'accumulative_counts={counts}: gradients between two steps of the optimizer are '
-                'not saved where ranks hold different weights; save at multiples of '
-                f'{counts} iterations, so that a resumed training equals the uninterrupted one'
+                'not saved where ranks hold different weights, or with several optimizers; save at '
+                f'multiples of {counts} iterations, so that a resumed training equals the '
+                'uninterrupted one'
             )
         if runner._resume:
-            _seed_loader(runner)
+            _seed_loader(runner, self._seed)
             self._restore()
-            _validate_if_due(runner)
+            self._validate_if_due(runner)
         if self._resumed is None:
             return
         model = unwrapped_model(runner)
+        modules = dict(model.named_modules())  # of which a changed config may lack some
         for name, seen in self._resumed.get('waiting_items', {}).items():
-            model.get_submodule(name)._seen = seen
+            if name in modules:
+                modules[name]._seen = [rows.cpu() for rows in seen]
         for name, size in self._resumed.get('sizes', {}).items():
-            model.get_submodule(name)._input_size = size
+            if name in modules:
+                modules[name]._input_size = size
         parameters = dict(model.named_parameters())
         for name, gradient in self._resumed['gradients'].items():
             parameters[name].grad = gradient.to(parameters[name])
@@ -98,7 +112,7 @@ class ExactResumeHook(Hook):
     def before_train_epoch(self, runner: Runner) -> None:
         """Take up the random numbers."""
         if isinstance(loop := runner.train_loop, EpochBasedTrainLoop):
-            if self._resumed is not None and not _at_end_of_epoch(loop):
+            if self._resumed is not None and not self._at_end_of_epoch(loop):
                 note(
                     f'--resume: the checkpoint is of the middle of epoch {loop.epoch + 1}, which '
                     'starts anew'
@@ -128,7 +142,9 @@ class ExactResumeHook(Hook):
 
     def _state(self, runner: Runner) -> dict[str, Any]:
         gradients, model, wrapper = {}, unwrapped_model(runner), runner.optim_wrapper
-        if _is_whole(runner) and isinstance(wrapper, OptimWrapper) and not wrapper.should_update():
+        # An OptimWrapperDict counts no iterations.
+        counts = isinstance(wrapper, OptimWrapper) and not isinstance(wrapper, OptimWrapperDict)
+        if counts and _is_whole(runner) and not wrapper.should_update():
             # Every rank has the gradients of its own images. As the mean over the ranks is all that
             # counts in the end, each goes on with it; one without a gradient has one of zeros.
             parameters = dict(model.named_parameters())
@@ -142,6 +158,7 @@ class ExactResumeHook(Hook):
         random_state = self._validating or _random_state()
         return {
             'random': all_gather_object(random_state),
+            'validated': self._validating is not None,
             'gradients': gradients,
             'waiting_items': {
                 name: module._seen
@@ -159,16 +176,38 @@ class ExactResumeHook(Hook):
         if self._resumed is not None and get_rank() < len(self._resumed['random']):
             _set_random_state(self._resumed['random'][get_rank()])
 
+    def _at_end_of_epoch(self, loop: EpochBasedTrainLoop) -> bool:
+        saved = (self._resumed or {}).get('by_epoch')  # which earlier versions do not tell
+        return loop.iter == loop.epoch * len(loop.dataloader) if saved is None else saved
 
-def _seed_loader(runner: Runner) -> None:
+    def _validate_if_due(self, runner: Runner) -> None:
+        loop = runner.train_loop
+        is_by_epoch = isinstance(loop, EpochBasedTrainLoop)
+        if is_by_epoch and not self._at_end_of_epoch(loop):
+            return  # it was validated before these weights
+        if self._resumed is not None and self._resumed.get('validated'):
+            return  # it was saved once more with the best score, as by save_best
+        done, end = (loop.epoch, loop.max_epochs) if is_by_epoch else (loop.iter, loop.max_iters)
+        if runner.val_loop is None or done < max(getattr(loop, 'val_begin', done + 1), 1):
+            return
+        loop._decide_current_val_interval()
+        if done % loop.val_interval == 0 or done == end:
+            was = 'was finished before' if done == end else 'goes on'
+            print_log(f'The training {was}; it is validated first.', logger='current')
+            runner.val_loop.run()
+
+
+def _seed_loader(runner: Runner, built_with: int | None) -> None:
     # Where the config has no seed MMEngine goes on with that of the checkpoint, but has built the
-    # loader with another one.
+    # loader with another one. A sampler with a seed of its own (of the config, or one for all ranks
+    # with diff_rank_seed) keeps it.
     loader = runner.train_loop.dataloader
     for sampler in (loader.sampler, getattr(loader.batch_sampler, 'sampler', None)):
-        if hasattr(sampler, 'seed'):
+        if hasattr(sampler, 'seed') and sampler.seed == built_with:
             sampler.seed = runner.seed
-    if isinstance(loader.worker_init_fn, partial) and 'seed' in loader.worker_init_fn.keywords:
-        loader.worker_init_fn = partial(loader.worker_init_fn, seed=runner.seed)
+    start = loader.worker_init_fn
+    if isinstance(start, partial) and start.keywords.get('seed') == built_with:
+        loader.worker_init_fn = partial(start, seed=runner.seed)
 
 
 def _is_whole(runner: Runner) -> bool:
@@ -176,25 +215,6 @@ def _is_whole(runner: Runner) -> bool:
     is_wrapped = isinstance(runner.model, DistributedDataParallel)
     is_spread = bool(spread_experts(unwrapped_model(runner)))
     return not is_spread and (is_wrapped or get_world_size() == 1)
-
-
-def _at_end_of_epoch(loop: EpochBasedTrainLoop) -> bool:
-    return loop.iter == loop.epoch * len(loop.dataloader)
-
-
-def _validate_if_due(runner: Runner) -> None:
-    loop = runner.train_loop
-    is_by_epoch = isinstance(loop, EpochBasedTrainLoop)
-    if is_by_epoch and not _at_end_of_epoch(loop):
-        return  # it was validated before these weights
-    done, end = (loop.epoch, loop.max_epochs) if is_by_epoch else (loop.iter, loop.max_iters)
-    if runner.val_loop is None or done < max(getattr(loop, 'val_begin', done + 1), 1):
-        return
-    loop._decide_current_val_interval()
-    if done % loop.val_interval == 0 or done == end:
-        was = 'was finished before' if done == end else 'goes on'
-        print_log(f'The training {was}; it is validated first.', logger='current')
-        runner.val_loop.run()
 
 
 def _random_state() -> dict[str, Any]:

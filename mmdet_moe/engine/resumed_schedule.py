@@ -10,7 +10,6 @@ from mmdet_moe.compat.distributed import note
 
 # What a scheduler counts; all else in its state are settings.
 _PROGRESS = ('last_step', '_global_step', '_last_value', 'verbose')
-_SCHEDULED = ('params', 'lr', 'momentum', 'betas')
 
 
 class ResumedScheduleHook(Hook):
@@ -32,14 +31,15 @@ class ResumedScheduleHook(Hook):
         old, schedulers = checkpoint.get('param_schedulers') or [], runner.param_schedulers or []
         if not isinstance(schedulers, list):
             return
-        if not (old or schedulers):
-            changed = any(group.get('lr') != new['lr'] for group, new in pairs)
-        else:
+        self._take_settings(pairs, schedulers)
+        if old or schedulers:
             changed = _settings(old) != _settings([s.state_dict() for s in schedulers]) or any(
                 group[key] != new[key]
                 for group, new in pairs
-                for key in group.keys() & new.keys() - set(_SCHEDULED)
+                for key in group.keys() & new.keys() & {'initial_lr', 'initial_momentum'}
             )
+        else:
+            changed = any(group.get('lr') != new['lr'] for group, new in pairs)
         if not changed:
             return
         rate = groups[0]['lr']
@@ -60,6 +60,21 @@ class ResumedScheduleHook(Hook):
             f"checkpoint; the config's are taken, at iteration {meta['iter']} "
             f'{groups[0]["lr"]:.4g} instead of {rate:.4g}'
         )
+
+    @staticmethod
+    def _take_settings(pairs: list[tuple[dict, dict]], schedulers: list) -> None:
+        """Those that no schedule changes, such as ``weight_decay``."""
+        scheduled = {'params', 'lr', 'initial_lr', 'initial_momentum'}
+        if any(scheduler.param_name == 'momentum' for scheduler in schedulers):
+            scheduled |= {'momentum', 'betas'}
+        taken: dict[str, str] = {}
+        for group, new in pairs:
+            for key in sorted(group.keys() & new.keys() - scheduled):
+                if group[key] != new[key]:
+                    taken.setdefault(key, f'{key}={new[key]} instead of {group[key]}')
+                    group[key] = new[key]
+        if taken:
+            note(f"--resume: the config's settings of the optimizer: {', '.join(taken.values())}")
 
 
 def _settings(states: list[dict]) -> list[dict]:

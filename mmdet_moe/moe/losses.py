@@ -7,11 +7,12 @@ each decision with its ``decision_weights``; with uniform ones the formulas are 
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
 
-from mmdet_moe.checks import check_number
+from mmdet_moe.checks import check_integer, check_number
 from mmdet_moe.errors import ConfigError
 from mmdet_moe.moe.distributed import global_sum
 from mmdet_moe.moe.metrics import coefficient_of_variation_squared, entropy, shares
@@ -209,15 +210,18 @@ class DatasetLoss(BalancingLoss):
         known: int | list[list[int]] | None = (
             sources
             if sources is None or isinstance(sources, int)
-            else [[of] if isinstance(of, int) else list(of) for of in sources]
+            else [list(of) if isinstance(of, (list, tuple)) else [of] for of in sources]
         )
-        if known is not None and (
-            (known < 1) if isinstance(known, int) else not (known and all(known))
-        ):
-            raise ConfigError(
-                f'DatasetLoss: sources={known} must be the number of data sets, at least 1, or a '
-                'list with at least one expert for each of them'
-            )
+        if isinstance(known, int):
+            check_integer('DatasetLoss', 'sources', known, 1)
+        elif known is not None:
+            for expert in chain(*known):
+                check_integer('DatasetLoss', 'an expert of sources', expert, 0)
+            if not (known and all(known)):
+                raise ConfigError(
+                    f'DatasetLoss: sources={known} must be the number of data sets, at least 1, or '
+                    'a list with at least one expert for each of them'
+                )
         self.sources = known
 
     def tell_sources(self, found: int | None) -> None:

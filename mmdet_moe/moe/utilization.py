@@ -219,7 +219,10 @@ class Utilization:
         for key, value in sums.items():
             # A copy: a constraint goes on changing its state in place.
             value = value.detach().to(torch.float64, copy=True)
-            self._sums[key] = self._sums[key] + value if key in self._sums else value
+            if (before := self._sums.get(key)) is not None:
+                shape = tuple(map(max, before.shape, value.shape))  # of varying numbers of levels
+                value = _grown(before, shape) + _grown(value, shape)
+            self._sums[key] = value
 
     def report(self) -> UtilizationReport | None:
         """Compute the report over everything added since the construction, on all ranks.
@@ -234,11 +237,24 @@ class Utilization:
         if is_distributed():
             shapes: dict[str, tuple[int, ...]] = {}
             for of_rank in all_gather_object({key: tuple(v.shape) for key, v in sums.items()}):
-                shapes |= of_rank
+                for key, shape in of_rank.items():
+                    shapes[key] = max(shapes.get(key, ()), shape)
             nothing = torch.zeros((), dtype=torch.float64, device=get_comm_device())
-            sums = {key: sums.get(key, nothing.new_zeros(shapes[key])) for key in sorted(shapes)}
+            sums = {
+                key: _grown(sums[key], shape) if key in sums else nothing.new_zeros(shape)
+                for key, shape in sorted(shapes.items())
+            }
         global_sum_(list(sums.values()))
         return UtilizationReport.from_sums(sums) if sums else None
+
+
+def _grown(sums: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """With zeros behind."""
+    if sums.shape == shape:
+        return sums
+    grown = sums.new_zeros(shape)
+    grown[tuple(map(slice, sums.shape))] = sums
+    return grown
 
 
 def _by_source(weights_TE: Tensor, routing: Routing, num_sources: int) -> Tensor:

@@ -27,7 +27,7 @@ class Recorder(Hook):
     def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
         layers = {'stem': runner.model.stem, 'body_moe': runner.model.body['moe']}
         self.outputs.append({k: v.item() for k, v in outputs.items()})
-        layers = {k: m for k, m in layers.items() if hasattr(m, 'routing')}  # sparse ones
+        layers = {k: m for k, m in layers.items() if getattr(m, 'has_run', False)}
         self.importance.append(
             {k: layer.routing.dense_weights().sum(0).tolist() for k, layer in layers.items()}
         )
@@ -62,7 +62,7 @@ def test_entries_of_all_layers(make_runner, toy_model):
 
 def test_several_losses_on_some_layers(make_runner, toy_model):
     recorder = Recorder()
-    make_runner(toy_model(), [hook([IMPORTANCE, Z], layers=['body.*', 'head']), recorder]).train()
+    make_runner(toy_model(), [hook([IMPORTANCE, Z], layers=['body.*']), recorder]).train()
     for i, outputs in enumerate(recorder.outputs):
         assert set(outputs) == {
             'loss',
@@ -139,8 +139,8 @@ def test_factorised_layers_beside_sparse_ones_do_not_pay(make_runner, toy_model)
 
 
 def test_pattern_that_matches_nothing(make_runner, toy_model):
-    runner = make_runner(toy_model(), [hook(layers='backbone.*')])
-    message = r"layers=\['backbone\.\*'\] matches none of the MoE layers \['stem', 'body\.moe'\]"
+    runner = make_runner(toy_model(), [hook(layers=['stem', 'backbone.*'])])
+    message = r"layers: 'backbone\.\*' matches none of the MoE layers \['stem', 'body\.moe'\]"
     with pytest.raises(ConfigError, match=message):
         runner.train()
 
@@ -224,6 +224,23 @@ def test_how_many_data_sets_there_are(sources, said, toy_model):
     else:
         adds.before_train(runner)
         assert len(adds.losses[0].experts_of(4)) == 3
+
+
+def test_a_layer_that_is_not_run_does_not_pay(make_runner, toy_model, monkeypatch):
+    """As a head without a positive RoI; of several ranks the others would wait for its sums."""
+
+    class Without(toy_model):
+        def forward(self, inputs, targets, mode='tensor'):
+            if mode == 'loss':
+                return {'loss_task': self.stem(inputs).square().mean()}
+            return super().forward(inputs, targets, mode)
+
+    recorder = Recorder()
+    make_runner(Without(), [hook(), recorder], max_iters=2).train()
+    assert all(set(o) == {'loss', 'loss_task', 'loss_moe_stem'} for o in recorder.outputs)
+    monkeypatch.setattr('mmdet_moe.engine.hooks.balancing_loss_hook.get_world_size', lambda: 2)
+    with pytest.raises(ConfigError, match=r'"body\.moe" was not run in this iteration of one rank'):
+        make_runner(Without(), [hook()], max_iters=1, name='ranks').train()
 
 
 def test_all_calls_of_a_forward_pass_pay_together(make_runner, toy_model):

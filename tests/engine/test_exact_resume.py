@@ -6,7 +6,7 @@ import pytest
 import torch
 from mmdet.models.data_preprocessors import BatchSyncRandomResize
 from mmengine.model import BaseModel
-from mmengine.optim import OptimWrapper
+from mmengine.optim import OptimWrapper, OptimWrapperDict
 from mmengine.runner import Runner
 from ranks import run_on_ranks
 from torch import nn
@@ -33,7 +33,7 @@ class Model(BaseModel):
         return {'loss': (y - 1).square().mean()} if mode == 'loss' else [y.mean()]
 
 
-def train(folder, stop=None, by_epoch=False, seed=5, model=None, **options):
+def train(folder, stop=None, by_epoch=False, seed=5, model=None, sampler_seed=None, **options):
     """Eight iterations of 24 images, or, by epoch, two of four; k-means needs 128 images."""
     images = torch.randn(8 * 24, 3, 4, 4, generator=torch.Generator().manual_seed(1))
     loader = dict(
@@ -42,6 +42,8 @@ def train(folder, stop=None, by_epoch=False, seed=5, model=None, **options):
         sampler=dict(type='DefaultSampler' if by_epoch else 'InfiniteSampler', shuffle=True),
         collate_fn=dict(type='default_collate'),
     )
+    if sampler_seed is not None:
+        loader['sampler']['seed'] = sampler_seed
     hook = dict(type='CheckpointHook', by_epoch=False, **options.pop('checkpoint', {}))
     runner = Runner(
         model=model or Model(),
@@ -88,19 +90,49 @@ def test_a_seed_that_nobody_gave_is_kept(tmp_path):
     torch.testing.assert_close(resumed, expected, rtol=0, atol=0)
 
 
+def test_a_sampler_with_a_seed_of_its_own_keeps_it(tmp_path):
+    expected = train(tmp_path / 'whole', sampler_seed=42)
+    train(tmp_path / 'half', stop=3, sampler_seed=42, checkpoint=dict(interval=3))
+    resumed = train(tmp_path / 'half', resume=True, sampler_seed=42)
+    torch.testing.assert_close(resumed, expected, rtol=0, atol=0)
+
+
+def test_a_part_that_is_no_longer_there(tmp_path):
+    """Multi-scale training that is turned off in the middle."""
+    train(tmp_path, stop=4, model=Model(True), checkpoint=dict(interval=4))
+    train(tmp_path, resume=True)
+
+
+def test_several_optimizers():
+    wrapper = OptimWrapperDict(a=OptimWrapper(torch.optim.SGD(nn.Linear(1, 1).parameters(), 0.1)))
+    state = ExactResumeHook()._state(SimpleNamespace(model=Model(), optim_wrapper=wrapper))
+    assert not state['gradients']
+
+
 def test_a_checkpoint_of_one_name_stays(tmp_path):
     train(tmp_path, checkpoint=dict(interval=2, max_keep_ckpts=1, filename_tmpl='latest.pth'))
     assert torch.load(tmp_path / 'latest.pth')['meta']['iter'] == 8
 
 
-@pytest.mark.parametrize(('iteration', 'validations'), [(4, 2), (6, 1)])
+@pytest.mark.parametrize(
+    ('iteration', 'told', 'validations'),
+    [
+        (4, {'by_epoch': True}, 2),
+        (4, {'by_epoch': True, 'validated': True}, 1),
+        (4, {'by_epoch': None}, 2),  # of an earlier version
+        (6, {'by_epoch': None}, 1),
+        (6, {}, 1),
+        (6, {'by_epoch': True}, 2),  # after an epoch that was begun anew in its middle
+    ],
+)
 def test_validated_are_weights_of_the_end_of_an_epoch(
-    tmp_path, monkeypatch, iteration, validations
+    tmp_path, monkeypatch, iteration, told, validations
 ):
     train(tmp_path, by_epoch=True, checkpoint=dict(interval=1))
     path = tmp_path / f'iter_{iteration}.pth'
     content = torch.load(path)
     content['meta']['epoch'] = iteration // 4
+    content['mmdet_moe_resumption'].update(told)
     torch.save(content, path)
     validated = []
     loop = SimpleNamespace(run=lambda: validated.append(1))

@@ -241,6 +241,8 @@ def test_remote_data_are_left_alone(root):
     cfg = dict(dataset(root / 'gone'), backend_args=dict(backend='petrel'))
     check_config(config(cfg))
     check_config(config(dict(dataset(root), data_root='s3://bucket/coco/')))
+    check_config(config(dict(dataset(root), data_prefix=dict(img='s3://bucket/coco/train2017/'))))
+    check_config(config(dict(dataset(root), ann_file='s3://bucket/train.json')))
 
 
 def test_an_unknown_dataset_is_left_to_the_builder(root):
@@ -338,9 +340,20 @@ def test_hooks(root):
     assert complaint(cfg).startswith('default_hooks must be a dict')
 
 
+@pytest.mark.parametrize(
+    ('field', 'value'),
+    [('train_cfg.val_interval', 1.5), ('optim_wrapper.accumulative_counts', 2.5)],
+)
+def test_counts(root, field, value):
+    cfg = config(dataset(root), optim_wrapper=dict(), train_cfg=dict())
+    cfg.merge_from_dict({field: value})
+    assert complaint(cfg).endswith(f'={value} must be an integer of at least 1')
+
+
 def test_fields_of_loaders(root):
     cfg = config(dataset(root), val_dataloader=dict(dataset=dataset(root)))
     cfg.train_dataloader.update(batch_size=2, num_batch_per_epoch=3, sampler=None, timeout=0)
+    cfg.train_dataloader.disable_subprocess_warning = True
     check_config(cfg)
     cfg.train_dataloader.batchsize = 3
     assert complaint(cfg) == (

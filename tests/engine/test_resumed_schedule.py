@@ -21,15 +21,17 @@ class Rates(ResumedScheduleHook):
     """Remembers the rate of each iteration."""
 
     def __init__(self):
-        self.rates = []
+        self.rates, self.settings = [], []
 
     def before_train_iter(self, runner, batch_idx, data_batch=None):
         self.rates.append(runner.optim_wrapper.get_lr()['lr'][0])
+        group = runner.optim_wrapper.param_groups[0]
+        self.settings.append((group['momentum'], group['weight_decay']))
 
 
 @pytest.fixture
 def train(make_runner, toy_model):
-    def run(iters, schedule, lr=0.01, resume=None, **options):
+    def run(iters, schedule, lr=0.01, resume=None, settings=(), **options):
         name = f'run{iters}{len(str(schedule))}{lr}{resume is None}'
         if resume is not None:
             options |= dict(resume=True, load_from=str(resume))
@@ -39,10 +41,11 @@ def train(make_runner, toy_model):
             max_iters=iters,
             name=name,
             param_scheduler=schedule,
-            optim_wrapper=dict(optimizer=dict(type='SGD', lr=lr, momentum=0.9)),
+            optim_wrapper=dict(optimizer=dict(type='SGD', lr=lr, momentum=0.9) | dict(settings)),
             **options,
         )
         runner.train()
+        run.settings = hook.settings
         return hook.rates, f'{runner.work_dir}/iter_{iters}.pth'
 
     return run
@@ -118,6 +121,27 @@ def test_epochs(make_runner, toy_model):
     whole, _ = train(4)
     resumed, _ = train(4, resume=True, load_from=checkpoint)
     assert resumed == whole[8:]
+
+
+@pytest.mark.parametrize('schedule', [None, milestones(3)])
+def test_settings_that_no_schedule_changes(train, schedule, capsys):
+    _, checkpoint = train(4, schedule)
+    train(6, schedule, resume=checkpoint, settings=dict(momentum=0.5, weight_decay=0.1))
+    assert train.settings == [(0.5, 0.1)] * 2
+    note = "the config's settings of the optimizer: momentum=0.5 instead of 0.9, weight_decay=0.1"
+    printed = capsys.readouterr().out
+    assert note in printed
+    assert 'learning rate' not in printed
+
+
+def test_a_momentum_that_a_schedule_changes(train, capsys):
+    schedule = [dict(type='LinearMomentum', start_factor=0.5, by_epoch=False, end=8)]
+    train(8, schedule)
+    whole = train.settings
+    _, checkpoint = train(4, schedule)
+    train(8, schedule, resume=checkpoint)
+    assert train.settings == whole[4:]
+    assert 'note: --resume' not in capsys.readouterr().out
 
 
 def test_a_rate_without_a_schedule(train, capsys):

@@ -190,6 +190,23 @@ def test_precisions(edit, dtype):
     assert all(name.startswith('moe.experts.') for name in changed)
 
 
+def test_edits_in_half_precision():
+    """What follows the last layer is seen, and a change that rounding would undo refused."""
+    for dtype in (torch.float32, torch.bfloat16):
+        model = nn.ModuleDict({'moe': moe(conv_module(norm_cfg={'type': 'BN'}))}).to(dtype)
+        state = state_of(model)
+        with pytest.raises(ConfigError, match=r'what follows .*ReLU'):
+            apply_edits(model, [Edit('moe', 0, 1, add=0.05)])
+        assert_same_state(model, state)
+    model = nn.ModuleDict({'moe': moe(LinearExperts(C, OUT, E), 'token')}).bfloat16()
+    with torch.no_grad():
+        model['moe'].experts.bias.fill_(4)
+    state = state_of(model)
+    with pytest.raises(ConfigError, match=r'bfloat16 rounds so small a change .* away; edit'):
+        apply_edits(model, [Edit('moe', 0, 1, add=0.01)])
+    assert_same_state(model, state)
+
+
 def test_edits_compose_in_order():
     model = nn.ModuleDict({'moe': moe(LinearExperts(C, OUT, E), 'token')})
     weight, bias = model['moe'].experts.weight[1, 2].clone(), model['moe'].experts.bias[1, 2].item()

@@ -331,9 +331,9 @@ def test_more_data_sets_than_experts_share_them():
     assert DatasetLoss(sources=[1, (0, 2)]).experts_of(3) == [[1], [0, 2]]
 
 
-@pytest.mark.parametrize('sources', [0, (), ((0,), ())])
+@pytest.mark.parametrize('sources', [0, True, (), ((0,), ()), ((0,), (-1,)), ('0', '1'), (0, 1.0)])
 def test_data_sets_without_experts_are_refused(sources):
-    with pytest.raises(ConfigError, match=r'DatasetLoss: sources=.* must be the number'):
+    with pytest.raises(ConfigError, match=r'DatasetLoss: .*sources=.* must be'):
         DatasetLoss(sources=sources)
 
 

@@ -250,3 +250,12 @@ def test_level_without_items_has_no_shares():
     assert report.num_items == 0
     assert report.load == report.level_shares[0] == [0, 0, 0]
     assert not report.has_collapsed(0.02)
+
+
+def test_numbers_of_levels_that_vary():
+    """As of a layer that is called more often in one pass than in another."""
+    first, second = [0.8, 0.1, 0.1], [0.1, 0.8, 0.1]
+    batches = ([first] * 4,), ([first, second, second, second], [second] * 4)
+    for order in (batches, batches[::-1]):
+        report = report_of(router_of(3, 1), *order)
+        assert report.level_shares == [[0.625, 0.375, 0], [0, 1, 0]]

@@ -351,16 +351,32 @@ def test_amp_without_a_gpu(here, capsys, monkeypatch, has_bfloat16, said, dtype)
     assert 'loss_scale' not in cfg.optim_wrapper
     assert said in capsys.readouterr().out
 
-    from mmengine.optim import build_optim_wrapper
+    from mmengine.optim import AmpOptimWrapper, OptimWrapper, build_optim_wrapper
 
     model = torch.nn.Linear(2, 2)
     wrapper = build_optim_wrapper(model, cfg.optim_wrapper)
     with wrapper.optim_context(model):
         assert model(torch.ones(1, 2)).dtype == dtype
     assert model.weight.dtype == torch.float32
+    for type_ in (OptimWrapper, AmpOptimWrapper, 'mmengine.OptimWrapper'):
+        cfg.optim_wrapper.type = type_
+        cli._set_amp(cfg, requested=True)
+        assert cfg.optim_wrapper.type == 'CpuAmpOptimWrapper'
+    cfg.optim_wrapper.type = AmpOptimWrapper
+    cli._set_amp(cfg, requested=False)
+    assert cfg.optim_wrapper.type == 'CpuAmpOptimWrapper'
     cfg.optim_wrapper.type = 'ApexOptimWrapper'
     with pytest.raises(ConfigError, match=r'--amp: optim_wrapper\.type'):
         cli._set_amp(cfg, requested=True)
+
+
+def test_defaults_of_a_wrapper_are_for_ddp_alone():
+    for wrapper in (None, dict(type='MMDistributedDataParallel', static_graph=True)):
+        found = cli._model_wrapper(Config(dict(model_wrapper_cfg=wrapper)))
+        assert found['broadcast_buffers'] is False
+        assert found['find_unused_parameters'] is False
+    sharded = dict(type='MMFullyShardedDataParallel', use_orig_params=True)
+    assert cli._model_wrapper(Config(dict(model_wrapper_cfg=sharded))) == sharded
 
 
 # Mistakes ---------------------------------------------------------------------------------------
@@ -414,10 +430,10 @@ def test_wrong_paths(here, capsys):
         ('optim_wrapper.optimizer.momentum=-1', "wrong value for type 'SGD': Invalid momentum"),
         ('val_evaluator=None', 'val_evaluator: the config has val_dataloader, but not val_eval'),
         ('val_evaluator.metric=box', "wrong value for type 'CocoMetric': metric should be one"),
-        ('train_dataloader.batch_size=0', 'train_dataloader: batch_size=0 must be a finite'),
+        ('train_dataloader.batch_size=0', 'train_dataloader: batch_size=0 must be an integer'),
         ('train_dataloader.num_workers=two', "num_workers='two' must be an integer"),
         ('train_cfg.max_iters=many', "train_cfg: max_iters='many' must be a finite number"),
-        ('train_cfg.val_interval=0', 'train_cfg: val_interval=0 must be a finite number'),
+        ('train_cfg.val_interval=0', 'train_cfg: val_interval=0 must be an integer'),
     ],
 )
 def test_wrong_values(here, capsys, option, expected):

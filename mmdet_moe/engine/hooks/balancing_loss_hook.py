@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from fnmatch import fnmatch
 
 import torch
+from mmengine.dist import get_world_size
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
 from torch import Tensor, nn
@@ -35,10 +36,10 @@ class BalancingLossHook(Hook):
             default.
 
     Raises:
-        ConfigError: For an empty list, and at the start of training if no MoE layer matches, or
-            if one that matches is frozen, or a loss is for another number of data sets than the
-            training has; in the first iteration if a loss needs the data set of
-            an image that does not tell it.
+        ConfigError: For an empty list, and at the start of training if no MoE layer matches one of
+            the patterns, or if one that matches is frozen, or a loss is for another number of data
+            sets than the training has; in the first iteration if a loss needs the data set of an
+            image that does not tell it; with several ranks if one of them does not run the layer.
     """
 
     def __init__(self, loss: dict | Sequence[dict], layers: str | Sequence[str] = '*') -> None:
@@ -68,11 +69,12 @@ class BalancingLossHook(Hook):
         """Attach the losses to the model."""
         layers = moe_layers_of(runner, self)
         names = [name for name in layers if self.covers(name)]
-        if not names:
-            raise ConfigError(
-                f'BalancingLossHook: layers={self.patterns} matches none of the MoE layers '
-                f'{list(layers)}'
-            )
+        for pattern in self.patterns:
+            if not any(fnmatch(name, pattern) for name in layers):
+                raise ConfigError(
+                    f'BalancingLossHook: layers: {pattern!r} matches none of the MoE layers '
+                    f'{list(layers)}'
+                )
         for name in names:
             if not any(p.requires_grad for p in layers[name].router.parameters()):
                 raise ConfigError(
@@ -116,6 +118,14 @@ class _AddLosses:
         for name in self.layer_names:
             layer = model.get_submodule(name)
             layer.end(_PASS)
+            if not layer.has_run:  # as a head without a positive RoI
+                if get_world_size() > 1:  # where others wait for this rank's share of the loss
+                    raise ConfigError(
+                        f'BalancingLossHook: MoE layer "{name}" was not run in this iteration of '
+                        'one rank, so that its loss cannot be that of all ranks; leave it out with '
+                        'layers=[...]'
+                    )
+                continue
             routing = layer.routing
             has_choice = routing.num_experts > 1
             if has_choice and torch.is_grad_enabled() and not routing.logits.requires_grad:
@@ -149,8 +159,9 @@ def _sources(samples: object, name: str, num_images: int) -> tuple[int, ...]:
             'sample; join the data sets by mmdet_moe.JointDataset'
         )
     if len(found) != num_images:
+        inputs = f'{num_images} inputs' if num_images > 0 else 'calls with unlike numbers of inputs'
         raise ConfigError(
-            f'BalancingLossHook: MoE layer "{name}" decides on {num_images} inputs of its own and '
+            f'BalancingLossHook: MoE layer "{name}" decides on {inputs} of its own and '
             f'not on the {len(found)} images, so that DatasetLoss cannot tell their data sets; '
             'leave it out with layers=[...]'
         )

@@ -8,7 +8,7 @@ from mmengine.hooks import Hook
 from mmengine.runner import Runner
 from torch.utils.hooks import RemovableHandle
 
-from mmdet_moe.checks import check_integer
+from mmdet_moe.checks import check_flag, check_integer, check_number
 from mmdet_moe.engine.hooks.balancing_loss_hook import BalancingLossHook
 from mmdet_moe.engine.hooks.layers import expert_layers_of, sources_of
 from mmdet_moe.moe import ExpertLayer, MoELayer, Routing
@@ -69,7 +69,7 @@ class ExpertUtilizationHook(Hook):
         draw: Whether to draw the pictures.
 
     Raises:
-        ConfigError: ``interval`` is no positive integer.
+        ConfigError: For an option of another type, or out of range.
     """
 
     priority = 'BELOW_NORMAL'
@@ -83,7 +83,11 @@ class ExpertUtilizationHook(Hook):
         draw: bool = True,
     ) -> None:
         self.interval = check_integer(type(self).__name__, 'interval', interval, 1)
-        self.warmup_iters = warmup_iters
+        self.warmup_iters = check_integer(type(self).__name__, 'warmup_iters', warmup_iters, 0)
+        shares = {'dead_share': dead_share, 'collapse_share': collapse_share}
+        for field, share in shares.items():
+            check_number(type(self).__name__, field, share, least=0)
+        check_flag(type(self).__name__, 'draw', draw)
         self.dead_share = dead_share
         self.collapse_share = collapse_share
         self.draw = draw

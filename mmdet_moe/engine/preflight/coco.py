@@ -47,6 +47,8 @@ def check_coco(dataset: Dataset, needs_annotations: bool, coco_files: dict[str, 
     """
     field = f'{dataset.field}.ann_file'
     path = dataset.path(dataset.cfg.get('ann_file') or '')
+    if is_remote(path):
+        return
     if path not in coco_files:
         coco_files[path] = _read_coco(path, field)
     coco = coco_files[path]
@@ -198,6 +200,8 @@ def _check_classes(dataset: Dataset, coco: CocoFile, path: str) -> None:
 def _check_images(dataset: Dataset, coco: CocoFile) -> None:
     prefix = dataset.cfg.get('data_prefix') or {}
     folder = dataset.path(prefix.get('img', '') if isinstance(prefix, Mapping) else prefix)
+    if is_remote(folder):
+        return
     names = [name for name, _ in islice(coco.images.values(), _IMAGES_TO_LOOK_AT)]
     paths = [osp.join(folder, name) for name in names]
     found = [path for path in paths if osp.isfile(path)]

@@ -11,7 +11,7 @@ from mmengine.config import Config
 from mmengine.registry import METRICS, OPTIMIZERS
 from torch.utils.data import DataLoader
 
-from mmdet_moe.checks import check_number
+from mmdet_moe.checks import check_integer, check_number
 from mmdet_moe.datasets.coco_file import CocoFile
 from mmdet_moe.engine.preflight.arrays import check_arrays, is_grey, reads_arrays
 from mmdet_moe.engine.preflight.checkpoints import check_checkpoint
@@ -57,6 +57,8 @@ _LEAST = {
     'val_dataloader.batch_size': 1,
     'test_dataloader.batch_size': 1,
 }
+#: Those of them that are divided by; MMEngine takes ``max_iters=9e4``, too.
+_COUNTS = ('val_interval', 'accumulative_counts', 'batch_size')
 
 
 @dataclass(frozen=True)
@@ -153,7 +155,8 @@ def _check_numbers(cfg: Config) -> None:
         for key in owner.split('.'):
             node = node.get(key) if isinstance(node, Mapping) else None
         if isinstance(node, Mapping) and node.get(name) is not None:
-            check_number(owner, name, node[name], least)
+            check = check_integer if name in _COUNTS else check_number
+            check(owner, name, node[name], least)
 
 
 def _check_pretrained(node: Any, field: str) -> None:
@@ -212,7 +215,8 @@ def _check_loader(cfg: Config, loader_field: str, evaluator_field: str | None, s
 
 def _check_fields(loader: Mapping, field: str) -> None:
     """Complain about what neither PyTorch's data loader nor MMEngine reads."""
-    known = [*inspect.signature(DataLoader).parameters, 'num_batch_per_epoch']
+    more = ('num_batch_per_epoch', 'disable_subprocess_warning')
+    known = [*inspect.signature(DataLoader).parameters, *more]
     for name in loader:
         if name not in known:
             close = difflib.get_close_matches(name, known, n=1)

@@ -1,7 +1,7 @@
 """The weights behind the outputs of one sparse expert."""
 
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from types import EllipsisType
 from typing import Any
 
@@ -78,17 +78,29 @@ class SparseExpert:
                 f'{self._where}: add={edit.add} needs a bias, which its last layer, {self._names}, '
                 'has not; build it with bias=True, or use scale'
             )
-        before = self._contribution()
         rows = slice(None) if edit.output is None else edit.output
         weights = [last.weight for last in self._last]
-        for parameter in [*weights, *biases] if edit.factor is not None else biases[:1]:
-            values = parameter[self._index]
-            undo.callback(_put, parameter, self._index, values.clone())
-            if edit.factor is None:
-                values[rows] += edit.term
-            else:
-                values[rows] *= edit.factor
-        wanted, found = edit.of(before, self._dim), self._contribution()
+        changed = [*weights, *biases] if edit.factor is not None else biases[:1]
+        old = [parameter[self._index].clone() for parameter in changed]
+        for parameter, values in zip(changed, old, strict=True):
+            undo.callback(_put, parameter, self._index, values)
+        # In half precision the outcome would tell nothing but rounding.
+        with _at_least_float32(self.layer.experts):
+            before = self._contribution()
+            for parameter in changed:
+                values = parameter[self._index]
+                if edit.factor is None:
+                    values[rows] += edit.term
+                else:
+                    values[rows] *= edit.factor
+            exact = [parameter[self._index].clone() for parameter in changed]
+            wanted, found = edit.of(before, self._dim), self._contribution()
+        for parameter, values, should in zip(changed, old, exact, strict=True):
+            if (parameter[self._index] - should).norm() > (should - values).norm() / 2:
+                raise ConfigError(
+                    f'{self._where}: {parameter.dtype} rounds so small a change of its last '
+                    f'layer, {self._names}, away; edit the model in float32'
+                )
         eps = torch.finfo(before.dtype).eps
         allowed = eps**0.5 * (wanted - before).abs().max() + 8 * eps * before.abs().max()
         if not (found - wanted).abs().max() <= allowed:
@@ -191,6 +203,20 @@ class SparseExpert:
             shape = (2, _PROBES, channels)
         generator = torch.Generator().manual_seed(0)  # the program's random numbers stay its own
         return torch.randn(shape, generator=generator).to(like)
+
+
+@contextmanager
+def _at_least_float32(module: nn.Module) -> Iterator[None]:
+    """Inside, what is in half precision is in float32; then it is rounded to what it was."""
+    tensors = (*module.parameters(), *module.buffers())
+    halves = [(t, t.dtype) for t in tensors if t.is_floating_point() and t.dtype.itemsize < 4]
+    for tensor, _ in halves:
+        tensor.data = tensor.data.float()
+    try:
+        yield
+    finally:
+        for tensor, dtype in halves:
+            tensor.data = tensor.data.to(dtype)
 
 
 def _put(parameter: Tensor, index: EllipsisType | int, values: Tensor) -> None:

@@ -6,11 +6,16 @@ from torch.nn import functional as F
 
 from mmdet_moe.errors import ConfigError
 from mmdet_moe.moe.items import at_least_float32
-from mmdet_moe.moe.precision import no_autocast
+from mmdet_moe.moe.precision import KeepsPrecision, no_autocast
 from mmdet_moe.ops import entmax15
 
+
+class _BatchNorm(KeepsPrecision, nn.BatchNorm1d):
+    """Its statistics would stand still in half precision."""
+
+
 NORMS = {
-    'bn': lambda size: nn.BatchNorm1d(size, affine=False),
+    'bn': lambda size: _BatchNorm(size, affine=False),
     'ln': lambda size: nn.LayerNorm(size, elementwise_affine=False),
 }
 ACTIVATIONS = {'entmax15': entmax15, 'softmax': lambda logits: F.softmax(logits, dim=-1)}

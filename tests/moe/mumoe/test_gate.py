@@ -61,10 +61,14 @@ def test_float32_under_autocast_and_of_a_bfloat16_model(norm):
         for a, b in zip(gate(x), expected, strict=True):
             assert a.dtype == torch.float32
             torch.testing.assert_close(a, b)
-    for a, b in zip(gate.bfloat16()(x), expected, strict=True):
+    rounded = gate.bfloat16()
+    exact = copy.deepcopy(rounded).float()
+    for a, b in zip(rounded(x), exact(x.float()), strict=True):
         assert a.dtype == torch.float32
-        # The weights are rounded.
-        torch.testing.assert_close(a, b, rtol=0, atol=0.03)
+        torch.testing.assert_close(a, b)
+    assert all(value.dtype != torch.bfloat16 for value in rounded.buffers())
+    for a, b in zip(rounded.buffers(), exact.buffers(), strict=True):
+        torch.testing.assert_close(a, b)
 
 
 def test_synchronised_batch_normalisation():
