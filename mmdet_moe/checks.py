@@ -47,6 +47,24 @@ def check_number(
         raise ConfigError(f'{owner}: {field}={value!r} must be a finite number{bounds}')
 
 
+def check_indices(field: str, value: Any, least: int, most: int) -> tuple[int, ...]:
+    """One index, or a sequence of different ones, as a tuple.
+
+    Args:
+        field: Name of the option, and what it counts if that is not plain.
+        value: What it was set to.
+        least, most: The smallest and the largest of them.
+
+    Raises:
+        ConfigError: For anything else.
+    """
+    found = tuple(value) if isinstance(value, (list, tuple, range)) else (value,)
+    are_known = all(type(index) is int and least <= index <= most for index in found)
+    if not found or not are_known or len(set(found)) < len(found):
+        raise ConfigError(f'{field}={value!r} must name some of {least} to {most}, each once')
+    return found
+
+
 def check_flag(owner: str, field: str, value: Any) -> None:
     """Refuse what is neither True nor False, such as the text ``'False'``.
 

@@ -1,11 +1,13 @@
 """Files that are the old one or the new one, never half, whenever a process is killed."""
 
 import contextlib
+import io
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 _LEFT_OVER = re.compile(r'\..+\.\d+\.tmp')
 
@@ -33,6 +35,17 @@ def replace_file(path: str | Path, content: bytes) -> None:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def save_weights(path: Path, weights: Mapping[str, Any]) -> Path:
+    """Write a file of weights at once, with its folder; give its path."""
+    import torch  # which takes seconds, and what only asks for paths does not need
+
+    content = io.BytesIO()
+    torch.save(weights, content)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(path, content.getvalue())
+    return path
 
 
 @contextlib.contextmanager

@@ -122,12 +122,12 @@ class ExactResumeHook(Hook):
 
     def before_val(self, runner: Runner) -> None:
         """Remember the random numbers."""
-        self._validating = _random_state()
+        self._validating = random_state()
 
     def after_val(self, runner: Runner) -> None:
         """Put them back."""
         if self._validating is not None:
-            _set_random_state(self._validating)
+            set_random_state(self._validating)
         self._validating = None
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
@@ -155,9 +155,9 @@ class ExactResumeHook(Hook):
                     parameter.grad = torch.zeros_like(parameter)
                 all_reduce(parameter.grad, op='mean')
                 gradients[name] = parameter.grad.cpu().clone()
-        random_state = self._validating or _random_state()
+        state = self._validating or random_state()
         return {
-            'random': all_gather_object(random_state),
+            'random': all_gather_object(state),
             'validated': self._validating is not None,
             'gradients': gradients,
             'waiting_items': {
@@ -174,7 +174,7 @@ class ExactResumeHook(Hook):
 
     def _restore(self) -> None:
         if self._resumed is not None and get_rank() < len(self._resumed['random']):
-            _set_random_state(self._resumed['random'][get_rank()])
+            set_random_state(self._resumed['random'][get_rank()])
 
     def _at_end_of_epoch(self, loop: EpochBasedTrainLoop) -> bool:
         saved = (self._resumed or {}).get('by_epoch')  # which earlier versions do not tell
@@ -217,7 +217,7 @@ def _is_whole(runner: Runner) -> bool:
     return not is_spread and (is_wrapped or get_world_size() == 1)
 
 
-def _random_state() -> dict[str, Any]:
+def random_state() -> dict[str, Any]:
     """That of PyTorch, its GPU, NumPy and Python, in types that ``torch.load`` reads."""
     kind, keys, *rest = np.random.get_state()  # noqa: NPY002  (what MMEngine seeds)
     return {
@@ -228,7 +228,7 @@ def _random_state() -> dict[str, Any]:
     }
 
 
-def _set_random_state(state: dict[str, Any]) -> None:
+def set_random_state(state: dict[str, Any]) -> None:
     torch.set_rng_state(state['torch'].cpu())
     if state['cuda'] is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(state['cuda'].cpu())

@@ -13,7 +13,7 @@ from typing import Any
 from mmengine.registry import MODELS as MMENGINE_MODELS
 from torch import nn
 
-from mmdet_moe.checks import fields_of
+from mmdet_moe.checks import check_indices, fields_of
 from mmdet_moe.errors import ConfigError
 from mmdet_moe.models.toolboxes import require
 from mmdet_moe.moe import add_experts
@@ -67,14 +67,8 @@ def moe_fpn(*, moe_levels: int | Sequence[int] | None = None, **kwargs: Any) -> 
     require('mmdet', 'MoEFPN')
     options, dense = split_options(kwargs, 'mmdet.FPN')
     neck = MMENGINE_MODELS.build({**dense, 'type': 'mmdet.FPN'})
-    num_convs = len(neck.fpn_convs)
     levels = range(len(neck.lateral_convs)) if moe_levels is None else moe_levels
-    levels = (levels,) if isinstance(levels, int) else tuple(levels)
-    if not levels or not set(levels) <= set(range(num_convs)):
-        raise ConfigError(
-            f'moe_levels={levels} must name some of the {num_convs} output convolutions, 0 to '
-            f'{num_convs - 1}'
-        )
+    levels = check_indices('moe_levels', levels, 0, len(neck.fpn_convs) - 1)
     add_experts(neck, [{**options, 'at': f'fpn_convs.{level}'} for level in levels])
     return neck
 
@@ -98,16 +92,7 @@ def moe_resnet(*, moe_stages: int | Sequence[int] = (4,), **kwargs: Any) -> nn.M
     require('mmdet', 'MoEResNet')
     options, dense = split_options(kwargs, 'mmdet.ResNet')
     backbone = MMENGINE_MODELS.build({**dense, 'type': 'mmdet.ResNet'})
-    stages = (moe_stages,) if isinstance(moe_stages, int) else tuple(moe_stages)
-    num_stages = len(backbone.res_layers)
-    if (
-        not stages
-        or not set(stages) <= set(range(1, num_stages + 1))
-        or len(set(stages)) < len(stages)
-    ):
-        raise ConfigError(
-            f'moe_stages={stages} must name some of the stages 1 to {num_stages}, each once'
-        )
+    stages = check_indices('moe_stages', moe_stages, 1, len(backbone.res_layers))
     add_experts(backbone, [{**options, 'at': f'layer{stage}'} for stage in stages])
     return backbone
 

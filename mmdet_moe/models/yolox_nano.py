@@ -1,11 +1,9 @@
 """YOLOX-nano with the weights of its authors, for fine-tuning: batch normalisation is folded."""
 
-import io
 import re
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
 from mmcv.cnn.utils import fuse_conv_bn
 from mmengine.hub import get_config
 from mmengine.registry import MODELS, DefaultScope
@@ -13,7 +11,7 @@ from mmengine.runner import CheckpointLoader
 from torch import Tensor
 
 from mmdet_moe.errors import ConfigError, explained
-from mmdet_moe.files import replace_file
+from mmdet_moe.files import save_weights
 
 FILE_NAME = 'yolox-nano.pth'
 _CONFIG = 'mmdet::yolox/yolox_nano_8xb8-300e_coco.py'
@@ -93,9 +91,4 @@ def prepare_yolox_nano(out: str | Path, source: str | Path) -> Path:
         weights = CheckpointLoader.load_checkpoint(str(source), map_location='cpu')
         for key in ('model', 'state_dict'):  # where both kinds of checkpoints have them
             weights = weights.get(key, weights)
-    content = io.BytesIO()
-    torch.save(convert_yolox_nano(weights), content)
-    file = Path(out, FILE_NAME)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    replace_file(file, content.getvalue())
-    return file
+    return save_weights(Path(out, FILE_NAME), convert_yolox_nano(weights))

@@ -86,9 +86,7 @@ class ClusterPatches(Dataset):
         check_integer(owner, 'patch_dim', patch_dim, least=2 * num_clusters)
         check_number(owner, 'scale', scale, above=0)
         sigma = SETTINGS[setting]['sigma'] if sigma is None else sigma
-        check_number(owner, 'sigma', sigma)
-        if sigma < 0:
-            raise ConfigError(f'{owner}: sigma={sigma} must not be negative')
+        check_number(owner, 'sigma', sigma, least=0)
         gamma = SETTINGS[setting]['gamma'] if gamma is None else gamma
         ranges = {'alpha': alpha, 'beta': beta, 'gamma': gamma}
         for field, value in ranges.items():

@@ -158,5 +158,5 @@ def test_default_levels_are_those_of_the_laterals():
 
 @pytest.mark.parametrize('levels', [(), (0, 5), (-1,)])
 def test_unknown_levels_are_refused(levels):
-    with pytest.raises(ConfigError, match=r'moe_levels=.* must name some of the 5 output'):
+    with pytest.raises(ConfigError, match=r'moe_levels=.* must name some of 0 to 4'):
         build({'moe_levels': levels})

@@ -103,5 +103,5 @@ def test_frozen_stages_and_norm_eval():
 
 @pytest.mark.parametrize('stages', [(), (0,), (4,), (1, 5)])
 def test_unknown_stages_are_refused(stages):
-    with pytest.raises(ConfigError, match=r'moe_stages=.* must name some of the stages 1 to 3'):
+    with pytest.raises(ConfigError, match=r'moe_stages=.* must name some of 1 to 3'):
         build({'moe_stages': stages})

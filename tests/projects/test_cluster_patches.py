@@ -138,7 +138,7 @@ def test_every_parameter_can_be_given():
         ({'num_patches': 2}, 'num_patches=2 must be an integer of at least 3'),
         ({'patch_dim': 7}, 'patch_dim=7 must be an integer of at least 8'),
         ({'patch_dim': '50'}, "patch_dim='50' must be an integer of at least 8"),
-        ({'sigma': -1.0}, 'sigma=-1.0 must not be negative'),
+        ({'sigma': -1.0}, 'sigma=-1.0 must be a finite number of at least 0'),
         ({'sigma': math.nan}, 'sigma=nan must be a finite number'),
         ({'scale': math.inf}, 'scale=inf must be a finite number greater than 0'),
         ({'alpha': 1}, r'alpha=1 must be a range \(low, high\)'),

@@ -165,7 +165,7 @@ def test_failure_names_the_log(tmp_path):
     with pytest.raises(ConfigError, match=r'failed; see .*output\.log') as caught:
         theory.train(Run(1, broken, 0), tmp_path)
     log = Path(str(caught.value).rpartition(' ')[2])
-    assert 'sigma=-1 must not be negative' in log.read_text()
+    assert 'sigma=-1 must be a finite number of at least 0' in log.read_text()
 
 
 def test_wrong_settings(tmp_path):

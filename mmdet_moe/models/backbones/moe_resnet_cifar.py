@@ -12,6 +12,7 @@ from mmpretrain.models.backbones import ResNet_CIFAR
 from mmpretrain.models.backbones.resnet import ResLayer
 from torch import nn
 
+from mmdet_moe.checks import check_indices
 from mmdet_moe.errors import ConfigError
 from mmdet_moe.moe import ConvExperts, Experts, MoELayer
 from mmdet_moe.moe.flops import count_flops
@@ -89,16 +90,7 @@ class MoEResNet_CIFAR(ResNet_CIFAR):
         self._stage_options: list[dict[str, Any]] = []
         super().__init__(*args, **kwargs)
         num_stages = len(self.res_layers)
-        self.moe_stages = tuple(moe_stages) if isinstance(moe_stages, Sequence) else (moe_stages,)
-        if (
-            not self.moe_stages
-            or not all(type(stage) is int and 0 <= stage <= num_stages for stage in self.moe_stages)
-            or len(set(self.moe_stages)) < len(self.moe_stages)
-        ):
-            raise ConfigError(
-                f'moe_stages={moe_stages!r} must name some of the stages 1 to {num_stages}, or '
-                '0 for the first convolution, each once'
-            )
+        self.moe_stages = check_indices('moe_stages', moe_stages, 0, num_stages)
         self.expert_channels = _per_stage(expert_channels, num_stages)
         self.residual = residual
         self._moe_cfg = {

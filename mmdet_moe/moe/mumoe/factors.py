@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from functools import reduce
 from math import prod
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -117,11 +118,7 @@ class Factors(nn.Module, ABC):
         check_integer(type(self).__name__, 'expert', expert, 0)
         if expert >= prod(self.levels):
             raise ConfigError(f'expert={expert} is none of the {prod(self.levels)} experts')
-        place = []
-        for size in reversed(self.levels):
-            expert, n = divmod(expert, size)
-            place.append(n)
-        return tuple(reversed(place))
+        return tuple(map(int, np.unravel_index(expert, self.levels)))
 
     def _replace(self, values: Sequence[Tensor]) -> None:
         # In the same parameters: an optimizer that has no state of them goes on with them.
