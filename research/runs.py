@@ -6,6 +6,7 @@ import os
 import statistics
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -33,6 +34,7 @@ COCO_METRICS = {
     'coco/bbox_mAP_l': 'AP large',
 }
 
+_SCOPE = threading.RLock()
 #: Name in the log of MMPretrain's Accuracy, in percent.
 ACCURACY = 'accuracy/top1'
 #: Name in the log of DispatchEntropy, in nats.
@@ -241,8 +243,15 @@ def _metrics(validation: dict) -> dict[str, float]:
     return {name: validation.get(key, 0.0) for key, name in COCO_METRICS.items()}
 
 
+@contextmanager
+def in_scope(name: str) -> Iterator[None]:
+    """MMEngine's default scope, for one thread at a time: all threads share it."""
+    with _SCOPE, DefaultScope.overwrite_default_scope(name):
+        yield
+
+
 def _parameters(cfg: Config) -> tuple[int, int]:
-    with DefaultScope.overwrite_default_scope(cfg.get('default_scope', 'mmdet')):
+    with in_scope(cfg.get('default_scope', 'mmdet')):
         return count_parameters(MODELS.build(cfg.model))
 
 

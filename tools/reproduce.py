@@ -71,7 +71,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help=f'some of {", ".join(repr(method.name) for method in METHODS)} (all)',
     )
     sizes.add_argument(
-        '--quick', action='store_true', help='few images and iterations, to see that it works'
+        '--quick',
+        action='store_true',
+        help='few generated images (--data is not read), and of '
+        'the first seed few iterations, to see that it works',
     )
     budgets = {name: task.budgets for name, task in TASKS.items()}
     by_name = {

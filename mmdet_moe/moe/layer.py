@@ -551,7 +551,7 @@ class MoELayer(ExpertLayer):
     def _as_items(self, other: Any, x: Tensor, items: Items) -> Any:
         if not isinstance(other, Tensor):
             return other
-        if self.batch_dim:
+        if self.batch_dim and other.dim() > 1:
             other = other.transpose(0, 1)
         same = other.shape == x.shape
         if self.granularity == 'token':

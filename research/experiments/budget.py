@@ -4,7 +4,6 @@ from dataclasses import dataclass
 
 import torch
 from mmengine.device import get_device
-from mmengine.registry import DefaultScope
 
 from mmdet_moe.analysis.models import build_model
 from mmdet_moe.cli import load_config, parse_options
@@ -12,6 +11,7 @@ from mmdet_moe.engine.preflight import check_config
 from mmdet_moe.errors import ConfigError
 from mmdet_moe.moe.flops import count_flops
 from research.experiments.experiment import CONFIGS, Experiment, Method
+from research.runs import in_scope
 
 #: Options of trainings side by side on few cores, where worker processes only take their time.
 NO_WORKERS = ('train_dataloader.num_workers=0', 'val_dataloader.num_workers=0')
@@ -108,7 +108,7 @@ class BudgetedExperiment(Experiment):
         if method not in self._flops:
             options = self._all_options(method, self.seeds[0])
             cfg = load_config(str(CONFIGS / f'{method.config}.py'), parse_options(options))
-            with DefaultScope.overwrite_default_scope(cfg.default_scope):
+            with in_scope(cfg.default_scope):
                 model = build_model(cfg)
             channels, side = len(cfg.data_preprocessor.mean), self.data_set.side
             self._flops[method] = count_flops(model, torch.randn(1, channels, side, side))

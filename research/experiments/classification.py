@@ -228,20 +228,18 @@ def accuracy_table(results: dict[str, list[RunResult]], flops: dict[str, int]) -
         'method', 'seeds', 'accuracy', 'active MFLOPs', 's/iteration (× dense)', 'parameters',
         'load CV²', 'dead experts', 'information on input',
     )  # fmt: skip
-    seconds = {
-        name: median(run.seconds_per_iteration for run in runs)
-        for name, runs in results.items()
-        if runs
-    }
-    of_dense = seconds.get(next(iter(results)))
+    of_dense = [run.seconds_per_iteration for run in next(iter(results.values()))]
 
     def rows() -> Iterator[list[str]]:
         for name, runs in results.items():
             if not runs:
                 continue
             cells = [name, str(len(runs)), mean_and_std([run.metrics['accuracy'] for run in runs])]
-            ratio = NOTHING if of_dense is None else f'{seconds[name] / of_dense:.2f}'
-            cells += [f'{flops[name] / 1e6:.1f}', f'{seconds[name]:.3f} ({ratio})']
+            seconds = [run.seconds_per_iteration for run in runs]
+            ratio = NOTHING
+            if len(seconds) == len(of_dense):  # of each seed, whose runs shared a machine
+                ratio = f'{median(a / b for a, b in zip(seconds, of_dense, strict=True)):.2f}'
+            cells += [f'{flops[name] / 1e6:.1f}', f'{median(seconds):.3f} ({ratio})']
             cells.append(f'{runs[0].total_parameters / 1e3:,.0f} k')
             if runs[0].layers:
                 cells += [

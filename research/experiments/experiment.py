@@ -143,7 +143,7 @@ class Experiment(ABC):
         """
         if self.is_default:
             self._write_records()
-            tables = {marker: text + self._machines() for marker, text in tables.items()}
+            tables = {marker: text + self._machines(text) for marker, text in tables.items()}
         complete = complete and self.is_default and self.seeds == list(SEEDS)
         self.written = publish(complete, self.work_dir, tables, pictures)
 
@@ -266,8 +266,8 @@ class Experiment(ABC):
         if runs:
             records.add_records(self._records_file, runs, self._of_data)
 
-    def _machines(self) -> str:
-        """Where the seeds were trained, if not all on one kind of machine."""
+    def _machines(self, text: str) -> str:
+        """Where the seeds were trained, if a table says too little without it."""
         seeds: dict[str, set[int]] = {}
         for name, record in self.records()['runs'].items():
             seed = int(name.rpartition('/seed')[2])
@@ -275,10 +275,12 @@ class Experiment(ABC):
                 on = record['trained_on']
                 kind = on['device'] + ('' if on.get('bfloat16', True) else ' (without bfloat16)')
                 seeds.setdefault(kind, set()).add(seed)
-        if len(seeds) < 2:
+        in_float32 = 'mixed precision' in text and any('without' in kind for kind in seeds)
+        if len(seeds) < 2 and not in_float32:
             return ''
         places = (f'{", ".join(map(str, sorted(of)))} on {kind}' for kind, of in seeds.items())
-        return f'\n\nSeeds were trained on unlike machines: {"; ".join(places)}.'
+        unlike = 'on unlike machines' if len(seeds) > 1 else 'so'
+        return f'\n\nSeeds were trained {unlike}: {"; ".join(places)}.'
 
     def train(self, methods: Iterable[Method], analysed: Sequence[Method] = ()) -> None:
         """Train those runs of some methods that are not finished, and before what they start from.

@@ -8,7 +8,7 @@ without the mark.
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from mmdet_moe.analysis.files import write_file
 from mmdet_moe.cli import load_config
 from mmdet_moe.datasets.class_folders import COARSE_CLASSES
+from mmdet_moe.errors import ConfigError
 from mmdet_moe.moe import CPMuMoE
 from mmdet_moe.moe.editing import Edit, apply_edits
 from research.experiments.experiment import CONFIGS, SEEDS, check_amounts, publish
@@ -248,7 +249,7 @@ class EditingExperiment:
                 partial(_compare, self.data, self.work_dir, biased, seed)
                 for seed in self.seeds
                 for biased in range(len(CLASSES))
-                if not _path(self.work_dir, biased, seed).exists()
+                if _read(_path(self.work_dir, biased, seed)) is None
             ]
             in_processes(todo, self.jobs, self.write)
         self.write()
@@ -256,7 +257,7 @@ class EditingExperiment:
     def write(self) -> None:
         """The table of what is there."""
         paths = [_path(self.work_dir, c, s) for s in self.seeds for c in range(len(CLASSES))]
-        found = [json.loads(path.read_text()) for path in paths if path.exists()]
+        found = [result for path in paths if (result := _read(path)) is not None]
         complete = self.seeds == list(SEEDS) and len(found) == len(paths)
         self.written = publish(
             complete, self.work_dir, {'mumoe-editing': markdown_table(found)}, {}
@@ -284,11 +285,33 @@ def _path(work_dir: Path, biased: int, seed: int) -> Path:
     return work_dir / CLASSES[biased] / f'seed{seed}.json'
 
 
+def _settings() -> dict:
+    """What the figures of a class depend on, as JSON has it."""
+    content = {
+        'experts': EXPERTS, 'rank': RANK, 'recipe': asdict(RECIPE), 'added': ADDED,
+        'shifts': SHIFTS, 'max_edits': MAX_EDITS, 'allowed': ALLOWED, 'marked': MARKED,
+        'others_marked': OTHERS_MARKED,
+    }  # fmt: skip
+    return json.loads(json.dumps(content))
+
+
+def _read(path: Path) -> dict | None:
+    if not path.exists():
+        return None
+    found = json.loads(path.read_text())
+    if found.pop('settings', None) != _settings():
+        raise ConfigError(
+            f'{path} was made with other settings; move it away, or choose another --work-dir'
+        )
+    return found
+
+
 def _compare(data: Path, work_dir: Path, biased: int, seed: int) -> None:
     images = [_images(data, work_dir, split) for split in ('train', 'test')]
     path = _path(work_dir, biased, seed)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_file(path, json.dumps(compare(*images, biased, seed), indent=2).encode())
+    content = {'settings': _settings(), **compare(*images, biased, seed)}
+    write_file(path, json.dumps(content, indent=2).encode())
 
 
 def markdown_table(found: Sequence[dict]) -> str:

@@ -48,10 +48,14 @@ class RobustExperiment(ClassificationExperiment):
                 f'--work-dir: {self.work_dir} holds no finished run; train them first with '
                 f'`tools/reproduce.py {self.data_set.name} --budget {self.budget.name}`'
             )
-        print(f'{len(finished)} of {len(runs)} runs are finished and attacked.', flush=True)
+        # What is only recorded has no model to attack.
+        here = [run for run in finished if self._here(*run) is not None]
+        print(
+            f'{len(runs)} runs: {len(here)} have a model to attack, and '
+            f'{len(finished) - len(here)} are only recorded',
+            flush=True,
+        )
         if not table_only:
-            # What is only recorded has no model to attack.
-            here = [run for run in finished if self._here(*run) is not None]
             todo = [
                 self.run_dir(*run) / file
                 for run in here

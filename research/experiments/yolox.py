@@ -22,6 +22,7 @@ from mmdet_moe.moe.flops import count_flops
 from research.experiments.experiment import CONFIGS, EXPERTS, Method, dead_experts, per_layer
 from research.experiments.markdown import NOTHING, mean_and_std, table
 from research.experiments.photographs import Photographs, PhotographsExperiment
+from research.experiments.settings import fingerprint
 from research.runs import COCO_METRICS, RunResult, evaluate, mean_std
 
 #: Edge of the images in px, as the configs have it.
@@ -94,11 +95,18 @@ class YoloxExperiment(PhotographsExperiment):
         return self.work_dir / method.key / 'start.json'
 
     def _start(self, method: Method) -> dict[str, float] | None:
-        """Metrics before the training, with the weights that all begin with."""
+        """Metrics before the training, with the weights that all begin with.
+
+        Those of other settings, or of earlier versions, which did not tell them, are measured anew.
+        """
         name, file = f'{method.name}, before', self._start_file(method)
         if file.exists():
-            return self.of_data(name, lambda: json.loads(file.read_text()))
+            found = json.loads(file.read_text())
+            return found['metrics'] if found.get('settings') == self._settings_of(method) else None
         return self.records()['data'].get(name) if self.is_default else None
+
+    def _settings_of(self, method: Method) -> str:
+        return fingerprint(CONFIGS / f'{method.config}.py', method.options)
 
     def _evaluate_start(self, method: Method) -> None:
         config, file = CONFIGS / f'{method.config}.py', self._start_file(method)
@@ -111,7 +119,8 @@ class YoloxExperiment(PhotographsExperiment):
         ):
             weights = load_config(str(config)).load_from
             metrics = evaluate(config, weights, scratch, options, threads=1, output=log)
-        write_file(file, json.dumps(metrics).encode())
+        content = {'settings': self._settings_of(method), 'metrics': metrics}
+        write_file(file, json.dumps(content).encode())
 
     def write(self) -> None:
         results = {method.name: self.results(method) for method in self.methods}

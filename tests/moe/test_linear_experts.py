@@ -112,6 +112,21 @@ def test_grouped_product(kind, bias, shape, grouped_calls):
     assert len(grouped_calls) == sum(p.dim() == 3 for p in experts.parameters())
 
 
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_one_expert_takes_rows_that_lie_anyhow(dtype):
+    """Its rows are the input itself, of whatever strides, and so is their gradient."""
+    layer = MoELayer(LinearExperts(16, 32, 1), 1, 1, in_channels=16, granularity='token').to(dtype)
+    weight, bias = layer.experts.weight[0], layer.experts.bias[0]
+    for x in (torch.randn(1, 16, 49).transpose(1, 2), torch.randn(2, 5, 17)[..., :16]):
+        x = x.to(dtype)
+        y = layer(x)
+        torch.testing.assert_close(y, x @ weight.T + bias, rtol=2e-2, atol=2e-2)
+        y.sum().backward()
+        expected = x.sum((0, 1)).expand(32, 16)
+        torch.testing.assert_close(layer.experts.weight.grad[0], expected, rtol=3e-2, atol=0.1)
+        layer.zero_grad()
+
+
 @every_kind
 @pytest.mark.parametrize('bias', [True, False])
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float64])

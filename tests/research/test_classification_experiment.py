@@ -46,10 +46,18 @@ def test_table_of_accuracies():
         'dense', '2', '0.500 ± 0.141', '12.3', '0.200 (1.00)', '2,346 k', '–', '–', '–',
     ]  # fmt: skip
     assert soft == [
-        'soft', '1', '0.500', '1000.0', '0.250 (1.25)', '2,346 k', '0.50', '1 of 2', '0.30',
+        'soft', '1', '0.500', '1000.0', '0.250 (–)', '2,346 k', '0.50', '1 of 2', '0.30',
     ]  # fmt: skip
     (alone,) = cells(accuracy_table({'dense': [], 'soft': results['soft']}, {'soft': 1}))
     assert alone[4] == '0.250 (–)'
+
+
+def test_times_are_compared_within_a_seed():
+    """Whose runs shared a machine: twice the dense model's on one, the same on a slower one."""
+    times = {'dense': (0.1, 0.3), 'soft': (0.2, 0.3)}
+    results = {name: [result(0.5, seconds=s) for s in of] for name, of in times.items()}
+    _, soft = cells(accuracy_table(results, dict.fromkeys(times, 1)))
+    assert soft[4] == '0.250 (1.50)'
 
 
 def experts_of(accuracy, mi, p, alone, equal, random, without):

@@ -136,7 +136,13 @@ def test_experiment(quick, tmp_path, monkeypatch):
     }
     monkeypatch.setattr(mumoe_editing, 'compare', lambda *_: result)
     EditingExperiment(tmp_path, tmp_path / 'runs', [5], 1).run()
-    assert json.loads((tmp_path / 'runs' / 'bear' / 'seed5.json').read_text()) == result
+    stored = json.loads((tmp_path / 'runs' / 'bear' / 'seed5.json').read_text())
+    assert stored.pop('settings')['max_edits'] == mumoe_editing.MAX_EDITS
+    assert stored == result
+    with monkeypatch.context() as patch:
+        patch.setattr(mumoe_editing, 'MAX_EDITS', 4)
+        with pytest.raises(ConfigError, match=r'seed5\.json was made with other settings'):
+            EditingExperiment(tmp_path, tmp_path / 'runs', [5], 1).run(table_only=True)
     rows = cells(page.read_text())
     assert [row[0] for row in rows] == list(METHODS)
     assert rows[1] == [

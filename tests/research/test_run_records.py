@@ -438,3 +438,12 @@ def test_what_was_finished_before_an_interruption_is_whole(
     del disk[:]
     make('two', [0]).run()
     assert disk == []
+
+
+def test_every_table_of_a_classifier_has_its_place():
+    page = experiment_module.RESULTS.read_text()
+    for name in TASKS:
+        for budget in TASKS[name].budgets:
+            for marker in (f'{name}-{budget}', f'robust-{name}-{budget}'):
+                assert f'<!-- {marker}:begin -->' in page
+                assert f'<!-- {marker}:end -->' in page

@@ -185,12 +185,13 @@ class ConvExperts(StackedExperts):
         of kernels, where it is known how many there are; else one with the kernels of all experts.
         """
         num_items, num_kernels = x_T.shape[0], dispatcher.expert_ids.numel()
-        if self._is_linear_on(x_T) or self.groups > 1:
+        of_items = dispatcher.factors.dim() == 2  # and not of the pixels of a map
+        if self.groups > 1 or (of_items and self._is_linear_on(x_T)):
             return self._subbatches(x_T, dispatcher)
         mixes = (
             isinstance(num_items, int)  # no size that an export leaves free
             and not torch.jit.is_tracing()
-            and dispatcher.factors.dim() == 2
+            and of_items
             and 0 < num_kernels * self.weight[0].numel() * self.weight.itemsize < MOST_MIXED_BYTES
         )
         if not mixes:

@@ -201,6 +201,7 @@ def _grouped_mm_serves(x_R: Tensor, weight: Tensor, dispatcher: Dispatcher) -> b
         or x_R.dtype != weight.dtype
         or weight.dtype not in (torch.float32, torch.bfloat16, torch.float16)
         or x_R.shape[0] == 0
+        or dispatcher.is_whole  # one product, of rows that may lie anyhow
         or any(n % aligned for n in (*weight.shape[1:], weight.storage_offset()))
     ):
         return False
