@@ -19,6 +19,7 @@ from mmdet_moe.moe import UtilizationReport
 from mmdet_moe.moe.utilization import DEAD_SHARE
 from research.experiments import records
 from research.experiments.markdown import mean_per_layer, replace_between_markers
+from research.experiments.records import DIGEST, data_digest
 from research.experiments.settings import check_settings, fingerprint
 from research.runs import REPOSITORY, RunResult, analyse, collect, latest_checkpoint, train
 
@@ -73,6 +74,8 @@ class Method:
         return folder_name(self.name)
 
 
+#: In a run's folder: :func:`~research.experiments.records.data_digest` of what it is trained on.
+DATA_FILE = 'data_digest.txt'
 #: A method and a seed.
 Run = tuple[Method, int]
 
@@ -141,10 +144,11 @@ class Experiment(ABC):
             complete: Whether all runs are there, for each of the seeds.
             tables, pictures: As of :func:`publish`.
         """
-        if self.is_default:
+        is_default = self.is_default and self._has_recorded_data()
+        if is_default:
             self._write_records()
             tables = {marker: text + self._machines(text) for marker, text in tables.items()}
-        complete = complete and self.is_default and self.seeds == list(SEEDS)
+        complete = complete and is_default and self.seeds == list(SEEDS)
         self.written = publish(complete, self.work_dir, tables, pictures)
 
     def options(self, method: Method, seed: int) -> list[str]:
@@ -217,6 +221,11 @@ class Experiment(ABC):
             self._of_data[name] = read()
         return self._of_data[name]
 
+    def _has_recorded_data(self) -> bool:
+        """Whether the data set is the one of the records, as far as both are known."""
+        here, recorded = data_digest(self.data), self.records()['data'].get(DIGEST)
+        return None in (here, recorded) or here == recorded
+
     @property
     def _records_file(self) -> Path:
         return records.RECORDS / f'{self.name}.json'
@@ -230,6 +239,13 @@ class Experiment(ABC):
         run = (self.run_of(method), seed)
         if run not in self._recorded:
             record = self.records()['runs'].get(self._name_of(run)) if self.is_default else None
+            if record is not None and not self._has_recorded_data():
+                print(
+                    f'The record of {self._name_of(run)} in {self._records_file} is of other data '
+                    f'than those in {self.data}.',
+                    flush=True,
+                )
+                record = None
             if record is not None and record['settings'] != self._fingerprint(*run):
                 print(
                     f'{self._name_of(run)} in {self._records_file} is not used: it is of a run '
@@ -264,7 +280,9 @@ class Experiment(ABC):
                     **(on if run in self._trained else {'recorded_on': records.machine()}),
                 }
         if runs:
-            records.add_records(self._records_file, runs, self._of_data)
+            digest = data_digest(self.data)
+            of_data = self._of_data if digest is None else {**self._of_data, DIGEST: digest}
+            records.add_records(self._records_file, runs, of_data)
 
     def _machines(self, text: str) -> str:
         """Where the seeds were trained, if a table says too little without it."""
@@ -324,14 +342,21 @@ class Experiment(ABC):
             self._train_here(dict.fromkeys(starts))
 
     def check(self, methods: Iterable[Method]) -> None:
-        """Refuse runs of some methods that were begun with other settings.
+        """Refuse runs of some methods that were begun with other settings, or other data.
 
         Raises:
             ConfigError: With the first field that differs.
         """
+        digest = data_digest(self.data)
         for method, seed in self._runs(methods):
-            options = self._all_options(method, seed)
-            check_settings(self.run_dir(method, seed), CONFIGS / f'{method.config}.py', options)
+            folder, options = self.run_dir(method, seed), self._all_options(method, seed)
+            check_settings(folder, CONFIGS / f'{method.config}.py', options)
+            noted = folder / DATA_FILE
+            if digest is not None and noted.exists() and noted.read_text() != digest:
+                raise ConfigError(
+                    f'{folder} holds a run on other data than those in {self.data}; move it away, '
+                    'or choose another --work-dir'
+                )
 
     def _runs(self, methods: Iterable[Method]) -> list[Run]:
         return [(method, seed) for seed in self.seeds for method in methods]
@@ -347,6 +372,8 @@ class Experiment(ABC):
                 'from; move it away, so that it is trained again'
             )
         work_dir.mkdir(parents=True, exist_ok=True)
+        if (digest := data_digest(self.data)) is not None:
+            write_file(work_dir / DATA_FILE, digest.encode())
         self._trained.add((method, seed))  # before it is there, and may be recorded
         log = work_dir / 'output.log'
         with log.open('a') as output:

@@ -5,6 +5,8 @@ analyses that tables and pictures read, a fingerprint of its settings
 (:func:`~research.experiments.settings.fingerprint`), and the machine.
 """
 
+import gzip
+import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -18,11 +20,39 @@ from mmengine.device import get_device
 
 from mmdet_moe.analysis.files import write_file
 from mmdet_moe.compat.amp import has_bfloat16
+from mmdet_moe.datasets import class_folders, coco_folder
 from mmdet_moe.errors import ConfigError
 from research.benchmarks.environment import environment
 from research.runs import REPOSITORY
 
 RECORDS = REPOSITORY / 'research' / 'records'
+#: Under what the records' ``data`` have :func:`data_digest`.
+DIGEST = 'digest'
+#: Of the files that say what is on the images, or hold them all.
+_SUFFIXES = ('', '.json', '.meta', '.gz')
+
+
+def data_digest(folder: Path) -> str | None:
+    """Of the annotations of a data set, or its arrays; None where it is not there or not known."""
+    return _digest(folder) if folder.is_dir() else None
+
+
+@cache
+def _digest(folder: Path) -> str | None:
+    digest, found = hashlib.sha256(), False
+    for path in sorted([*folder.glob('*'), *folder.glob('*/*')]):
+        if path.name == class_folders.NOTE:
+            return None  # the same images as the published files have, in other bytes
+        # Where the data come from may be told in other words.
+        is_other = path.name == coco_folder.NOTE or path.name.endswith('.tar.gz')
+        if path.suffix not in _SUFFIXES or is_other or not path.is_file():
+            continue
+        found = True
+        digest.update(path.relative_to(folder).as_posix().removesuffix('.gz').encode())
+        with gzip.open(path) if path.suffix == '.gz' else path.open('rb') as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()[:16] if found else None
 
 
 def pick(content: Any, wanted: Sequence[str]) -> Any:

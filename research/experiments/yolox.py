@@ -103,7 +103,8 @@ class YoloxExperiment(PhotographsExperiment):
         if file.exists():
             found = json.loads(file.read_text())
             return found['metrics'] if found.get('settings') == self._settings_of(method) else None
-        return self.records()['data'].get(name) if self.is_default else None
+        is_recorded = self.is_default and self._has_recorded_data()
+        return self.records()['data'].get(name) if is_recorded else None
 
     def _settings_of(self, method: Method) -> str:
         return fingerprint(CONFIGS / f'{method.config}.py', method.options)

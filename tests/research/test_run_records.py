@@ -1,5 +1,6 @@
 """Records of finished runs: tables without the runs, and what is trained again all the same."""
 
+import gzip
 import json
 import shutil
 import zlib
@@ -19,7 +20,7 @@ from research.experiments.budget import CIFAR10
 from research.experiments.classification import TASKS, ClassificationExperiment
 from research.experiments.domains_detector import PUBLISHED, DomainsDetectorExperiment
 from research.experiments.photographs import PERSONS, PhotographsExperiment
-from research.experiments.records import add_records, pick, read_records
+from research.experiments.records import add_records, data_digest, pick, read_records
 from research.experiments.robust import IMAGES, STEPS, RobustExperiment
 from research.experiments.rotate import BUDGETS, RotateExperiment
 from research.experiments.scenes import DIGIT_SCENES, FASHION_SCENES, ScenesExperiment
@@ -288,6 +289,47 @@ def test_trained_are_the_missing_seeds_alone(make, disk, capsys, records_folder)
     assert [run.metrics['AP'] for run in made.results(SOFT)] == [
         number(made.run_dir(SOFT, seed)) for seed in (0, 1)
     ]
+
+
+def test_other_data(make, disk, capsys, tmp_path, records_folder):
+    """Neither are recorded figures told of them, nor does a run go on with them, wherever it is."""
+    annotations = tmp_path / 'data/annotations/instances_train2017.json'
+    write(annotations, {'images': [1]})
+    make('one', [0]).run()
+    path = records_folder / 'fashion-scenes.json'
+    recorded = path.read_text()
+    data_digest.__globals__['_digest'].cache_clear()
+    write(annotations, {'images': [2]})
+    with pytest.raises(ConfigError, match=r'one/.*seed0 holds a run on other data than those in'):
+        make('one', [0]).run()
+    make('two', [0]).run()
+    assert disk == ['pretraining/seed0', 'dense/seed0', 'soft_importance/seed0']
+    assert 'is of other data than those in' in capsys.readouterr().out
+    assert path.read_text() == recorded
+    shutil.rmtree(tmp_path / 'data')
+    assert len(make('three', [0]).results(SOFT)) == 1  # no data: nothing that they could not be of
+
+
+@pytest.mark.parametrize('archive', ['cifar.tar.gz', 'cifar/dataset.json', 'cifar/0.png'])
+def test_digest_of_data(tmp_path, archive):
+    """Of what is in the files, compressed or not; not of archives, notes and images."""
+    found = []
+    for name, content in (('here', b'one'), ('there', b'one'), ('elsewhere', b'two')):
+        folder = tmp_path / name / 'cifar'
+        folder.mkdir(parents=True)
+        if name == 'there':
+            (folder / 'train.gz').write_bytes(gzip.compress(content))
+            (tmp_path / name / archive).write_bytes(b'more')
+        else:
+            (folder / 'train').write_bytes(content)
+        found.append(data_digest(tmp_path / name))
+    assert found[0] == found[1] != found[2]
+    (tmp_path / 'elsewhere/cifar/made_from_class_folders.json').write_text('{}')
+    data_digest.__globals__['_digest'].cache_clear()
+    assert data_digest(tmp_path / 'elsewhere') is None
+    assert data_digest(tmp_path / 'nowhere') is None
+    (tmp_path / 'nothing').mkdir()
+    assert data_digest(tmp_path / 'nothing') is None
 
 
 def test_other_settings(make, disk, capsys, tmp_path):
