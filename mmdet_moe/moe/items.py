@@ -76,6 +76,10 @@ class Items(ABC):
             self.__dict__['_pooled'] = (weakref.ref(x), values)
         return values
 
+    def forget_pooled(self) -> None:
+        """Nobody asks for it any more: it may hold as much memory as the input."""
+        self.__dict__['_pooled'] = (None, None)
+
     @abstractmethod
     def crop(self, x: Tensor) -> Tensor:
         """The items themselves, for the experts: (N · items, ...)."""

@@ -181,6 +181,8 @@ class Router(nn.Module, ABC):
                 noisy = logits + own_random(torch.randn, logits) * scale
             elif self.noise == 'uniform':
                 noisy = logits + own_random(torch.rand, logits)
+            for of_map in items:
+                of_map.forget_pooled()
             expert_ids, weights = self.choose(noisy, self.training)
             gates = self.gates(noisy, expert_ids, weights)
         return Routing(

@@ -200,7 +200,7 @@ class Routing:
         return total.to(values_TK.dtype)
 
 
-@lru_cache(maxsize=256)  # a model repeats its few shapes, and a copy from the host waits for a GPU
+@lru_cache(maxsize=64)  # a model repeats its few shapes, and a copy from the host waits for a GPU
 @torch.inference_mode(False)  # a later training may need it in its graph
 def spread(values: tuple[int, ...], repeats: tuple[int, ...], device: torch.device) -> Tensor:
     """Each value as often as it is to be repeated, (sum of ``repeats``,); not to be changed."""

@@ -1,6 +1,7 @@
 """The sparse layer against all experts run on everything, masked by the weights."""
 
 import copy
+import gc
 import pickle
 
 import pytest
@@ -179,6 +180,17 @@ def test_empty_batch(options, decision_weight):
     assert layer.routing.num_items == 0
     (sum(level.sum() for level in y) + ImportanceLoss(1.0)(layer.routing)).backward()
     assert not any(p.grad.any() for p in layer.parameters())
+
+
+def test_nothing_keeps_the_pixels_that_the_router_saw():
+    """The latest pass stays known, but not its pooled features, which are the whole map."""
+    layer = MoELayer(nn.Conv2d(C, OUT, 1), 4, 2, in_channels=C, granularity='pixel')
+    x = torch.randn(2, C, 5, 4).contiguous(memory_format=torch.channels_last)
+    with torch.no_grad():
+        layer(x)
+    tensors = [t for t in gc.get_objects() if type(t) is torch.Tensor]
+    assert [t is x for t in tensors if t.data_ptr() == x.data_ptr()] == [True]
+    assert layer.has_run
 
 
 @pytest.mark.parametrize('options', [{}, {'granularity': 'patch', 'grid_size': 2}])
