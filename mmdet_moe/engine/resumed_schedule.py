@@ -65,7 +65,7 @@ class ResumedScheduleHook(Hook):
     def _take_settings(pairs: list[tuple[dict, dict]], schedulers: list) -> None:
         """Those that no schedule changes, such as ``weight_decay``."""
         scheduled = {'params', 'lr', 'initial_lr', 'initial_momentum'}
-        if any(scheduler.param_name == 'momentum' for scheduler in schedulers):
+        if any(getattr(s, 'param_name', None) == 'momentum' for s in schedulers):
             scheduled |= {'momentum', 'betas'}
         taken: dict[str, str] = {}
         for group, new in pairs:
