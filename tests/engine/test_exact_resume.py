@@ -100,7 +100,8 @@ def test_a_sampler_with_a_seed_of_its_own_keeps_it(tmp_path):
 def test_a_part_that_is_no_longer_there(tmp_path):
     """Multi-scale training that is turned off in the middle."""
     train(tmp_path, stop=4, model=Model(True), checkpoint=dict(interval=4))
-    train(tmp_path, resume=True)
+    train(tmp_path, resume=True, checkpoint=dict(interval=8))
+    assert torch.load(tmp_path / 'iter_8.pth')['meta']['iter'] == 8
 
 
 def test_several_optimizers():
