@@ -65,6 +65,11 @@ def check_indices(field: str, value: Any, least: int, most: int) -> tuple[int, .
     return found
 
 
+def name_of(type_: Any) -> str:
+    """Of a class that a config gives as itself, or by its name, with or without a registry's."""
+    return getattr(type_, '__name__', str(type_)).rpartition('.')[2]
+
+
 def check_flag(owner: str, field: str, value: Any) -> None:
     """Refuse what is neither True nor False, such as the text ``'False'``.
 

@@ -26,7 +26,7 @@ from mmengine.hooks import Hook
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
-from mmdet_moe.checks import check_integer
+from mmdet_moe.checks import check_integer, name_of
 from mmdet_moe.compat.distributed import (
     check_launcher,
     global_rank,
@@ -364,11 +364,6 @@ def set_loader_defaults(cfg: Config) -> None:
             loader.persistent_workers = False
 
 
-def _name_of(type_: Any) -> str:
-    """Of a class: in a config of pure Python it is there itself; a text may name a registry."""
-    return getattr(type_, '__name__', str(type_)).rpartition('.')[2]
-
-
 def _set_amp(cfg: Config, requested: bool) -> bool:
     """Mixed precision by ``--amp`` or by the config, in the kind that the device can do.
 
@@ -377,7 +372,7 @@ def _set_amp(cfg: Config, requested: bool) -> bool:
     """
     wrapper = cfg.get('optim_wrapper')
     type_ = wrapper.get('type', 'OptimWrapper') if wrapper is not None else None
-    name = _name_of(type_)
+    name = name_of(type_)
     # As a stored config asks for it that was begun without a GPU.
     is_asked = name in ('AmpOptimWrapper', 'CpuAmpOptimWrapper')
     if not is_asked and name != 'OptimWrapper' and requested:
@@ -557,7 +552,7 @@ def _model_wrapper(cfg: Config) -> dict:
         find_unused_parameters=cfg.get('find_unused_parameters', False),
     )
     wrapper = {**ours, **(cfg.get('model_wrapper_cfg') or {})}
-    is_ddp = _name_of(wrapper['type']).endswith(('DistributedDataParallel', 'ParallelDDP'))
+    is_ddp = name_of(wrapper['type']).endswith(('DistributedDataParallel', 'ParallelDDP'))
     return wrapper if is_ddp else cfg.model_wrapper_cfg  # FSDP has none of these options
 
 

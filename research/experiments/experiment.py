@@ -280,8 +280,9 @@ class Experiment(ABC):
                     **(on if run in self._trained else {'recorded_on': records.machine()}),
                 }
         if runs:
-            digest = data_digest(self.data)
-            of_data = self._of_data if digest is None else {**self._of_data, DIGEST: digest}
+            of_data, digest = dict(self._of_data), data_digest(self.data)
+            if digest is not None and self.records()['runs'].keys() <= runs.keys():
+                of_data[DIGEST] = digest  # which is nothing that others could have been told of
             records.add_records(self._records_file, runs, of_data)
 
     def _machines(self, text: str) -> str:
@@ -320,6 +321,8 @@ class Experiment(ABC):
             if recorded
             else ''
         )
+        if recorded and DIGEST not in self.records()['data']:
+            note += '; these do not tell their data, for which those of --data are taken'
         print(f'{len(runs) - len(todo)} of {len(runs)} runs are finished{note}.', flush=True)
         self._train_here(todo, analysed)
 

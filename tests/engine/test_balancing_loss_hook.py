@@ -143,6 +143,8 @@ def test_pattern_that_matches_nothing(make_runner, toy_model):
     message = r"layers: 'backbone\.\*' matches none of the MoE layers \['stem', 'body\.moe'\]"
     with pytest.raises(ConfigError, match=message):
         runner.train()
+    with pytest.raises(ConfigError, match="layers: '' matches none"):
+        make_runner(toy_model(), [hook(layers=[])], name='nothing').train()
 
 
 def test_refused_configs():

@@ -120,6 +120,17 @@ def test_tokens_with_another_and_a_shared_expert(randomise):
     torch.testing.assert_close(layer(x, other), expected)
 
 
+@pytest.mark.parametrize('other', [torch.tensor(2.0), torch.ones(N)], ids=['scalar', 'lengths'])
+def test_another_tensor_without_items_is_refused_in_a_sentence(other):
+    class Scaled(nn.Linear):
+        def forward(self, x, other):
+            return super().forward(x) * other
+
+    layer = MoELayer(Scaled(C, C), 2, 2, in_channels=C, granularity='token', batch_dim=1)
+    with pytest.raises(ConfigError, match=r'called with another tensor of shape'):
+        layer(torch.randn(T, N, C), other)
+
+
 class Last(nn.Module):
     def forward(self, x):
         return x[-1]

@@ -90,6 +90,12 @@ def play(rank, world_size):
         utilization.update(layer.routing, layer.router)
     scalars = utilization.report().scalars()
     results['utilization'] = {k: torch.tensor(v) for k, v in scalars.items()}
+    levels = moe.Utilization(4)
+    calls = [[data[0][:4]], [data[0][4:8], data[1][:4]]]  # one level, and two: a rank has either
+    for maps in calls if world_size == 1 else [calls[rank % 2]] if rank < 2 else []:
+        layer(maps)
+        levels.update(layer.routing, layer.router)
+    results['numbers of levels'] = {'shares': torch.tensor(levels.report().level_shares)}
 
     for norm in ('ln', 'bn'):
         torch.manual_seed(7)

@@ -95,6 +95,10 @@ CASES = {
     'pixels, convolutions': (lambda: layer(ConvExperts(C, C, 1, E), granularity='pixel'), MAPS),
     'pixels, linear': (lambda: layer(LinearExperts(C, C, E), granularity='pixel'), MAPS),
     'pixels, whole maps': (lambda: layer(subnet(), granularity='pixel', whole_maps=True), MAPS),
+    'pixels of maps of one pixel, whole maps': (
+        lambda: layer(ConvExperts(C, C, 1, E), granularity='pixel', whole_maps=True),
+        (2, C, 1, 1),
+    ),
     'regions': (lambda: layer(MLPExperts(C * 9, 8, 5, E)), (6, C, 3, 3)),
     'tokens': (lambda: layer(MLPExperts(C, 8, C, E), granularity='token'), TOKENS),
     'tokens, modules': (lambda: layer(nn.Linear(C, C), granularity='token'), TOKENS),

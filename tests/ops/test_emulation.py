@@ -193,7 +193,6 @@ def native_but(names):
     return ['-k', ' and not '.join(['native and cpu', *names])]
 
 
-@pytest.mark.sweep(keep=0)  # takes long
 def test_kernels_under_sanitizers(request, tmp_path):
     flags = compile_flags()
     if request.config.getoption('--all'):

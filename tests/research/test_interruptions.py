@@ -4,11 +4,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
 from running import ROOT
 
 
-@pytest.mark.sweep(keep=0)  # takes long
 def test_in_a_process_of_its_own(tmp_path):
     """They are forked, which fails where autograd has started threads, as in a test before."""
     file = Path(__file__).with_name('interrupted.py')

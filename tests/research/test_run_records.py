@@ -13,7 +13,7 @@ from tables_by_hand import report
 
 from mmdet_moe.analysis.files import write_file
 from mmdet_moe.errors import ConfigError
-from research.experiments import domains_detector, photographs
+from research.experiments import domains_detector, photographs, records
 from research.experiments import experiment as experiment_module
 from research.experiments import scenes as scenes_module
 from research.experiments.budget import CIFAR10
@@ -298,7 +298,7 @@ def test_other_data(make, disk, capsys, tmp_path, records_folder):
     make('one', [0]).run()
     path = records_folder / 'fashion-scenes.json'
     recorded = path.read_text()
-    data_digest.__globals__['_digest'].cache_clear()
+    records._digest.cache_clear()
     write(annotations, {'images': [2]})
     with pytest.raises(ConfigError, match=r'one/.*seed0 holds a run on other data than those in'):
         make('one', [0]).run()
@@ -306,6 +306,15 @@ def test_other_data(make, disk, capsys, tmp_path, records_folder):
     assert disk == ['pretraining/seed0', 'dense/seed0', 'soft_importance/seed0']
     assert 'is of other data than those in' in capsys.readouterr().out
     assert path.read_text() == recorded
+    # Of records that do not tell it nothing is claimed.
+    content = json.loads(recorded)
+    del content['data'][records.DIGEST]
+    content['runs']['dense/seed7'] = content['runs']['dense/seed0']
+    path.write_text(json.dumps(content))
+    make('four', [0]).run()
+    assert 'these do not tell their data' in capsys.readouterr().out
+    assert records.DIGEST not in json.loads(path.read_text())['data']
+    path.write_text(recorded)
     shutil.rmtree(tmp_path / 'data')
     assert len(make('three', [0]).results(SOFT)) == 1  # no data: nothing that they could not be of
 
@@ -325,7 +334,7 @@ def test_digest_of_data(tmp_path, archive):
         found.append(data_digest(tmp_path / name))
     assert found[0] == found[1] != found[2]
     (tmp_path / 'elsewhere/cifar/made_from_class_folders.json').write_text('{}')
-    data_digest.__globals__['_digest'].cache_clear()
+    records._digest.cache_clear()
     assert data_digest(tmp_path / 'elsewhere') is None
     assert data_digest(tmp_path / 'nowhere') is None
     (tmp_path / 'nothing').mkdir()

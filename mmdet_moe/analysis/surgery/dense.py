@@ -6,6 +6,7 @@ from typing import Any
 
 from mmengine.config import Config
 
+from mmdet_moe.checks import name_of
 from mmdet_moe.errors import ConfigError
 from mmdet_moe.models.presets import OPTIONS
 
@@ -34,7 +35,7 @@ def dense_config(cfg: Config) -> Config:
     cfg.model = _dense(cfg.model)
     cfg._cfg_dict.pop('router', None)
     if cfg.get('custom_hooks'):
-        hooks = [hook for hook in cfg.custom_hooks if _name(hook.get('type')) not in _HOOKS]
+        hooks = [hook for hook in cfg.custom_hooks if name_of(hook.get('type')) not in _HOOKS]
         cfg.custom_hooks = hooks
     return cfg
 
@@ -44,7 +45,7 @@ def _dense(node: Any) -> Any:
         return type(node)(map(_dense, node))
     if not isinstance(node, Mapping):
         return node
-    name = _name(node.get('type'))
+    name = name_of(node.get('type'))
     if name == 'WithExperts':
         node = _without({**node, 'type': node['of']}, {'of', 'experts', 'router'})
         return _dense(node)
@@ -62,8 +63,3 @@ def _dense(node: Any) -> Any:
 
 def _without(fields: Mapping, names: set[str]) -> dict:
     return {key: value for key, value in fields.items() if key not in names}
-
-
-def _name(kind: Any) -> str:
-    """Of a class that a config gives as a name or as itself."""
-    return kind.split('.')[-1] if isinstance(kind, str) else getattr(kind, '__name__', '')

@@ -69,7 +69,7 @@ class BalancingLossHook(Hook):
         """Attach the losses to the model."""
         layers = moe_layers_of(runner, self)
         names = [name for name in layers if self.covers(name)]
-        for pattern in self.patterns:
+        for pattern in self.patterns or ['']:
             if not any(fnmatch(name, pattern) for name in layers):
                 raise ConfigError(
                     f'BalancingLossHook: layers: {pattern!r} matches none of the MoE layers '
