@@ -244,9 +244,10 @@ def test_constraints(name, one_rank, two_ranks):
         torch.testing.assert_close(rank[name], expected, rtol=1e-6, atol=1e-6)
 
 
-def test_utilization(one_rank, two_ranks):
+@pytest.mark.parametrize('what', ['utilization', 'numbers of levels'])
+def test_utilization(what, one_rank, two_ranks):
     for rank in two_ranks:
-        torch.testing.assert_close(rank['utilization'], one_rank['utilization'], rtol=0, atol=1e-6)
+        torch.testing.assert_close(rank[what], one_rank[what], rtol=0, atol=1e-6)
 
 
 def test_normalised_levels(one_rank, two_ranks):
