@@ -27,6 +27,7 @@ from research.experiments.domains_detector import DomainsDetectorExperiment
 from research.experiments.experiment import SEEDS, Experiment
 from research.experiments.mumoe import MuMoEExperiment
 from research.experiments.mumoe_editing import EditingExperiment
+from research.experiments.on_features import FeaturesExperiment
 from research.experiments.photographs import TASKS as PHOTOGRAPHS
 from research.experiments.photographs import PhotographsExperiment
 from research.experiments.robust import RobustExperiment
@@ -170,9 +171,7 @@ def _add_common(parser: argparse.ArgumentParser, name: str, jobs: str) -> None:
     parser.add_argument('--table-only', action='store_true', help='train nothing')
 
 
-def experiment(
-    args: argparse.Namespace,
-) -> Experiment | MuMoEExperiment | EditingExperiment | DomainsExperiment:
+def experiment(args: argparse.Namespace) -> Experiment | FeaturesExperiment:
     """The experiment that the command line asks for."""
     common = (args.data, args.work_dir, args.seeds, args.jobs)
     if args.command in TASKS:

@@ -7,7 +7,6 @@ then better than a dense model of equal cost. And: which way to train the router
 """
 
 import copy
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cache, partial
@@ -19,18 +18,16 @@ import numpy as np
 import torch
 from torch import nn
 
-from mmdet_moe.analysis.files import write_file
 from mmdet_moe.cli import load_config
 from mmdet_moe.drawing import new_figure, style
-from mmdet_moe.errors import ConfigError
 from mmdet_moe.moe import MoELayer, Utilization
 from mmdet_moe.moe.flops import count_flops
 from mmdet_moe.moe.metrics import mutual_information
 from mmdet_moe.moe.utilization import DEAD_SHARE
 from mmdet_moe.registry import build
-from research.experiments.experiment import CONFIGS, SEEDS, check_amounts, folder_name, publish
+from research.experiments.experiment import CONFIGS, folder_name
 from research.experiments.markdown import NOTHING, mean_and_std, table
-from research.experiments.mumoe import in_processes
+from research.experiments.on_features import FeaturesExperiment, choose, chosen
 from research.features import FeatureCache
 from research.heads import Data, Recipe, accuracy, predict, train_head
 from research.runs import mean_std
@@ -218,21 +215,15 @@ def build_head(
     return nn.Sequential(nn.Unflatten(1, trunk.shape), first, pool, nn.Linear(2 * width, classes))
 
 
-class DomainsExperiment:
-    """All methods with some seeds.
+class DomainsExperiment(FeaturesExperiment[Method]):
+    """All methods, on CIFAR-100 and Fashion-MNIST.
 
     Args:
-        data: Folder of CIFAR-100.
-        work_dir: Where features and results live: ``<method>/seed<seed>.json``.
-        seeds: Of each method.
-        jobs: Trainings at a time, in processes of one thread.
+        data, work_dir, seeds, jobs: As of the base class.
         fashion_mnist: Folder of Fashion-MNIST.
         trunk: Where the experts are.
         methods: What is trained; the trunk's by default.
         images: Training images of each data set.
-
-    Raises:
-        ConfigError: For seeds or jobs out of range.
     """
 
     def __init__(
@@ -246,84 +237,65 @@ class DomainsExperiment:
         methods: Sequence[Method] | None = None,
         images: int = IMAGES,
     ) -> None:
-        check_amounts(seeds, jobs)
-        self.work_dir, self.seeds, self.jobs = work_dir.resolve(), list(seeds), jobs
-        self.methods = trunk.methods if methods is None else methods
-        folders = data.resolve(), fashion_mnist.resolve()
-        self.where = Where(folders, self.work_dir, images, trunk)
-        self.written: Path | None = None
+        super().__init__(data, work_dir, seeds, jobs)
+        self.kinds = trunk.methods if methods is None else methods
+        self.where = Where((self.data, fashion_mnist.resolve()), self.work_dir, images, trunk)
 
-    def run(self, table_only: bool = False) -> None:
-        """Train what is missing, and write the table.
+    def prepare(self) -> None:
+        load(self.where, 'train'), load(self.where, 'test')
+        if not self._recipe_path.exists():
+            self.tune()
 
-        Args:
-            table_only: Train nothing.
+    def tune(self) -> None:
+        """Choose the best recipe for the dense model, on a tenth of the training images."""
+        images = load(self.where, 'train')
+        # Drawn: a data set may go round its classes, and every tenth image then lacks some.
+        drawn = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+        held_out = torch.zeros(len(images), dtype=torch.bool)
+        held_out[drawn[: len(images) // 10]] = True
 
-        Raises:
-            ConfigError: If data or weights are missing, or models were trained with other settings.
-        """
-        if not table_only:
-            # One process computes the features; the others find them.
-            load(self.where, 'train'), load(self.where, 'test')
-            if not self._recipe_path.exists():
-                _tune(self.where, self._recipe_path)
-            runs = [(m, seed) for seed in self.seeds for m in self.methods]
-            todo = [run for run in runs if self.result(*run) is None]
-            print(f'{len(runs) - len(todo)} of {len(runs)} models are trained.', flush=True)
-            work = [
-                partial(_train, m, seed, self._recipe(), self.where, self._path(m, seed))
-                for m, seed in todo
-            ]
-            in_processes(work, self.jobs, self.write)
-        self.write()
+        def judge(recipe: Recipe) -> float:
+            head = build_head(self.where.trunk, DENSE, 0)
+            train_head(head, images[~held_out], recipe, seed=0)
+            held = images[held_out]
+            return accuracy(predict(head, held.features), held.labels)
+
+        choose(RECIPES, judge, self._recipe_path)
 
     @property
     def _recipe_path(self) -> Path:
         return self.work_dir / 'recipe.json'
 
-    def _recipe(self) -> Recipe:
-        return Recipe(**json.loads(self._recipe_path.read_text())['best'])
+    def path(self, kind: Method, seed: int) -> Path:
+        return self.work_dir / folder_name(kind.name).replace('=', '') / f'seed{seed}.json'
 
-    def _path(self, method: Method, seed: int) -> Path:
-        return self.work_dir / folder_name(method.name).replace('=', '') / f'seed{seed}.json'
+    def settings(self, kind: Method) -> dict[str, Any]:
+        return {
+            'trunk': self.where.trunk.name,
+            'method': asdict(kind),
+            'recipe': asdict(chosen(self._recipe_path)),
+            'images': self.where.images,
+        }
 
-    def result(self, method: Method, seed: int) -> dict | None:
-        """What a finished training has left.
-
-        Raises:
-            ConfigError: If its settings were others.
-        """
-        path = self._path(method, seed)
-        if not path.exists():
-            return None
-        found = json.loads(path.read_text())
-        if found['settings'] != settings(method, self._recipe(), self.where):
-            raise ConfigError(
-                f'{path} is of other settings; move it away, or choose another --work-dir'
-            )
-        return found
+    def measure(self, kind: Method, seed: int) -> dict[str, Any]:
+        images = load(self.where, 'train'), load(self.where, 'test')
+        return measure(self.where.trunk, kind, seed, chosen(self._recipe_path), *images)
 
     def write(self) -> None:
-        """The table of what is there."""
-        results = {m: {s: r for s in self.seeds if (r := self.result(m, s))} for m in self.methods}
-        complete = (
-            self.seeds == list(SEEDS)
-            and self.methods == self.where.trunk.methods
-            and self.where.images == IMAGES
-            and all(len(found) == len(self.seeds) for found in results.values())
-        )
+        results, name = self.results(), self.where.trunk.name
         text = markdown_table(results)
         if self._recipe_path.exists():
-            recipe = self._recipe()
+            recipe = chosen(self._recipe_path)
             text = (
                 f'AdamW, cosine to 0, {recipe.epochs} epochs in batches of {recipe.batch_size}, '
                 f'learning rate {recipe.lr:g}, weight decay {recipe.weight_decay:g}: of '
                 f'{len(RECIPES)} recipes the best for the dense model, on a held-out tenth of the '
                 f'training images.\n\n{text}'
             )
-        name = self.where.trunk.name
-        pictures = {f'{name}.png': partial(plot, results)} if complete else {}
-        self.written = publish(complete, self.work_dir, {name: text}, pictures)
+        is_default = (self.kinds, self.where.images) == (self.where.trunk.methods, IMAGES)
+        compared = len(results) > 1 and all(results.values())
+        pictures = {f'{name}.png': partial(plot, results)} if compared else {}
+        self.publish(is_default, {name: text}, pictures)
 
 
 @dataclass(frozen=True)
@@ -380,46 +352,6 @@ def _config(source: int, where: Where) -> Any:
 def _coloured(image: np.ndarray) -> np.ndarray:
     """A grey image (H, W) with three channels."""
     return np.repeat(image[..., None], 3, axis=-1)
-
-
-def settings(method: Method, recipe: Recipe, where: Where) -> dict:
-    """What the figures of a model depend on, as JSON has it."""
-    content = {
-        'trunk': where.trunk.name,
-        'method': asdict(method),
-        'recipe': asdict(recipe),
-        'images': where.images,
-    }
-    return json.loads(json.dumps(content))
-
-
-def _tune(where: Where, path: Path) -> None:
-    """Choose the best recipe for the dense model, on a tenth of the training images."""
-    images = load(where, 'train')
-    # Drawn: a data set may go round its classes, and every tenth image then lacks some.
-    drawn = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
-    held_out = torch.zeros(len(images), dtype=torch.bool)
-    held_out[drawn[: len(images) // 10]] = True
-    tried = []
-    for recipe in RECIPES:
-        head = build_head(where.trunk, DENSE, 0)
-        train_head(head, images[~held_out], recipe, seed=0)
-        held = images[held_out]
-        found = accuracy(predict(head, held.features), held.labels)
-        tried.append({'recipe': asdict(recipe), 'accuracy': found})
-        print(f'{recipe}: {found:.4f}', flush=True)
-    best = max(tried, key=lambda entry: entry['accuracy'])
-    content = {'best': best['recipe'], 'tried': tried}
-    write_file(path, json.dumps(content, indent=2).encode())
-
-
-def _train(method: Method, seed: int, recipe: Recipe, where: Where, path: Path) -> None:
-    """Train one model, and leave its figures."""
-    images = load(where, 'train'), load(where, 'test')
-    result = measure(where.trunk, method, seed, recipe, *images)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    content = {'settings': settings(method, recipe, where), **result}
-    write_file(path, json.dumps(content).encode())
 
 
 def measure(

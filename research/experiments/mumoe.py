@@ -4,11 +4,8 @@ The claim to be tested (arXiv 2402.12550, figure 4): with as many parameters as 
 μMoE is as accurate, and the more experts it has, the fewer classes hang on each of them.
 """
 
-import json
-import multiprocessing
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cache, partial
 from itertools import product
@@ -22,21 +19,13 @@ from mmengine.config import Config
 from mmengine.registry import init_default_scope
 from torch import nn
 
-from mmdet_moe.analysis.files import write_file
 from mmdet_moe.analysis.models import build_model
 from mmdet_moe.cli import load_config
 from mmdet_moe.drawing import new_figure, style
-from mmdet_moe.errors import ConfigError
 from mmdet_moe.moe import ImportanceLoss, MoELayer
-from research.experiments.experiment import (
-    CONFIGS,
-    SEEDS,
-    check_amounts,
-    folder_name,
-    publish,
-    work_through,
-)
+from research.experiments.experiment import CONFIGS, folder_name
 from research.experiments.markdown import NOTHING, mean_and_std, table
+from research.experiments.on_features import FeaturesExperiment, choose, chosen
 from research.features import FeatureCache
 from research.heads import Data, Recipe, accuracy, look_at_experts, predict, train_head
 from research.runs import mean_std
@@ -116,15 +105,11 @@ LINEAR = HEADS[0]
 TUNED = {head.kind: head for head in reversed(HEADS) if head.experts in ((), (16,))}
 
 
-class MuMoEExperiment:
-    """All heads with some seeds, on the features of one frozen backbone.
+class MuMoEExperiment(FeaturesExperiment[Head]):
+    """All heads, on CIFAR-100. Each leaves a checkpoint and a config for the tools, too.
 
     Args:
-        data: Folder of CIFAR-100.
-        work_dir: Where features and heads live: ``<head>/seed<seed>``, each with a checkpoint and a
-            config for the tools.
-        seeds: Of each head.
-        jobs: Trainings at a time, in processes of one thread.
+        data, work_dir, seeds, jobs: As of the base class.
         heads: What is trained.
         recipes: What is tried on a head of each kind, to choose that of all.
     """
@@ -138,82 +123,72 @@ class MuMoEExperiment:
         heads: Sequence[Head] = HEADS,
         recipes: Sequence[Recipe] = RECIPES,
     ) -> None:
-        check_amounts(seeds, jobs)
-        self.data, self.work_dir = data.resolve(), work_dir.resolve()
-        self.seeds, self.jobs, self.heads, self.recipes = list(seeds), jobs, heads, recipes
-        self.written: Path | None = None
+        super().__init__(data, work_dir, seeds, jobs)
+        self.kinds, self.recipes = heads, recipes
 
-    def run(self, table_only: bool = False) -> None:
-        """Train what is missing, and write table and picture.
+    def prepare(self) -> None:
+        _data(self.data, self.work_dir, 'train'), _data(self.data, self.work_dir, 'test')
+        untuned = [
+            TUNED[kind]
+            for kind in sorted({head.kind for head in self.kinds})
+            if not self._recipe_path(kind).exists()
+        ]
+        self.in_processes([partial(self.tune, head) for head in untuned])
 
-        Args:
-            table_only: Train nothing.
+    def tune(self, head: Head) -> None:
+        """Choose the recipe of a head's kind, on the last tenth of the training images."""
+        images = _data(self.data, self.work_dir, 'train')
+        kept = len(images) * 9 // 10  # the data set goes round the classes: both parts have all
 
-        Raises:
-            ConfigError: If data or weights are missing, or heads were trained with other settings.
-        """
-        if not table_only:
-            # One process computes the features; the others find them.
-            _data(self.data, self.work_dir, 'train'), _data(self.data, self.work_dir, 'test')
-            kinds = {head.kind for head in self.heads}
-            untuned = [
-                TUNED[kind] for kind in sorted(kinds) if not self._recipe_path(kind).exists()
-            ]
-            work = [
-                partial(_tune, head, self.recipes, self._recipe_path(head.kind), self.data,
-                        self.work_dir)
-                for head in untuned
-            ]  # fmt: skip
-            in_processes(work, self.jobs, lambda: None)
-            runs = [(head, seed) for head in self.heads for seed in self.seeds]
-            todo = [run for run in runs if self.result(*run) is None]
-            print(f'{len(runs) - len(todo)} of {len(runs)} heads are trained.', flush=True)
-            work = [
-                partial(_train, h, s, self.recipe_of(h), self.data, self.work_dir) for h, s in todo
-            ]
-            in_processes(work, self.jobs, self.write)
-        self.write()
+        def judge(recipe: Recipe) -> float:
+            layer, _ = build(head, 0, self.data)
+            train_head(layer, images[:kept], recipe, 0, _balancing(layer))
+            return accuracy(predict(layer, images[kept:].features), images[kept:].labels)
 
-    def recipe_of(self, head: Head) -> Recipe:
-        """The recipe that is best for heads of its kind, on held-out images."""
-        return Recipe(**json.loads(self._recipe_path(head.kind).read_text())['best'])
+        choose(self.recipes, judge, self._recipe_path(head.kind))
 
     def _recipe_path(self, kind: str) -> Path:
         return self.work_dir / f'recipe_{kind}.json'
 
-    def result(self, head: Head, seed: int) -> dict | None:
-        """What a finished training has left.
+    def path(self, kind: Head, seed: int) -> Path:
+        folder = folder_name(kind.name).replace('=', '')
+        return self.work_dir / folder / f'seed{seed}' / 'result.json'
 
-        Raises:
-            ConfigError: If its settings were others.
-        """
-        path = run_dir(self.work_dir, head, seed) / 'result.json'
-        if not path.exists():
-            return None
-        found = json.loads(path.read_text())
-        if found['settings'] != settings(head, self.recipe_of(head)):
-            raise ConfigError(
-                f'{path.parent} holds a head with other settings; move it away, or choose another '
-                '--work-dir'
-            )
-        return found
+    def settings(self, kind: Head) -> dict[str, Any]:
+        return {'head': asdict(kind), 'recipe': asdict(chosen(self._recipe_path(kind.kind)))}
+
+    def measure(self, kind: Head, seed: int) -> dict[str, Any]:
+        train, test = (_data(self.data, self.work_dir, split) for split in ('train', 'test'))
+        started = time.process_time()
+        layer, model = build(kind, seed, self.data)
+        recipe = chosen(self._recipe_path(kind.kind))
+        loss = train_head(layer, train, recipe, seed, _balancing(layer))
+        folder = self.path(kind, seed).parent
+        folder.mkdir(parents=True, exist_ok=True)
+        if model.get_submodule(HEAD) is layer:
+            _config(kind, self.data).dump(folder / 'config.py')
+            torch.save({'state_dict': model.state_dict(), 'meta': {}}, folder / 'head.pth')
+        return {
+            'accuracy': accuracy(predict(layer, test.features), test.labels),
+            'loss': loss,
+            'parameters': sum(p.numel() for p in layer.parameters()),
+            'experts': look_at_experts(layer, test, seed) if kind.experts else None,
+            'cpu_seconds': time.process_time() - started,
+        }
 
     def write(self) -> None:
-        """Table and picture of what is there."""
-        results = {h: [r for s in self.seeds if (r := self.result(h, s))] for h in self.heads}
-        complete = self.seeds == list(SEEDS) and all(
-            len(found) == len(self.seeds) for found in results.values()
-        )
+        results = {head: list(by_seed.values()) for head, by_seed in self.results().items()}
         text = f'{self.headline()}\n\n{markdown_table(results)}'
         pictures = {'mumoe-polysemanticity.png': partial(plot_polysemanticity, results)}
-        self.written = publish(complete, self.work_dir, {'mumoe': text}, pictures)
+        is_default = (self.kinds, self.recipes) == (HEADS, RECIPES)
+        self.publish(is_default, {'mumoe': text}, pictures)
 
     def headline(self) -> str:
         """Stands above the table."""
         texts = []
         for kind, head in TUNED.items():
             if self._recipe_path(kind).exists():
-                recipe = self.recipe_of(head)
+                recipe = chosen(self._recipe_path(kind))
                 texts.append(
                     f'{kind} (chosen for `{head.name}`): learning rate {recipe.lr:g}, weight decay '
                     f'{recipe.weight_decay:g}, dropout {recipe.dropout:g}'
@@ -223,20 +198,6 @@ class MuMoEExperiment:
             f'{RECIPES[0].batch_size}; of {len(self.recipes)} recipes the best for each kind of '
             f'head, on the last tenth of the training images. {"; ".join(texts)}.'
         )
-
-
-def run_dir(work_dir: Path, head: Head, seed: int) -> Path:
-    """Where a head lives."""
-    return work_dir / _folder_name(head) / f'seed{seed}'
-
-
-def _folder_name(head: Head) -> str:
-    return folder_name(head.name).replace('=', '')
-
-
-def settings(head: Head, recipe: Recipe) -> dict:
-    """What the figures of a head depend on, as JSON has it."""
-    return json.loads(json.dumps({'head': asdict(head), 'recipe': asdict(recipe)}))
 
 
 @cache
@@ -274,53 +235,6 @@ def build(head: Head, seed: int, data: Path) -> tuple[nn.Module, nn.Module]:
 
 def _balancing(layer: nn.Module) -> ImportanceLoss | None:
     return ImportanceLoss() if isinstance(layer, MoELayer) else None
-
-
-def _tune(head: Head, recipes: Sequence[Recipe], path: Path, data: Path, work_dir: Path) -> None:
-    """Choose the best recipe for a head, on the last tenth of the training images."""
-    images = _data(data, work_dir, 'train')
-    kept = len(images) * 9 // 10  # the data set goes round the classes, so both parts have all
-    tried = []
-    for recipe in recipes:
-        layer, _ = build(head, 0, data)
-        train_head(layer, images[:kept], recipe, 0, _balancing(layer))
-        found = accuracy(predict(layer, images[kept:].features), images[kept:].labels)
-        tried.append({'recipe': asdict(recipe), 'accuracy': found})
-        print(f'{head.name}, {recipe}: {found:.4f}', flush=True)
-    best = max(tried, key=lambda entry: entry['accuracy'])
-    content = {'best': best['recipe'], 'tried': tried}
-    write_file(path, json.dumps(content, indent=2).encode())
-
-
-def _train(head: Head, seed: int, recipe: Recipe, data: Path, work_dir: Path) -> None:
-    """Train one head, look at its experts, and leave checkpoint, config and figures."""
-    train, test = (_data(data, work_dir, split) for split in ('train', 'test'))
-    started = time.process_time()
-    layer, model = build(head, seed, data)
-    loss = train_head(layer, train, recipe, seed, _balancing(layer))
-    result = {
-        'settings': settings(head, recipe),
-        'accuracy': accuracy(predict(layer, test.features), test.labels),
-        'loss': loss,
-        'parameters': sum(p.numel() for p in layer.parameters()),
-        'experts': look_at_experts(layer, test, seed) if head.experts else None,
-        'cpu_seconds': time.process_time() - started,
-    }
-    folder = run_dir(work_dir, head, seed)
-    folder.mkdir(parents=True, exist_ok=True)
-    if model.get_submodule(HEAD) is layer:
-        _config(head, data).dump(folder / 'config.py')
-        torch.save({'state_dict': model.state_dict(), 'meta': {}}, folder / 'head.pth')
-    write_file(folder / 'result.json', json.dumps(result).encode())
-
-
-def in_processes(
-    work: Sequence[Callable[[], None]], jobs: int, after_each: Callable[[], None]
-) -> None:
-    """Make all calls in so many processes; one job is this one, in which they share their data."""
-    spawn = multiprocessing.get_context('spawn')
-    pool = ThreadPoolExecutor(1) if jobs == 1 else ProcessPoolExecutor(jobs, spawn)
-    work_through(pool, work, after_each=after_each)
 
 
 def markdown_table(results: Mapping[Head, Sequence[dict]]) -> str:

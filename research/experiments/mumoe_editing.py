@@ -6,25 +6,23 @@ the test every image is shown with and without it. The group that suffers is the
 without the mark.
 """
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mmdet_moe.analysis.files import write_file
 from mmdet_moe.cli import load_config
 from mmdet_moe.datasets.class_folders import COARSE_CLASSES
-from mmdet_moe.errors import ConfigError
 from mmdet_moe.moe import CPMuMoE
 from mmdet_moe.moe.editing import Edit, apply_edits
-from research.experiments.experiment import CONFIGS, SEEDS, check_amounts, publish
+from research.experiments.experiment import CONFIGS
 from research.experiments.markdown import mean_and_std, table
-from research.experiments.mumoe import in_processes
+from research.experiments.on_features import FeaturesExperiment
 from research.features import FeatureCache
 from research.heads import Data, Recipe, predict, train_head
 
@@ -221,47 +219,33 @@ def compare(training: Images, test: Images, biased: int, seed: int) -> dict:
     return {'methods': found, 'edits': [str(edit) for edit in edits], 'shift': shift}
 
 
-class EditingExperiment:
-    """Every class as the biased one, with some seeds.
+class EditingExperiment(FeaturesExperiment[int]):
+    """Every class as the biased one; a kind is its place among :data:`CLASSES`."""
 
-    Args:
-        data: Folder of CIFAR-100.
-        work_dir: Where features and figures live.
-        seeds: Of each class.
-        jobs: Classes at a time, in processes of one thread.
-    """
+    @property
+    def kinds(self) -> range:
+        return range(len(CLASSES))
 
-    def __init__(self, data: Path, work_dir: Path, seeds: Sequence[int], jobs: int) -> None:
-        check_amounts(seeds, jobs)
-        self.data, self.work_dir = data.resolve(), work_dir.resolve()
-        self.seeds, self.jobs = list(seeds), jobs
-        self.written: Path | None = None
+    def prepare(self) -> None:
+        _images(self.data, self.work_dir, 'train'), _images(self.data, self.work_dir, 'test')
 
-    def run(self, table_only: bool = False) -> None:
-        """Do what is missing, and write the table.
+    def path(self, kind: int, seed: int) -> Path:
+        return self.work_dir / CLASSES[kind] / f'seed{seed}.json'
 
-        Args:
-            table_only: Train nothing.
-        """
-        if not table_only:
-            _images(self.data, self.work_dir, 'train'), _images(self.data, self.work_dir, 'test')
-            todo = [
-                partial(_compare, self.data, self.work_dir, biased, seed)
-                for seed in self.seeds
-                for biased in range(len(CLASSES))
-                if _read(_path(self.work_dir, biased, seed)) is None
-            ]
-            in_processes(todo, self.jobs, self.write)
-        self.write()
+    def settings(self, kind: int) -> dict[str, Any]:
+        return {
+            'experts': EXPERTS, 'rank': RANK, 'recipe': asdict(RECIPE), 'added': ADDED,
+            'shifts': SHIFTS, 'max_edits': MAX_EDITS, 'allowed': ALLOWED, 'marked': MARKED,
+            'others_marked': OTHERS_MARKED,
+        }  # fmt: skip
+
+    def measure(self, kind: int, seed: int) -> dict[str, Any]:
+        images = (_images(self.data, self.work_dir, split) for split in ('train', 'test'))
+        return compare(*images, kind, seed)
 
     def write(self) -> None:
-        """The table of what is there."""
-        paths = [_path(self.work_dir, c, s) for s in self.seeds for c in range(len(CLASSES))]
-        found = [result for path in paths if (result := _read(path)) is not None]
-        complete = self.seeds == list(SEEDS) and len(found) == len(paths)
-        self.written = publish(
-            complete, self.work_dir, {'mumoe-editing': markdown_table(found)}, {}
-        )
+        found = [result for by_seed in self.results().values() for result in by_seed.values()]
+        self.publish(True, {'mumoe-editing': markdown_table(found)}, {})
 
 
 @cache
@@ -279,39 +263,6 @@ def _images(data: Path, work_dir: Path, split: str) -> Images:
     plain, _ = cache_of.load(split, f'{split}-plain', rows.tolist())
     marked, _ = cache_of.load(split, f'{split}-marked', rows.tolist(), draw_mark)
     return Images(plain, marked, new[labels[rows]])
-
-
-def _path(work_dir: Path, biased: int, seed: int) -> Path:
-    return work_dir / CLASSES[biased] / f'seed{seed}.json'
-
-
-def _settings() -> dict:
-    """What the figures of a class depend on, as JSON has it."""
-    content = {
-        'experts': EXPERTS, 'rank': RANK, 'recipe': asdict(RECIPE), 'added': ADDED,
-        'shifts': SHIFTS, 'max_edits': MAX_EDITS, 'allowed': ALLOWED, 'marked': MARKED,
-        'others_marked': OTHERS_MARKED,
-    }  # fmt: skip
-    return json.loads(json.dumps(content))
-
-
-def _read(path: Path) -> dict | None:
-    if not path.exists():
-        return None
-    found = json.loads(path.read_text())
-    if found.pop('settings', None) != _settings():
-        raise ConfigError(
-            f'{path} was made with other settings; move it away, or choose another --work-dir'
-        )
-    return found
-
-
-def _compare(data: Path, work_dir: Path, biased: int, seed: int) -> None:
-    images = [_images(data, work_dir, split) for split in ('train', 'test')]
-    path = _path(work_dir, biased, seed)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    content = {'settings': _settings(), **compare(*images, biased, seed)}
-    write_file(path, json.dumps(content, indent=2).encode())
 
 
 def markdown_table(found: Sequence[dict]) -> str:

@@ -101,8 +101,7 @@ def test_the_recipe_is_chosen_on_images_of_all_classes(tmp_path, monkeypatch):
     monkeypatch.setattr(
         domains, 'accuracy', lambda _, labels: judged.append(labels) or len(judged) / 10
     )
-    where = domains.Where((), tmp_path, 2000, POOLED)
-    domains._tune(where, tmp_path / 'recipe.json')
+    DomainsExperiment(tmp_path, tmp_path, [0], 1, tmp_path).tune()
     assert json.loads((tmp_path / 'recipe.json').read_text())['best'] == vars(domains.RECIPES[-1])
     for part, labels in zip(trained, judged, strict=True):
         assert len(part) == 1800
@@ -158,12 +157,12 @@ def test_all_in_miniature(tmp_path, monkeypatch, trunk):
     assert train.features.shape == (200, FEATURES)
     table = (made.written / f'{trunk.name}.md').read_text()
     assert table.count('\n| ') == 6  # two lines of the head
-    path = made._path(DENSE, 0)
+    path = made.path(DENSE, 0)
     first = path.stat().st_mtime_ns
     made.run()
     assert path.stat().st_mtime_ns == first
     content = json.loads(path.read_text())
     content['settings']['images'] = 7
     path.write_text(json.dumps(content))
-    with pytest.raises(ConfigError, match='is of other settings'):
+    with pytest.raises(ConfigError, match='was made with other settings'):
         made.run(table_only=True)

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from mmdet_moe.errors import ConfigError
 from research.experiments import experiment as experiment_module
-from research.experiments import mumoe_editing
+from research.experiments import mumoe_editing, on_features
 from research.experiments.mumoe_editing import (
     CLASSES,
     GROUPS,
@@ -125,7 +125,7 @@ def test_experiment(quick, tmp_path, monkeypatch):
     page.write_text('<!-- mumoe-editing:begin -->\n<!-- mumoe-editing:end -->\n')
     monkeypatch.setattr(experiment_module, 'RESULTS', page)
     monkeypatch.setattr(experiment_module, 'PICTURES', tmp_path / 'pictures')
-    monkeypatch.setattr(mumoe_editing, 'SEEDS', (5,))
+    monkeypatch.setattr(on_features, 'SEEDS', (5,))
     monkeypatch.setattr(mumoe_editing, 'CLASSES', CLASSES[:2])
     monkeypatch.setattr(mumoe_editing, '_images', lambda *_: None)
     values = dict.fromkeys(GROUPS, 0.5)
@@ -155,10 +155,3 @@ def test_experiment(quick, tmp_path, monkeypatch):
 
 def test_nothing_yet():
     assert markdown_table([]) == 'Nothing is there yet.'
-
-
-def test_bad_options(tmp_path):
-    with pytest.raises(ConfigError, match='give different numbers'):
-        EditingExperiment(tmp_path, tmp_path, [], 1)
-    with pytest.raises(ConfigError, match='give at least 1'):
-        EditingExperiment(tmp_path, tmp_path, [1], 0)

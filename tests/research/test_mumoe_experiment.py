@@ -13,7 +13,7 @@ from mmdet_moe.analysis.models import load_model
 from mmdet_moe.errors import ConfigError
 from mmdet_moe.models import EfficientNetLite0
 from research.experiments import experiment as experiment_module
-from research.experiments import mumoe
+from research.experiments import mumoe, on_features
 from research.experiments.mumoe import (
     HEADS,
     LINEAR,
@@ -21,9 +21,9 @@ from research.experiments.mumoe import (
     MuMoEExperiment,
     markdown_table,
     plot_polysemanticity,
-    run_dir,
     summary,
 )
+from research.experiments.on_features import chosen
 from research.heads import Recipe, accuracy
 
 
@@ -64,7 +64,8 @@ def test_table_and_picture(tmp_path):
 
 
 def test_every_head_has_a_folder_of_its_own(tmp_path):
-    assert len({run_dir(tmp_path, head, 0) for head in HEADS}) == len(HEADS)
+    experiment = MuMoEExperiment(tmp_path, tmp_path, [0], 1)
+    assert len({experiment.path(head, 0) for head in HEADS}) == len(HEADS)
 
 
 TINY = (
@@ -94,9 +95,11 @@ def test_experiment(data, tmp_path, monkeypatch, capsys):
     page.write_text('before\n<!-- mumoe:begin -->\n<!-- mumoe:end -->\nafter\n')
     monkeypatch.setattr(experiment_module, 'RESULTS', page)
     monkeypatch.setattr(experiment_module, 'PICTURES', tmp_path / 'pictures')
-    monkeypatch.setattr(mumoe, 'SEEDS', (3,))
+    monkeypatch.setattr(on_features, 'SEEDS', (3,))
+    monkeypatch.setattr(mumoe, 'HEADS', TINY)
     monkeypatch.setattr(mumoe, 'TUNED', {head.kind: head for head in reversed(TINY)})
     recipes = (Recipe(1e-3, 1.0, 1, 50), Recipe(2e-2, 0.0, 1, 50))
+    monkeypatch.setattr(mumoe, 'RECIPES', recipes)
     experiment = MuMoEExperiment(data, tmp_path / 'runs', [3], 1, TINY, recipes)
     experiment.run()
     first = page.read_text()
@@ -105,7 +108,7 @@ def test_experiment(data, tmp_path, monkeypatch, capsys):
 
     test = mumoe._data(data.resolve(), (tmp_path / 'runs').resolve(), 'test')
     for head in (TINY[0], *TINY[2:]):
-        folder = run_dir(tmp_path / 'runs', head, 3)
+        folder = experiment.path(head, 3).parent
         cfg = Config.fromfile(folder / 'config.py')
         model, _ = load_model(cfg, str(folder / 'head.pth'), 'cpu')
         with torch.no_grad():
@@ -122,12 +125,16 @@ def test_experiment(data, tmp_path, monkeypatch, capsys):
         assert experiment.result(head, 3)['settings']['recipe'] == tried['best']
 
     capsys.readouterr()
-    monkeypatch.setattr(mumoe, '_train', None)
+    monkeypatch.setattr(mumoe, 'train_head', None)
     experiment.run()
-    assert '5 of 5 heads are trained.' in capsys.readouterr().out
+    assert '5 of 5 models are trained.' in capsys.readouterr().out
     assert page.read_text() == first
+    fewer = MuMoEExperiment(data, tmp_path / 'runs', [3], 1, TINY[:2], recipes)
+    fewer.write()  # is nothing to replace more with
+    assert page.read_text() == first
+    assert 'narrow' in (fewer.written / 'mumoe.md').read_text()
     other = Head('CP', (2, 2), dict(type='mmdet_moe.CPMuMoE', rank=5))
-    with pytest.raises(ConfigError, match='a head with other settings; move it away'):
+    with pytest.raises(ConfigError, match='was made with other settings; move it away'):
         MuMoEExperiment(data, tmp_path / 'runs', [3], 1, (other,), recipes).write()
 
 
@@ -138,9 +145,8 @@ def test_recipe_is_chosen_on_held_out_training_images(data, tmp_path, monkeypatc
     monkeypatch.setattr(
         mumoe, 'accuracy', lambda _, labels: judged.append(labels) or [0.1, 0.2][len(judged) - 1]
     )
-    mumoe._tune(LINEAR, recipes, tmp_path / 'recipe.json', data.resolve(), tmp_path / 'runs')
-    found = json.loads((tmp_path / 'recipe.json').read_text())
-    assert Recipe(**found['best']) == recipes[1]
+    MuMoEExperiment(data, tmp_path, [0], 1, (LINEAR,), recipes).tune(LINEAR)
+    assert chosen(tmp_path / 'recipe_linear.json') == recipes[1]
     assert [len(part) for part in trained] == [90, 90]
     assert np.array_equal(judged[0], np.arange(90, 100))
 
