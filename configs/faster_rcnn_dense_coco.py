@@ -1,6 +1,6 @@
 # The dense two-stage baseline: Faster R-CNN-R50-FPN, 1x schedule, 8 GPUs × 2 images.
 _base_ = [
-    './_base_/models/faster_rcnn_r50_fpn.py',
+    'mmdet::_base_/models/faster-rcnn_r50_fpn.py',
     './_base_/datasets/coco_detection.py',
     './_base_/schedules/schedule_1x.py',
     './_base_/default_runtime.py',

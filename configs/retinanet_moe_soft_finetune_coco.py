@@ -2,7 +2,7 @@
 # (the fine-tuning recipe of arXiv 2204.10598). Train retinanet_dense_coco.py first, or say where a
 # dense checkpoint is: `export DENSE_CHECKPOINT=FILE`.
 _base_ = [
-    './_base_/models/retinanet_r50_fpn.py',
+    'mmdet::_base_/models/retinanet_r50_fpn.py',
     './_base_/datasets/coco_detection.py',
     './_base_/schedules/finetune_1x.py',
     './_base_/default_runtime.py',

@@ -12,10 +12,10 @@ from mmdet_moe.cli import apply_data_root, load_config, parse_options, set_loade
 from mmdet_moe.errors import ConfigError
 from mmdet_moe.moe.routers import FORMER_SOFTMAX
 
-#: Where a run lives, how it was started and saved, and on what device: nothing that its figures
-#: depend on.
+#: Where a run lives, how it was started and saved, on what device, and which toolbox a part of its
+#: config comes from: nothing that its figures depend on.
 _PLACES = {
-    *('work_dir', 'launcher', 'resume', 'load_from', 'experiment_name'),
+    *('work_dir', 'launcher', 'resume', 'load_from', 'experiment_name', '_scope_'),
     *('max_keep_ckpts', 'pin_memory', 'loss_scale', 'cache'),
 }
 #: Mixed precision as a config asks for it, and as it is on a CPU.

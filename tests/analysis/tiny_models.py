@@ -1,7 +1,6 @@
 """Tiny detectors and batches for the tests of the analysis."""
 
 import copy
-from pathlib import Path
 
 import mmdet
 import numpy as np
@@ -12,7 +11,6 @@ from mmengine.config import Config, ConfigDict
 from mmengine.registry import init_default_scope
 from mmengine.structures import InstanceData
 
-from mmdet_moe.cli import __file__ as _cli
 from mmdet_moe.moe import MoELayer
 
 CLASSES = 3
@@ -201,9 +199,9 @@ def build_single(head, backbone=None, neck=None, train_cfg=True, **test_cfg):
 
 
 def faster_config(moe=None, neck=None, **head):
-    """The model of the configs' Faster R-CNN with a tiny ResNet-18 and 8 channels."""
-    configs = Path(_cli).parents[1] / 'configs'
-    config = Config.fromfile(configs / '_base_' / 'models' / 'faster_rcnn_r50_fpn.py').model
+    """The model of MMDetection's Faster R-CNN with a tiny ResNet-18 and 8 channels."""
+    base = "_base_ = 'mmdet::_base_/models/faster-rcnn_r50_fpn.py'"
+    config = Config.fromstring(base, '.py').model
     config.backbone.update(depth=18, base_channels=2, stem_channels=4, init_cfg=None)
     config.neck.update(in_channels=[2, 4, 8, 16], out_channels=8, **(neck or {}))
     config.rpn_head.update(in_channels=8, feat_channels=8)

