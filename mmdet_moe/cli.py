@@ -347,8 +347,8 @@ def _prepare(args: argparse.Namespace) -> Config:
 def set_loader_defaults(cfg: Config) -> None:
     """Fill in what MMPretrain's configs rely on its tools for, and keep no worker where none is.
 
-    The latter is for all configs: PyTorch refuses ``persistent_workers`` without workers, so that
-    ``num_workers=0`` on the command line would not be enough.
+    The latter is for all configs: PyTorch refuses ``persistent_workers`` and ``prefetch_factor``
+    without workers, so that ``num_workers=0`` on the command line would not be enough.
     """
     is_mmpretrain = cfg.default_scope == 'mmpretrain'
     for field in ('train_dataloader', 'val_dataloader', 'test_dataloader'):
@@ -362,6 +362,8 @@ def set_loader_defaults(cfg: Config) -> None:
             loader.setdefault('collate_fn', dict(type='default_collate'))
         if loader.get('persistent_workers') and not has_workers:
             loader.persistent_workers = False
+        if not has_workers:
+            loader.pop('prefetch_factor', None)
 
 
 def _set_amp(cfg: Config, requested: bool) -> bool:

@@ -265,7 +265,8 @@ def prepare(args: argparse.Namespace, cfg: Config, compared: Sequence[str] = ())
     data = images_of(args, cfg, meta)
     plan = {
         'checkpoint': _digest(Path(args.checkpoint).read_bytes()),
-        'model': _digest(cfg.model),
+        # MMPretrain's configs have the preprocessing beside the model.
+        'model': _digest([cfg.model, cfg.get('data_preprocessor')]),
         'data': _digest([data.loader_cfg.dataset, data.digest()]),
         'split': args.split,
     }

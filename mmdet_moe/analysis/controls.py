@@ -264,7 +264,8 @@ class Controls:
         deviation = logits.std(0, dtype=np.float64).astype(np.float32)
         # A logit that never differs stays 0 instead of becoming rounding errors.
         factor = np.where(deviation > 1e-6 * abs(mean), 1 / np.maximum(deviation, 1e-30), 0)
-        few = slice(max(2, _ENTROPY_LOGITS // logits[0].size))
+        # Drawn: data sets may go class by class.
+        few = self._rng.permutation(len(logits))[: max(2, _ENTROPY_LOGITS // logits[0].size)]
         standard = torch.from_numpy((logits[few] - mean) * factor.astype(np.float32))
         wanted = float(entropy(shares(torch.from_numpy(weights[few]).double())).mean())
 

@@ -143,6 +143,8 @@ class AnalysisData:
         config = {**self.loader_cfg, 'dataset': self.dataset, 'sampler': order, **options}
         if options:
             config['persistent_workers'] = False
+        if not config.get('num_workers'):
+            config.pop('prefetch_factor', None)  # which PyTorch refuses without workers
         return iter(Runner.build_dataloader(config))
 
     def info(self, index: int) -> dict[str, Any]:

@@ -328,10 +328,15 @@ def test_arrays_as_images():
         def get_data_info(self, index):
             return self.rows[index]
 
+        __getitem__ = get_data_info
+
     DATASETS.register_module(module=Arrays, name='ArraysOfTest', force=True)
     init_default_scope('mmengine')
     loader = ConfigDict(batch_size=1, num_workers=0, dataset=dict(type='mmengine.ArraysOfTest'))
     data = AnalysisData(Config(dict(val_dataloader=loader)), 'val')
+    loader.update(num_workers=1, prefetch_factor=2, persistent_workers=True)
+    with_workers = AnalysisData(Config(dict(val_dataloader=loader)), 'val')
+    assert len(list(with_workers.batches([0], num_workers=0))) == 1
     for index, label in enumerate((0, 2, 1)):
         image = data.image(index)
         assert (image.shape, data.image_size(index)) == ((5, 7, 3), (5, 7))

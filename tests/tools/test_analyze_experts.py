@@ -863,6 +863,7 @@ def test_another_checkpoint_in_the_same_folder(detector, finished, tmp_path, cap
         {'checkpoint': other},
         {'options': ['model.test_cfg.nms_pre=7']},
         {'options': ['val_dataloader.dataset.indices=4']},
+        {'options': ['data_preprocessor.mean=[1.0, 2.0, 3.0]']},
     ):
         sentence = failure(capsys, detector, out, **arguments)
         assert f'{out}' in sentence

@@ -655,13 +655,14 @@ def test_options_beside_data_root_are_kept(here):
 @pytest.mark.parametrize('scope', ['mmdet', 'mmpretrain'])
 def test_no_worker_is_kept_where_there_is_none(scope):
     loaders = {
-        'train_dataloader': dict(num_workers=0, persistent_workers=True),
+        'train_dataloader': dict(num_workers=0, persistent_workers=True, prefetch_factor=2),
         'val_dataloader': dict(num_workers=2, persistent_workers=True),
         'test_dataloader': dict(persistent_workers=True),
     }
     cfg = Config(dict(default_scope=scope, **loaders))
     cli.set_loader_defaults(cfg)
     assert [cfg[loader].persistent_workers for loader in loaders] == [False, True, False]
+    assert 'prefetch_factor' not in cfg.train_dataloader
     cfg = Config(
         dict(default_scope=scope, train_dataloader=dict(num_workers=2), val_dataloader=None)
     )

@@ -230,7 +230,9 @@ def _of_classifier(study: Study, only: dict[str, list[int]]) -> dict[str, tuple]
             of_layer.append(_chosen(part.layers[place[name]], len(part.classes.label)))
     image, truth = np.concatenate(images), concatenated(parts)
     changed: ChangedClassRecords = concatenated(list(study.changed))
-    classes = len(study.data.classes)
+    # A model may know more classes than images without names show.
+    predicted = (of.prediction.max(initial=0) for of in (truth, changed))
+    classes = max(len(study.data.classes), 1 + int(max(predicted)))
     found = {}
     for name, made in only.items():
         predicted = changed.prediction[:, made]
@@ -261,7 +263,7 @@ def summary(
     Args:
         alone: Its objects; those whose choice is unknown are left out.
         table: Its confusions, (E, C, C), or (E, C + 1, C + 1) of a detector; None for none.
-        classes: Their names.
+        classes: Their names; further ones of the confusions are numbers.
         score_thr: Of the confusions; None of a classifier.
     """
     known = alone.chosen >= 0
@@ -294,7 +296,9 @@ def summary(
         **{('class', c): (regret, alone.label == c) for c in range(len(classes))},
     }
     told = dict(zip(quantities, _means(list(quantities.values()), alone.image), strict=True))
-    columns = [*classes] if score_thr is None else [*classes, MISSED]
+    names = [*classes]
+    if score_thr is None and table is not None:
+        names += map(str, range(len(classes), table.shape[1]))
     return {
         'measure': 'correct' if score_thr is None else 'score',
         'num_objects': count,
@@ -311,8 +315,8 @@ def summary(
         'regret_by_class': {name: told['class', c] for c, name in enumerate(classes)},
         'confusion': None if table is None else {
             'score_thr': score_thr,
-            'true': [*classes] if score_thr is None else [*classes, BACKGROUND],
-            'predicted': columns,
+            'true': names if score_thr is None else [*names, BACKGROUND],
+            'predicted': names if score_thr is None else [*names, MISSED],
             'counts': table.tolist(),
         },
     }  # fmt: skip
@@ -334,9 +338,10 @@ def _means(quantities: Sequence[tuple[np.ndarray, np.ndarray]], image: np.ndarra
     found = []
     with np.errstate(invalid='ignore'):  # NaN where no image with such an object is drawn
         sampled = weighted(drawn, rows, sums) / weighted(drawn, rows, nums)
-    for total, num, means in zip(sums.sum(0), nums.sum(0), sampled.T, strict=True):
+    having = (nums > 0).sum(0)
+    for total, num, of, means in zip(sums.sum(0), nums.sum(0), having, sampled.T, strict=True):
         value = float(total / num) if num else None
-        is_known = num and len(images) >= MIN_IMAGES
+        is_known = of >= MIN_IMAGES
         ends = np.nanquantile(means, QUANTILES).tolist() if is_known else None
         found.append({'value': value, 'interval': ends, 'num': int(num)})
     return found

@@ -37,8 +37,10 @@ images, or, if that is more, the share of the chance level by which the estimate
 that is possible (the adjustment of Vinh et al. 2010, JMLR 11), as the jackknife finds too little
 where most cells are empty. The quantiles of the bootstrap are moved so that their mean lies at the
 estimate without its bias, and cut off at 0. So the interval is one of the information itself, and
-lies below the plug-in estimate where that is mostly bias. Shares have plain percentile intervals,
-differences of accuracy those of a score test, which is exact enough with few images that change.
+lies below the plug-in estimate where that is mostly bias. Shares have percentile intervals: all
+that is possible where fewer than :data:`MIN_IMAGES` images have any of it, and wider by the rule of
+three where all images agree. Differences of accuracy have those of a score test, which is exact
+enough with few images that change.
 
 A *family* of tests, those of one layer, is corrected together by the largest statistic of each
 flip (Westfall and Young 1993, max-T, single step), as all tests flip the same images. Statistics
@@ -173,6 +175,7 @@ def information(
     for stratum in _runs(strata):
         inside, where, bins = sums[stratum], images[stratum], rows[stratum]
         columns, columns_P = inside.sum(0), weighted(times, where, inside)
+        having = np.array([len(np.unique(where[of > 0])) for of in inside.T]) if cells else None
         mean = columns / columns.sum()
         excess = inside - inside.sum(1, keepdims=True) * mean
         held = np.bincount(where, inside.sum(1), len(known)) / columns.sum()
@@ -198,8 +201,9 @@ def information(
                 p.append((1 + reached.sum(0)) / (1 + permutations))
                 tables.append(table)
                 variances.append((flips**2).mean(0))
-                of_experts.append(_ends(table_P, table_P.sum(1, keepdims=True)))
-                of_bins.append(_ends(table_P, columns_P))
+                num, of_bin = len(np.unique(where[run])), (table.sum(), table_P.sum(1)[:, None])
+                of_experts.append(_ends((table, table_P), of_bin, np.full(len(mean), num)))
+                of_bins.append(_ends((table, table_P), (columns, columns_P), having))
         chance += _deviance(*map(np.array, zip(*by_chance, strict=True)))
         mi -= _n_log_n(columns)
         ones, place = np.unique(where, return_inverse=True)
@@ -316,9 +320,30 @@ def _interval(
     return max(0.0, low), max(0.0, high)
 
 
-def _ends(part: np.ndarray, of: np.ndarray) -> np.ndarray:
-    """(2, E): the intervals of shares (P, E); those of nothing are 0."""
-    return np.quantile(part / np.where(of > 0, of, 1), QUANTILES, axis=0)
+def _ends(
+    part: tuple[np.ndarray, np.ndarray],
+    of: tuple[np.ndarray, np.ndarray],
+    num_images: np.ndarray,
+) -> np.ndarray:
+    """(2, E): the intervals of shares; those of nothing are 0.
+
+    Where all images agree, a bootstrap cannot know that others exist: those may have nothing of it,
+    or nothing else. It is no choice if all experts have the same of all images.
+
+    Args:
+        part: The numerators: (E,) of the data, and (P, E) of the resamples.
+        of: The denominators, likewise.
+        num_images: (E,), how many images have any of the latter.
+    """
+    share, resampled = (x / np.where(y > 0, y, 1) for x, y in zip(part, of, strict=True))
+    # A resample without any such image says nothing.
+    low, high = np.quantile(np.where(of[1] > 0, resampled, share), QUANTILES, axis=0)
+    agree, some = high - low < 1e-12, num_images > 0
+    if agree[some].all() and (not some.any() or np.ptp(share[some]) < 1e-12):
+        agree = ~some
+    unseen = np.where(agree & some, np.minimum(1, RULE_OF_THREE / np.maximum(num_images, 1)), 0)
+    unseen[some & (num_images < MIN_IMAGES)] = 1
+    return np.stack([low * (1 - unseen), high + (1 - high) * unseen])
 
 
 def _n_log_n(table: np.ndarray) -> np.ndarray:

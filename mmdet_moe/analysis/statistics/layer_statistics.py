@@ -10,7 +10,6 @@ from mmdet_moe.analysis.statistics.association import (
     as_family,
 )
 from mmdet_moe.analysis.statistics.bins import POSITIONS, Bins, level_bins, position_bin
-from mmdet_moe.analysis.statistics.inference import RULE_OF_THREE
 from mmdet_moe.moe.utilization import (
     COLLAPSE_SHARE,
     DEAD_SHARE,
@@ -152,18 +151,6 @@ class LayerStatistics:
 
 
 def _share_intervals(of_one_bin: Association, permutations: int) -> list[list[float]] | None:
-    """[low, high] of the share of each expert; None of too few images.
-
-    Where all images agree, a bootstrap cannot know that others exist: those may have nothing of it,
-    or nothing else. It is no choice if all experts have the same of all images.
-    """
-    result = of_one_bin.result(permutations)
-    ends = result.cells.expert_given_bin
-    if ends is None:
-        return None
-    low, high = ends[:, 0]
-    agree = high - low < 1e-12
-    if agree.all() and np.ptp(low) < 1e-12:
-        agree[:] = False
-    unseen = np.where(agree, min(1, RULE_OF_THREE / result.information.num_images), 0)
-    return np.stack([low * (1 - unseen), high + (1 - high) * unseen], axis=1).tolist()
+    """[low, high] of the share of each expert; None of too few images."""
+    ends = of_one_bin.result(permutations).cells.expert_given_bin
+    return None if ends is None else ends[:, 0].T.tolist()

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 #: What two analyses have to have in common.
 _COMMON = {'model': 'config', 'data': 'data set', 'split': 'split', 'format': 'version of records'}
-_Decisions = tuple[np.ndarray, np.ndarray]
+_Decisions = tuple[np.ndarray, np.ndarray, np.ndarray]
 #: What independent decisions would have in common is the mean of so many.
 DRAWS = 100
 
@@ -118,12 +118,21 @@ def stability_to(study: 'Study', folder: Path) -> dict:
     sums = {name: Stability(study.layers[name].num_experts) for name in numbers}
     other = RecordFiles(study.records.kind, records, plan)
     chosen = plan['images'] if isinstance(plan['images'], list) else range(plan['images'])
+    moved = set()
     for name, before, after in _pairs(other, study.records, numbers, chosen, study.data.chosen):
-        sums[name].add(before, after)
-    found = {name: total.as_dict() for name, total in sums.items()}
+        if before is None:
+            moved.add(name)
+        else:
+            sums[name].add(before, after)
+    found = {name: total.as_dict() for name, total in sums.items() if name not in moved}
     entry['layers'] = {name: shares for name, shares in found.items() if shares is not None}
     if not entry['layers']:
         entry['reason'] = 'no layer decides for the same places of the same images'
+        if moved:
+            entry['reason'] += (
+                ', as their batches are padded differently; take the same --max-images and batch '
+                'size for both'
+            )
     return entry
 
 
@@ -133,8 +142,8 @@ def _pairs(
     numbers: dict[str, tuple[int, int]],
     chosen_before: Sequence[int],
     chosen_after: Sequence[int],
-) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
-    """Layer and weights of the decisions that both have.
+) -> Iterator[tuple[str, np.ndarray | None, np.ndarray | None]]:
+    """Layer and weights of the decisions that both have; None if they lie in other places.
 
     Args:
         before: Files of records, which may hold other images than those of ``after``.
@@ -153,17 +162,21 @@ def _pairs(
             last = first[other.images.index[-1]]
             for name, (_, number) in numbers.items():
                 made = other.layers[number].decisions
-                left[name].append((_placed(made.unit, first), made.weights))
+                left[name].append((_placed(made.unit, first), made.centre, made.weights))
         for name, (number, _) in numbers.items():
             if not left[name]:
                 continue
-            unit, weights = map(np.concatenate, zip(*left[name], strict=True))
+            unit, centre, weights = map(np.concatenate, zip(*left[name], strict=True))
             made = part.layers[number].decisions
             mine = _placed(made.unit, second)
             _, rows, others = np.intersect1d(mine, unit, return_indices=True)
-            yield name, weights[others], made.weights[rows]
+            # Decisions are numbered by row in maps whose width depends on the images in a batch.
+            if np.allclose(made.centre[rows], centre[others], atol=0.01, equal_nan=True):
+                yield name, weights[others], made.weights[rows]
+            else:
+                yield name, None, None
             rest = unit > mine.max(initial=-1)
-            left[name] = [(unit[rest], weights[rest])]
+            left[name] = [(unit[rest], centre[rest], weights[rest])]
 
 
 def _placed(unit: np.ndarray, chosen: np.ndarray) -> np.ndarray:

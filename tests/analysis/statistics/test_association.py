@@ -411,6 +411,39 @@ def test_intervals_of_shares_are_those_of_repeated_images():
     np.testing.assert_allclose(found, np.quantile(shares, [0.025, 0.975], axis=0))
 
 
+@pytest.mark.parametrize(('alike', 'low', 'high'), [
+    (1, 0, 1), (4, 0, 1), (5, 1 - 3 / 5, 1), (12, 1 - 3 / 12, 1),
+])  # fmt: skip
+def test_shares_of_a_bin_on_few_images(alike, low, high):
+    """All is possible of fewer than five; of n that agree, 3 / n others may exist."""
+    rng = np.random.default_rng(0)
+    bins = (np.arange(100) < alike).astype(np.int64)
+    experts = np.where(bins, 1, rng.integers(0, 2, 100))
+    association = Association(2, 2)
+    for image in range(100):
+        unit, one = np.array([image << 28]), np.ones(1)
+        association.add(unit, bins[[image]], one, one_hot(experts[[image]], 2))
+    cells = association.result(199).cells
+    np.testing.assert_allclose(cells.expert_given_bin[:, 1, 1], [low, high])
+    np.testing.assert_allclose(cells.expert_given_bin[:, 1, 0], [1 - high, 1 - low])
+    common = cells.expert_given_bin[:, 0]
+    assert (common[1] - common[0] < 0.3).all()
+    # Expert 0 never sees bin 1: 3 / n of its images may.
+    seen = (experts == 0).sum()
+    np.testing.assert_allclose(cells.bin_given_expert[:, 1, 0], [0, 3 / seen], atol=1e-12)
+
+
+def test_what_all_experts_have_alike_is_no_choice():
+    """Every image has every bin, and its expert sees them all: nobody could have more."""
+    association = Association(3, 2)
+    for image in range(20):
+        bins = np.arange(3)
+        weights = one_hot(np.full(3, image % 2), 2)
+        association.add(np.full(3, image << 28), bins, np.ones(3), weights)
+    cells = association.result(99).cells
+    np.testing.assert_allclose(cells.bin_given_expert, 1 / 3)
+
+
 def test_a_family_is_corrected_by_its_largest_statistics():
     """At most as often as its level is any of 12 tests of nothing significant, unlike alone."""
     alone, together, trials = 0, 0, 20

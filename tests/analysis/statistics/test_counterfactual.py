@@ -202,6 +202,36 @@ def test_interval_counts_images_not_objects():
     assert high - low == pytest.approx(2 * 1.96 * score.std() / np.sqrt(30), rel=0.15)
 
 
+def test_a_class_on_few_images_has_no_interval():
+    """Of 100 images one has an object of class b, and five have one of class c."""
+    rng = np.random.default_rng(1)
+    image = np.append(np.arange(100), [0, *range(5)])
+    label = np.array([0] * 100 + [1] + [2] * 5)
+    scores = rng.random((106, 2))
+    alone = Alone(image, label, np.full(106, 50.0), label % 2, scores[:, 0], scores)
+    found = summary(alone, None, ['a', 'b', 'c'], 0.3)['regret_by_class']
+    assert [(found[c]['num'], found[c]['interval'] is None) for c in 'abc'] == [
+        (100, False), (1, True), (5, False)
+    ]  # fmt: skip
+
+
+def test_a_model_may_know_more_classes_than_the_images():
+    """Without names, the images' labels are the only classes that are known; the model says 4."""
+    label, sure = np.array([0, 1, 0, 1, 0, 1], np.int32), np.ones(6, np.float32)
+    predicted = np.array([[0, 4], [1, 1], [0, 0], [4, 1], [0, 0], [1, 1]], np.int32)
+    classes = ClassRecords(label, label, sure, sure, np.full(6, -1))
+    images = ImageRecords(np.arange(6, dtype=np.int32), np.full((6, 2), 8, np.int32))
+    records = ClassifierRecords(images, classes, [SimpleNamespace(links=links(label))])
+    changed = [ChangedClassRecords(predicted[:, [0, 0, 1]])]
+    found = counterfactuals(study([records], changed, ONLY, ['0', '1'], False))['layer']
+    names = found['confusion']['predicted']
+    assert names == found['confusion']['true'] == ['0', '1', '2', '3', '4']
+    for expert in (0, 1):
+        counts = confusion_matrix(label, predicted[:, expert], labels=range(5))
+        np.testing.assert_array_equal(found['confusion']['counts'][expert], counts)
+    assert list(found['regret_by_class']) == ['0', '1']
+
+
 def test_nothing_is_told_without_interventions():
     assert counterfactuals(study([detector_records()], [], [], ['a', 'b'], True)) == {'layer': None}
     others = [Intervention('layer', 'zeroed', 0)]

@@ -65,16 +65,19 @@ def test_the_same_and_nothing():
     assert (found['overlap'], found['weight_in_common']) == (1, pytest.approx(1))
 
 
-def records(first, end, rng, per_image=3, kept=1.0):
-    """Images first to end - 1, whose decisions' weights are their numbers; layers a and b."""
+def records(first, end, rng, per_image=3, kept=1.0, width=2):
+    """Images first to end - 1, whose decisions' weights are their numbers; layers a and b.
+
+    Their places are those of maps of this width.
+    """
 
     def layer():
         units = [(i << 28) | k for i in range(first, end) for k in range(per_image)]
         units = np.array([u for u in units if rng.random() < kept], np.int64)
         units = rng.permutation(units)
-        return SimpleNamespace(
-            decisions=SimpleNamespace(unit=units, weights=units[:, None].astype(float))
-        )
+        made = SimpleNamespace(unit=units, weights=units[:, None].astype(float))
+        made.centre = np.stack(np.divmod(units % (1 << 28), width), 1) + 0.5
+        return SimpleNamespace(decisions=made)
 
     return SimpleNamespace(
         images=SimpleNamespace(index=np.arange(first, end)), layers=[layer(), layer()]
@@ -117,3 +120,13 @@ def test_some_images_against_all():
                 assert (image, item) == (chosen[index], other)
             seen += numbers
         assert sorted(seen) == [(image, item) for image in chosen for item in range(3)]
+
+
+def test_maps_that_were_padded_otherwise():
+    """The same number is another place there; where all places agree, it is not."""
+    rng = np.random.default_rng(1)
+    before = [records(0, 4, rng)]
+    found = list(_pairs(before, [records(0, 4, rng, width=3)], {'a': (0, 0)}, range(4), range(4)))
+    assert found == [('a', None, None)]
+    ((_, one, two),) = _pairs(before, [records(0, 4, rng)], {'a': (0, 0)}, range(4), range(4))
+    np.testing.assert_array_equal(one, two)
