@@ -87,7 +87,7 @@ def places(tmp_path_factory):
 
 
 @pytest.mark.parametrize('place', ['checkout', 'editable', 'wheel'])
-@pytest.mark.sweep(keep=2 / 3)
+@pytest.mark.sweep(keep=1 / 3)
 def test_configs_by_name(places, place, tmp_path):
     """The values are those of the files of the checkout, whatever the place."""
     (tmp_path / 'child.py').write_text(CHILD)

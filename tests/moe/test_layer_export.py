@@ -133,6 +133,7 @@ def check(run, built, inputs):
         assert torch.equal(x, before)
 
 
+@pytest.mark.sweep(keep=1 / 3)
 @pytest.mark.parametrize('name', CASES)
 @pytest.mark.filterwarnings('ignore')  # a trace warns of every size that it keeps
 def test_traced(name):

@@ -133,6 +133,7 @@ def test_table_and_picture(tmp_path):
     assert (tmp_path / 'picture.png').stat().st_size > 1000
 
 
+@pytest.mark.sweep(keep=1 / 2)
 @pytest.mark.parametrize('trunk', [POOLED, MAPS])
 def test_all_in_miniature(tmp_path, monkeypatch, trunk):
     """Two tiny data sets through the real backbone; then it goes on where it stopped."""

@@ -61,6 +61,7 @@ def data(tmp_path, digit_scenes_folder):
     return tmp_path / 'data'
 
 
+@pytest.mark.sweep(keep=0)  # takes long
 @pytest.mark.usefixtures('in_process')
 def test_all_in_miniature(tmp_path, data, monkeypatch):
     monkeypatch.setattr(experiment_module, 'RESULTS', tmp_path / 'results.md')

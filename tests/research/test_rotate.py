@@ -50,6 +50,7 @@ TINY = Budget(
 )
 
 
+@pytest.mark.sweep(keep=0)  # takes long
 @pytest.mark.usefixtures('in_process')
 def test_experiment(tmp_path, monkeypatch, capsys):
     """Trains and writes; a second run finds everything done."""

@@ -56,6 +56,7 @@ def test_published_when_complete(tmp_path, monkeypatch):
     made.work_dir.mkdir()
     found = {method.name: [run(0.5, 0.2)] * 3 for method in METHODS}
     monkeypatch.setattr(made, 'found', lambda: found)
+    monkeypatch.setattr(module, 'plot', lambda found, path: path.touch())
     made.write()
     assert made.written == page
     pattern = r'(?s)<!-- size-beyond-level:begin -->(.*?)<!-- size-beyond-level:end -->'

@@ -4,14 +4,12 @@ import json
 import math
 import re
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
 import torch
 from mmengine.config import Config
-from running import TOOLS, load_tool
+from running import load_tool
 
 from research.benchmarks import conv, harness
 from research.benchmarks import ops as ops_suite
@@ -193,6 +191,7 @@ def test_retinanet(run, monkeypatch):
     assert 0.9 < wide / (2 * dense) < 1.001
 
 
+@pytest.mark.sweep(keep=0)  # takes long
 @pytest.mark.usefixtures('quick_analysis')
 def test_analysis(run):
     report, output = run('analysis')
@@ -378,6 +377,11 @@ def test_balanced_routing(bench):
             ['ops', '--dtype', 'float16'],
             '--dtype float16 is for GPUs; use bfloat16 or float32 on a CPU',
         ),
+        pytest.param(
+            ['ops', '--device', 'cuda'],
+            '--device cuda: PyTorch finds no GPU here; use --device cpu',
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason='there is a GPU'),
+        ),
         (['ops', '--json', '/nowhere/x.json'], '--json: there is no folder /nowhere'),
         (['ops', '--json', '.'], '--json: . is a folder; name a file'),
         (
@@ -409,11 +413,3 @@ def test_mistakes_are_one_sentence(tool, arguments, sentence, capsys):
         tool.main(arguments)
     assert exit_.value.code == 2
     assert capsys.readouterr().err == f'error: {sentence}\n'
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason='there is a GPU')
-def test_cuda_without_a_gpu_is_one_sentence():
-    command = [sys.executable, str(TOOLS / 'benchmark_moe.py'), 'ops', '--device', 'cuda']
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 2
-    assert done.stderr == ('error: --device cuda: PyTorch finds no GPU here; use --device cpu\n')

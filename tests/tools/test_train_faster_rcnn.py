@@ -65,6 +65,7 @@ def run(tmp_path, digit_scenes_folder, monkeypatch):
 
 
 @pytest.mark.parametrize('balancing', ['soft_importance', 'hard_relative'])
+@pytest.mark.sweep(keep=1 / 2)
 def test_trains_validates_and_reports(run, balancing):
     state = run('w', MOE, balancing)
     assert all(torch.isfinite(value.float()).all() for value in state.values())

@@ -60,6 +60,7 @@ def run(tmp_path, digit_scenes_folder, monkeypatch):
     return train
 
 
+@pytest.mark.sweep(keep=2 / 5)
 @pytest.mark.parametrize(
     ('config', 'loss_expected'),
     [

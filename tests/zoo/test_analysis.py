@@ -136,7 +136,7 @@ def analyse(config, model, folder, monkeypatch):
     return experts, studies[0]
 
 
-@pytest.mark.sweep(keep=1 / 3)
+@pytest.mark.sweep(keep=1 / 6)
 @pytest.mark.parametrize('name', DETECTORS)
 def test_detectors(name, tmp_path, monkeypatch):
     case = DETECTORS[name]
