@@ -9,7 +9,7 @@ from pathlib import Path
 from mmdet_moe.analysis.report.balancing import LayerHistory, write_balancing
 from mmdet_moe.analysis.report.figures import folder_of
 from mmdet_moe.analysis.report.history import read_history
-from mmdet_moe.analysis.report.names import layer_names
+from mmdet_moe.analysis.report.names import layer_names, run_names
 from mmdet_moe.cli import check_folder
 from mmdet_moe.errors import ConfigError
 from mmdet_moe.moe.surgery.report import in_columns
@@ -91,12 +91,7 @@ def _names(args: argparse.Namespace) -> list[str]:
     if twice := [str(run) for run, count in Counter(folders).items() if count > 1]:
         raise ConfigError(f"RUN: '{twice[0]}' is given twice; name each run once")
     if args.names is None:
-        # As much of the ends of the paths as tells them apart.
-        for parts in range(1, 1 + max(len(folder.parts) for folder in folders)):
-            names = ['/'.join(folder.parts[-parts:]) for folder in folders]
-            if len(set(names)) == len(names):
-                break
-        return names
+        return run_names(folders)
     if len(args.names) != len(folders) or len(set(args.names)) != len(folders):
         raise ConfigError(
             f'--names: give {len(folders)} different names, one for each run, not {args.names}'

@@ -24,6 +24,7 @@ from mmdet_moe.analysis.report.explorer import (
 from mmdet_moe.analysis.report.figures import write_comparison, write_figures
 from mmdet_moe.analysis.report.history import read_history
 from mmdet_moe.analysis.report.likeness import likeness
+from mmdet_moe.analysis.report.names import run_names
 from mmdet_moe.analysis.report.pictures import MAX_IMAGES, pictures_of, write_looks
 from mmdet_moe.analysis.report.tables import write_tables
 from mmdet_moe.analysis.report.verdict import spoken, verdict
@@ -183,7 +184,10 @@ def analyse(args: argparse.Namespace) -> dict:
     )
     for name, found in study.compare_experts().items():
         experts['layers'][name]['similarity'] = {**found, 'training': training.get(name)}
-    experts['stability'] = [stability_to(study, folder) for folder in args.compare]
+    names = run_names(args.compare)
+    experts['stability'] = [
+        stability_to(study, *run) for run in zip(args.compare, names, strict=True)
+    ]
     experts['history'] = read_history(Path(args.checkpoint).parent)
     experts['verdict'] = verdict(experts, [*likeness(experts), *sentences(experts)])
     write_results(study, experts, args.out, other, args.cam, args.fiftyone)

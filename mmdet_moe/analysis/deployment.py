@@ -240,8 +240,11 @@ def export_model(args: argparse.Namespace) -> bool:
     size = tuple(args.size or _filled_up(first.shape[1:], model.data_preprocessor))
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter('ignore')
-        parts = _parts(model, args, size)
-        example = torch.zeros(1, 3, *size)
+        # As many channels as the loader gives or, without any image, as are normalised.
+        mean = getattr(model.data_preprocessor, 'mean', None)
+        channels = len(first) if needs_images else 3 if mean is None else mean.numel()
+        example = torch.zeros(1, channels, *size)
+        parts = _parts(model, args, example)
         for part in parts:
             _write(part, part.inputs(example), _about(part.network, model, meta, args, size))
             print(f'{part.path}: {part.input} -> {", ".join(part.outputs)}')
@@ -304,11 +307,12 @@ def _network(model: nn.Module, boxes: bool) -> Network:
     return Detector(model)
 
 
-def _parts(model: nn.Module, args: argparse.Namespace, size: tuple[int, int]) -> list[Part]:
+def _parts(model: nn.Module, args: argparse.Namespace, example: Tensor) -> list[Part]:
     network = _network(model, args.boxes).eval()
     try:
-        outputs = network.outputs(torch.zeros(1, 3, *size))
+        outputs = network.outputs(example)
     except Exception as error:
+        size = tuple(example.shape[2:])
         raise ConfigError(
             f'{type(model).__name__} cannot compute images of the size {size} alone, without data '
             f'samples ({in_one_line(error)[:200]}), as an exported file does; choose another '

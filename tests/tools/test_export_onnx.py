@@ -239,6 +239,22 @@ def test_classifier_on_images_that_choose_differently(tmp_path, pictures, capsys
     assert frozenset.union(*decisions) == {0, 1, 2, 3}
 
 
+def test_grey_images(tmp_path, pictures, capsys, monkeypatch):
+    """One channel, as the loader gives it; without any image, as is normalised."""
+    text = MODELS['classifier'].replace('[127.5] * 3, std=[64.0] * 3', '[127.5], std=[64.0]')
+    text = text.replace("'LoadImageFromFile'", "'LoadImageFromFile', color_type='grayscale'")
+    text = text.replace('to_rgb=True', 'to_rgb=False').replace(
+        'depth=18,', 'depth=18, in_channels=1,'
+    )
+    monkeypatch.setitem(MODELS, 'grey', text)
+    tool = Tool(tmp_path, 'grey', pictures)
+    for more in (['--verify', '2'], ['--verify', '0', '--size', '32', '32']):
+        assert export_model(parse(tool.argv(*more)))
+        session = onnxruntime.InferenceSession(str(tool.folder / 'new' / 'model.onnx'))
+        assert session.get_inputs()[0].shape == [1, 1, 32, 32]
+    assert 'onnxruntime equals PyTorch on 2 images' in capsys.readouterr().out
+
+
 def test_experts_for_regions(tmp_path, digit_scenes_folder, capsys, monkeypatch):
     """Two files: up to the proposals, and from the features of regions on."""
     tool = Tool(tmp_path, 'regions', digit_scenes_folder)

@@ -90,7 +90,7 @@ def test_upcycled_classifier(data, tmp_path, capsys):
     argv = [dense.config, dense.checkpoint, moe.config, '--out', out, '--device', 'cpu']
     before, after = upcycle.upcycle_checkpoint(upcycle.parse([*map(str, argv), *dense.options]))
     assert before == after
-    assert 'predictions for the 12 images are the same' in capsys.readouterr().out
+    assert 'The predicted classes for the 12 images are the same' in capsys.readouterr().out
     assert f'"accuracy/top1": {100 * before["accuracy"]:.4f}'[:22] in said_of(
         out, tmp_path / 'test'
     )
@@ -180,7 +180,7 @@ def test_experts_that_nobody_chooses(experts, data, tmp_path, capsys):
     before, after = tool.run(prune.prune_checkpoint, prune.parse, out, *more)
     assert before == after
     printed = capsys.readouterr().out
-    assert 'predictions for the 12 images are the same' in printed
+    assert 'The predicted classes for the 12 images are the same' in printed
     assert re.search(rf'^{name} +1 +0\.0000 +0\.0000 +- +removed$', printed, re.MULTILINE)
     said_of(out, tmp_path / 'test')
     model, meta = loaded(out / 'config.py', out / 'checkpoint.pth')

@@ -84,11 +84,13 @@ def write_projector(study: Study, folder: Path) -> None:
             chosen = np.sort(rng.permutation(len(of_image))[:most])
             for vector, told, cell in (of_image[i] for i in chosen):
                 points[name].append((vector, [*told, str(data.chosen[index]), *extra], cell))
+    # First of all, for :func:`check_projector`: if this is interrupted, the next call goes on.
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / _CONFIG).write_bytes(b'')
     for path in folder.glob(f'*/*/{_POINTS}'):
         shutil.rmtree(path.parent)
     for path in folder.glob('events.out.tfevents.*'):
         path.unlink()
-    (folder / _CONFIG).unlink(missing_ok=True)  # to which TensorBoard appends
     header = [*_HEADER, 'class'] if is_labelled else _HEADER
     with SummaryWriter(str(folder)) as writer:
         for name, of_layer in points.items():

@@ -32,6 +32,7 @@ so.
 """
 
 import math
+import re
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -77,11 +78,11 @@ _GREY = '0.82'
 
 
 def write_figures(experts: dict, folder: Path) -> list[Path]:
-    """Draw everything.
+    """Draw everything, in place of all figures that an earlier analysis has left there.
 
     Args:
         experts: The content of ``experts.json``.
-        folder: Where to; made if it does not exist.
+        folder: Where to; made if it does not exist. Files that are no such figures are kept.
 
     Returns:
         The files written.
@@ -90,6 +91,10 @@ def write_figures(experts: dict, folder: Path) -> list[Path]:
     with style():
         for layer, name, figure in draw_figures(experts):
             paths += write_figure(figure, folder_of(folder, layer), name)
+    # Or the report would show them, and a reader take them for this run's.
+    for path in {*folder.glob('*/*'), *folder.glob('polysemanticity.*')} - set(paths):
+        if _DRAWN.fullmatch(path.name):
+            path.unlink()
     return paths
 
 
@@ -173,9 +178,9 @@ def draw_figures(experts: dict) -> Iterator[tuple[str, str, Figure]]:
 
 def _size_given_expert(layer: str, things: str, association: dict) -> Figure:
     """One panel per expert: what it sees (dark line) against what there is (grey)."""
-    counts = np.array(association['counts'])
+    counts, number = np.array(association['counts']), _numbers(association)
     shares = np.array(association['bin_given_expert'])
-    everything = counts.sum(1) / counts.sum()
+    everything = number / number.sum()
     edges = _finite(association['edges'])
     ids = _ids(association, counts.shape[1])
     experts = len(ids)
@@ -218,10 +223,9 @@ def _size_given_expert(layer: str, things: str, association: dict) -> Figure:
 
 def _expert_given_size(layer: str, things: str, association: dict) -> Figure:
     """The shares of the experts in every bin, over the number of things in it."""
-    counts = np.array(association['counts'])
     shares = np.array(association['expert_given_bin'])
     edges = _finite(association['edges'])
-    experts = counts.shape[1]
+    experts = shares.shape[1]
     figure = new_figure(PAGE_WIDTH, 3.7 if experts <= 16 else 5.2)
     _title(figure, f'{layer}: which expert sees {things} of which size', association)
     upper, lower = figure.subplots(
@@ -245,7 +249,7 @@ def _expert_given_size(layer: str, things: str, association: dict) -> Figure:
         upper.set_ylabel('expert')
         bar = figure.colorbar(mesh, ax=[upper, lower], pad=0.01, shrink=0.8)
         bar.set_label(f'share of the {things} of a size')
-    few = [b for b, n in enumerate(counts.sum(1)) if 0 < n < FEW_THINGS]
+    few = [b for b, n in enumerate(_numbers(association)) if 0 < n < FEW_THINGS]
     for b in few:
         upper.axvspan(edges[b], edges[b + 1], facecolor='white', alpha=0.7, linewidth=0)
     if few and handles:
@@ -282,12 +286,12 @@ def stack_shares(axes: Axes, shares: np.ndarray, edges: np.ndarray) -> None:
 
 def _counts_panel(axes: Axes, association: dict, edges: np.ndarray, things: str) -> None:
     """How many things each bin holds, with COCO's names of the sizes."""
-    counts = np.sum(association['counts'], axis=1)
+    number = _numbers(association)
     names = association['bins']
     is_open = str(names[0]).startswith('<') or str(names[-1]).startswith(('>', '≥'))
-    axes.stairs(counts, edges, fill=True, color='0.55')
+    axes.stairs(number, edges, fill=True, color='0.55')
     axes.set_ylabel(f'number of\n{things}')
-    axes.set_ylim(0, 1.3 * max(counts.max(), 1))
+    axes.set_ylim(0, 1.3 * max(number.max(), 1))
     axes.yaxis.set_major_locator(MaxNLocator(3, integer=True, min_n_ticks=2))
     axes.set_xlabel(
         f'√area of the {things} (px of the original image'
@@ -349,15 +353,14 @@ def _finite(edges: Sequence[float | None]) -> np.ndarray:
 
 
 def _class(layer: str, things: str, association: dict) -> Figure:
-    counts = np.array(association['counts'])
     shares = np.array(association['expert_given_bin'])
-    number = counts.sum(1)
+    number = _numbers(association)
     shown = np.sort(np.argsort(-number, kind='stable')[:MAX_CLASSES])
     title = f'{layer}: which expert sees which class of the {things}'
     if len(shown) < len(number):
         title += f' ({len(shown)} of {len(number)} classes, those with the most {things})'
-    # By main expert, the surest first; classes without anything last.
-    main = np.where(number > 0, shares.argmax(1), counts.shape[1])
+    # By main expert, the surest first; last what none of the experts sees.
+    main = np.where(shares.any(1), shares.argmax(1), shares.shape[1])
     order = shown[np.lexsort((-shares.max(1)[shown], main[shown]))]
     return _heat_maps(title, things, association, order)
 
@@ -390,10 +393,10 @@ def _heat_maps(
 
     Long lists are broken into several columns, as far as the page is wide enough.
     """
-    counts = np.array(association['counts'])
+    number = _numbers(association)
     shares = np.array(association['expert_given_bin'])
-    order = np.arange(len(counts)) if order is None else np.asarray(order)
-    experts = counts.shape[1]
+    order = np.arange(len(number)) if order is None else np.asarray(order)
+    experts = shares.shape[1]
     widest = 4 if experts <= 4 else 3 if experts <= 8 else 2 if experts <= 16 else 1
     if _faded(association).any():
         title += f'\nfaded: cells with p > {SIGNIFICANT_CELL:g}'
@@ -418,7 +421,7 @@ def _heat_maps(
         axes.set_xlabel('expert')
         for place, text in [
             (-0.5 - 4 / (72 * row_height), 'n'),
-            *((row, _number(counts[b].sum())) for row, b in enumerate(chosen)),
+            *((row, _number(number[b])) for row, b in enumerate(chosen)),
         ]:
             slant = 'italic' if text == 'n' else 'normal'
             _beside(axes, place, text, 3, fontsize=fontsize, style=slant)
@@ -435,9 +438,8 @@ def _heat_maps(
 
 def _position(layer: str, things: str, association: dict) -> Figure:
     """The image in 3 x 3 cells, row by row: one panel per expert, and how many things there are."""
-    counts = np.array(association['counts'])
     shares = np.array(association['expert_given_bin'])
-    bins, experts = counts.shape
+    bins, experts = shares.shape
     ids = _ids(association, experts)
     side = math.isqrt(bins)
     columns = min(experts + 1, 6 if experts <= 16 else 9)
@@ -459,7 +461,7 @@ def _position(layer: str, things: str, association: dict) -> Figure:
             faded[:, e].reshape(side, side),
         )  # fmt: skip
         panels[e].set_title(f'expert {ids[e]}' if columns <= 6 else str(ids[e]), pad=3)
-    number = counts.sum(1).reshape(side, side)
+    number = _numbers(association).reshape(side, side)
     plot_heat_map(
         panels[experts], number, blank, blank, number.max(), ',.0f' if fontsize else None, fontsize
     )
@@ -609,6 +611,11 @@ def _controls(association: dict, given: str | None) -> dict[str, float | None]:
     if given is None:
         return {name: control.get('mi') for name, control in controls.items()}
     return {name: (control.get('given') or {}).get(given) for name, control in controls.items()}
+
+
+def _numbers(association: dict) -> np.ndarray:
+    """(B,), how many things each bin holds, with those of experts that are not shown."""
+    return np.asarray(association.get('totals', np.sum(association['counts'], axis=1)))
 
 
 def _faded(association: dict) -> np.ndarray:
@@ -866,3 +873,13 @@ _FIGURES: dict[str, dict[str, Callable[[str, str, dict], Figure]]] = {
     'level': {'level': _level},
     'position': {'position': _position},
 }
+# Every file that an analysis draws, those with the looks (report/pictures.py) as well.
+_ALONE = (
+    *('usage', 'information', 'coactivation', 'similarity', 'similarity_training', 'history'),
+    *('interventions', 'polysemanticity', 'counterfactual', 'confusion'),
+)
+_BY_SOURCE = '|'.join(name for figures in _FIGURES.values() for name in figures)
+_DRAWN = re.compile(
+    rf'({"|".join(_ALONE)}|(decisions|objects|detections)_({_BY_SOURCE}))\.({"|".join(_SUFFIXES)})'
+    r'|(routing|cam)_\d{6,}\.png'
+)

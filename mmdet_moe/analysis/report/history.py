@@ -14,8 +14,8 @@ def read_history(work_dir: Path) -> dict[str, dict[str, list]] | None:
     """Load, importance and what else there is of every expert over the training iterations.
 
     Args:
-        work_dir: Work directory of one run, which may have been resumed; of several entries for
-            one iteration the latest counts.
+        work_dir: Work directory of a run. A later start, which resumes an earlier one or begins
+            anew, takes the place of all that was logged from its first iteration on.
 
     Returns:
         By MoE layer ``{'step': S iterations, ascending, 'load': (S, E), 'importance': (S, E)}``,
@@ -25,13 +25,20 @@ def read_history(work_dir: Path) -> dict[str, dict[str, list]] | None:
         out.
     """
     layers: dict[str, dict[int, dict[str, list[float]]]] = {}
-    for entry in logged_scalars(work_dir):
-        for layer, shares in _shares(entry):
-            by_step = layers.setdefault(layer, {})
-            by_step.pop(entry['step'], None)  # the latest entry shall be the last one
-            by_step[entry['step']] = shares
+    for entries in _starts(work_dir):
+        found = [(entry['step'], *shares) for entry in entries for shares in _shares(entry)]
+        if found:
+            first = found[0][0]
+            layers = {
+                layer: {step: shares for step, shares in by_step.items() if step < first}
+                for layer, by_step in layers.items()
+            }
+        for step, layer, shares in found:
+            layers.setdefault(layer, {})[step] = shares
     history = {}
     for layer, by_step in layers.items():
+        if not by_step:
+            continue
         experts = len(list(by_step.values())[-1]['load'])
         steps = sorted(step for step, shares in by_step.items() if len(shares['load']) == experts)
         known = set.intersection(*(set(by_step[step]) for step in steps))
@@ -53,10 +60,14 @@ def logged_scalars(work_dir: Path) -> list[dict]:
         One dict per logged line. What is no complete line is left out: of a killed run the last
         one can be cut off.
     """
+    return [entry for entries in _starts(work_dir) for entry in entries]
+
+
+def _starts(work_dir: Path) -> Iterator[list[dict]]:
+    """What each start of the run has logged."""
     # The folders are named by the time of the start.
-    files = sorted(Path(work_dir).glob('*/vis_data/scalars.json'))
-    entries = []
-    for file in files:
+    for file in sorted(Path(work_dir).glob('*/vis_data/scalars.json')):
+        entries = []
         for line in file.read_text(encoding='utf-8', errors='replace').split('\n'):
             try:
                 entry = json.loads(line)
@@ -64,7 +75,7 @@ def logged_scalars(work_dir: Path) -> list[dict]:
                 continue
             if isinstance(entry, dict):
                 entries.append(entry)
-    return entries
+        yield entries
 
 
 def _shares(entry: dict) -> Iterator[tuple[str, dict[str, list[float]]]]:

@@ -3,6 +3,8 @@
 import re
 from collections import Counter
 from collections.abc import Iterable
+from itertools import count
+from pathlib import Path
 
 # The first pattern that fits the beginning of a path, and what it is called.
 _PLACES = (
@@ -16,7 +18,8 @@ _PLACES = (
     (r'head\.fc', 'classifier'),
     (r'head', 'head'),
     (r'backbone\.layer(\d+)', 'stage {1} of the backbone'),
-    (r'backbone\.stages?\.?(\d+)', 'stage {1:+} of the backbone'),
+    (r'backbone\.stages\.(\d+)', 'stage {1:+} of the backbone'),
+    (r'backbone\.stage_?(\d+)', 'stage {1} of the backbone'),
     (r'backbone', 'backbone'),
     (r'neck', 'neck'),
     (r'encoder\.layers\.(\d+)', 'layer {1:+} of the encoder'),
@@ -42,6 +45,17 @@ def layer_names(paths: Iterable[str]) -> dict[str, str]:
         path: f'{name}, {rest}' if rest and often[name] > 1 else name
         for path, (name, rest) in named.items()
     }
+
+
+def run_names(folders: Iterable[Path]) -> list[str]:
+    """What to call runs: as much of the ends of their folders' paths as tells them apart.
+
+    Args:
+        folders: Of the runs; equal ones get equal names.
+    """
+    folders = [Path(folder).resolve() for folder in folders]
+    ends = (['/'.join(folder.parts[-parts:]) for folder in folders] for parts in count(1))
+    return next(names for names in ends if len(set(names)) == len(set(folders)))
 
 
 def _name(path: str) -> tuple[str, str]:

@@ -85,7 +85,8 @@ def pictures_of(
 
     Args:
         experts: The content of ``experts.json``.
-        folder: Of the figures, which have been written.
+        folder: Of the figures, where :func:`~mmdet_moe.analysis.report.figures.write_figures` has
+            left those of this run alone.
         looks: From :func:`write_looks`.
 
     Returns:

@@ -89,18 +89,20 @@ def _renumbered(together: np.ndarray) -> float:
     return float(1 - together[linear_sum_assignment(together, maximize=True)].sum())
 
 
-def stability_to(study: 'Study', folder: Path) -> dict:
+def stability_to(study: 'Study', folder: Path, run: str | None = None) -> dict:
     """An entry of ``stability`` of ``experts.json``.
 
     Args:
         study: After its statistics pass.
         folder: Of another analysis.
+        run: What to call it; of several, as
+            :func:`~mmdet_moe.analysis.report.names.run_names` does.
 
     Returns:
-        ``run`` (its folder's name), ``reason`` why decisions were not compared, or None, and
-        ``layers``: by layer :meth:`Stability.as_dict`, without layers that cannot be compared.
+        ``run`` (by default its folder's name), ``reason`` why decisions were not compared, or None,
+        and ``layers``: by layer :meth:`Stability.as_dict`, without layers that cannot be compared.
     """
-    entry = {'run': folder.name, 'reason': None, 'layers': {}}
+    entry = {'run': run or folder.resolve().name, 'reason': None, 'layers': {}}
     records = folder / 'records' / 'statistics'
     try:
         plan = json.loads((records / PLAN_FILE).read_text(encoding='utf-8'))

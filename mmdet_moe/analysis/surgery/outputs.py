@@ -85,7 +85,9 @@ def compare(
     """
     metrics = metrics_of(before, data), metrics_of(after, data)
     are = _likeness(before, after)
-    text = f'{comparison(*metrics)}\n\nThe predictions for the {len(data)} images {are}.'
+    # Those of a classifier are known without their scores.
+    what = 'predicted classes' if isinstance(before, np.ndarray) else 'predictions'
+    text = f'{comparison(*metrics)}\n\nThe {what} for the {len(data)} images {are}.'
     return *metrics, text
 
 

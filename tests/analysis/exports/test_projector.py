@@ -69,6 +69,21 @@ def test_detector(randomise, tmp_path):
     assert len(vectors) == len(told) > 9  # several patches of an image
 
 
+class Model(nn.Module):
+    """One layer, for 2 x 2 pixels."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer.eval()
+
+    def data_preprocessor(self, batch, training):
+        inputs = torch.stack(batch['inputs']).float()
+        return {'inputs': inputs, 'data_samples': batch['data_samples']}
+
+    def forward(self, inputs, data_samples, mode):
+        return self.layer(inputs[..., :2, :2].mean(1).flatten(1))
+
+
 @pytest.mark.parametrize('kind', ['sparse', 'factorised'])
 def test_classifier(tmp_path, monkeypatch, kind):
     """Vectors of a classifier's head, with the true class; no more points than are wanted."""
@@ -76,21 +91,9 @@ def test_classifier(tmp_path, monkeypatch, kind):
     layer = MoELayer(nn.Linear(4, 3), 2, 1, in_channels=4, granularity='token')
     if kind == 'factorised':
         layer = CPMuMoE(4, 3, num_experts=2, rank=2)
-
-    class Classifier(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.layer = layer
-
-        def data_preprocessor(self, batch, training):
-            inputs = torch.stack(batch['inputs']).float()
-            return {'inputs': inputs, 'data_samples': batch['data_samples']}
-
-        def forward(self, inputs, data_samples, mode):
-            return self.layer(inputs[..., :2, :2].mean(1).flatten(1))
-
-    model = Classifier().eval()
-    study = SimpleNamespace(model=model, layers={'fc': layer}, data=Data(), is_detector=False)
+    study = SimpleNamespace(
+        model=Model(layer), layers={'fc': layer}, data=Data(), is_detector=False
+    )
     write_projector(study, tmp_path)
     check_projector(tmp_path)  # the same command once more replaces it
     write_projector(study, tmp_path)
@@ -101,6 +104,31 @@ def test_classifier(tmp_path, monkeypatch, kind):
     expected = [images[i].float()[:, :2, :2].mean(0).flatten().numpy() for i in range(3)]
     np.testing.assert_allclose(vectors, np.stack(expected), rtol=1e-4)
     assert [row['class'] for row in told] == ['a', 'b', 'c']
+
+
+def test_an_interrupted_write_goes_on(tmp_path, monkeypatch):
+    from torch.utils.tensorboard import SummaryWriter
+
+    layer = MoELayer(nn.Linear(4, 3), 2, 1, in_channels=4, granularity='token')
+    study = SimpleNamespace(model=Model(layer), layers={'fc': layer}, data=Data(), is_detector=True)
+    folder = tmp_path / 'new' / 'points'
+    with monkeypatch.context() as patch:
+        patch.setattr(SummaryWriter, 'add_embedding', interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            write_projector(study, folder)
+    check_projector(folder)
+    write_projector(study, folder)
+    assert len(list(folder.glob('events*'))) == 1
+    read(folder, 'fc')
+    logs = tmp_path / 'logs'  # a training's
+    logs.mkdir()
+    (logs / 'events.out.tfevents.1').touch()
+    with pytest.raises(ConfigError, match='holds something else than points'):
+        check_projector(logs)
+
+
+def interrupt(*_, **__):
+    raise KeyboardInterrupt
 
 
 def test_what_would_fail_is_refused_before_the_work(tmp_path, monkeypatch):

@@ -12,6 +12,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.patches import Rectangle, StepPatch
 from synthetic import SIZE_EDGES, association, make_experts
 
+from mmdet_moe.analysis.report import figures as figures_module
 from mmdet_moe.analysis.report.figures import (
     MAX_CLASSES,
     draw_figures,
@@ -19,6 +20,7 @@ from mmdet_moe.analysis.report.figures import (
     write_comparison,
     write_figures,
 )
+from mmdet_moe.analysis.report.pictures import pictures_of
 from mmdet_moe.drawing import style
 
 LAYER = 'bbox_head.cls_moe'
@@ -145,6 +147,56 @@ def test_files(tmp_path):
             width, height = struct.unpack('>II', content[16:24])
             assert width >= 600
             assert height >= 250
+
+
+def test_figures_of_an_earlier_run_are_removed(tmp_path, monkeypatch):
+    experts = make_experts(layers=(LAYER,), superclasses=True)
+    mine = [f'{LAYER}/{name}.png' for _, name in draw(superclasses=True)[1]]
+    mine += [f'{LAYER}/{name}' for name in ('counterfactual.pdf', 'cam_000004.png')]
+    mine += ['gone/routing_1234567.png', 'gone/objects_cluster.pdf', 'polysemanticity.png']
+    others = ['usage.png', f'{LAYER}/notes.txt', f'{LAYER}/my_usage.png', f'{LAYER}/usage.svg']
+    for name in (*mine, *others):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    monkeypatch.setattr(figures_module, 'draw_figures', lambda _: [])
+    assert write_figures(experts, tmp_path) == []
+    left = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob('*.*')}
+    assert left - {LAYER} == set(others)
+    assert not pictures_of(experts, tmp_path)
+
+
+def test_numbers_are_those_of_all_experts():
+    """Of a hundred experts 64 are drawn; the other ones see most of the last bins."""
+    experts = make_experts(100, layers=(LAYER,), history=False, interventions=False)
+    layer = experts['layers'][LAYER]
+    counts = np.zeros((9, 100))
+    counts[:, layer['coactivation_experts'][:2]] = 3  # 6 of each bin, of which 10 are too few
+    hidden = sorted(set(range(100)) - set(layer['coactivation_experts']))
+    counts[3:, hidden[0]] = 90
+    counts[8] = 0
+    counts[8, hidden[1]] = 500
+    names, edges = [f'c{i}' for i in range(9)], [2.0**i for i in range(2, 12)]
+    layer['associations'] = {
+        'objects': {
+            'class': association(names, counts),
+            'position': association(names, counts),
+            'size': association(names, counts, edges),
+        }
+    }
+    figures, number = draw_all(experts), counts.sum(1)
+    (axes, *_) = figures[LAYER, 'objects_class'].axes
+    order = [names.index(name) for name in labels_of(axes.yaxis)]
+    assert order[-1] == 8  # which none of the 64 sees
+    written = [text.get_text() for text in axes.texts if text.get_text() != 'n']
+    assert written == [f'{number[b]:,.0f}' for b in order]
+    *_, panel, _ = [a for a in figures[LAYER, 'objects_position'].axes if a.axison]
+    assert mesh_of(panel) == pytest.approx(number.reshape(3, 3))
+    upper, lower, *_ = figures[LAYER, 'objects_expert_given_size'].axes
+    assert steps_of(lower)[0].values == pytest.approx(number)
+    assert len([p for p in upper.patches if isinstance(p, Rectangle)]) == 3  # too few
+    first, *_, below = figures[LAYER, 'objects_size_given_expert'].axes
+    assert steps_of(first)[0].values == pytest.approx(number / number.sum())
+    assert steps_of(below)[0].values == pytest.approx(number)
 
 
 def test_equal_figures_are_equal_files(tmp_path):

@@ -43,14 +43,22 @@ def test_more_than_ten_experts_are_ordered_by_number(tmp_path):
     assert read_history(tmp_path)['bbox_head.cls_moe']['load'] == [load]
 
 
-def test_of_a_resumed_run_the_later_start_counts(tmp_path):
+def test_from_its_first_iteration_on_a_later_start_counts(tmp_path):
+    """Resumed from iteration 50, and begun anew, in the folder of a run that went on longer."""
     # Written in the wrong order: the names of the folders count.
     write(tmp_path, '20260102_000000', line(100, [0.9, 0.1]) + line(150, [0.8, 0.2]))
     first = line(50, [0.5, 0.5]) + line(100, [0.4, 0.6]) + line(120, [0.3, 0.7])
     write(tmp_path, '20260101_235959', first)
     history = read_history(tmp_path)['bbox_head.cls_moe']
-    assert history['step'] == [50, 100, 120, 150]
-    assert [row[0] for row in history['load']] == [0.5, 0.9, 0.3, 0.8]
+    assert history['step'] == [50, 100, 150]
+    assert [row[0] for row in history['load']] == [0.5, 0.9, 0.8]
+    validation = '{"accuracy/top1": 50.0, "step": 1}\n'  # whose step is an epoch
+    write(tmp_path, '20260103_000000', validation + line(150, [0.7, 0.3]))
+    assert read_history(tmp_path)['bbox_head.cls_moe']['step'] == [50, 100, 150]
+    write(tmp_path, '20260104_000000', line(50, [0.1, 0.9], layer='neck'))
+    assert read_history(tmp_path) == {
+        'neck': {'step': [50], 'load': [[0.1, 0.9]], 'importance': [[0.9, 0.1]]}
+    }
 
 
 def test_what_only_some_entries_have_is_left_out(tmp_path):

@@ -511,6 +511,8 @@ def test_layers_have_human_names():
         *('classification head', 'regression head', 'stage 4 of the backbone', 'neck'),
         *('box head of stage 1', 'stage 3 of the backbone', 'some.thing'),
     ]
+    counted = layer_names(['backbone.stage1', 'backbone.stage_2', 'backbone.stages.2'])
+    assert list(counted.values()) == [f'stage {i} of the backbone' for i in (1, 2, 3)]
     both = layer_names(['backbone.layer4.0.conv1', 'backbone.layer4.1.conv1', 'backbone.layer40'])
     assert list(both.values()) == [
         *('stage 4 of the backbone, 0.conv1', 'stage 4 of the backbone, 1.conv1'),

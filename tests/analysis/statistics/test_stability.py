@@ -5,7 +5,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from mmdet_moe.analysis.statistics.stability import Stability, _pairs
+from mmdet_moe.analysis.report.names import run_names
+from mmdet_moe.analysis.statistics.stability import Stability, _pairs, stability_to
 
 BEFORE = np.array([[0.6, 0.4, 0], [0.6, 0.4, 0], [0, 0.3, 0.7], [0, 0.9, 0.1]])
 AFTER = np.array([[0.5, 0, 0.5], [0.4, 0.6, 0], [0, 0.2, 0.8], [0, 0.8, 0.2]])
@@ -35,6 +36,19 @@ def test_renumbered_experts():
     found = stability.as_dict()
     assert (found['changed'], found['changed_relabelled']) == (1, pytest.approx(0))
     assert found['overlap'] == 1
+
+
+def test_runs_of_the_same_name_can_be_told_apart(tmp_path):
+    folders = [tmp_path / run / 'experts_iter_1000_val' for run in ('one', 'two')]
+    found = [
+        stability_to(None, folder, name)
+        for folder, name in zip(folders, run_names(folders), strict=True)
+    ]
+    assert [entry['run'] for entry in found] == [f'{run.parent.name}/{run.name}' for run in folders]
+    assert stability_to(None, folders[0])['run'] == 'experts_iter_1000_val'
+    assert run_names([folders[0], tmp_path / 'two']) == ['experts_iter_1000_val', 'two']
+    assert run_names(['/a/b', '/b', '/b']) == ['a/b', '//b', '//b']  # twice the same
+    assert run_names([]) == []
 
 
 @pytest.mark.parametrize(('experts', 'decisions'), [(4, 2000), (16, 60)])

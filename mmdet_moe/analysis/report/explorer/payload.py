@@ -251,6 +251,9 @@ def read_payload(path: Path, folder: Path | None = None) -> dict:
         path: The file.
         folder: Where the report will be, if not beside the file: links to images start there.
 
+    Returns:
+        The payload, with the ``folder`` of the file.
+
     Raises:
         ConfigError: If there is no such file, it is damaged or of another version.
     """
@@ -285,7 +288,7 @@ def read_payload(path: Path, folder: Path | None = None) -> dict:
     files = payload['files']
     if folder is not None and files['names'] and files['folder']:
         files['folder'] = _relative(path.absolute().parent / files['folder'], folder)
-    return payload
+    return {**payload, 'folder': str(path.absolute().parent)}
 
 
 def _check_arrays(payload: dict) -> None:

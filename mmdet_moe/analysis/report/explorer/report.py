@@ -9,12 +9,14 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from mmdet_moe.analysis.files import write_file
+from mmdet_moe.analysis.report.names import run_names
 from mmdet_moe.analysis.statistics.matching import KINDS
 from mmdet_moe.drawing import expert_colours
 from mmdet_moe.errors import ConfigError
 
 FOLDER = Path(__file__).parent
 MAX_RUNS = 2
+_WRITTEN_OUT = ('flows', 'pictures', 'folder')  # in the template
 
 
 def write_report(payloads: Sequence[dict], path: Path) -> None:
@@ -42,7 +44,7 @@ def write_report(payloads: Sequence[dict], path: Path) -> None:
     environment.filters['thousands'] = lambda number: f'{number:,}'
     html = environment.get_template('template.html.j2').render(
         runs=payloads,
-        titles=_titles(payloads),
+        titles=_titles(payloads, Path(path).parent),
         classes=_union([payload['run']['classes'] for payload in payloads]),
         superclasses=_union([payload['run'].get('superclasses') or {} for payload in payloads]),
         is_detection=payloads[0]['run']['task'] == 'detection',
@@ -72,15 +74,23 @@ def _flows(payload: dict) -> list[dict]:
 
 def _of_script(payload: dict) -> dict:
     """Without what the template has written out."""
-    return {key: value for key, value in payload.items() if key not in ('flows', 'pictures')}
+    return {key: value for key, value in payload.items() if key not in _WRITTEN_OUT}
 
 
-def _titles(payloads: Sequence[dict]) -> list[str]:
-    """The configs' names, with the checkpoints where these alone tell the runs apart."""
+def _titles(payloads: Sequence[dict], folder: Path) -> list[str]:
+    """The configs' names, with what is needed to tell the runs apart: checkpoints, folders.
+
+    Args:
+        payloads: Of the runs.
+        folder: Of the report, and so of the run that has not been read from a file.
+    """
     runs = [payload['run'] for payload in payloads]
     names = [str(run['config']) for run in runs]
     if len(set(names)) < len(names):
         names = [f'{run["config"]} · {run["checkpoint"]}' for run in runs]
+    if len(set(names)) < len(names):
+        ends = run_names(payload.get('folder', folder) for payload in payloads)
+        names = [f'{name} · {end}' for name, end in zip(names, ends, strict=True)]
     return names
 
 

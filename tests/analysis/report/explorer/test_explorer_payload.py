@@ -8,7 +8,12 @@ import numpy as np
 import pytest
 from explorer_runs import classification_run, detection_run
 
-from mmdet_moe.analysis.report.explorer import build_payload, read_payload, write_payload
+from mmdet_moe.analysis.report.explorer import (
+    build_payload,
+    read_payload,
+    write_payload,
+    write_report,
+)
 from mmdet_moe.analysis.report.explorer.packing import (
     in_steps,
     pack,
@@ -354,8 +359,21 @@ def test_weights_of_another_shape_are_refused():
 def test_a_written_payload_is_read_back(payload, tmp_path):
     path = tmp_path / 'explorer.json'
     write_payload(payload, path)
-    assert read_payload(path) == payload
+    assert read_payload(path) == {**payload, 'folder': str(tmp_path)}
     assert [p.name for p in tmp_path.iterdir()] == ['explorer.json']
+
+
+def test_runs_of_one_config_and_iteration_are_told_apart_by_their_folders(payload, tmp_path):
+    for name in ('one', 'two'):
+        (tmp_path / name / 'experts').mkdir(parents=True)
+    write_payload(payload, tmp_path / 'two' / 'experts' / 'explorer.json')
+    other = read_payload(tmp_path / 'two' / 'experts' / 'explorer.json')
+    report = tmp_path / 'one' / 'experts' / 'report.html'
+    write_report([payload, other], report)
+    page, run = report.read_text(), payload['run']
+    for name in ('one', 'two'):
+        assert f'{run["config"]} · {run["checkpoint"]} · {name}/experts</h2>' in page
+    assert str(tmp_path) not in page
 
 
 def test_a_failing_write_leaves_the_old_file(tmp_path):
