@@ -12,7 +12,7 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import TextIO
@@ -69,6 +69,8 @@ def main() -> None:
         '--verbose', action='store_true', help='print all that trainings and the analysis print'
     )
     args = parser.parse_args()
+    if args.iterations is not None and args.iterations < 2:
+        parser.error(f'--iterations {args.iterations}: give at least 2')
     # Trainings run from the checkout, wherever the tool was called.
     args.data, args.work_dir = args.data.resolve(), args.work_dir.resolve()
     with exit_on_user_error(), quiet():
@@ -93,7 +95,9 @@ def run_demo(args: argparse.Namespace) -> None:
     results = {}
     for i, (name, config) in enumerate(RUNS.items(), start=3):
         console.rule(f'{i}/6 {name}: trained on from there')
-        results[name] = run_once(args, config, f'load_from={pretrained}')
+        results[name] = run_once(
+            args, config, f'load_from={pretrained}', *schedule(args.iterations)
+        )
     console.print(result_table(results))
     moe = args.work_dir / RUNS['MoE, soft']
     console.rule('6/6 what the experts of the MoE learned')
@@ -108,6 +112,15 @@ def run_demo(args: argparse.Namespace) -> None:
     console.print(f'Detections, and which expert works on which pyramid level: {figure}')
     console.print(f'Expert Explorer, to open in a browser: {folder / REPORT_FILE}')
     console.print(f'Took {time.time() - start:.0f} s.')
+
+
+def schedule(iterations: int | None) -> Sequence[str]:
+    """Options by which the rate falls to 0 at the end of so many iterations."""
+    if iterations is None:
+        return ()
+    warm_up = min(20, iterations // 2)
+    ends = f'0.end={warm_up}', f'1.begin={warm_up}', f'1.end={iterations}'
+    return [f'param_scheduler.{end}' for end in ends]
 
 
 def run_once(args: argparse.Namespace, config: str, *options: str) -> RunResult:

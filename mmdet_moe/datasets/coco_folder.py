@@ -35,11 +35,13 @@ class Box:
         label: Number of its class, from 0.
         corners: ``(x0, y0, x1, y1)`` in px of the image; ``x1 - x0`` is its width.
         crowd: Whether it is written with ``iscrowd=1``: not counted as missed, nor trained.
+        area: In px², by which it counts as small or large; None for that of the box.
     """
 
     label: int
     corners: tuple[float, float, float, float]
     crowd: bool = False
+    area: float | None = None
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,8 @@ def decode(image: Image.Image) -> None:
     # A JPEG takes a fraction of the time that all of its pixels take.
     image.draft(image.mode, (max(1, image.width // 8), max(1, image.height // 8)))
     image.load()
+    if image.mode == 'F':
+        raise ValueError('pixels are floating-point numbers, which OpenCV reads as no image')
 
 
 def upright(image: Image.Image) -> Image.Image:
@@ -156,13 +160,16 @@ def write_folder(
                 for box in item.boxes:
                     box_id += 1
                     x0, y0, x1, y1 = (c * s for c, s in zip(box.corners, scale, strict=True))
+                    area = (x1 - x0) * (y1 - y0)
+                    if box.area is not None:
+                        area = box.area * scale[0] * scale[1]
                     annotations.append(
                         {
                             'id': box_id,
                             'image_id': image_id,
                             'category_id': box.label + 1,
                             'bbox': [round(v, 2) for v in (x0, y0, x1 - x0, y1 - y0)],
-                            'area': round((x1 - x0) * (y1 - y0), 2),
+                            'area': round(area, 2),
                             'iscrowd': int(box.crowd),
                         }
                     )

@@ -102,8 +102,9 @@ def _read(
             if entry['image_id'] in of_image and entry['category_id'] in labels:
                 x, y, width, height = entry['bbox']
                 corners = (x, y, x + width, y + height)
-                box = Box(labels[entry['category_id']], corners, bool(entry.get('iscrowd')))
-                of_image[entry['image_id']].append(box)
+                label, crowd = labels[entry['category_id']], bool(entry.get('iscrowd'))
+                # COCO's is that of the mask, less than that of the box.
+                of_image[entry['image_id']].append(Box(label, corners, crowd, entry.get('area')))
     return found, names
 
 

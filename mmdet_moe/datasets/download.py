@@ -20,7 +20,7 @@ import urllib.error
 import urllib.request
 import zipfile
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -384,7 +384,7 @@ def unpack(archive: Archive, file: str | Path) -> None:
             ) from error
         if not all((scratch / path).exists() for path in archive.provides):
             raise ConfigError(f'{file} lacks some of {", ".join(archive.provides)}')
-        _move_missing(scratch, file.parent)
+        _move_missing(scratch, file.parent, [scratch / path for path in archive.provides])
 
 
 def _unpack_into(folder: Path, file: Path) -> None:
@@ -406,10 +406,13 @@ def _unpack_into(folder: Path, file: Path) -> None:
             archive.extract(member, folder)
 
 
-def _move_missing(source: Path, target: Path) -> None:
-    for entry in sorted(source.iterdir()):
+def _move_missing(source: Path, target: Path, last: Collection[Path]) -> None:
+    # What tells that all is there comes last: this may be interrupted.
+    for entry in sorted(
+        source.iterdir(), key=lambda of: (any(p.is_relative_to(of) for p in last), of)
+    ):
         there = target / entry.name
         if not there.exists():
             entry.rename(there)
         elif entry.is_dir():
-            _move_missing(entry, there)
+            _move_missing(entry, there, last)

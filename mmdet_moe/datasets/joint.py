@@ -73,6 +73,18 @@ class JointDataset(ConcatDataset):
         """The number of an image's data set."""
         return int(np.searchsorted(self.cumulative_sizes, index, side='right'))
 
+    def full_init(self) -> None:
+        """As wrappers of data sets ask for: reads what has been left for later."""
+        for dataset in self.datasets:
+            dataset.full_init()
+
+    def get_cat_ids(self, index: int) -> list[int]:
+        """The classes that an image shows, for ``ClassBalancedDataset``."""
+        info = self.get_data_info(index)
+        if 'gt_label' in info:
+            return np.atleast_1d(info['gt_label']).tolist()
+        return [instance['bbox_label'] for instance in info['instances']]
+
     def get_data_info(self, index: int) -> dict[str, Any]:
         """What the data set knows of an image, labels among those of all."""
         source = self.get_dataset_source(index)

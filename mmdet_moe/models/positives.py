@@ -4,6 +4,7 @@ A head assigns anchors to objects in its ``get_targets``, after the layers have 
 one seam at which what only a toolbox's class knows reaches a layer's balancing.
 """
 
+import inspect
 from typing import Any
 
 import torch
@@ -51,11 +52,25 @@ def _is_labels_of_levels(part: Any) -> bool:
     )
 
 
+def _asks_for_targets(head: type) -> bool:
+    """Whether the code of a head's loss names ``get_targets``, in its parents' where it asks them.
+
+    A layer would wait for its weights in vain otherwise.
+    """
+    for cls in head.__mro__:
+        if (loss := vars(cls).get('loss_by_feat')) is not None:
+            names = inspect.unwrap(loss).__code__.co_names
+            if 'get_targets' in names or 'super' not in names:
+                return 'get_targets' in names
+    return False
+
+
 def count_positives(model: nn.Module) -> None:
     """Attach the heads of a model to those of their layers that count positives.
 
     Raises:
-        ConfigError: If such a layer lies in no head that assigns anchors level by level.
+        ConfigError: If such a layer lies in no head that assigns anchors level by level, or its
+            loss does not ask ``get_targets`` for them.
     """
     heads = {n: m for n, m in model.named_modules() if hasattr(type(m), 'get_targets')}
     waiting = {
@@ -71,6 +86,12 @@ def count_positives(model: nn.Module) -> None:
                 f'"{name}": decision_weight=\'positives\' needs a layer that decides on maps, in '
                 'a head that assigns anchors level by level (an AnchorHead); use decision_weight='
                 "'uniform' or 'area'"
+            )
+        if not _asks_for_targets(type(head)):
+            raise ConfigError(
+                f'"{name}": decision_weight=\'positives\' counts what `get_targets` assigns, which '
+                f"the loss of {type(head).__name__} does not call; use decision_weight='uniform' "
+                "or 'area'"
             )
         counter = vars(head).get('get_targets')
         if not isinstance(counter, CountPositives):

@@ -203,6 +203,15 @@ def test_images(folder, monkeypatch):
     )
 
 
+def test_images_that_opencv_does_not_read(folder):
+    """Pillow reads a TIFF of floating-point numbers."""
+    Image.new('F', (64, 48)).save(folder / 'images/3.tif')
+    report = changed(folder, lambda c: c['images'][2].update(file_name='3.tif'))
+    (sentence,) = [text for text in report.wrong if 'cannot be read' in text]
+    assert sentence.startswith('train: 1 images cannot be read')
+    assert 'floating-point numbers' in sentence
+
+
 def test_a_tiny_image(folder):
     Image.new('RGB', (4, 2)).save(folder / 'images/3.jpg')
     report = changed(folder, lambda c: c['images'][2].update(width=4, height=2))

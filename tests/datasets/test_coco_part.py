@@ -63,6 +63,19 @@ def test_ids_come_of_both_splits_with_one_class(coco):
     assert prepare(coco)[0] == 'already there'
 
 
+def test_areas_are_those_of_the_masks(coco):
+    """At half the size a quarter of them; without one that of the box."""
+    file = coco / 'annotations/instances_train2017.json'
+    content = json.loads(file.read_text())
+    person, cat = content['annotations']
+    person['area'] = 30
+    del cat['area']
+    file.write_text(json.dumps(content))
+    prepare(coco, classes=[])
+    val = json.loads((coco.parent / 'out/val.json').read_text())
+    assert [box['area'] for box in val['annotations']] == [7.5, 1]
+
+
 def test_all_classes(coco):
     prepare(coco, classes=[])
     val = json.loads((coco.parent / 'out/val.json').read_text())

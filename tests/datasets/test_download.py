@@ -2,6 +2,7 @@ import hashlib
 import io
 import tarfile
 import zipfile
+from pathlib import Path
 
 import pytest
 
@@ -196,6 +197,33 @@ def test_tar_archive(server, tmp_path):
     prepare([archive], tmp_path, server.url)
     assert (tmp_path / 'cifar-100-python' / 'train').read_bytes() == b'x' * 100
     assert names_in(tmp_path) == ['c.tar.gz', 'cifar-100-python']
+
+
+def test_an_interrupted_move_is_made_up_for(server, tmp_path, monkeypatch):
+    """Two archives of one folder; what tells that the second is there comes last."""
+    first = tar_bytes({'V/JPEGImages/0.jpg': b'0', 'V/ImageSets/trainval.txt': b'0'})
+    second = tar_bytes(
+        {'V/JPEGImages/1.jpg': b'1', 'V/JPEGImages/2.jpg': b'2', 'V/ImageSets/test.txt': b'1 2'}
+    )
+    server.files |= {'/a.tar': first, '/b.tar': second}
+    archives = [
+        describe(first, 'a.tar', {'V/ImageSets/trainval.txt': None}),
+        describe(second, 'b.tar', {'V/ImageSets/test.txt': None}),
+    ]
+    rename = Path.rename
+
+    def interrupted(path, target):
+        if path.name == '2.jpg':
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, 'rename', interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(archives, tmp_path, server.url)
+    prepare(archives, tmp_path, server.url)
+    assert names_in(tmp_path / 'V' / 'JPEGImages') == ['0.jpg', '1.jpg', '2.jpg']
+    assert names_in(tmp_path / 'V' / 'ImageSets') == ['test.txt', 'trainval.txt']
 
 
 @pytest.mark.parametrize(

@@ -62,6 +62,24 @@ def test_labels_and_sources_are_those_of_the_files(sets):
         data[16]
 
 
+def test_in_wrappers_of_data_sets(sets):
+    """Rare classes are shown more often, by the classes of all."""
+    part = dict(type='mmdet_moe.JointDataset', datasets=sets, pipeline=PACK)
+    data = DATASETS.build(part)
+    shown = [set(data.get_cat_ids(index)) for index in range(len(data))]
+    for index, labels in enumerate(shown):
+        sample = data[index]['data_samples']
+        assert labels == set(sample.gt_instances.labels.tolist())
+    repeated = DATASETS.build(dict(type='RepeatDataset', dataset=part, times=2))
+    assert len(repeated) == 2 * len(data)
+    balanced = DATASETS.build(dict(type='ClassBalancedDataset', dataset=part, oversample_thr=0.9))
+    share = {c: np.mean([c in of for of in shown]) for c in set.union(*shown)}
+    times = [
+        int(np.ceil(max(max(1, (0.9 / share[c]) ** 0.5) for c in of))) if of else 1 for of in shown
+    ]
+    assert len(balanced) == sum(times) > len(data)
+
+
 def test_images_of_which_nothing_is_left_are_replaced(sets):
     """A filter wants objects of a size that half of the images have."""
     data = JointDataset(sets)

@@ -98,6 +98,12 @@ def test_outputs_are_those_of_the_published_network(published):
             torch.testing.assert_close(ours(x)[0], published(x))
 
 
+def test_frozen_stages_may_be_more_than_are_kept():
+    model = EfficientNetLite0(out_indices=(2,), frozen_stages=5)
+    model.train()
+    assert not any(p.requires_grad for p in model.parameters())
+
+
 def test_weights_file(published, tmp_path, monkeypatch):
     """From the installed package or a given file; the result loads as a checkpoint does."""
     source = tmp_path / 'theirs.pth'

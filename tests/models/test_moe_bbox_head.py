@@ -10,6 +10,7 @@ from mmengine.runner import load_checkpoint, load_state_dict
 from tiny_models import CLASSES, FOUR, faster_config, two_images
 from torch import nn
 
+from mmdet_moe.errors import ConfigError
 from mmdet_moe.moe import ImportanceLoss, find_moe_layers
 
 C, SIZE, HIDDEN = 6, 3, 8
@@ -244,3 +245,21 @@ def test_dense_parts_are_unchanged():
     model = build_head(FOUR)
     assert names == {name for name, _ in model.named_parameters() if 'shared' not in name}
     assert isinstance(model.fc_cls, nn.Linear)
+
+
+@pytest.mark.parametrize(
+    ('option', 'message'),
+    [
+        ({'width': 'equal'}, "no option width='equal'; leave it out"),
+        ({'residual': True}, 'no option residual=True; leave it out'),
+        ({'shared': 1}, 'no option shared=1; leave it out'),
+        ({'impl': 'loop'}, "no option impl='loop'; leave it out"),
+        (
+            {'decision_weight': 'positives'},
+            "counts anchors, of which RoIs have none; use 'uniform'",
+        ),
+    ],
+)
+def test_options_that_its_experts_do_not_have(option, message):
+    with pytest.raises(ConfigError, match=message):
+        MODELS.build(dict(type='mmdet_moe.MoEShared2FCBBoxHead', num_classes=3, **option))

@@ -14,6 +14,7 @@ from torchvision.ops import box_iou
 
 from mmdet_moe.engine.hooks.balancing_loss_hook import _AddLosses
 from mmdet_moe.errors import ConfigError
+from mmdet_moe.models.positives import _asks_for_targets
 from mmdet_moe.moe import ImportanceLoss
 
 HEAD = {**RETINA, 'stacked_convs': 2}
@@ -143,6 +144,31 @@ def test_decisions_count_the_positive_anchors_of_their_level():
     assert len(set(expected)) > 2
     for layer in (model.cls_moe, model.reg_moe):
         assert layer.routing.decision_weights.tolist() == expected
+
+
+@pytest.mark.parametrize('name', ['FreeAnchorRetinaHead', 'DDODHead'])
+def test_heads_whose_loss_asks_for_no_targets(name):
+    kind = MODELS.get(f'mmdet.{name}')
+    assert not _asks_for_targets(kind)
+    with pytest.raises(ConfigError, match=f"the loss of {name} does not call; use .*'uniform'"):
+        MODELS.build(
+            {
+                'type': 'mmdet_moe.WithExperts',
+                'of': f'mmdet.{name}',
+                'num_classes': 3,
+                'in_channels': 6,
+                'feat_channels': 32,  # of which its normalisation makes 32 groups
+                'stacked_convs': 1,
+                'experts': [dict(at='cls_convs', num_experts=2, decision_weight='positives')],
+            }
+        )
+
+
+@pytest.mark.parametrize(
+    'name', ['RetinaHead', 'RPNHead', 'GFLHead', 'ATSSHead', 'TOODHead', 'SSDHead', 'RTMDetHead']
+)
+def test_heads_whose_loss_asks_for_targets(name):
+    assert _asks_for_targets(MODELS.get(f'mmdet.{name}'))
 
 
 def test_semi_supervised_detectors():

@@ -5,7 +5,11 @@ import re
 import sys
 
 import pytest
-from running import load_tool
+import torch
+from mmengine.registry import PARAM_SCHEDULERS
+from running import CONFIGS, load_tool
+
+from mmdet_moe.cli import load_config, parse_options
 
 
 @pytest.mark.usefixtures('in_process', 'quick_analysis')
@@ -61,3 +65,25 @@ def test_other_data_is_one_sentence(arguments, digit_scenes_folder, tmp_path, mo
     assert line.startswith('error: ')
     assert str(digit_scenes_folder) in line
     assert not (tmp_path / 'runs').exists()
+
+
+@pytest.mark.parametrize('iterations', [40, 100, 800])
+def test_the_rate_is_0_at_the_end(iterations):
+    """Of shorter and longer trainings, too; the first 20 iterations are warm-up."""
+    tool = load_tool('demo')
+    file = CONFIGS / 'demo' / f'{tool.RUNS["MoE, soft"]}.py'
+    cfg = load_config(str(file), parse_options(tool.schedule(iterations)))
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    schedulers = [
+        PARAM_SCHEDULERS.build(of, default_args=dict(optimizer=optimizer))
+        for of in cfg.param_scheduler
+    ]
+    rates = []
+    for _ in range(iterations):
+        rates.append(optimizer.param_groups[0]['lr'])
+        optimizer.step()
+        for scheduler in schedulers:
+            scheduler.step()
+    assert optimizer.param_groups[0]['lr'] == pytest.approx(0, abs=0.01)
+    assert rates[20] == max(rates) == pytest.approx(1)
+    assert rates[iterations // 2] > 0.3

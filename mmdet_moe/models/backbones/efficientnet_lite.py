@@ -49,6 +49,7 @@ class EfficientNetLite0(EfficientNet):
         super().__init__(arch='b0', act_cfg=dict(type='ReLU6'), out_indices=out_indices, **kwargs)
         # They would cost time, and DDP takes no parameters without a gradient.
         del self.layers[max(out_indices) + 1 :]
+        self.frozen_stages = min(self.frozen_stages, len(self.layers))
 
 
 def convert_lite0(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -6,12 +6,15 @@ from typing import Any
 from mmdet.models.roi_heads.bbox_heads import Shared2FCBBoxHead
 from torch import Tensor, nn
 
+from mmdet_moe.errors import ConfigError
 from mmdet_moe.models.presets import split_options
 from mmdet_moe.moe import MLPExperts, MoELayer
 from mmdet_moe.moe.surgery import Site, install
 from mmdet_moe.registry import MODELS
 
 SHARED = 'shared_fcs'
+#: Options of experts elsewhere, for which this head's own experts have no use.
+_NOT_HERE = {'impl', 'residual', 'shared', 'width'}
 
 
 @MODELS.register_module()
@@ -28,10 +31,19 @@ class MoEShared2FCBBoxHead(Shared2FCBBoxHead):
             :class:`~mmdet_moe.moe.MoELayer`, and those of ``Shared2FCBBoxHead``.
 
     Raises:
-        ConfigError: For options out of range.
+        ConfigError: For options out of range, and those that its experts do not have.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        for name in sorted(_NOT_HERE & kwargs.keys()):
+            raise ConfigError(
+                f'MoEShared2FCBBoxHead has no option {name}={kwargs[name]!r}; leave it out'
+            )
+        if kwargs.get('decision_weight') == 'positives':
+            raise ConfigError(
+                "MoEShared2FCBBoxHead: decision_weight='positives' counts anchors, of which RoIs "
+                "have none; use 'uniform'"
+            )
         options, dense = split_options(kwargs, 'mmdet.Shared2FCBBoxHead')
         super().__init__(*args, **dense)
         options = {'num_experts': 4, 'top_k': 2, 'expert_init': 'shared', **options}
