@@ -186,7 +186,7 @@ def hooks_of_their_own(run):
 
 @about('docs/experts.md', 'read_base')
 def pure_python(run):
-    assert layers_of(run, 'backbone.layer4')[0].num_experts == 8
+    assert layers_of(run, 'backbone.stage4')[0].num_experts == 8
 
 
 def test_every_option_is_in_the_table():
