@@ -69,8 +69,6 @@ def main() -> None:
         '--verbose', action='store_true', help='print all that trainings and the analysis print'
     )
     args = parser.parse_args()
-    if args.iterations is not None and args.iterations < 2:
-        parser.error(f'--iterations {args.iterations}: give at least 2')
     # Trainings run from the checkout, wherever the tool was called.
     args.data, args.work_dir = args.data.resolve(), args.work_dir.resolve()
     with exit_on_user_error(), quiet():
@@ -80,6 +78,8 @@ def main() -> None:
 def run_demo(args: argparse.Namespace) -> None:
     """Data, the trainings, the table."""
     start = time.time()
+    if args.iterations is not None and args.iterations < 2:
+        raise ConfigError(f'--iterations {args.iterations}: give at least 2')
     if args.fresh:
         shutil.rmtree(args.work_dir, ignore_errors=True)
     console.rule('1/6 data')

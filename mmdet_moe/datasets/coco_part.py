@@ -60,6 +60,7 @@ def prepare_coco_part(
         'ids': [digest(some) for some in splits.values()],
         'classes': list(classes),
         'size': size,
+        'areas': 'masks',  # an earlier version wrote those of boxes
     }
     if (counts := already_there(out, made_of)) is not None:
         return 'already there', counts

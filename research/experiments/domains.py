@@ -295,7 +295,7 @@ class DomainsExperiment(FeaturesExperiment[Method]):
         is_default = (self.kinds, self.where.images) == (self.where.trunk.methods, IMAGES)
         compared = len(results) > 1 and all(results.values())
         pictures = {f'{name}.png': partial(plot, results)} if compared else {}
-        self.publish(is_default, {name: text}, pictures)
+        self.publish(results, {name: text}, pictures, is_default)
 
 
 @dataclass(frozen=True)

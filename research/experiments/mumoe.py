@@ -181,7 +181,7 @@ class MuMoEExperiment(FeaturesExperiment[Head]):
         text = f'{self.headline()}\n\n{markdown_table(results)}'
         pictures = {'mumoe-polysemanticity.png': partial(plot_polysemanticity, results)}
         is_default = (self.kinds, self.recipes) == (HEADS, RECIPES)
-        self.publish(is_default, {'mumoe': text}, pictures)
+        self.publish(results, {'mumoe': text}, pictures, is_default)
 
     def headline(self) -> str:
         """Stands above the table."""

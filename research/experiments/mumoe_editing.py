@@ -244,8 +244,9 @@ class EditingExperiment(FeaturesExperiment[int]):
         return compare(*images, kind, seed)
 
     def write(self) -> None:
-        found = [result for by_seed in self.results().values() for result in by_seed.values()]
-        self.publish(True, {'mumoe-editing': markdown_table(found)}, {})
+        results = self.results()
+        found = [result for by_seed in results.values() for result in by_seed.values()]
+        self.publish(results, {'mumoe-editing': markdown_table(found)}, {})
 
 
 @cache

@@ -3,7 +3,7 @@
 import json
 import multiprocessing
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import asdict
 from functools import partial
@@ -101,15 +101,20 @@ class FeaturesExperiment(ABC, Generic[Kind]):
         return {k: {s: r for s, r in by_seed.items() if r is not None} for k, by_seed in found}
 
     def publish(
-        self, is_default: bool, tables: dict[str, str], pictures: dict[str, Callable[[Path], None]]
+        self,
+        results: Mapping[Kind, Collection[Any]],
+        tables: dict[str, str],
+        pictures: dict[str, Callable[[Path], None]],
+        is_default: bool = True,
     ) -> None:
         """Put tables and pictures into docs/ if all models of :data:`SEEDS` are there.
 
         Args:
-            is_default: Whether the settings are those of docs/results.md.
+            results: By kind those of each seed, as far as they are there.
             tables, pictures: As of :func:`~research.experiments.experiment.publish`.
+            is_default: Whether the settings are those of docs/results.md.
         """
-        whole = all(len(by_seed) == len(SEEDS) for by_seed in self.results().values())
+        whole = all(len(of_kind) == len(SEEDS) for of_kind in results.values())
         complete = is_default and self.seeds == list(SEEDS) and whole
         self.written = publish(complete, self.work_dir, tables, pictures)
 

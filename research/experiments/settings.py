@@ -12,10 +12,10 @@ from mmdet_moe.cli import apply_data_root, load_config, parse_options, set_loade
 from mmdet_moe.errors import ConfigError
 from mmdet_moe.moe.routers import FORMER_SOFTMAX
 
-#: Where a run lives, how it was started and saved, on what device, and which toolbox a part of its
-#: config comes from: nothing that its figures depend on.
+#: Where a run lives, how it was started and saved, and on what device: nothing that its figures
+#: depend on.
 _PLACES = {
-    *('work_dir', 'launcher', 'resume', 'load_from', 'experiment_name', '_scope_'),
+    *('work_dir', 'launcher', 'resume', 'load_from', 'experiment_name'),
     *('max_keep_ckpts', 'pin_memory', 'loss_scale', 'cache'),
 }
 #: Mixed precision as a config asks for it, and as it is on a CPU.
@@ -53,7 +53,7 @@ def difference(found: Config, wanted: Config) -> str | None:
         found: Of a run, as MMEngine has stored it.
         wanted: As the tools would start it now.
     """
-    return _difference(_settings(found.to_dict()), _settings(wanted.to_dict()), '')
+    return _difference(_settings_of(found), _settings_of(wanted), '')
 
 
 def fingerprint(config: Path, options: Sequence[str], start: str = '') -> str:
@@ -71,16 +71,27 @@ def fingerprint(config: Path, options: Sequence[str], start: str = '') -> str:
     set_loader_defaults(cfg)
     if 'data_root' in cfg:
         apply_data_root(cfg, 'data')
-    text = json.dumps([_settings(cfg.to_dict()), start], sort_keys=True, default=repr)
+    text = json.dumps([_settings_of(cfg), start], sort_keys=True, default=repr)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _settings(value: Any) -> Any:
-    """A config without places; of an absolute path, and of weights, the name alone stays."""
+def _settings_of(cfg: Config) -> Any:
+    return _settings(cfg.to_dict(), cfg.get('default_scope'))
+
+
+def _settings(value: Any, scope: str | None) -> Any:
+    """A config without places; of an absolute path, and of weights, the name alone stays.
+
+    A part that MMEngine has taken from a toolbox names it in ``_scope_``, which says nothing where
+    it is the config's own.
+    """
     if isinstance(value, Mapping):
-        return {str(k): _settings(of) for k, of in value.items() if k not in _PLACES}
+        kept = {str(k): of for k, of in value.items() if k not in _PLACES}
+        if kept.get('_scope_', scope) == scope:
+            kept.pop('_scope_', None)
+        return {k: _settings(of, scope) for k, of in kept.items()}
     if isinstance(value, (list, tuple)):
-        return [_settings(of) for of in value]
+        return [_settings(of, scope) for of in value]
     if isinstance(value, str) and (Path(value).is_absolute() or value.endswith('.pth')):
         return Path(value).name
     return value

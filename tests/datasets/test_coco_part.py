@@ -5,6 +5,7 @@ import json
 import pytest
 from PIL import Image
 
+from mmdet_moe.datasets.coco_folder import NOTE
 from mmdet_moe.datasets.coco_part import prepare_coco_part
 from mmdet_moe.errors import ConfigError
 
@@ -74,6 +75,12 @@ def test_areas_are_those_of_the_masks(coco):
     prepare(coco, classes=[])
     val = json.loads((coco.parent / 'out/val.json').read_text())
     assert [box['area'] for box in val['annotations']] == [7.5, 1]
+    note = coco.parent / 'out' / NOTE
+    content = json.loads(note.read_text())
+    del content['made_of']['areas']  # as of a version that wrote those of boxes
+    note.write_text(json.dumps(content))
+    with pytest.raises(ConfigError, match='one made with other options: choose another --out'):
+        prepare(coco, classes=[])
 
 
 def test_all_classes(coco):

@@ -21,6 +21,18 @@ def test_places_do_not_matter():
     assert difference(Config(FOUND), Config(wanted)) is None
 
 
+def test_the_toolbox_of_a_part():
+    """A model that comes from a toolbox's own config; from another one it is another model."""
+    model = {'type': 'ResNet', 'depth': 18}
+    found = Config({'default_scope': 'mmdet', 'model': model})
+    same, other = (
+        Config({'default_scope': 'mmdet', 'model': {**model, '_scope_': scope}})
+        for scope in ('mmdet', 'mmpretrain')
+    )
+    assert difference(found, same) is difference(same, found) is None
+    assert difference(found, other) == "model._scope_: nothing there, 'mmpretrain' now"
+
+
 def test_mixed_precision_of_another_device():
     """A config asks for it; on a CPU it is another class, without a scale."""
     scaled = {'type': 'AmpOptimWrapper', 'loss_scale': 'dynamic'}

@@ -67,6 +67,16 @@ def test_other_data_is_one_sentence(arguments, digit_scenes_folder, tmp_path, mo
     assert not (tmp_path / 'runs').exists()
 
 
+def test_one_iteration_is_too_few(tmp_path, monkeypatch, capsys):
+    options = ['--iterations', '1', '--data', str(tmp_path / 'data')]
+    monkeypatch.setattr(sys, 'argv', ['demo', *options, '--work-dir', str(tmp_path / 'runs')])
+    with pytest.raises(SystemExit) as exit_:
+        load_tool('demo').main()
+    assert exit_.value.code == 2
+    assert capsys.readouterr().err == 'error: --iterations 1: give at least 2\n'
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize('iterations', [40, 100, 800])
 def test_the_rate_is_0_at_the_end(iterations):
     """Of shorter and longer trainings, too; the first 20 iterations are warm-up."""

@@ -175,7 +175,9 @@ def information(
     for stratum in _runs(strata):
         inside, where, bins = sums[stratum], images[stratum], rows[stratum]
         columns, columns_P = inside.sum(0), weighted(times, where, inside)
-        having = np.array([len(np.unique(where[of > 0])) for of in inside.T]) if cells else None
+        ones, place = np.unique(where, return_inverse=True)
+        own = np.zeros((len(ones), inside.shape[1]))
+        np.add.at(own, place, inside)
         mean = columns / columns.sum()
         excess = inside - inside.sum(1, keepdims=True) * mean
         held = np.bincount(where, inside.sum(1), len(known)) / columns.sum()
@@ -203,12 +205,9 @@ def information(
                 variances.append((flips**2).mean(0))
                 num, of_bin = len(np.unique(where[run])), (table.sum(), table_P.sum(1)[:, None])
                 of_experts.append(_ends((table, table_P), of_bin, np.full(len(mean), num)))
-                of_bins.append(_ends((table, table_P), (columns, columns_P), having))
+                of_bins.append(_ends((table, table_P), (columns, columns_P), (own > 0).sum(0)))
         chance += _deviance(*map(np.array, zip(*by_chance, strict=True)))
         mi -= _n_log_n(columns)
-        ones, place = np.unique(where, return_inverse=True)
-        own = np.zeros((len(ones), len(mean)))
-        np.add.at(own, place, inside)
         without[ones] -= _n_log_n(_less(columns, own)) - _n_log_n(columns)
         resampled -= _n_log_n(columns_P)
         entropy_experts -= _n_log_n(columns)

@@ -1,11 +1,14 @@
 """Decisions of two checkpoints, counted by hand."""
 
+import json
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from mmdet_moe.analysis.records.files import PLAN_FILE
 from mmdet_moe.analysis.report.names import run_names
+from mmdet_moe.analysis.statistics import stability as module
 from mmdet_moe.analysis.statistics.stability import Stability, _pairs, stability_to
 
 BEFORE = np.array([[0.6, 0.4, 0], [0.6, 0.4, 0], [0, 0.3, 0.7], [0, 0.9, 0.1]])
@@ -144,3 +147,25 @@ def test_maps_that_were_padded_otherwise():
     assert found == [('a', None, None)]
     ((_, one, two),) = _pairs(before, [records(0, 4, rng)], {'a': (0, 0)}, range(4), range(4))
     np.testing.assert_array_equal(one, two)
+
+
+def test_layers_in_other_places_are_left_out(tmp_path, monkeypatch):
+    """If there is no other layer, the reason says what to do."""
+    plan = dict(model='m', data='d', split='val', format=1, layers=['a', 'b'], images=4)
+    folder = tmp_path / 'records' / 'statistics'
+    folder.mkdir(parents=True)
+    (folder / PLAN_FILE).write_text(json.dumps(plan))
+    study = SimpleNamespace(
+        plan=plan, layers=dict.fromkeys('ab', SimpleNamespace(num_experts=3)),
+        tracer=SimpleNamespace(has_fixed_items=lambda name: True), data=SimpleNamespace(chosen=()),
+        records=SimpleNamespace(kind=None),
+    )  # fmt: skip
+    pairs = [('a', BEFORE, BEFORE), ('a', None, None), ('b', BEFORE, BEFORE)]
+    monkeypatch.setattr(module, 'RecordFiles', lambda *_: ())
+    monkeypatch.setattr(module, '_pairs', lambda *_: pairs)
+    found = stability_to(study, tmp_path)
+    assert (list(found['layers']), found['reason']) == (['b'], None)
+    del pairs[2]
+    found = stability_to(study, tmp_path)
+    assert not found['layers']
+    assert 'padded differently; take the same --max-images and batch size' in found['reason']
